@@ -1,0 +1,59 @@
+"""Ryzanstein's engine: an asyncio streaming engine with continuous batching.
+
+    from engine import AsyncEngine, SamplingParams
+
+The names below are the public API.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import kernels
+
+if Path(kernels.__file__ or "").resolve().parents[1] != Path(__file__).resolve().parents[1]:
+    raise ImportError(
+        f"'kernels' was imported from {kernels.__file__}, which is not Ryzanstein's; another "
+        "package has that name: uninstall it, or use a virtual environment of its own"
+    )
+
+from engine.config import Config, load_config  # noqa: E402
+from engine.engine import AsyncEngine  # noqa: E402
+from engine.errors import (  # noqa: E402
+    ConfigError,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    RyzansteinError,
+)
+from engine.streams import TokenStream  # noqa: E402
+from engine.types import (  # noqa: E402
+    Decision,
+    Delta,
+    RequestStats,
+    SamplingParams,
+    StepStats,
+    TokenLogprob,
+    Usage,
+)
+
+__all__ = [
+    "AsyncEngine",
+    "Config",
+    "ConfigError",
+    "Decision",
+    "DeadlineExceeded",
+    "Delta",
+    "EngineFailed",
+    "InvalidRequest",
+    "Overloaded",
+    "RequestStats",
+    "RyzansteinError",
+    "SamplingParams",
+    "StepStats",
+    "TokenLogprob",
+    "TokenStream",
+    "Usage",
+    "load_config",
+]

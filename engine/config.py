@@ -1,0 +1,118 @@
+"""The configuration: one frozen tree, read from TOML plus `section.field=value` overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file; unknown fields are refused."""
+
+
+class ModelConfigSection(Section):
+    """Which model, and how its numbers are stored while serving."""
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    served_name: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_context: NonNegative = 0
+
+
+class CacheSection(Section):
+    """The paged KV cache. `tokens` 0 sizes it from `memory_fraction` of the free memory."""
+
+    page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
+    tokens: NonNegative = 0
+    memory_fraction: Annotated[float, Meta(gt=0, le=0.9)] = 0.25
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    prefix_caching: bool = True
+
+
+class SchedulerSection(Section):
+    """How much runs at once. A step holds at most `max_batch_tokens` rows."""
+
+    max_batch_tokens: Positive = 512
+    max_running: Annotated[int, Meta(ge=1, le=4096)] = 64
+    max_waiting: Positive = 1024
+    max_waiting_tokens: Positive = 2_000_000
+
+
+class ExecutionSection(Section):
+    """The device. `threads` 0 uses every core."""
+
+    backend: str = "auto"
+    threads: NonNegative = 0
+    stall_seconds: Annotated[float, Meta(gt=0)] = 30.0
+
+
+class ServerSection(Section):
+    """The network side. Empty `api_keys` serve everybody who can reach the port."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    max_body_bytes: Positive = 8 * 1024 * 1024
+    drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
+
+
+class Config(Section):
+    """Everything that can be set."""
+
+    model: ModelConfigSection = ModelConfigSection()
+    cache: CacheSection = CacheSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    execution: ExecutionSection = ExecutionSection()
+    server: ServerSection = ServerSection()
+
+
+def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read `file` and apply `a.b=value` overrides, later ones winning.
+
+    Raises ConfigError naming the field that is wrong.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"configuration: {error}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted path; the value is read as TOML, or taken as text if it is none."""
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override!r}: write it as section.field=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = tree
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {key} is a value, not a section")
+    table[keys[-1]] = value

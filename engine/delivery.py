@@ -1,0 +1,157 @@
+"""From committed tokens to streams: text, stop strings, usage, and the end of each request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence as ScheduledSequence
+from engine.scheduling.sequence import State
+from engine.streams import TokenStream
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.types import Clock, Delta, Listener, Request, RequestStats, Usage
+
+
+@dataclass(slots=True)
+class Active:
+    """A request under way."""
+
+    request: Request
+    stream: TokenStream
+    sequences: list[ScheduledSequence]
+    detokenizers: list[Detokenizer]
+    open: int
+    scored: list[int] = field(default_factory=list)
+    first_token: float | None = None
+
+
+class Delivery:
+    """Owns the streams of all active requests; runs on the event loop, never blocks."""
+
+    def __init__(self, tokenizer: Tokenizer, scheduler: Scheduler, clock: Clock) -> None:
+        self.listeners: list[Listener] = []
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._clock = clock
+        self._active: dict[str, Active] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._active
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def ids(self) -> Iterator[str]:
+        """Ids of the active requests."""
+        return iter(self._active)
+
+    def open(
+        self, request: Request, sequences: list[ScheduledSequence], stream: TokenStream
+    ) -> None:
+        """Start delivering a request's tokens to `stream`."""
+        sampling = request.sampling
+        detokenizers = [
+            Detokenizer(
+                self._tokenizer,
+                sampling.stop,
+                include_stop=sampling.include_stop_str_in_output,
+                skip_special_tokens=sampling.skip_special_tokens,
+            )
+            for _ in sequences
+        ]
+        scored = [0] * len(sequences)
+        self._active[request.id] = Active(
+            request, stream, sequences, detokenizers, len(sequences), scored
+        )
+
+    def deliver(self, moved: Sequence[tuple[ScheduledSequence, bool]]) -> None:
+        """Push what a step gave to each sequence; ends those that finished or hit a stop string."""
+        for sequence, has_token in moved:
+            if has_token:
+                self._push(self._active[sequence.request.id], sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request at its owner's wish; unknown ids are ignored."""
+        active = self._active.get(request_id)
+        if active is None:
+            return
+        for sequence in active.sequences:
+            if sequence.state is not State.FINISHED:
+                self._scheduler.finish(sequence, "abort")
+                active.open -= 1
+                delta = Delta(index=sequence.index, finish_reason="abort")
+                delta.usage = _usage(active) if active.open == 0 else None
+                active.stream.push(delta)
+        self._close(active, "abort")
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        """End a request with an error; unknown ids are ignored."""
+        active = self._active.get(request_id)
+        if active is None:
+            return
+        for sequence in active.sequences:
+            self._scheduler.finish(sequence, "error")
+        active.stream.fail(error)
+        self._close(active, "error")
+
+    def _push(self, active: Active, sequence: ScheduledSequence) -> None:
+        """One new token of one sequence."""
+        sampling = active.request.sampling
+        token = sequence.tokens[-1]
+        delta = Delta(index=sequence.index, token_ids=[token])
+        if active.first_token is None:
+            active.first_token = self._clock.now()
+        if sequence.generated == 1 and sequence.wants_prompt_logprobs:
+            delta.prompt_logprobs = sequence.prompt_logprobs
+        if sampling.logprobs is not None:
+            delta.logprobs = sequence.logprobs[active.scored[sequence.index] :]
+            active.scored[sequence.index] = len(sequence.logprobs)
+        detokenizer = active.detokenizers[sequence.index]
+        stop: str | None = None
+        # The token that ended the sequence is not part of the text, unless asked for.
+        if sequence.finish_reason != "stop" or sampling.include_stop_str_in_output:
+            armed = sequence.generated >= sampling.min_tokens
+            delta.text, stop = detokenizer.push(token, match=armed)
+        if stop is not None:
+            self._scheduler.finish(sequence, "stop")
+            sequence.finish_reason = "stop"
+        if sequence.state is State.FINISHED:
+            if stop is None:
+                delta.text += detokenizer.flush()
+            delta.finish_reason = sequence.finish_reason
+            delta.stop_reason = stop if stop is not None else sequence.stop_reason
+            active.open -= 1
+            if active.open == 0:
+                delta.usage = _usage(active)
+        active.stream.push(delta)
+        if active.open == 0:
+            self._close(active, sequence.finish_reason or "stop")
+
+    def _close(self, active: Active, reason: str) -> None:
+        del self._active[active.request.id]
+        usage = _usage(active)
+        stats = RequestStats(
+            id=active.request.id,
+            tenant=active.request.tenant,
+            arrival=active.request.arrival,
+            first_scheduled=active.sequences[0].admitted_at,
+            first_token=active.first_token,
+            finished=self._clock.now(),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            preemptions=sum(s.preemptions for s in active.sequences),
+            finish_reason=reason,
+        )
+        for listener in self.listeners:
+            listener.on_request(stats)
+
+
+def _usage(active: Active) -> Usage:
+    return Usage(
+        prompt_tokens=len(active.request.prompt_ids),
+        completion_tokens=sum(s.generated for s in active.sequences),
+        cached_tokens=active.sequences[0].cached,
+    )

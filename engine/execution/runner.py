@@ -1,0 +1,194 @@
+"""One rank: turns plans into flat batches, runs the compiled program, returns tokens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.execution.history import Histories
+from engine.scheduling.scheduler import Plan, StepResult
+from engine.scheduling.sequence import Sequence
+from kernels.backend import Backend, Program
+from kernels.batch import Batch, Sampling, counter_uniform
+
+
+@dataclass(frozen=True)
+class StagingShape:
+    """What the staging buffers hold at most."""
+
+    tokens: int
+    slots: int
+    pages_per_sequence: int
+    page_size: int
+    vocab_size: int
+
+
+class Runner:
+    """Fills staging buffers that are allocated once; per-sequence values live at its slot."""
+
+    def __init__(self, backend: Backend, program: Program, shape: StagingShape) -> None:
+        self._backend = backend
+        self._program = program
+        self._shape = shape
+        slots = shape.slots
+        self._page_table = np.zeros((slots, shape.pages_per_sequence), np.int32)
+        self._pages_written = [0] * slots
+        self._seed = np.zeros(slots, np.uint64)
+        self._temperature = np.zeros(slots, np.float32)
+        self._top_k = np.zeros(slots, np.int32)
+        self._top_p = np.ones(slots, np.float32)
+        self._min_p = np.zeros(slots, np.float32)
+        self._repetition = np.ones(slots, np.float32)
+        self._presence = np.zeros(slots, np.float32)
+        self._frequency = np.zeros(slots, np.float32)
+        self._logprobs = np.zeros(slots, np.int32)
+        self._prompt_logprobs = np.zeros(slots, np.int32)
+        self._edits = [False] * slots
+        self._histories = Histories(shape.vocab_size)
+        self._batch: Batch
+        self._sampling: Sampling
+
+    def fill(self, plan: Plan) -> None:
+        """Copy everything the step needs out of the plan; the plan may change afterwards."""
+        for sequence in plan.admitted:
+            self._enter(sequence)
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for chunk in plan.chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.count
+            tokens += sequence.tokens[chunk.start : end]
+            positions += range(chunk.start, end)
+            starts.append(len(tokens))
+            slots.append(sequence.slot)
+            self._write_pages(sequence)
+        self._batch = self._make_batch(tokens, positions, slots, starts, plan)
+        self._sampling = self._make_sampling(plan)
+
+    def run(self) -> StepResult:
+        """Execute the filled step."""
+        start = time.perf_counter()
+        self._program.forward(self._batch)
+        middle = time.perf_counter()
+        samples = self._program.sample(self._sampling)
+        end = time.perf_counter()
+        seconds = {"forward": middle - start, "sample": end - middle}
+        return StepResult(samples.ids, samples.logprobs, samples.top, seconds)
+
+    def close(self) -> None:
+        """Release the device."""
+        self._backend.close()
+
+    def _enter(self, sequence: Sequence) -> None:
+        """Write what stays the same while a sequence holds its slot."""
+        slot, sampling = sequence.slot, sequence.request.sampling
+        self._pages_written[slot] = 0
+        self._seed[slot] = sequence.seed
+        self._temperature[slot] = sampling.temperature
+        self._top_k[slot] = max(sampling.top_k, 0)
+        self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
+        self._repetition[slot] = sampling.repetition_penalty
+        self._presence[slot] = sampling.presence_penalty
+        self._frequency[slot] = sampling.frequency_penalty
+        self._logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
+        prompt_logprobs = sampling.prompt_logprobs
+        self._prompt_logprobs[slot] = -1 if prompt_logprobs is None else prompt_logprobs
+        self._edits[slot] = bool(sampling.logit_bias) or sampling.min_tokens > 0
+        self._histories.enter(sequence)
+
+    def _write_pages(self, sequence: Sequence) -> None:
+        slot, count = sequence.slot, len(sequence.pages)
+        written = self._pages_written[slot]
+        if count > written:
+            self._page_table[slot, written:count] = sequence.pages[written:]
+            self._pages_written[slot] = count
+
+    def _make_batch(
+        self, tokens: list[int], positions: list[int], slots: list[int], starts: list[int], plan: Plan
+    ) -> Batch:
+        size = self._shape.page_size
+        place = np.array(positions, np.int64)
+        query_starts = np.array(starts, np.int32)
+        table_rows = np.array(slots, np.int32)
+        row_slots = np.repeat(table_rows, np.diff(query_starts))
+        pages = self._page_table[row_slots, place // size].astype(np.int64)
+        lengths = [chunk.start + chunk.count for chunk in plan.chunks]
+        sample_rows: list[int] = []
+        for chunk, end in zip(plan.chunks, starts[1:], strict=True):
+            if chunk.rows == 1:
+                sample_rows.append(end - 1)
+            elif chunk.rows:
+                sample_rows += range(end - chunk.rows, end)
+        return Batch(
+            token_ids=np.array(tokens, np.int64),
+            positions=place,
+            kv_slots=pages * size + place % size,
+            query_starts=query_starts,
+            context_lengths=np.array(lengths, np.int32),
+            table_rows=table_rows,
+            page_table=self._page_table,
+            sample_rows=np.array(sample_rows, np.int64),
+        )
+
+    def _make_sampling(self, plan: Plan) -> Sampling:
+        targets: list[int] = []
+        places: list[int] = []
+        slots: list[int] = []
+        scored: list[int] = []
+        bias: tuple[list[int], list[int], list[float]] = ([], [], [])
+        penalties = []
+        for chunk in plan.chunks:
+            if not chunk.rows:
+                continue
+            sequence, slot = chunk.sequence, chunk.sequence.slot
+            end = chunk.start + chunk.count
+            first = end - chunk.rows + 1
+            if chunk.rows > 1 or not chunk.sample:
+                scored += range(len(targets), len(targets) + chunk.rows - chunk.sample)
+            targets += sequence.tokens[first : end + 1]
+            if chunk.sample:
+                if self._edits[slot]:
+                    _add_bias(sequence, len(targets), bias)
+                if (penalty := self._histories.penalty(sequence, len(targets))) is not None:
+                    penalties.append(penalty)
+                targets.append(-1)
+            places += range(first, end + 1)
+            slots += [slot] * chunk.rows
+        rows = np.array(slots, np.int64)
+        top_logprobs = self._logprobs[rows]
+        if scored:
+            top_logprobs[scored] = self._prompt_logprobs[rows[scored]]
+        return Sampling(
+            targets=np.array(targets, np.int64),
+            temperature=self._temperature[rows],
+            top_k=self._top_k[rows],
+            top_p=self._top_p[rows],
+            min_p=self._min_p[rows],
+            uniform=counter_uniform(self._seed[rows], np.array(places, np.int64)),
+            top_logprobs=top_logprobs,
+            repetition_penalty=self._repetition[rows],
+            presence_penalty=self._presence[rows],
+            frequency_penalty=self._frequency[rows],
+            bias_rows=bias[0],
+            bias_ids=bias[1],
+            bias_values=bias[2],
+            penalties=penalties,
+        )
+
+
+def _add_bias(
+    sequence: Sequence, row: int, bias: tuple[list[int], list[int], list[float]]
+) -> None:
+    """The request's logit bias, and no end of sequence before `min_tokens`."""
+    sampling = sequence.request.sampling
+    addends = dict(sampling.logit_bias)
+    if sequence.generated < sampling.min_tokens:
+        ends = {*sampling.stop_token_ids, *sequence.request.eos_token_ids}
+        addends.update(dict.fromkeys(ends, float("-inf")))
+    bias[0].extend([row] * len(addends))
+    bias[1].extend(addends)
+    bias[2].extend(addends.values())

@@ -1,0 +1,179 @@
+"""From a configuration to everything that an engine needs to run: tokenizer, scheduler, stepper."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.execution.memory import cache_pages
+from engine.execution.runner import Runner, StagingShape
+from engine.execution.stepper import Stepper, ThreadStepper
+from engine.models import Model, load_model
+from engine.scheduling.pages import PagePool
+from engine.scheduling.policy import Limits
+from engine.scheduling.scheduler import Chunk, Plan, Scheduler, SchedulerLimits
+from engine.scheduling.sequence import Sequence
+from engine.text.gguf_tokenizer import tokenizer_from_gguf
+from engine.text.tokenizer import Tokenizer, load_tokenizer
+from engine.types import Clock, MonotonicClock, Request, SamplingParams
+from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from engine.weights.gguf import GGUFCheckpoint
+from engine.weights.sources import KNOWN_MODELS, Progress, resolve
+from kernels.backend import Backend, CacheLayout, DType, resolve_dtype, select_backend
+from kernels.ops import Recorder
+
+
+@dataclass
+class Parts:
+    """What an `AsyncEngine` runs on."""
+
+    model_name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    scheduler: Scheduler
+    stepper: Stepper
+    limits: Limits
+    fingerprint: bytes
+    clock: Clock = field(default_factory=MonotonicClock)
+    device: str = ""
+    timeline: list[tuple[str, float]] = field(default_factory=list)
+    """Start-up stages and their seconds."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.scheduler.pool.total * self.scheduler.pool.page_size
+
+
+def load(
+    config: Config,
+    *,
+    progress: Progress = lambda *_: None,
+    accept_terms: Callable[[str], bool] = lambda _: False,
+) -> Parts:
+    """Find, read and warm up the configured model. Raises ConfigError in one sentence."""
+    timeline: list[tuple[str, float]] = []
+    with _stage(timeline, "find"):
+        path = resolve(
+            config.model.name,
+            revision=config.model.revision,
+            accept_terms=accept_terms,
+            progress=progress,
+        )
+    with _stage(timeline, "open"):
+        checkpoint = open_checkpoint(path)
+        dtype = resolve_dtype(config.model.dtype)
+        kv_dtype = dtype if config.cache.dtype == "auto" else resolve_dtype(config.cache.dtype)
+        try:
+            backend = select_backend(
+                config.execution.backend, dtype=dtype, threads=config.execution.threads
+            )
+        except ValueError as error:
+            raise ConfigError(f"execution.backend: {error}") from error
+    with _stage(timeline, "tokenizer"):
+        tokenizer = open_tokenizer(checkpoint)
+    with _stage(timeline, "weights"):
+        model = load_model(checkpoint, backend, lambda done, total: progress("load", done, total))
+    parts, runner = _assemble(config, model, backend, tokenizer, kv_dtype)
+    parts.fingerprint = _fingerprint(path, dtype, kv_dtype)
+    with _stage(timeline, "warm-up"):
+        _warm_up(runner, parts, config, progress)
+    parts.timeline = timeline
+    parts.device = f"CPU, {backend.name} backend, {dtype} weights, {kv_dtype} KV cache"
+    return parts
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that belongs to a checkpoint."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return tokenizer_from_gguf(checkpoint.metadata, checkpoint.path.name)
+    return load_tokenizer(checkpoint.path, checkpoint.config)
+
+
+def served_name(config: Config) -> str:
+    """The name that clients use: as configured, a known model's, or the path's last part."""
+    if config.model.served_name:
+        return config.model.served_name
+    if config.model.name in KNOWN_MODELS:
+        return config.model.name
+    return Path(config.model.name.split(":", 1)[-1]).name.removesuffix(".gguf")
+
+
+def _assemble(
+    config: Config, model: Model, backend: Backend, tokenizer: Tokenizer, kv_dtype: DType
+) -> tuple[Parts, Runner]:
+    """Size the cache, record the model, and put scheduler and stepper together."""
+    shape, section, batch = model.config, config.cache, config.scheduler
+    context = min(shape.max_context, config.model.max_context or shape.max_context)
+    layout = CacheLayout(shape.layers, shape.heads, section.page_size, kv_dtype)
+    pages = cache_pages(section, layout, context, batch.max_running)
+    backend.allocate_cache(layout, pages)
+    recorder = Recorder()
+    program = backend.compile(recorder.finish(model.forward(recorder)))
+    context = min(context, pages * section.page_size)
+    staging = StagingShape(
+        tokens=batch.max_batch_tokens,
+        slots=batch.max_running,
+        pages_per_sequence=-(-context // section.page_size),
+        page_size=section.page_size,
+        vocab_size=shape.vocab_size,
+    )
+    runner = Runner(backend, program, staging)
+    clock = MonotonicClock()
+    limits = SchedulerLimits(batch.max_batch_tokens, batch.max_running, section.prefix_caching)
+    parts = Parts(
+        model_name=served_name(config),
+        tokenizer=tokenizer,
+        vocab_size=shape.vocab_size,
+        scheduler=Scheduler(PagePool(pages, section.page_size), limits, clock),
+        stepper=ThreadStepper(runner),
+        limits=Limits(context, batch.max_waiting, batch.max_waiting_tokens),
+        fingerprint=b"",
+        clock=clock,
+    )
+    return parts, runner
+
+
+def _warm_up(runner: Runner, parts: Parts, config: Config, progress: Progress) -> None:
+    """Run a full prefill and a decode, so that no user pays for first-call set-up."""
+    size = config.cache.page_size
+    count = min(config.scheduler.max_batch_tokens, parts.limits.context - 1)
+    request = Request(
+        id="warm-up",
+        prompt_ids=(0,) * count,
+        sampling=SamplingParams(temperature=1.0),
+        max_tokens=1,
+        seed=0,
+        arrival=0.0,
+    )
+    sequence = Sequence(request, 0, fingerprint=b"")
+    sequence.pages = list(range(-(-(count + 1) // size)))
+    sequence.slot = 0
+    for number, (start, length) in enumerate(((0, count), (count - 1, 1))):
+        chunk = Chunk(sequence, start, length, 1, sample=True)
+        runner.fill(Plan(0, [chunk], [sequence]))
+        runner.run()
+        progress("warm-up", number + 1, 2)
+
+
+def _fingerprint(path: Path, dtype: str, kv_dtype: str) -> bytes:
+    """Names the numbers that a cached page depends on: the weights' file, and both formats."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    identity = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    text = repr((identity, dtype, kv_dtype, np.dtype(np.int32).byteorder))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+@contextmanager
+def _stage(timeline: list[tuple[str, float]], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timeline.append((name, time.perf_counter() - start))

@@ -1,0 +1,50 @@
+"""Model families by their Hugging Face `model_type`; to add one, write its file and its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.errors import ConfigError
+from engine.models.config import ModelConfig, read_config
+from engine.models.gemma3 import Gemma3
+from engine.models.layers import WeightLoader
+from engine.models.llama import Llama
+from engine.weights.checkpoint import Checkpoint
+from kernels.backend import Backend
+from kernels.ops import Ops, T
+
+
+class Model(Protocol):
+    """Weights in place, and a forward pass that is a function of an `Ops` alone."""
+
+    config: ModelConfig
+
+    def forward(self, ops: Ops[T]) -> T: ...
+
+
+MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
+    "llama": Llama,
+    "mistral": Llama,
+    "qwen2": Llama,
+    "qwen3": Llama,
+    "gemma3_text": Gemma3,
+}
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    backend: Backend,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Model:
+    """Read the checkpoint's configuration and place its weights on the backend.
+
+    Raises ConfigError naming the key or tensor that is wrong.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in MODELS:
+        raise ConfigError(
+            f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}"
+        )
+    config = read_config(checkpoint.config, checkpoint.rope_factors())
+    return MODELS[model_type](config, WeightLoader(checkpoint, backend, progress))

@@ -1,0 +1,179 @@
+"""A model's shape, read from Hugging Face configuration keys and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import ConfigError
+from kernels.ops import Activation, Heads, Rope
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that a model's code needs to know; per-layer values are tuples over layers."""
+
+    model_type: str
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: Heads
+    norm_eps: float
+    max_context: int
+    activation: Activation
+    windows: tuple[int, ...]
+    """Sliding window of each layer; 0 sees everything."""
+    ropes: tuple[Rope, ...]
+    attention_scale: float
+    embedding_scale: float
+    tied_embeddings: bool
+    head_norms: bool
+
+
+def read_config(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
+    """Read a model's configuration. Raises ConfigError naming the key that is missing or wrong."""
+    values = _Values(raw)
+    model_type = values.text("model_type")
+    hidden = values.integer("hidden_size")
+    layers = values.integer("num_hidden_layers")
+    query = values.integer("num_attention_heads")
+    kv = values.integer("num_key_value_heads", query)
+    if query % kv:
+        raise ConfigError(f"num_attention_heads {query} is no multiple of key/value heads {kv}")
+    heads = Heads(query, kv, values.integer("head_dim", hidden // query))
+    if heads.dim % 2:
+        raise ConfigError(f"head_dim is {heads.dim}; rotary embedding needs an even one")
+    gemma = model_type == "gemma3_text"
+    windows = _windows(values, layers, model_type)
+    scale = float(raw.get("query_pre_attn_scalar") or heads.dim) ** -0.5
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=values.integer("vocab_size"),
+        hidden=hidden,
+        intermediate=values.integer("intermediate_size"),
+        layers=layers,
+        heads=heads,
+        norm_eps=values.number("rms_norm_eps", 1e-6),
+        max_context=values.integer("max_position_embeddings"),
+        activation=_activation(values, gemma),
+        windows=windows,
+        ropes=_ropes(values, heads.dim, windows, gemma, rope_factors),
+        attention_scale=scale,
+        embedding_scale=math.sqrt(hidden) if gemma else 1.0,
+        tied_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
+        head_norms=model_type in ("qwen3", "gemma3_text"),
+    )
+
+
+def _activation(values: _Values, gemma: bool) -> Activation:
+    default = "gelu_pytorch_tanh" if gemma else "silu"
+    raw = values.raw
+    name = raw.get("hidden_activation") or raw.get("hidden_act") or default
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act is {name!r}; {', '.join(ACTIVATIONS)} can be computed")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if raw.get(key):
+            raise ConfigError(f"{key} is set, which no model served here computes")
+    return ACTIVATIONS[name]
+
+
+def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
+    """Which layers slide: all of Mistral's, Qwen's upper ones if switched on, 5 of Gemma's 6."""
+    raw = values.raw
+    window = values.integer("sliding_window", 0) if raw.get("sliding_window") else 0
+    if types := raw.get("layer_types"):
+        if len(types) != layers:
+            raise ConfigError(f"layer_types has {len(types)} entries for {layers} layers")
+        return tuple(window if t == "sliding_attention" else 0 for t in types)
+    if model_type == "gemma3_text":
+        pattern = values.integer("sliding_window_pattern", 6)
+        return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
+    if model_type in ("qwen2", "qwen3"):
+        first = values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers
+        return tuple(window if layer >= first else 0 for layer in range(layers))
+    return (window,) * layers
+
+
+def _ropes(
+    values: _Values, dim: int, windows: tuple[int, ...], gemma: bool, factors: list[float] | None
+) -> tuple[Rope, ...]:
+    """One rotation per layer. Gemma's sliding layers have a base of their own, never scaled."""
+    raw = values.raw
+    parameters = raw.get("rope_parameters") or {}
+    if gemma:
+        full = parameters.get("full_attention") or raw.get("rope_scaling") or {}
+        sliding = parameters.get("sliding_attention") or {}
+        base = float(full.get("rope_theta") or raw.get("rope_theta") or 1e6)
+        local = float(sliding.get("rope_theta") or raw.get("rope_local_base_freq") or 1e4)
+        whole, near = _rope(dim, base, full, None), _rope(dim, local, {}, None)
+        return tuple(near if window else whole for window in windows)
+    scaling = parameters or raw.get("rope_scaling") or {}
+    base = float(parameters.get("rope_theta") or raw.get("rope_theta") or 1e4)
+    return (_rope(dim, base, scaling, factors),) * len(windows)
+
+
+def _rope(dim: int, base: float, scaling: dict[str, Any], factors: list[float] | None) -> Rope:
+    """Inverse frequencies, scaled as the configuration says (`linear`, `llama3`) or the file does."""
+    frequencies = [base ** (-2 * i / dim) for i in range(dim // 2)]
+    if factors is not None:
+        if len(factors) != len(frequencies):
+            raise ConfigError(f"tensor 'rope_freqs.weight' has {len(factors)} entries")
+        return Rope(tuple(f / d for f, d in zip(frequencies, factors, strict=True)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    try:
+        if kind == "linear":
+            frequencies = [f / float(scaling["factor"]) for f in frequencies]
+        elif kind == "llama3":
+            frequencies = [_llama3(f, scaling) for f in frequencies]
+        elif kind not in ("default", "none"):
+            raise ConfigError(f"rope_scaling is of type {kind!r}; linear and llama3 work")
+    except KeyError as error:
+        raise ConfigError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
+    return Rope(tuple(frequencies))
+
+
+def _llama3(frequency: float, scaling: dict[str, Any]) -> float:
+    """Llama 3.1's rule: long wavelengths are divided by the factor, short kept, a ramp between."""
+    factor, original = float(scaling["factor"]), scaling["original_max_position_embeddings"]
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    wavelength = 2 * math.pi / frequency
+    if wavelength < original / high:
+        return frequency
+    if wavelength > original / low:
+        return frequency / factor
+    smooth = (original / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+class _Values:
+    """Typed access to configuration keys; every complaint names the key."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self.raw = raw
+
+    def text(self, key: str) -> str:
+        value = self.raw.get(key)
+        if not isinstance(value, str):
+            raise ConfigError(f"the model's configuration lacks {key!r}")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"the model's configuration has {key} = {value!r}, not a count")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key, default)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ConfigError(f"the model's configuration has {key} = {value!r}, not above zero")
+        return float(value)

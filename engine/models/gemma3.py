@@ -1,0 +1,68 @@
+"""Gemma 3 (arXiv 2503.19786): norms before and after each block, five sliding layers in six."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.models.config import ModelConfig
+from engine.models.layers import (
+    Attention,
+    GatedFeedForward,
+    WeightLoader,
+    load_attention,
+    load_feed_forward,
+    load_head,
+)
+from kernels.ops import Ops, T, Weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer with norms on both sides of each block."""
+
+    before_attention: Weight
+    attention: Attention
+    after_attention: Weight
+    before_feed_forward: Weight
+    feed_forward: GatedFeedForward
+    after_feed_forward: Weight
+
+
+class Gemma3:
+    """The text model of Gemma 3; embeddings are scaled by sqrt(hidden)."""
+
+    def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
+        self.config = config
+        hidden = config.hidden
+        self.embedding = load.matrix("model.embed_tokens.weight", config.vocab_size, hidden)
+        self.layers = [
+            Layer(
+                load.vector(f"model.layers.{n}.input_layernorm.weight", hidden),
+                load_attention(load, config, n),
+                load.vector(f"model.layers.{n}.post_attention_layernorm.weight", hidden),
+                load.vector(f"model.layers.{n}.pre_feedforward_layernorm.weight", hidden),
+                load_feed_forward(load, config, n),
+                load.vector(f"model.layers.{n}.post_feedforward_layernorm.weight", hidden),
+            )
+            for n in range(config.layers)
+        ]
+        self.norm = load.vector("model.norm.weight", hidden)
+        self.head = load_head(load, config, self.embedding)
+        load.finish(tied=config.tied_embeddings)
+
+    def forward(self, ops: Ops[T]) -> T:
+        """Logits of the step's sampled rows, `[samples, vocab]`."""
+        config, eps = self.config, self.config.norm_eps
+        residual = ops.embed(self.embedding, config.embedding_scale)
+        x = ops.rms_norm(residual, self.layers[0].before_attention, eps)
+        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
+            x = layer.attention.forward(ops, x, config)
+            x = ops.rms_norm(x, layer.after_attention, eps)
+            x, residual = ops.add_rms_norm(x, residual, layer.before_feed_forward, eps)
+            x = layer.feed_forward.forward(ops, x, config)
+            x = ops.rms_norm(x, layer.after_feed_forward, eps)
+            if following is not None:
+                x, residual = ops.add_rms_norm(x, residual, following.before_attention, eps)
+        x, residual = ops.select_rows(x), ops.select_rows(residual)
+        x, _ = ops.add_rms_norm(x, residual, self.norm, eps)
+        return ops.linear(x, self.head)

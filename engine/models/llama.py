@@ -1,0 +1,66 @@
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3.
+
+They are one model with switches: rope scaling, sliding windows, projection biases (taken when the
+file has them) and query/key norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.models.config import ModelConfig
+from engine.models.layers import (
+    Attention,
+    GatedFeedForward,
+    WeightLoader,
+    load_attention,
+    load_feed_forward,
+    load_head,
+)
+from kernels.ops import Ops, T, Weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One pre-norm transformer layer."""
+
+    attention_norm: Weight
+    attention: Attention
+    feed_forward_norm: Weight
+    feed_forward: GatedFeedForward
+
+
+class Llama:
+    """A decoder-only transformer with pre-normalization (arXiv 2307.09288)."""
+
+    def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
+        self.config = config
+        hidden = config.hidden
+        self.embedding = load.matrix("model.embed_tokens.weight", config.vocab_size, hidden)
+        self.layers = [
+            Layer(
+                load.vector(f"model.layers.{n}.input_layernorm.weight", hidden),
+                load_attention(load, config, n),
+                load.vector(f"model.layers.{n}.post_attention_layernorm.weight", hidden),
+                load_feed_forward(load, config, n),
+            )
+            for n in range(config.layers)
+        ]
+        self.norm = load.vector("model.norm.weight", hidden)
+        self.head = load_head(load, config, self.embedding)
+        load.finish(tied=config.tied_embeddings)
+
+    def forward(self, ops: Ops[T]) -> T:
+        """Logits of the step's sampled rows, `[samples, vocab]`."""
+        config, eps = self.config, self.config.norm_eps
+        residual = ops.embed(self.embedding, config.embedding_scale)
+        x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
+        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
+            x = layer.attention.forward(ops, x, config)
+            x, residual = ops.add_rms_norm(x, residual, layer.feed_forward_norm, eps)
+            x = layer.feed_forward.forward(ops, x, config)
+            if following is not None:
+                x, residual = ops.add_rms_norm(x, residual, following.attention_norm, eps)
+        x, residual = ops.select_rows(x), ops.select_rows(residual)
+        x, _ = ops.add_rms_norm(x, residual, self.norm, eps)
+        return ops.linear(x, self.head)

@@ -1,0 +1,66 @@
+"""TokenStream: the mailbox between the engine's loop and one reader."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import anyio
+
+from engine.types import Delta
+
+
+class TokenStream:
+    """Deltas of one request's choices, coalesced until they are read.
+
+    The engine's `push` never blocks: it merges into the pending delta of its choice, so a reader
+    however slow costs at most one request's output. Ends when every choice has finished, or with
+    the error given to `fail`.
+    """
+
+    def __init__(self, request_id: str, choices: int) -> None:
+        self.request_id = request_id
+        self._open = choices
+        self._pending: dict[int, Delta] = {}
+        self._error: Exception | None = None
+        self._ready = anyio.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will be pushed."""
+        return self._open == 0 or self._error is not None
+
+    def push(self, delta: Delta) -> None:
+        """Add what happened to one choice."""
+        pending = self._pending.get(delta.index)
+        if pending is None:
+            self._pending[delta.index] = delta
+        else:
+            pending.merge(delta)
+        if delta.finish_reason is not None:
+            self._open -= 1
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error, after what is pending."""
+        self._error = error
+        self._ready.set()
+
+    async def receive(self) -> list[Delta]:
+        """Everything since the last call, at most one delta per choice; empty at the end.
+
+        Raises the stream's error once pending deltas have been read.
+        """
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self._open == 0:
+                return []
+            await self._ready.wait()
+            self._ready = anyio.Event()
+        pending, self._pending = self._pending, {}
+        return list(pending.values())
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while deltas := await self.receive():
+            for delta in deltas:
+                yield delta

@@ -1,0 +1,76 @@
+"""Token ids to text while they stream: whole characters only, stop strings held back."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from engine.text.tokenizer import Tokenizer
+
+
+class StopMatcher:
+    """Finds the first stop string in a growing text, releasing only what cannot become one."""
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Returns the text that is safe to show, and the stop string if one is complete."""
+        if not self._stops:
+            return text, None
+        self._held += text
+        found = [(at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda f: (f[0], -len(f[1])))
+            shown = self._held[: at + len(stop) if self._include else at]
+            self._held = ""
+            return shown, stop
+        keep = self._undecided()
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown, None
+
+    def flush(self) -> str:
+        """What was held back, when the text ends without a stop."""
+        held, self._held = self._held, ""
+        return held
+
+    def _undecided(self) -> int:
+        """Length of the longest suffix that begins some stop string."""
+        longest = min(max(len(s) for s in self._stops) - 1, len(self._held))
+        for length in range(longest, 0, -1):
+            if any(s.startswith(self._held[-length:]) for s in self._stops):
+                return length
+        return 0
+
+
+class Detokenizer:
+    """One choice's text, incrementally. The joined pieces equal the whole decoded at once."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._matcher = StopMatcher(stops, include=include_stop)
+
+    def push(self, token_id: int, *, match: bool = True) -> tuple[str, str | None]:
+        """The text that `token_id` decides, and the stop string if it completes one.
+
+        With `match` off (fewer than min_tokens so far) stop strings are let through.
+        """
+        if token_id in self._hidden:
+            return "", None
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._matcher.push(text) if match else (text, None)
+
+    def flush(self) -> str:
+        """What was held back when the sequence ends: half a stop string, half a character."""
+        return self._matcher.flush() + self._decoder.decode(b"", final=True)

@@ -1,0 +1,138 @@
+"""Rebuilds a tokenizer from a GGUF file's metadata.
+
+Byte-level BPE files ("gpt2") carry vocabulary and merges, and name their pre-tokenizer.
+SentencePiece files ("llama") carry scores instead of merges: a merge's priority is the score of the
+piece it makes (Kudo and Richardson, arXiv 1808.06226).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from engine.errors import ConfigError
+from engine.text.tokenizer import END_TOKENS, Tokenizer
+
+CONTROL, USER_DEFINED = 3, 4
+# Word-splitting patterns that the model families publish in their tokenizer.json.
+CASELESS_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "llama-bpe": CASELESS_CONTRACTIONS + r"\p{N}{1,3}" + TAIL,
+    "qwen2": CASELESS_CONTRACTIONS + r"\p{N}" + TAIL,
+}
+
+
+def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
+    """Build the tokenizer; ConfigError names the key that is missing or not supported."""
+    kind = _need(metadata, "tokenizer.ggml.model", file)
+    tokens: list[str] = _need(metadata, "tokenizer.ggml.tokens", file)
+    types: list[int] = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if kind == "gpt2":
+        backend = _byte_level(metadata, tokens, file)
+    elif kind == "llama":
+        backend = _sentencepiece(metadata, tokens, file)
+    else:
+        raise ConfigError(f"{file}: key 'tokenizer.ggml.model' is {kind!r}; gpt2 and llama work")
+    for token_type, special in ((CONTROL, True), (USER_DEFINED, False)):
+        chosen = [t for t, kind in zip(tokens, types, strict=True) if kind == token_type and t]
+        added = [AddedToken(t, special=special, normalized=False) for t in chosen]
+        (backend.add_special_tokens if special else backend.add_tokens)(added)
+    bos, eos = (_id(metadata, name, tokens, file) for name in ("bos", "eos"))
+    # Files that lack the key follow their kind: SentencePiece models start with BOS.
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
+    ends = {i for i, t in enumerate(tokens) if types[i] == CONTROL and t in END_TOKENS}
+    ends |= {i for n in ("eos", "eot") if (i := _id(metadata, n, tokens, file)) is not None}
+    return Tokenizer(
+        backend,
+        bos_token=tokens[bos] if bos is not None else None,
+        eos_token=tokens[eos] if eos is not None else None,
+        eos_token_ids=ends,
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
+    pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    merges = [tuple(m.split(" ", 1)) for m in _need(metadata, "tokenizer.ggml.merges", file)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        # Llama 3 takes a word that is a token whole, whatever its merges would give.
+        model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
+    except Exception as error:  # noqa: BLE001  (the package raises bare Exception)
+        raise ConfigError(f"{file}: key 'tokenizer.ggml.merges': {error}") from error
+    backend = Backend(model)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in PATTERNS)
+    if pre == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    elif pre in PATTERNS:
+        split = pre_tokenizers.Split(Regex(PATTERNS[pre]), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    elif pre == "gpt-2":
+        backend.pre_tokenizer = byte_level
+    else:
+        known = ", ".join(["smollm", "gpt-2", *PATTERNS])
+        raise ConfigError(f"{file}: key 'tokenizer.ggml.pre' is {pre!r}; these work: {known}")
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
+    scores: list[float] = _need(metadata, "tokenizer.ggml.scores", file)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = _id(metadata, "unknown", tokens, file)
+    model = models.BPE(
+        vocab,
+        _merges(vocab, scores),
+        unk_token=tokens[unknown] if unknown is not None else None,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = Backend(model)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    )
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
+    return backend
+
+
+def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best piece first."""
+    merges: list[tuple[float, int, int, str, str]] = []
+    for piece, number in vocab.items():
+        for cut in range(1, len(piece)):
+            left = vocab.get(piece[:cut])
+            if left is None:
+                continue
+            right = vocab.get(piece[cut:])
+            if right is not None:
+                merges.append((-scores[number], left, right, piece[:cut], piece[cut:]))
+    merges.sort()
+    return [(left, right) for *_, left, right in merges]
+
+
+def _need(metadata: dict[str, Any], key: str, file: str) -> Any:
+    if key not in metadata:
+        raise ConfigError(f"{file} has no key {key!r}")
+    return metadata[key]
+
+
+def _id(metadata: dict[str, Any], name: str, tokens: list[str], file: str) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or not 0 <= value < len(tokens):
+        raise ConfigError(f"{file}: key {key!r} is {value!r}, beyond the vocabulary")
+    return value

@@ -1,0 +1,141 @@
+"""Text to token ids and back, around the `tokenizers` package."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from engine.errors import ConfigError
+from engine.text.chat import ChatTemplate
+
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# What models call their end-of-turn token, for files that name only one end-of-sequence token.
+END_TOKENS = frozenset(
+    ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>", "<eos>")
+)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for every byte: printable ones as they are, others from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    alphabet = {chr(b): b for b in printable}
+    alphabet.update({chr(0x100 + i): b for i, b in enumerate(others)})
+    return alphabet
+
+
+class Tokenizer:
+    """Encodes prompts; gives each token's bytes, so that streams can be decoded exactly."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        eos_token_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        self._backend = backend
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added = {i: token.content.encode() for i, token in added.items()}
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.chat_template = (
+            ChatTemplate(chat_template, bos_token=bos_token or "", eos_token=eos_token or "")
+            if chat_template
+            else None
+        )
+        decoder = _decoder_state(backend)
+        self._alphabet = byte_alphabet() if '"ByteLevel"' in decoder else None
+        self._bytes: dict[int, bytes] = {}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the model's own prefix (BOS) if `add_special_tokens`."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; a character may span several tokens."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._to_bytes(token_id)
+        return known
+
+    def _to_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id]
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""  # models pad their vocabulary beyond the tokenizer's
+        if self._alphabet is not None and all(c in self._alphabet for c in piece):
+            return bytes(self._alphabet[c] for c in piece)
+        byte = BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+def _decoder_state(backend: Backend) -> str:
+    """The decoder's JSON, which tells byte-level vocabularies from SentencePiece ones."""
+    decoder = backend.decoder
+    return decoder.__getstate__().decode() if decoder is not None else ""
+
+
+def load_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a folder in Hugging Face layout; `config` is its config.json."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise ConfigError(f"{folder} has no tokenizer.json")
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # noqa: BLE001  (the package raises bare Exception)
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    settings = _optional_json(folder / "tokenizer_config.json")
+    generation = _optional_json(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos_ids = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    eos_token = _token_text(settings.get("eos_token"))
+    if eos_token is not None and (found := backend.token_to_id(eos_token)) is not None:
+        eos_ids.add(found)
+    template_file = folder / "chat_template.jinja"
+    if template_file.exists():
+        template: Any = template_file.read_text(encoding="utf-8")
+    else:
+        template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return Tokenizer(
+        backend,
+        bos_token=_token_text(settings.get("bos_token")),
+        eos_token=eos_token,
+        eos_token_ids=eos_ids,
+        chat_template=template,
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _token_text(value: Any) -> str | None:
+    """Token settings are a string, or an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

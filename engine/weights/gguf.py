@@ -1,0 +1,191 @@
+"""GGUF checkpoints: tensors under Hugging Face names, configuration in Hugging Face keys."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from engine.errors import ConfigError
+from engine.weights.gguf_header import TensorEntry, read_header
+
+FLOATS = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# GGUF key under the architecture's prefix -> Hugging Face configuration key.
+CONFIG_KEYS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "context_length": "max_position_embeddings",
+    "rope.freq_base": "rope_theta",
+}
+MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFTensor:
+    """A tensor in the mapped file. `row_order` lists which stored row each logical row is."""
+
+    name: str
+    shape: tuple[int, ...]
+    entry: TensorEntry
+    raw: npt.NDArray[np.uint8]
+    row_order: npt.NDArray[np.int64] | None = None
+
+    @property
+    def format(self) -> str:
+        return self.entry.type.name
+
+    def dense(self) -> torch.Tensor:
+        if self.entry.type in FLOATS:
+            data = torch.from_numpy(self._rows()).view(FLOATS[self.entry.type])
+            return data.reshape(self.shape)
+        try:
+            return torch.from_numpy(dequantize(self._rows(), self.entry.type)).reshape(self.shape)
+        except NotImplementedError:
+            raise ConfigError(
+                f"tensor {self.entry.name!r} is stored as {self.format}, which cannot be read"
+            ) from None
+
+    def packed(self) -> torch.Tensor:
+        if self.entry.type in FLOATS:
+            raise ValueError(f"{self.name} is stored as {self.format}, not in blocks")
+        return torch.from_numpy(self._rows())
+
+    def _rows(self) -> npt.NDArray[np.uint8]:
+        """The stored bytes, `[rows, bytes per row]`, rows in logical order, writable."""
+        rows = self.raw.reshape(self.shape[0] if len(self.shape) > 1 else 1, -1)
+        if self.row_order is None:
+            return rows.copy()
+        if len(self.shape) == 1:
+            return rows.reshape(self.shape[0], -1)[self.row_order].reshape(1, -1)
+        return rows[self.row_order]
+
+
+class GGUFCheckpoint:
+    """A GGUF file, memory-mapped; nothing is read before it is asked for."""
+
+    norms_include_one = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        header = read_header(memoryview(self._map), path.name)
+        self.metadata = header.metadata
+        if self.metadata.get("split.count", 1) > 1:
+            raise ConfigError(f"{path.name} is one part of a split model; merge the parts first")
+        self.config = self._config(header.tensors)
+        self._tensors = {self._rename(name): entry for name, entry in header.tensors.items()}
+        self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def tensor(self, name: str) -> GGUFTensor:
+        entry = self._tensors.get(name)
+        if entry is None:
+            raise ConfigError(f"{self.path.name} has no tensor {name!r}")
+        return self._open(name, entry)
+
+    def rope_factors(self) -> list[float] | None:
+        if self._rope_factors is None:
+            return None
+        return [float(x) for x in self._open("rope_freqs.weight", self._rope_factors).dense()]
+
+    def _open(self, name: str, entry: TensorEntry) -> GGUFTensor:
+        raw = np.frombuffer(self._map, np.uint8, entry.size, entry.start)
+        return GGUFTensor(name, entry.shape, entry, raw, self._row_order(name))
+
+    def _row_order(self, name: str) -> npt.NDArray[np.int64] | None:
+        """Llama files store query and key rows for interleaved rotation; undo it (rows only)."""
+        if self.metadata["general.architecture"] != "llama":
+            return None
+        if ".q_proj." in name:
+            heads = self.config["num_attention_heads"]
+        elif ".k_proj." in name:
+            heads = self.config["num_key_value_heads"]
+        else:
+            return None
+        rows = np.arange(self._tensors[name].shape[0])
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def _rename(self, name: str) -> str:
+        base, _, kind = name.rpartition(".")
+        if base in TOP_NAMES:
+            return f"{TOP_NAMES[base]}.{kind}"
+        if base.startswith("blk."):
+            _, layer, part = base.split(".", 2)
+            names = LAYER_NAMES
+            if self.config["model_type"] == "gemma3_text":
+                names = LAYER_NAMES | GEMMA_NAMES
+            if part in names:
+                return f"model.layers.{layer}.{names[part]}.{kind}"
+        return name
+
+    def _config(self, tensors: dict[str, TensorEntry]) -> dict[str, Any]:
+        architecture = self.metadata.get("general.architecture")
+        if architecture not in MODEL_TYPES:
+            known = ", ".join(MODEL_TYPES)
+            raise ConfigError(
+                f"{self.path.name}: key 'general.architecture' is {architecture!r}; "
+                f"these can be served: {known}"
+            )
+        config: dict[str, Any] = {"model_type": MODEL_TYPES[architecture]}
+        for key, name in CONFIG_KEYS.items():
+            if f"{architecture}.{key}" in self.metadata:
+                config[name] = self.metadata[f"{architecture}.{key}"]
+        if "token_embd.weight" not in tensors:
+            raise ConfigError(f"{self.path.name} has no tensor 'token_embd.weight'")
+        config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+        config["tie_word_embeddings"] = "output.weight" not in tensors
+        scaling = self.metadata.get(f"{architecture}.rope.scaling.type", "none")
+        if scaling != "none":
+            config["rope_scaling"] = {
+                "rope_type": scaling,
+                "factor": self.metadata.get(f"{architecture}.rope.scaling.factor", 1.0),
+            }
+        for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
+            config[name] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return config

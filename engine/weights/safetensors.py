@@ -1,0 +1,111 @@
+"""Checkpoints in Hugging Face layout: `config.json` and one or many `*.safetensors` files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import ConfigError
+
+INDEX = "model.safetensors.index.json"
+FORMATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, eq=False)
+class SafeTensor:
+    """A tensor in a memory-mapped file."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    file: Any
+
+    def dense(self) -> torch.Tensor:
+        tensor: torch.Tensor = self.file.get_tensor(self.name)
+        return tensor
+
+    def packed(self) -> torch.Tensor:
+        raise ValueError(f"{self.name} is stored as {self.format}, not in blocks")
+
+
+class SafetensorsCheckpoint:
+    """A folder; every shard is opened (mapped, not read) at once, so that a bad one shows early."""
+
+    norms_include_one = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / "config.json")
+        if "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method", "an unknown method")
+            raise ConfigError(f"{path} is quantized with {method}, which cannot be loaded yet")
+        self._files: dict[str, Any] = {}
+        for shard in self._shards():
+            file = _open(shard)
+            self._files.update(dict.fromkeys(file.keys(), file))
+        self._check_index()
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def tensor(self, name: str) -> SafeTensor:
+        file = self._files.get(name)
+        if file is None:
+            raise ConfigError(f"{self.path} has no tensor {name!r}")
+        part = file.get_slice(name)
+        if part.get_dtype() not in FORMATS:
+            raise ConfigError(
+                f"tensor {name!r} is stored as {part.get_dtype()}; "
+                f"{', '.join(FORMATS)} can be loaded"
+            )
+        return SafeTensor(name, tuple(part.get_shape()), part.get_dtype(), file)
+
+    def rope_factors(self) -> list[float] | None:
+        return None
+
+    def _shards(self) -> list[Path]:
+        shards = sorted(self.path.glob("*.safetensors"))
+        if shards:
+            return shards
+        if any(self.path.glob("*.bin")):
+            raise ConfigError(
+                f"{self.path} holds only pickled weights (*.bin), which are never loaded because "
+                "unpickling runs code; convert them to safetensors"
+            )
+        raise ConfigError(f"{self.path} holds no *.safetensors file")
+
+    def _check_index(self) -> None:
+        index = self.path / INDEX
+        if not index.exists():
+            return
+        for name, file in read_json(index).get("weight_map", {}).items():
+            if name not in self._files:
+                raise ConfigError(
+                    f"{index} says that tensor {name!r} lies in {file}, but it does not; "
+                    "a shard is missing or damaged"
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ConfigError says what is wrong with it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _open(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{shard} is corrupt or truncated: {error}") from error

@@ -1,0 +1,149 @@
+"""Every op in plain torch, written to be read: the oracle that other backends are tested against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.batch import Batch
+from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
+
+
+@dataclass(frozen=True, eq=False)
+class TorchWeight(Weight):
+    """A weight as a torch tensor `[out, in]` or `[n]`, with an optional bias `[out]`."""
+
+    tensor: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """One layer's keys and values, `[pages * page_size, kv heads, head_dim]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def tensor_of(weight: Weight) -> TorchWeight:
+    """The torch form of a weight that a torch backend placed."""
+    assert isinstance(weight, TorchWeight)
+    return weight
+
+
+class ReferenceOps:
+    """An `Ops[torch.Tensor]`: activations in fp32, weights and cache in whatever they are stored."""
+
+    def __init__(self, caches: list[LayerCache], page_size: int) -> None:
+        self.caches = caches
+        self.page_size = page_size
+        self.batch: Batch
+        self._inverse_frequencies: dict[Rope, torch.Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """Take the step's inputs; everything that does not depend on the layer is done here."""
+        self.batch = batch
+        self.token_ids = torch.from_numpy(batch.token_ids)
+        self.positions = torch.from_numpy(batch.positions)
+        self.kv_slots = torch.from_numpy(batch.kv_slots)
+        self.sample_rows = torch.from_numpy(batch.sample_rows)
+        self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def embed(self, table: Weight, scale: float) -> torch.Tensor:
+        rows = tensor_of(table).tensor[self.token_ids].float()
+        return rows if scale == 1.0 else rows * scale
+
+    def rms_norm(self, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), tensor_of(weight).tensor, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: Weight, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        placed = tensor_of(weight)
+        y = torch.nn.functional.linear(x.to(placed.tensor.dtype), placed.tensor, placed.bias)
+        return y.float()
+
+    def rope_write_kv(
+        self, qkv: torch.Tensor, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
+    ) -> torch.Tensor:
+        rows = qkv.shape[0]
+        split = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim]
+        q, k, v = qkv.split(split, dim=-1)
+        q = q.view(rows, heads.query, heads.dim)
+        k = k.view(rows, heads.kv, heads.dim)
+        if norms is not None:
+            q = self.rms_norm(q, norms.query, norms.eps)
+            k = self.rms_norm(k, norms.key, norms.eps)
+        cos, sin = self._rotation(rope)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        cache = self.caches[layer]
+        cache.keys.index_copy_(0, self.kv_slots, k.to(cache.keys.dtype))
+        cache.values.index_copy_(
+            0, self.kv_slots, v.reshape(rows, heads.kv, heads.dim).to(cache.values.dtype)
+        )
+        return q.reshape(rows, -1)
+
+    def attention(
+        self, q: torch.Tensor, layer: int, heads: Heads, scale: float, window: int
+    ) -> torch.Tensor:
+        q = q.view(-1, heads.query, heads.dim)
+        out = torch.empty_like(q)
+        cache = self.caches[layer]
+        for chunk in range(len(self.batch.context_lengths)):
+            first, last = (int(x) for x in self.batch.query_starts[chunk : chunk + 2])
+            slots = self.context_slots(chunk)
+            group = heads.query // heads.kv
+            keys = cache.keys[slots].float().repeat_interleave(group, dim=1)
+            values = cache.values[slots].float().repeat_interleave(group, dim=1)
+            scores = torch.einsum("qhd,khd->hqk", q[first:last], keys) * scale
+            visible = causal_mask(self.positions[first:last], len(slots), window)
+            scores = scores.masked_fill(~visible, float("-inf"))
+            out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        return out.reshape(out.shape[0], -1)
+
+    def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        if activation == "silu":
+            return torch.nn.functional.silu(gate) * up
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+    def select_rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.sample_rows]
+
+    def context_slots(self, chunk: int) -> torch.Tensor:
+        """Flat cache slots of a chunk's whole context, int64 `[context]`, in position order."""
+        length = int(self.batch.context_lengths[chunk])
+        pages = -(-length // self.page_size)
+        row = self.batch.page_table[self.batch.table_rows[chunk], :pages]
+        base = torch.from_numpy(row).long() * self.page_size
+        return (base[:, None] + torch.arange(self.page_size)).flatten()[:length]
+
+    def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of this step's positions, fp32 `[tokens, 1, head_dim / 2]`."""
+        if rope not in self._rotations:
+            if rope not in self._inverse_frequencies:
+                frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
+                self._inverse_frequencies[rope] = frequencies
+            angles = self.positions.float()[:, None] * self._inverse_frequencies[rope]
+            self._rotations[rope] = (angles.cos()[:, None], angles.sin()[:, None])
+        return self._rotations[rope]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of each head: `x` is `[rows, heads, dim]`, cos and sin `[rows, 1, dim/2]`."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def causal_mask(positions: torch.Tensor, context: int, window: int) -> torch.Tensor:
+    """Which of `context` keys each query sees: bool `[queries, context]`."""
+    keys = torch.arange(context)
+    visible = keys[None, :] <= positions[:, None]
+    if window > 0:
+        visible &= keys[None, :] > positions[:, None] - window
+    return visible

@@ -1,0 +1,89 @@
+"""A backend on torch tensors: weights made dense, a tape replayed op by op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kernels.backend import TORCH_DTYPES, CacheLayout, DType, HostTensor
+from kernels.batch import Batch, Samples, Sampling
+from kernels.ops import Tape, Weight
+from kernels.reference import LayerCache, ReferenceOps, TorchWeight
+from kernels.sampling import sample
+
+
+class TorchBackend:
+    """Runs tapes with the given ops class; matrices are stored in `dtype`, vectors in fp32."""
+
+    def __init__(self, name: str, ops_class: type[ReferenceOps], dtype: DType) -> None:
+        self.name = name
+        self._ops_class = ops_class
+        self._dtype = TORCH_DTYPES[dtype]
+        self._bytes = 0
+        self._caches: list[LayerCache] = []
+        self._page_size = 0
+
+    def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
+        tensor = self._stack(parts)
+        added = self._stack(bias).to(tensor.dtype) if bias else None
+        self._bytes += tensor.nbytes + (added.nbytes if added is not None else 0)
+        name = "+".join(p.name for p in parts)
+        return TorchWeight(name, tuple(tensor.shape), tensor, added)
+
+    def loaded_bytes(self) -> int:
+        return self._bytes
+
+    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
+        shape = (pages * layout.page_size, layout.heads.kv, layout.heads.dim)
+        dtype = TORCH_DTYPES[layout.dtype]
+        self._page_size = layout.page_size
+        self._caches = [
+            LayerCache(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype))
+            for _ in range(layout.layers)
+        ]
+
+    def compile(self, tape: Tape) -> TorchProgram:
+        return TorchProgram(tape, self._ops_class(self._caches, self._page_size))
+
+    def close(self) -> None:
+        self._caches = []
+
+    def _stack(self, parts: Sequence[HostTensor]) -> torch.Tensor:
+        dense = [part.dense() for part in parts]
+        dtype = self._dtype if dense[0].dim() > 1 else torch.float32
+        if len(dense) == 1:
+            return dense[0].to(dtype).contiguous()
+        return torch.cat([d.to(dtype) for d in dense])
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose memory the system hands out page by page as it is first written.
+
+    Zeros, since padded attention reads slot 0 and 0 * NaN would spread.
+    """
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+class TorchProgram:
+    """A tape and the ops that replay it."""
+
+    def __init__(self, tape: Tape, ops: ReferenceOps) -> None:
+        self._tape = tape
+        self._ops = ops
+        self._logits = torch.empty(0)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> None:
+        self._ops.begin(batch)
+        self._logits = self._tape.replay(self._ops)
+
+    @torch.inference_mode()
+    def sample(self, sampling: Sampling) -> Samples:
+        return sample(self._logits, sampling)
+
+    def logits(self) -> torch.Tensor:
+        return self._logits
