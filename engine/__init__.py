@@ -17,9 +17,9 @@ if Path(kernels.__file__ or "").resolve().parents[1] != Path(__file__).resolve()
         "package has that name: uninstall it, or use a virtual environment of its own"
     )
 
-from engine.config import Config, load_config  # noqa: E402
-from engine.engine import AsyncEngine  # noqa: E402
-from engine.errors import (  # noqa: E402
+from engine.config import Config, load_config
+from engine.engine import AsyncEngine
+from engine.errors import (
     ConfigError,
     DeadlineExceeded,
     EngineFailed,
@@ -27,8 +27,8 @@ from engine.errors import (  # noqa: E402
     Overloaded,
     RyzansteinError,
 )
-from engine.streams import TokenStream  # noqa: E402
-from engine.types import (  # noqa: E402
+from engine.streams import TokenStream
+from engine.types import (
     Decision,
     Delta,
     RequestStats,
@@ -42,8 +42,8 @@ __all__ = [
     "AsyncEngine",
     "Config",
     "ConfigError",
-    "Decision",
     "DeadlineExceeded",
+    "Decision",
     "Delta",
     "EngineFailed",
     "InvalidRequest",

@@ -16,11 +16,7 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 
 
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the file; unknown fields are refused."""
-
-
-class ModelConfigSection(Section):
+class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model, and how its numbers are stored while serving."""
 
     name: str = "smollm2-135m"
@@ -30,7 +26,7 @@ class ModelConfigSection(Section):
     max_context: NonNegative = 0
 
 
-class CacheSection(Section):
+class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The paged KV cache. `tokens` 0 sizes it from `memory_fraction` of the free memory."""
 
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
@@ -40,7 +36,7 @@ class CacheSection(Section):
     prefix_caching: bool = True
 
 
-class SchedulerSection(Section):
+class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much runs at once. A step holds at most `max_batch_tokens` rows."""
 
     max_batch_tokens: Positive = 512
@@ -49,7 +45,7 @@ class SchedulerSection(Section):
     max_waiting_tokens: Positive = 2_000_000
 
 
-class ExecutionSection(Section):
+class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The device. `threads` 0 uses every core."""
 
     backend: str = "auto"
@@ -57,7 +53,7 @@ class ExecutionSection(Section):
     stall_seconds: Annotated[float, Meta(gt=0)] = 30.0
 
 
-class ServerSection(Section):
+class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The network side. Empty `api_keys` serve everybody who can reach the port."""
 
     host: str = "127.0.0.1"
@@ -69,10 +65,10 @@ class ServerSection(Section):
     drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
 
 
-class Config(Section):
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set."""
 
-    model: ModelConfigSection = ModelConfigSection()
+    model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
     scheduler: SchedulerSection = SchedulerSection()
     execution: ExecutionSection = ExecutionSection()

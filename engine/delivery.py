@@ -23,6 +23,7 @@ class Active:
     sequences: list[ScheduledSequence]
     detokenizers: list[Detokenizer]
     open: int
+    offset: int
     scored: list[int] = field(default_factory=list)
     first_token: float | None = None
 
@@ -30,8 +31,14 @@ class Active:
 class Delivery:
     """Owns the streams of all active requests; runs on the event loop, never blocks."""
 
-    def __init__(self, tokenizer: Tokenizer, scheduler: Scheduler, clock: Clock) -> None:
-        self.listeners: list[Listener] = []
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        clock: Clock,
+        listeners: Sequence[Listener],
+    ) -> None:
+        self._listeners = listeners
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._clock = clock
@@ -63,7 +70,13 @@ class Delivery:
         ]
         scored = [0] * len(sequences)
         self._active[request.id] = Active(
-            request, stream, sequences, detokenizers, len(sequences), scored
+            request,
+            stream,
+            sequences,
+            detokenizers,
+            open=len(sequences),
+            offset=stream.join(request.id, len(sequences)),
+            scored=scored,
         )
 
     def deliver(self, moved: Sequence[tuple[ScheduledSequence, bool]]) -> None:
@@ -81,7 +94,7 @@ class Delivery:
             if sequence.state is not State.FINISHED:
                 self._scheduler.finish(sequence, "abort")
                 active.open -= 1
-                delta = Delta(index=sequence.index, finish_reason="abort")
+                delta = Delta(index=active.offset + sequence.index, finish_reason="abort")
                 delta.usage = _usage(active) if active.open == 0 else None
                 active.stream.push(delta)
         self._close(active, "abort")
@@ -100,7 +113,7 @@ class Delivery:
         """One new token of one sequence."""
         sampling = active.request.sampling
         token = sequence.tokens[-1]
-        delta = Delta(index=sequence.index, token_ids=[token])
+        delta = Delta(index=active.offset + sequence.index, token_ids=[token])
         if active.first_token is None:
             active.first_token = self._clock.now()
         if sequence.generated == 1 and sequence.wants_prompt_logprobs:
@@ -145,7 +158,7 @@ class Delivery:
             preemptions=sum(s.preemptions for s in active.sequences),
             finish_reason=reason,
         )
-        for listener in self.listeners:
+        for listener in self._listeners:
             listener.on_request(stats)
 
 

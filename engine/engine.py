@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import anyio
@@ -32,9 +32,9 @@ MAX_FAILURES = 3
 class AsyncEngine:
     """Serves one model on the running event loop. Use it as an async context manager.
 
-        async with AsyncEngine.from_pretrained("smollm2-135m") as engine:
-            async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
-                print(delta.text, end="")
+    async with AsyncEngine.from_pretrained("smollm2-135m") as engine:
+        async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
+            print(delta.text, end="")
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class AsyncEngine:
 
     async def __aenter__(self) -> AsyncEngine:
         self._parts = await anyio.to_thread.run_sync(self._load_parts)
-        self._delivery = Delivery(self.parts.tokenizer, self.parts.scheduler, self.parts.clock)
+        parts = self.parts
+        self._delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
         group = await self._stack.enter_async_context(anyio.create_task_group())
         group.start_soon(self._run)
         self._stack.callback(group.cancel_scope.cancel)
@@ -103,11 +104,16 @@ class AsyncEngine:
     def add_listener(self, listener: Listener) -> None:
         """Have step and request statistics sent to `listener`."""
         self._listeners.append(listener)
-        self._delivery.listeners.append(listener)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; long texts do not hold up the event loop."""
         tokenizer = self.parts.tokenizer
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "the text holds half of a surrogate pair, which is no character", param="prompt"
+            ) from error
         if len(text) <= LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await anyio.to_thread.run_sync(
@@ -123,8 +129,11 @@ class AsyncEngine:
         priority: int = 0,
         tenant: str = "",
         namespace: bytes = b"",
+        stream: TokenStream | None = None,
     ) -> TokenStream:
         """Queue a prompt (text or token ids) and return the stream of its deltas.
+
+        Given a `stream`, the request's choices join those already there, after them.
 
         Raises InvalidRequest if it can never be served, Overloaded if there is no room now,
         EngineFailed if the engine is shutting down or broken.
@@ -132,7 +141,7 @@ class AsyncEngine:
         params = params or SamplingParams()
         params.validate(self.parts.vocab_size)
         ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_ids(ids)
+        self.check_ids(ids)
         limits = self.parts.limits
         request = Request(
             id=request_id or uuid.uuid4().hex,
@@ -148,11 +157,11 @@ class AsyncEngine:
         )
         self._check_open(request.id)
         policy.admit(request, self.parts.scheduler.waiting, limits)
-        return self._enqueue(request)
+        return self._enqueue(request, stream or TokenStream())
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options: Any
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta]:
         """Stream the continuation of a prompt; leaving the loop early aborts the request.
 
         Takes `submit`'s options and raises its errors.
@@ -162,19 +171,20 @@ class AsyncEngine:
             async for delta in stream:
                 yield delta
         finally:
-            self.abort(stream.request_id)
+            self.abort(*stream.request_ids)
 
     async def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         **options: Any,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta]:
         """Stream the assistant's answer to `messages`; like `generate` otherwise."""
         prompt = self.render_chat(messages)
         ids = await self.encode(prompt, add_special_tokens=False)
-        async for delta in self.generate(ids, params, **options):
-            yield delta
+        async with aclosing(self.generate(ids, params, **options)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt that the model's chat template makes of `messages`."""
@@ -187,10 +197,21 @@ class AsyncEngine:
             )
         return template.render(messages)
 
-    def abort(self, request_id: str) -> None:
-        """End a request if it is still there; takes effect before the next step."""
-        if request_id in self._delivery:
-            self._aborts.add(request_id)
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises InvalidRequest unless `ids` are tokens of the model, and at least one."""
+        if not ids:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= self.parts.vocab_size:
+            raise InvalidRequest(
+                f"the prompt holds a token id outside 0..{self.parts.vocab_size - 1}",
+                param="prompt",
+            )
+
+    def abort(self, *request_ids: str) -> None:
+        """End the requests that are still there; takes effect before the next step."""
+        found = [request_id for request_id in request_ids if request_id in self._delivery]
+        if found:
+            self._aborts.update(found)
             self._wake.set()
 
     @property
@@ -210,22 +231,12 @@ class AsyncEngine:
         return "draining" if self._draining else "ok"
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, let running requests finish for up to `seconds`, then abort them."""
+        """Take nothing new, let running requests finish for up to `seconds`, then end them."""
         self._draining = True
         with anyio.move_on_after(seconds):
-            while len(self._delivery):
+            while self.active_requests:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
                 await anyio.sleep(0.02)
-        for request_id in list(self._delivery.ids()):
-            self.abort(request_id)
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= self.parts.vocab_size:
-            raise InvalidRequest(
-                f"the prompt holds a token id outside 0..{self.parts.vocab_size - 1}",
-                param="prompt",
-            )
+        self._fail_all(EngineFailed("the server shut down before the answer was complete"))
 
     def _check_open(self, request_id: str) -> None:
         if self._failed is not None:
@@ -235,7 +246,7 @@ class AsyncEngine:
         if request_id in self._delivery:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
-    def _enqueue(self, request: Request) -> TokenStream:
+    def _enqueue(self, request: Request, stream: TokenStream) -> TokenStream:
         leader: ScheduledSequence | None = None
         sequences = []
         for index in range(request.sampling.n):
@@ -245,7 +256,6 @@ class AsyncEngine:
             leader = leader or sequence
             sequences.append(sequence)
             self.parts.scheduler.add(sequence)
-        stream = TokenStream(request.id, request.sampling.n)
         self._delivery.open(request, sequences, stream)
         self._wake.set()
         return stream
@@ -311,7 +321,9 @@ class AsyncEngine:
         if not self._listeners:
             return
         scheduler = self.parts.scheduler
-        decodes = sum(1 for c in plan.chunks if c.count == 1 and c.start >= c.sequence.prompt_length)
+        decodes = sum(
+            1 for c in plan.chunks if c.count == 1 and c.start >= c.sequence.prompt_length
+        )
         stats = StepStats(
             step=plan.step,
             at=self.parts.clock.now(),

@@ -1,4 +1,4 @@
-"""Typed errors. Each tells the user what to do; HTTP statuses are mapped in one place, the server."""
+"""Typed errors. Each tells the user what to do; the server maps them to HTTP statuses."""
 
 from __future__ import annotations
 

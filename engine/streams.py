@@ -10,16 +10,17 @@ from engine.types import Delta
 
 
 class TokenStream:
-    """Deltas of one request's choices, coalesced until they are read.
+    """Deltas of one or several requests' choices, coalesced until they are read.
 
     The engine's `push` never blocks: it merges into the pending delta of its choice, so a reader
-    however slow costs at most one request's output. Ends when every choice has finished, or with
+    however slow costs at most its own output. Ends when every choice has finished, or with
     the error given to `fail`.
     """
 
-    def __init__(self, request_id: str, choices: int) -> None:
-        self.request_id = request_id
-        self._open = choices
+    def __init__(self) -> None:
+        self.request_ids: list[str] = []
+        self._choices = 0
+        self._open = 0
         self._pending: dict[int, Delta] = {}
         self._error: Exception | None = None
         self._ready = anyio.Event()
@@ -28,6 +29,14 @@ class TokenStream:
     def done(self) -> bool:
         """Whether nothing more will be pushed."""
         return self._open == 0 or self._error is not None
+
+    def join(self, request_id: str, choices: int) -> int:
+        """Let a request's choices push here; returns the index of its first."""
+        first = self._choices
+        self.request_ids.append(request_id)
+        self._choices += choices
+        self._open += choices
+        return first
 
     def push(self, delta: Delta) -> None:
         """Add what happened to one choice."""

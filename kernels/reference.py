@@ -1,4 +1,4 @@
-"""Every op in plain torch, written to be read: the oracle that other backends are tested against."""
+"""Every op in plain torch, written to be read: the oracle for all other backends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensor_of(weight: Weight) -> TorchWeight:
 
 
 class ReferenceOps:
-    """An `Ops[torch.Tensor]`: activations in fp32, weights and cache in whatever they are stored."""
+    """An `Ops[torch.Tensor]`: activations in fp32, weights and cache as they are stored."""
 
     def __init__(self, caches: list[LayerCache], page_size: int) -> None:
         self.caches = caches
@@ -73,7 +73,7 @@ class ReferenceOps:
     ) -> torch.Tensor:
         rows = qkv.shape[0]
         split = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim]
-        q, k, v = qkv.split(split, dim=-1)
+        q, k, v = torch.split(qkv, split, dim=-1)
         q = q.view(rows, heads.query, heads.dim)
         k = k.view(rows, heads.kv, heads.dim)
         if norms is not None:
@@ -135,7 +135,7 @@ class ReferenceOps:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head: `x` is `[rows, heads, dim]`, cos and sin `[rows, 1, dim/2]`."""
+    """Rotate the halves of each head: `x` `[rows, heads, dim]`, cos and sin `[rows, 1, dim/2]`."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 

@@ -89,9 +89,7 @@ def _enough(values: torch.Tensor, top_p: float, min_p: float, uniform: float) ->
     return mass > (top_p if top_p < 1.0 else uniform)
 
 
-def _score(
-    logits: torch.Tensor, ids: torch.Tensor, sampling: Sampling, samples: Samples
-) -> None:
+def _score(logits: torch.Tensor, ids: torch.Tensor, sampling: Sampling, samples: Samples) -> None:
     """Fill in logprobs of the raw distribution for the rows that want them."""
     count = len(sampling.targets)
     samples.logprobs = [None] * count
@@ -108,5 +106,5 @@ def _score(
         samples.logprobs[row] = chosen[number]
         if best is not None:
             keep = int(sampling.top_logprobs[row])
-            pairs = zip(best.indices[number, :keep].tolist(), best.values[number, :keep].tolist())
-            samples.top[row] = list(pairs)
+            ids_of, values_of = best.indices[number, :keep], best.values[number, :keep]
+            samples.top[row] = list(zip(ids_of.tolist(), values_of.tolist(), strict=True))

@@ -108,7 +108,12 @@ class Runner:
             self._pages_written[slot] = count
 
     def _make_batch(
-        self, tokens: list[int], positions: list[int], slots: list[int], starts: list[int], plan: Plan
+        self,
+        tokens: list[int],
+        positions: list[int],
+        slots: list[int],
+        starts: list[int],
+        plan: Plan,
     ) -> Batch:
         size = self._shape.page_size
         place = np.array(positions, np.int64)
@@ -180,9 +185,7 @@ class Runner:
         )
 
 
-def _add_bias(
-    sequence: Sequence, row: int, bias: tuple[list[int], list[int], list[float]]
-) -> None:
+def _add_bias(sequence: Sequence, row: int, bias: tuple[list[int], list[int], list[float]]) -> None:
     """The request's logit bias, and no end of sequence before `min_tokens`."""
     sampling = sequence.request.sampling
     addends = dict(sampling.logit_bias)

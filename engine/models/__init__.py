@@ -43,8 +43,6 @@ def load_model(
     """
     model_type = checkpoint.config.get("model_type")
     if model_type not in MODELS:
-        raise ConfigError(
-            f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}"
-        )
+        raise ConfigError(f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}")
     config = read_config(checkpoint.config, checkpoint.rope_factors())
     return MODELS[model_type](config, WeightLoader(checkpoint, backend, progress))

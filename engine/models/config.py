@@ -96,7 +96,9 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
         pattern = values.integer("sliding_window_pattern", 6)
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
     if model_type in ("qwen2", "qwen3"):
-        first = values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers
+        first = (
+            values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers
+        )
         return tuple(window if layer >= first else 0 for layer in range(layers))
     return (window,) * layers
 
@@ -120,7 +122,7 @@ def _ropes(
 
 
 def _rope(dim: int, base: float, scaling: dict[str, Any], factors: list[float] | None) -> Rope:
-    """Inverse frequencies, scaled as the configuration says (`linear`, `llama3`) or the file does."""
+    """Inverse frequencies, scaled as the configuration (`linear`, `llama3`) or the file says."""
     frequencies = [base ** (-2 * i / dim) for i in range(dim // 2)]
     if factors is not None:
         if len(factors) != len(frequencies):
@@ -141,7 +143,8 @@ def _rope(dim: int, base: float, scaling: dict[str, Any], factors: list[float] |
 
 def _llama3(frequency: float, scaling: dict[str, Any]) -> float:
     """Llama 3.1's rule: long wavelengths are divided by the factor, short kept, a ramp between."""
-    factor, original = float(scaling["factor"]), scaling["original_max_position_embeddings"]
+    factor = float(scaling["factor"])
+    original = float(scaling["original_max_position_embeddings"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     wavelength = 2 * math.pi / frequency
     if wavelength < original / high:

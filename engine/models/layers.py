@@ -78,12 +78,15 @@ class WeightLoader:
         biased = [f"{name}.bias" in self._unused for name in names]
         if any(biased) and not all(biased):
             raise ConfigError(f"only some of {', '.join(names)} have a bias")
-        bias = [self._take(f"{n}.bias", (r,)) for n, r in zip(names, rows, strict=True)]  \
-            if all(biased) else []
+        bias = (
+            [self._take(f"{n}.bias", (r,)) for n, r in zip(names, rows, strict=True)]
+            if all(biased)
+            else []
+        )
         return self._backend.load(parts, bias)
 
     def finish(self, *, tied: bool) -> None:
-        """Refuse a file with tensors that the model has no place for: its results would be wrong."""
+        """Refuse a file with tensors that the model has no place for: results would be wrong."""
         left = {n for n in self._unused if not n.endswith(IGNORED_SUFFIXES)}
         if tied:
             left.discard("lm_head.weight")
@@ -98,7 +101,8 @@ class WeightLoader:
         tensor = self.checkpoint.tensor(name)
         if tensor.shape != shape:
             raise ConfigError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
+                f"tensor {name!r} has shape {list(tensor.shape)}, "
+                f"but the configuration says {list(shape)}"
             )
         self._unused.discard(name)
         self._progress(self._total - len(self._unused), self._total)

@@ -68,7 +68,7 @@ class PagePool:
         return matched
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, forgetting the longest unused cached content; None if there are too few."""
+        """`count` pages, forgetting the longest unused cached content; None if too few."""
         if count > len(self._free):
             return None
         pages = []

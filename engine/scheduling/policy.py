@@ -35,7 +35,7 @@ def check_length(prompt_tokens: int, max_tokens: int | None, limits: Limits) -> 
         raise InvalidRequest(
             f"the prompt has {prompt_tokens} tokens, but the context holds {limits.context} "
             "including at least one token of output; shorten the prompt",
-            param="messages",
+            param="prompt",
             code="context_length_exceeded",
         )
     room = limits.context - prompt_tokens

@@ -15,7 +15,6 @@ from engine.scheduling.policy import victim_key, waiting_key
 from engine.scheduling.sequence import Sequence, State
 from engine.types import Clock, Decision, TokenLogprob
 
-
 # Logits of every row are large (a vocabulary each), so scored prompts go in small chunks.
 MAX_SCORED_ROWS = 64
 

@@ -37,7 +37,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
-        """The prompt for `messages` (role and content). Raises InvalidRequest if they do not fit."""
+        """The prompt for `messages` (role and content); InvalidRequest if they do not fit."""
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens

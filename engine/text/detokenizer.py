@@ -28,7 +28,10 @@ class StopMatcher:
             self._held = ""
             return shown, stop
         keep = self._undecided()
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        shown, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return shown, None
 
     def flush(self) -> str:

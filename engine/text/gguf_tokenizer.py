@@ -64,7 +64,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backe
     try:
         # Llama 3 takes a word that is a token whole, whatever its merges would give.
         model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
-    except Exception as error:  # noqa: BLE001  (the package raises bare Exception)
+    except Exception as error:
         raise ConfigError(f"{file}: key 'tokenizer.ggml.merges': {error}") from error
     backend = Backend(model)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in PATTERNS)

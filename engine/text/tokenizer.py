@@ -16,7 +16,15 @@ from engine.text.chat import ChatTemplate
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # What models call their end-of-turn token, for files that name only one end-of-sequence token.
 END_TOKENS = frozenset(
-    ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>", "<eos>")
+    (
+        "<|endoftext|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "</s>",
+        "<eos>",
+    )
 )
 
 
@@ -98,7 +106,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
         raise ConfigError(f"{folder} has no tokenizer.json")
     try:
         backend = Backend.from_file(str(file))
-    except Exception as error:  # noqa: BLE001  (the package raises bare Exception)
+    except Exception as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")

@@ -20,7 +20,19 @@ MAGIC = b"GGUF"
 MAX_DIMENSIONS = 4
 STRING, ARRAY, BOOL = 8, 9, 7
 # Metadata value type -> struct format of the scalar types.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "B",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 
 
 @dataclass(frozen=True)

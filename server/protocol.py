@@ -1,0 +1,206 @@
+"""OpenAI's request bodies as typed structs, decoded strictly.
+
+A wrong type is a 400 that names the field. Fields that OpenAI has but this server cannot honour are
+refused by name, never ignored; fields nobody knows are accepted with a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from engine.errors import InvalidRequest
+from server.errors import HTTPError
+
+R = TypeVar("R", bound="GenerationRequest | TokenizeRequest | DetokenizeRequest")
+
+PATH = re.compile(r" - at `(?:key in )?\$(.*)`$")
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """What a stream carries besides deltas."""
+
+    include_usage: bool = False
+
+
+class ContentPart(msgspec.Struct, frozen=True):
+    """One part of a message's content; only text can be served."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+
+    def as_template_input(self, number: int) -> dict[str, str]:
+        """Role and text, as chat templates want them."""
+        if self.tool_calls:
+            raise InvalidRequest(
+                "tool calls are not supported yet", param=f"messages.[{number}].tool_calls"
+            )
+        if self.role in ("tool", "function"):
+            raise InvalidRequest(
+                f"messages of role {self.role!r} are not supported yet",
+                param=f"messages.[{number}].role",
+            )
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self._text(number)}
+
+    def _text(self, number: int) -> str:
+        where = f"messages.[{number}].content"
+        if self.content is None:
+            raise InvalidRequest("the message has no content", param=where)
+        if isinstance(self.content, str):
+            return self.content
+        texts = []
+        for part in self.content:
+            if part.type != "text" or part.text is None:
+                raise InvalidRequest(
+                    f"content parts of type {part.type!r} are not supported; only text is",
+                    param=where,
+                )
+            texts.append(part.text)
+        return "".join(texts)
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that chat and plain completions share, OpenAI's and the usual extensions."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    # Extensions, under the names that vLLM gave them.
+    top_k: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    priority: int | None = None
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    parallel_tool_calls: bool | None = None
+    # Refused unless they change nothing.
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
+    """`POST /v1/completions`. `prompt` is text, token ids, or a list of either."""
+
+    prompt: Any = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /tokenize`: `prompt`, or `messages` for the chat template's prompt."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+# Value that changes nothing, for each field that cannot be honoured otherwise.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "suffix": ("",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+
+
+def decode(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
+    """The typed request, and the names of fields that nobody knows.
+
+    Raises HTTPError or InvalidRequest naming the field.
+    """
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise HTTPError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise HTTPError(400, "the body is nested too deeply", code="invalid_json") from error
+    for name, harmless in HARMLESS.items():
+        value = getattr(request, name, None)
+        if value is not None and value not in harmless:
+            raise InvalidRequest(
+                f"{name} is not supported by this server; leave it out",
+                param=name,
+                code="unsupported_parameter",
+            )
+    known = request.__struct_fields__
+    return request, [name for name in fields if name not in known]
+
+
+def _invalid(message: str) -> InvalidRequest:
+    """msgspec's complaint with its path taken apart: `$.stop[0]` becomes param `stop.[0]`."""
+    found = PATH.search(message)
+    if found is None:
+        missing = re.search(r"missing required field `(\w+)`", message)
+        return InvalidRequest(message, param=missing[1] if missing else None, code="invalid_type")
+    param = found[1].lstrip(".").replace("[", ".[")
+    return InvalidRequest(f"{param}: {message[: found.start()]}", param=param, code="invalid_type")

@@ -1,0 +1,114 @@
+"""From OpenAI's request fields to the engine's: sampling parameters and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine import InvalidRequest, SamplingParams
+from server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for plain completions
+MAX_PROMPTS = 256
+
+Prompt = str | list[int]
+
+# Fields that the engine knows by the same name.
+SHARED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "seed",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
+
+
+def sampling_of(request: ChatRequest | CompletionRequest) -> SamplingParams:
+    """The engine's parameters. Ranges are checked by the engine; what only HTTP knows, here."""
+    shared = _shared(request)
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest(
+            "stream_options is only allowed when stream is true", param="stream_options"
+        )
+    if isinstance(request, ChatRequest):
+        if request.top_logprobs is not None and not request.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        limit = request.max_completion_tokens
+        shared["max_tokens"] = request.max_tokens if limit is None else limit
+        shared["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
+        return SamplingParams(**shared)
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise InvalidRequest(
+            "best_of other than n is not supported by this server", param="best_of"
+        )
+    shared["logprobs"] = request.logprobs
+    limit = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    # Scoring a prompt without continuing it: the engine needs one token, which is not shown.
+    shared["max_tokens"] = 1 if limit == 0 and request.echo else limit
+    if request.echo and request.logprobs is not None:
+        shared["prompt_logprobs"] = request.logprobs
+    return SamplingParams(**shared)
+
+
+def _shared(request: GenerationRequest) -> dict[str, Any]:
+    """Fields of both endpoints that were given, by the engine's names."""
+    given = {name: value for name in SHARED if (value := getattr(request, name)) is not None}
+    if request.stop is not None:
+        given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+    if request.stop_token_ids is not None:
+        given["stop_token_ids"] = tuple(request.stop_token_ids)
+    if request.logit_bias is not None:
+        given["logit_bias"] = _logit_bias(request.logit_bias)
+    return given
+
+
+def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in raw.items()}
+    except ValueError:
+        raise InvalidRequest(
+            "logit_bias maps token ids to numbers; a key is not a number", param="logit_bias"
+        ) from None
+
+
+def prompts_of(prompt: Any) -> list[Prompt]:
+    """The prompts of a plain completion: text, token ids, or a list of either."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise InvalidRequest(
+            "prompt must be a string, a list of strings, token ids, or a list of token-id lists, "
+            "and not empty",
+            param="prompt",
+        )
+    if all(_is_id(item) for item in prompt):
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequest(
+            f"prompt holds {len(prompt)} prompts; at most {MAX_PROMPTS} are allowed", param="prompt"
+        )
+    if all(isinstance(item, str) for item in prompt):
+        return list(prompt)
+    if all(isinstance(item, list) and all(_is_id(x) for x in item) for item in prompt):
+        return list(prompt)
+    raise InvalidRequest("prompt mixes kinds; give strings only, or token ids only", param="prompt")
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def template_input(request_messages: Sequence[Any]) -> list[dict[str, str]]:
+    """Messages as chat templates want them."""
+    if not request_messages:
+        raise InvalidRequest("messages is empty; give at least one", param="messages")
+    return [m.as_template_input(number) for number, m in enumerate(request_messages)]

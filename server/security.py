@@ -1,0 +1,166 @@
+"""Who may speak to the server: host, origin, key and body size are checked before any handler.
+
+Local is not safe: any web page can send requests, and open sockets, to localhost. A page's `Origin`
+has to be the server's own or an allowed one, and `Host` has to name this server, or a page could
+rebind its own name to 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+import uuid
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.config import ServerSection
+from server.errors import HTTPError, error_response
+
+OPEN_PATHS = ("/health/live", "/health/ready", "/metrics")
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class Guard:
+    """ASGI middleware. Also gives every request an id, echoed in `x-request-id`."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSection) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in settings.api_keys]
+        self._hosts = allowed_hosts(settings)
+        self._origins = settings.allowed_origins
+        self._max_body = settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        send = _with_header(send, request_id)
+        try:
+            self._check(scope, headers)
+            if scope["type"] == "http":
+                receive = self._limit_body(headers, receive)
+        except HTTPError as error:
+            if scope["type"] == "websocket":
+                await _refuse_socket(scope, receive, send, error)
+            else:
+                await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise HTTPError(
+                403,
+                f"this server does not answer for the host {host[:100]!r}; "
+                "add it to server.allowed_hosts",
+                code="host_not_allowed",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self._origin_allowed(origin, host):
+            raise HTTPError(
+                403,
+                f"pages from {origin[:100]!r} may not use this server; "
+                "add the origin to server.allowed_origins",
+                code="origin_not_allowed",
+            )
+        if self._keys and scope["path"] not in OPEN_PATHS and not self._key_known(headers):
+            raise HTTPError(
+                401,
+                "a valid API key is needed: send 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    def _origin_allowed(self, origin: str, host: str) -> bool:
+        if "*" in self._origins or origin in self._origins:
+            return True
+        return urlsplit(origin).netloc.lower() == host.lower()
+
+    def _key_known(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        given = key.strip().encode()
+        # Every key is compared, so that the time taken tells nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return any(matches)
+
+    def _limit_body(self, headers: Headers, receive: Receive) -> Receive:
+        too_large = HTTPError(
+            413,
+            f"the body is larger than {self._max_body} bytes",
+            code="body_too_large",
+            headers={"connection": "close"},
+        )
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_body:
+            raise too_large
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max_body:
+                raise too_large
+            return message
+
+        return limited
+
+
+def allowed_hosts(settings: ServerSection) -> set[str] | None:
+    """Names that `Host` may have; None (any) on a public address without a list."""
+    if settings.allowed_hosts:
+        return {name.lower() for name in settings.allowed_hosts}
+    if is_local(settings.host):
+        return {*LOCAL_NAMES, settings.host.lower()}
+    return None
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _name(host: str) -> str:
+    """The host without its port: `[::1]:8000` is `::1`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+def _with_header(send: Send, request_id: str) -> Send:
+    async def wrapped(message: Message) -> None:
+        if message["type"] in ("http.response.start", "websocket.accept"):
+            headers: Sequence[tuple[bytes, bytes]] = message.get("headers", ())
+            message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
+        await send(message)
+
+    return wrapped
+
+
+async def _refuse_socket(scope: Scope, receive: Receive, send: Send, error: HTTPError) -> None:
+    """Answer the handshake with the error's status and body, where the server can."""
+    await receive()
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    response = error_response(error)
+    start = {"type": "websocket.http.response.start", "status": response.status_code}
+    await send({**start, "headers": response.raw_headers})
+    await send({"type": "websocket.http.response.body", "body": bytes(response.body)})

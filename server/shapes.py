@@ -1,0 +1,170 @@
+"""How deltas become choices: one shape for chat, one for plain completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine import Delta, TokenLogprob
+from engine.text.tokenizer import Tokenizer
+from server.format import CompletionLogprobs, chat_logprobs, finish_reason
+
+
+class Shape(Protocol):
+    """Turns one choice's deltas into OpenAI's choice objects."""
+
+    kind: str
+    chunk_kind: str
+    hidden_tokens: int
+    """Tokens of each choice that the engine made but the client did not ask for."""
+
+    def chunk(self, delta: Delta) -> list[dict[str, Any]]:
+        """Choice objects to stream for a delta; the finish reason comes in one of its own."""
+        ...
+
+    def whole(self, delta: Delta) -> dict[str, Any]:
+        """The choice object of a merged delta."""
+        ...
+
+
+class ChatShape:
+    """`chat.completion`: a role first, then content."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    hidden_tokens = 0
+
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._begun: set[int] = set()
+
+    def chunk(self, delta: Delta) -> list[dict[str, Any]]:
+        choices = []
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            choices.append(self._choice(delta.index, {"role": "assistant", "content": ""}))
+        if delta.text or (self._logprobs and delta.logprobs):
+            choice = self._choice(delta.index, {"content": delta.text})
+            choice["logprobs"] = self._scores(delta)
+            choices.append(choice)
+        if delta.finish_reason is not None:
+            choice = self._choice(delta.index, {})
+            choice["finish_reason"] = finish_reason(delta.finish_reason)
+            choices.append(choice)
+        return choices
+
+    def whole(self, delta: Delta) -> dict[str, Any]:
+        choice = {
+            "index": delta.index,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": self._scores(delta),
+            "finish_reason": finish_reason(delta.finish_reason),
+        }
+        if delta.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_scores(self._tokenizer, delta.prompt_logprobs)
+        return choice
+
+    def _choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _scores(self, delta: Delta) -> dict[str, Any] | None:
+        return chat_logprobs(self._tokenizer, delta.logprobs) if self._logprobs else None
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as it is shown before its completion."""
+
+    text: str
+    ids: Sequence[int]
+
+
+class CompletionShape:
+    """`text_completion`; `echoes` holds each prompt if the client wants to see it."""
+
+    kind = "text_completion"
+    chunk_kind = "text_completion"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        choices_per_prompt: int,
+        logprobs: bool,
+        echoes: Sequence[Echo] | None = None,
+        prompt_only: bool = False,
+        prompt_logprobs: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._n = choices_per_prompt
+        self._logprobs = logprobs
+        self._echoes = echoes
+        self._prompt_logprobs = prompt_logprobs
+        self.hidden_tokens = 1 if prompt_only else 0
+        self._scores: dict[int, CompletionLogprobs] = {}
+
+    def chunk(self, delta: Delta) -> list[dict[str, Any]]:
+        choices = []
+        echo = self._echo(delta.index) if delta.index not in self._scores else None
+        text, scores = self._content(delta)
+        if text or delta.token_ids or echo is not None:
+            choices.append(self._choice(delta.index, text, scores))
+        if delta.finish_reason is not None:
+            end = self._choice(delta.index, "", None)
+            choices.append(end | {"finish_reason": self._reason(delta)})
+        return choices
+
+    def whole(self, delta: Delta) -> dict[str, Any]:
+        text, scores = self._content(delta)
+        choice = self._choice(delta.index, text, scores)
+        choice["finish_reason"] = self._reason(delta)
+        if self._prompt_logprobs and delta.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_scores(self._tokenizer, delta.prompt_logprobs)
+        return choice
+
+    def _content(self, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+        """Text and logprobs of a delta, the prompt's first if it is the choice's first."""
+        first = delta.index not in self._scores
+        counter = self._scores.setdefault(delta.index, CompletionLogprobs(self._tokenizer))
+        echo = self._echo(delta.index) if first else None
+        text = "" if self.hidden_tokens else delta.text
+        logprobs: list[TokenLogprob | None] = [] if self.hidden_tokens else [*delta.logprobs]
+        ids: Sequence[int] = ()
+        if echo is not None:
+            text = echo.text + text
+            logprobs = [*(delta.prompt_logprobs or []), *logprobs]
+            ids = echo.ids
+        return text, counter.take(logprobs, ids) if self._logprobs else None
+
+    def _echo(self, index: int) -> Echo | None:
+        return self._echoes[index // self._n] if self._echoes is not None else None
+
+    def _reason(self, delta: Delta) -> str | None:
+        return "length" if self.hidden_tokens else finish_reason(delta.finish_reason)
+
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+
+def prompt_scores(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None]
+) -> list[dict[str, Any] | None]:
+    """vLLM's form of prompt logprobs: per position, token id to logprob and text."""
+    positions: list[dict[str, Any] | None] = []
+    for item in logprobs:
+        if item is None:
+            positions.append(None)
+            continue
+        scores = {item.token_id: item.logprob} | dict(item.top)
+        positions.append(
+            {
+                str(token): {
+                    "logprob": max(value, -9999.0),
+                    "decoded_token": tokenizer.token_bytes(token).decode("utf-8", "replace"),
+                }
+                for token, value in scores.items()
+            }
+        )
+    return positions

@@ -1,0 +1,135 @@
+"""One generation, whatever the transport: submit, read deltas, and stop when the client leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import anyio
+import msgspec
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from engine import AsyncEngine, Delta, SamplingParams, TokenStream
+from server.errors import describe
+from server.requests import Prompt
+
+logger = logging.getLogger("ryzanstein.server")
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def submit_all(
+    engine: AsyncEngine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    request_id: str,
+    priority: int = 0,
+) -> TokenStream:
+    """Queue several prompts into one stream, in order; all or none."""
+    stream = TokenStream()
+    try:
+        for number, prompt in enumerate(prompts):
+            await engine.submit(
+                prompt,
+                params,
+                request_id=f"{request_id}-{number}" if number else request_id,
+                priority=priority,
+                stream=stream,
+            )
+    except BaseException:
+        engine.abort(*stream.request_ids)
+        raise
+    return stream
+
+
+async def deltas_of(engine: AsyncEngine, stream: TokenStream) -> AsyncGenerator[list[Delta]]:
+    """What every transport reads. However it is left, the requests do not run on."""
+    try:
+        while deltas := await stream.receive():
+            yield deltas
+    finally:
+        engine.abort(*stream.request_ids)
+
+
+class ClientLeft(Exception):
+    """The client disconnected before the answer was complete."""
+
+
+async def race_disconnect(request: Request, work: Callable[[], Awaitable[T]]) -> T:
+    """Run `work`, but give it up when the client disconnects (ClientLeft)."""
+    results: list[T] = []
+    failures: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            results.append(await work())
+        except Exception as error:  # noqa: BLE001  (raised again below, outside the group)
+            failures.append(error)
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await _disconnected(request.receive)
+        group.cancel_scope.cancel()
+    if failures:
+        raise failures[0]
+    if not results:
+        raise ClientLeft
+    return results[0]
+
+
+class EventStream:
+    """An ASGI response of server-sent events; ends early, and tidily, if the client leaves.
+
+    `frames` yields encoded event payloads. An error on the way becomes an `error` event.
+    """
+
+    def __init__(
+        self, frames: AsyncGenerator[bytes], headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        self._frames = frames
+        self._headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+            *headers,
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._write, send, group.cancel_scope)
+            await _disconnected(receive)
+            group.cancel_scope.cancel()
+
+    async def _write(self, send: Send, scope: anyio.CancelScope) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            try:
+                async for frame in self._frames:
+                    await _send_body(send, b"data: " + frame + b"\n\n")
+            except Exception as error:
+                status, body, _ = describe(error)
+                if status == 500:
+                    logger.error("stream failed", exc_info=error)
+                await _send_body(send, b"data: " + msgspec.json.encode(body) + b"\n\n")
+            await _send_body(send, DONE)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._frames.aclose()
+            scope.cancel()
+
+
+async def _send_body(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,87 @@
+"""Prometheus metrics from the engine's step and request statistics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from engine import RequestStats, StepStats
+
+LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """A listener of one engine. Every metric's name starts with `ryzanstein_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._running = self._gauge("requests_running", "Sequences in the batch")
+        self._waiting = self._gauge("requests_waiting", "Sequences in the queue")
+        self._pages_used = self._gauge("kv_pages_used", "KV pages that sequences hold")
+        self._pages_cached = self._gauge("kv_pages_cached", "Free KV pages with reusable content")
+        self._pages_total = self._gauge("kv_pages_total", "KV pages of the pool")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
+        self._cached_tokens = self._counter("cached_tokens", "Prompt tokens found in the cache")
+        self._output_tokens = self._counter("output_tokens", "Tokens generated")
+        self._preemptions = self._counter("preemptions", "Sequences sent back to the queue")
+        self._steps = self._counter("steps", "Steps run")
+        self._seconds = Counter(
+            "ryzanstein_step_seconds", "Time in steps by part", ["part"], registry=self.registry
+        )
+        self._finished = Counter(
+            "ryzanstein_requests_finished",
+            "Finished requests by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token")
+        self._queue = self._histogram("queue_seconds", "Arrival to first step")
+        self._total = self._histogram("request_seconds", "Arrival to last token")
+        self._per_token = self._histogram("time_per_output_token_seconds", "After the first token")
+        self._seen_preemptions = 0
+
+    def on_step(self, stats: StepStats) -> None:
+        """Take one step's statistics."""
+        self._steps.inc()
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._pages_used.set(stats.pages_used)
+        self._pages_cached.set(stats.pages_cached)
+        self._pages_total.set(stats.pages_total)
+        self._preemptions.inc(stats.preemptions - self._seen_preemptions)
+        self._seen_preemptions = stats.preemptions
+        for part, seconds in stats.seconds.items():
+            self._seconds.labels(part).inc(seconds)
+
+    def on_request(self, stats: RequestStats) -> None:
+        """Take one finished request's statistics."""
+        self._finished.labels(stats.finish_reason).inc()
+        self._prompt_tokens.inc(stats.prompt_tokens)
+        self._cached_tokens.inc(stats.cached_tokens)
+        self._output_tokens.inc(stats.completion_tokens)
+        self._total.observe(stats.finished - stats.arrival)
+        if stats.first_scheduled is not None:
+            self._queue.observe(stats.first_scheduled - stats.arrival)
+        if stats.first_token is not None:
+            self._ttft.observe(stats.first_token - stats.arrival)
+            if stats.completion_tokens > 1:
+                rest = stats.finished - stats.first_token
+                self._per_token.observe(rest / (stats.completion_tokens - 1))
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"ryzanstein_{name}", text, registry=self.registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"ryzanstein_{name}", text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"ryzanstein_{name}", text, buckets=LATENCY, registry=self.registry)
+
+
+async def metrics(request: Request) -> ASGIApp:
+    """`GET /metrics`."""
+    text = generate_latest(request.app.state.metrics.registry)
+    return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)

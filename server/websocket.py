@@ -1,0 +1,151 @@
+"""`/v1/stream`: send a chat or completion body as JSON, get deltas; `{"type": "cancel"}` stops it.
+
+One request at a time per connection; after its `done` the next may follow. A message that cannot be
+served gets one `error` event and the connection stays. Leaving the connection aborts its request.
+"""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+import msgspec
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from engine import AsyncEngine, InvalidRequest, TokenStream
+from server.errors import HTTPError, describe
+from server.openai import Generation, prepare_chat, prepare_completion
+from server.protocol import ChatRequest, CompletionRequest, decode
+from server.streams import deltas_of, logger, submit_all
+
+# Requests that may wait on a connection behind the one being answered.
+QUEUE = 8
+
+
+class Connection:
+    """One socket: a reader that takes messages, and a writer that answers requests in turn."""
+
+    def __init__(self, socket: WebSocket, engine: AsyncEngine) -> None:
+        self._socket = socket
+        self._engine = engine
+        self._current: TokenStream | None = None
+        self._lock = anyio.Lock()
+
+    async def serve(self) -> None:
+        """Until the client leaves."""
+        await self._socket.accept()
+        send, receive = anyio.create_memory_object_stream[str](QUEUE)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._answer_all, receive)
+            await self._read_all(send)
+            group.cancel_scope.cancel()
+
+    async def _read_all(self, queue: MemoryObjectSendStream[str]) -> None:
+        with queue:
+            while True:
+                try:
+                    message = await self._socket.receive_text()
+                except WebSocketDisconnect:
+                    return
+                except KeyError:
+                    await self._fail(InvalidRequest("send text messages, not binary ones"))
+                    continue
+                if _is_cancel(message):
+                    if self._current is not None:
+                        self._engine.abort(*self._current.request_ids)
+                    continue
+                try:
+                    queue.send_nowait(message)
+                except anyio.WouldBlock:
+                    error = f"{QUEUE} requests are already waiting on this connection"
+                    await self._fail(HTTPError(429, error, code="rate_limit_exceeded"))
+
+    async def _answer_all(self, queue: MemoryObjectReceiveStream[str]) -> None:
+        with queue:
+            async for message in queue:
+                try:
+                    await self._answer(message)
+                except WebSocketDisconnect:
+                    return
+                except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
+                    await self._fail(error)
+
+    async def _answer(self, message: str) -> None:
+        generation = await self._prepare(message.encode("utf-8", errors="surrogatepass"))
+        request_id = f"stream-{uuid.uuid4().hex}"
+        stream = await submit_all(
+            self._engine,
+            generation.prompts,
+            generation.params,
+            request_id=request_id,
+            priority=generation.priority,
+        )
+        self._current = stream
+        usages = []
+        try:
+            await self._send({"type": "start", "id": request_id})
+            async with aclosing(deltas_of(self._engine, stream)) as batches:
+                async for batch in batches:
+                    for delta in batch:
+                        if delta.usage is not None:
+                            usages.append(delta.usage)
+                        if delta.text:
+                            event = {"type": "delta", "index": delta.index, "text": delta.text}
+                            await self._send(event)
+                        if delta.finish_reason is not None:
+                            reason = delta.finish_reason.replace("abort", "cancelled")
+                            event = {"type": "finish", "index": delta.index, "reason": reason}
+                            await self._send(event)
+        finally:
+            self._current = None
+        prompt = sum(u.prompt_tokens for u in usages)
+        completion = sum(u.completion_tokens for u in usages)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+        await self._send({"type": "done", "id": request_id, "usage": usage})
+
+    async def _prepare(self, body: bytes) -> Generation:
+        """A chat request if it has messages, else a completion; the model may be left out."""
+        if self._engine.health() == "loading":
+            raise HTTPError(503, "the model is still loading", code="model_loading")
+        try:
+            fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            fields = {}
+        model = self._engine.parts.model_name
+        if "messages" in fields:
+            chat, _ = decode(body, ChatRequest)
+            chat = msgspec.structs.replace(chat, model=chat.model or model, stream_options=None)
+            return await prepare_chat(self._engine, chat)
+        plain, _ = decode(body, CompletionRequest)
+        plain = msgspec.structs.replace(plain, model=plain.model or model, stream_options=None)
+        return await prepare_completion(self._engine, plain)
+
+    async def _fail(self, error: Exception) -> None:
+        status, body, _ = describe(error)
+        if status == 500:
+            logger.error("WebSocket request failed", exc_info=error)
+        await self._send({"type": "error", "status": status, "error": body.error})
+
+    async def _send(self, event: dict[str, Any]) -> None:
+        """One event; the reader may have to complain while the writer writes."""
+        async with self._lock:
+            await self._socket.send_text(msgspec.json.encode(event).decode())
+
+
+def _is_cancel(message: str) -> bool:
+    """Whether a message is `{"type": "cancel"}`; anything long is a request."""
+    if len(message) > 256:
+        return False
+    try:
+        value = msgspec.json.decode(message)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(value, dict) and value.get("type") == "cancel"
+
+
+async def stream_endpoint(socket: WebSocket) -> None:
+    """The WebSocket endpoint."""
+    await Connection(socket, socket.app.state.engine).serve()
