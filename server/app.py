@@ -108,7 +108,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
         lifespan=lifespan,
     )
     app.state.engine = lifecycle.engine
-    app.state.metrics = telemetry.Metrics()
+    app.state.metrics = telemetry.Metrics(lifecycle.engine)
     app.state.started = int(time.time())
     lifecycle.engine.add_listener(app.state.metrics)
     return app

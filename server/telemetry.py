@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from engine import RequestStats, StepStats
+from engine import AsyncEngine, RequestStats, StepStats
+from engine.scheduling.scheduler import Scheduler
 
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """A listener of one engine. Every metric's name starts with `ryzanstein_`."""
+    """A listener of one engine. Every metric's name starts with `ryzanstein_`.
 
-    def __init__(self) -> None:
+    Gauges read the scheduler when they are scraped, so that an idle engine shows its true state.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        disable_created_metrics()
         self.registry = CollectorRegistry()
-        self._running = self._gauge("requests_running", "Sequences in the batch")
-        self._waiting = self._gauge("requests_waiting", "Sequences in the queue")
-        self._pages_used = self._gauge("kv_pages_used", "KV pages that sequences hold")
-        self._pages_cached = self._gauge("kv_pages_cached", "Free KV pages with reusable content")
-        self._pages_total = self._gauge("kv_pages_total", "KV pages of the pool")
+        self._engine = engine
+        self._gauge("requests_running", "Sequences in the batch", lambda s: len(s.running))
+        self._gauge("requests_waiting", "Sequences in the queue", lambda s: len(s.waiting))
+        self._gauge("kv_pages_used", "KV pages that sequences hold", lambda s: s.pool.used)
+        self._gauge("kv_pages_cached", "Free pages with content", lambda s: s.pool.cached)
+        self._gauge("kv_pages_total", "KV pages of the pool", lambda s: s.pool.total)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
         self._cached_tokens = self._counter("cached_tokens", "Prompt tokens found in the cache")
         self._output_tokens = self._counter("output_tokens", "Tokens generated")
@@ -46,11 +61,6 @@ class Metrics:
     def on_step(self, stats: StepStats) -> None:
         """Take one step's statistics."""
         self._steps.inc()
-        self._running.set(stats.running)
-        self._waiting.set(stats.waiting)
-        self._pages_used.set(stats.pages_used)
-        self._pages_cached.set(stats.pages_cached)
-        self._pages_total.set(stats.pages_total)
         self._preemptions.inc(stats.preemptions - self._seen_preemptions)
         self._seen_preemptions = stats.preemptions
         for part, seconds in stats.seconds.items():
@@ -71,8 +81,12 @@ class Metrics:
                 rest = stats.finished - stats.first_token
                 self._per_token.observe(rest / (stats.completion_tokens - 1))
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"ryzanstein_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, read: Callable[[Scheduler], int]) -> None:
+        def value() -> float:
+            loading = self._engine.health() == "loading"
+            return 0 if loading else read(self._engine.parts.scheduler)
+
+        Gauge(f"ryzanstein_{name}", text, registry=self.registry).set_function(value)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"ryzanstein_{name}", text, registry=self.registry)

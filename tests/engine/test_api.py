@@ -1,0 +1,71 @@
+"""The public Python API: its names, and the README's example on a real (tiny) model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import engine
+from engine import AsyncEngine, ConfigError, SamplingParams
+from tests.tiny import write_llama
+
+
+def test_the_public_names_are_pinned() -> None:
+    assert engine.__all__ == [
+        "AsyncEngine",
+        "Config",
+        "ConfigError",
+        "DeadlineExceeded",
+        "Decision",
+        "Delta",
+        "EngineFailed",
+        "InvalidRequest",
+        "Overloaded",
+        "RequestStats",
+        "RyzansteinError",
+        "SamplingParams",
+        "StepStats",
+        "TokenLogprob",
+        "TokenStream",
+        "Usage",
+        "load_config",
+    ]
+    public = {name for name in dir(AsyncEngine) if not name.startswith("_")}
+    assert public == {
+        "abort",
+        "active_requests",
+        "add_listener",
+        "chat",
+        "check_ids",
+        "drain",
+        "encode",
+        "from_pretrained",
+        "generate",
+        "health",
+        "parts",
+        "render_chat",
+        "submit",
+    }
+
+
+async def test_the_readme_example(tmp_path: Path) -> None:
+    model = str(write_llama(tmp_path / "model"))
+    text = ""
+    async with AsyncEngine.from_pretrained(model, cache__tokens=1024) as engine:
+        params = SamplingParams(max_tokens=16, ignore_eos=True)
+        async for delta in engine.generate("Once upon a time", params):
+            text += delta.text
+        assert engine.parts.cache_tokens == 1024
+    assert text
+
+
+async def test_a_model_that_is_not_there_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match="neither a path that exists nor a known name"):
+        async with AsyncEngine.from_pretrained("no-such-model"):
+            pass
+
+
+def test_an_unknown_setting_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="colour"):
+        AsyncEngine.from_pretrained("x", cache__colour=1)
