@@ -1,0 +1,136 @@
+"""Every architecture against Hugging Face `transformers`, on tiny random models in fp32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from engine.models import MODELS, load_model
+from engine.weights.checkpoint import open_checkpoint
+from kernels.backend import CacheLayout, select_backend
+from kernels.batch import Batch
+from kernels.ops import Recorder
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied-biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True}),
+    "llama3-rope": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "llama-linear-rope": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 7}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", {}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"sliding_window": 7, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.nn.Module]:
+    """A saved tiny model, and the same model in `transformers`."""
+    name, changes = FAMILIES[request.param]
+    config = getattr(transformers, name)(**(COMMON | changes))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start as constants otherwise
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def run(folder: Path, backend_name: str, chunks: list[int], tokens: list[int]) -> torch.Tensor:
+    """Logits of every position, the prompt computed in chunks of the given sizes."""
+    backend = select_backend(backend_name, dtype="float32", threads=2)
+    model = load_model(open_checkpoint(folder), backend)
+    size, pages = 4, -(-len(tokens) // 4)
+    backend.allocate_cache(
+        CacheLayout(model.config.layers, model.config.heads, size, "float32"), 64
+    )
+    recorder = Recorder()
+    program = backend.compile(recorder.finish(model.forward(recorder)))
+    table = np.random.default_rng(0).permutation(64)[:pages].astype(np.int32)[None]
+    logits, start = [], 0
+    for count in chunks:
+        positions = np.arange(start, start + count)
+        batch = Batch(
+            token_ids=np.array(tokens[start : start + count], np.int64),
+            positions=positions,
+            kv_slots=table[0, positions // size].astype(np.int64) * size + positions % size,
+            query_starts=np.array([0, count], np.int32),
+            context_lengths=np.array([start + count], np.int32),
+            table_rows=np.zeros(1, np.int32),
+            page_table=table,
+            sample_rows=np.arange(count, dtype=np.int64),
+        )
+        program.forward(batch)
+        logits.append(program.logits().clone())
+        start += count
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_logits_equal_transformers(pair: tuple[Path, torch.nn.Module], backend: str) -> None:
+    folder, model = pair
+    tokens = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    for chunks in ([60], [17, 1, 1, 30, 11]):
+        logits = run(folder, backend, chunks, tokens.tolist())
+        error = (logits - expected).abs().max() / expected.abs().max()
+        assert error < 1e-5, f"chunks {chunks}"
+
+
+def test_every_registered_family_is_covered() -> None:
+    covered = {
+        getattr(transformers, name)(**(COMMON | changes)).model_type
+        for name, changes in FAMILIES.values()
+    }
+    assert covered == set(MODELS)
+
+
+def test_the_saved_configuration_is_what_transformers_writes(
+    pair: tuple[Path, torch.nn.Module],
+) -> None:
+    """Guards the parity tests: the folder must be one that users would have."""
+    config = json.loads((pair[0] / "config.json").read_text())
+    assert config["model_type"] in MODELS

@@ -1,0 +1,164 @@
+"""Sampling: every filter against its definition, and draws that depend on nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import sampling as sampling_module
+from kernels.batch import Penalty, Sampling, counter_uniform
+from kernels.sampling import sample
+
+
+def options(rows: int, **changes: Any) -> Sampling:
+    values: dict[str, Any] = {
+        "targets": np.full(rows, -1, np.int64),
+        "temperature": np.ones(rows, np.float32),
+        "top_k": np.zeros(rows, np.int32),
+        "top_p": np.ones(rows, np.float32),
+        "min_p": np.zeros(rows, np.float32),
+        "uniform": np.linspace(0, 1, rows, endpoint=False) + 0.5 / max(rows, 1),
+        "top_logprobs": np.full(rows, -1, np.int32),
+        "repetition_penalty": np.ones(rows, np.float32),
+        "presence_penalty": np.zeros(rows, np.float32),
+        "frequency_penalty": np.zeros(rows, np.float32),
+    }
+    for name, value in changes.items():
+        scalar = isinstance(value, (int, float))
+        values[name] = np.full(rows, value, values[name].dtype) if scalar else value
+    return Sampling(**values)
+
+
+def frequencies(logits: torch.Tensor, draws: int = 4000, **changes: Any) -> torch.Tensor:
+    """How often each token is drawn when the uniform numbers sweep [0, 1) evenly."""
+    ids = sample(logits.expand(draws, -1), options(draws, **changes)).ids
+    return torch.bincount(torch.tensor(ids), minlength=logits.shape[-1]) / draws
+
+
+LOGITS = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0, -3.0])
+
+
+def filtered(keep: list[int], temperature: float = 1.0) -> torch.Tensor:
+    probabilities = torch.softmax(LOGITS / temperature, -1)
+    kept = torch.zeros_like(probabilities)
+    kept[keep] = probabilities[keep]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, filtered([0, 1, 2, 3, 4, 5])),
+        ({"temperature": 0.5}, filtered([0, 1, 2, 3, 4, 5], 0.5)),
+        ({"top_k": 2}, filtered([0, 2])),
+        ({"top_k": 100}, filtered([0, 1, 2, 3, 4, 5])),
+        ({"top_p": 0.7}, filtered([0, 2])),
+        ({"top_p": 0.01}, filtered([0])),
+        ({"min_p": 0.3}, filtered([0, 2])),
+        ({"top_k": 3, "top_p": 0.8}, filtered([0, 2])),
+        ({"min_p": 0.2, "top_p": 0.9}, filtered([0, 2, 1])),
+    ],
+)
+def test_draws_follow_the_filtered_distribution(
+    changes: dict[str, float], expected: torch.Tensor
+) -> None:
+    assert torch.allclose(frequencies(LOGITS, **changes), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 300}])
+def test_candidates_are_only_a_short_cut(
+    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sorting few candidates draws what sorting the whole vocabulary draws."""
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2
+    drawn = []
+    for candidates in (4, 100_000):
+        monkeypatch.setattr(sampling_module, "CANDIDATES", candidates)
+        drawn.append(sample(logits.expand(300, -1), options(300, **changes)).ids)
+    assert drawn[0] == drawn[1]
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert sample(LOGITS[None], options(1, temperature=0)).ids == [0]
+
+
+def test_greedy_and_drawn_rows_mix() -> None:
+    temperature = np.array([0, 1, 0], np.float32)
+    uniform = np.array([0.99, 0.9999, 0.99])
+    ids = sample(LOGITS.expand(3, -1), options(3, temperature=temperature, uniform=uniform)).ids
+    assert ids == [0, 5, 0]
+
+
+def test_a_row_does_not_depend_on_its_company() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(8, 500, generator=generator)
+    together = sample(logits, options(8, top_p=0.9, top_k=50)).ids
+    for row in range(8):
+        alone = options(1, top_p=0.9, top_k=50, uniform=options(8).uniform[row : row + 1])
+        assert sample(logits[row : row + 1], alone).ids == [together[row]]
+
+
+def test_bias_forces_and_forbids() -> None:
+    forced = options(2, temperature=0, bias_rows=[0, 1], bias_ids=[3, 0])
+    forced.bias_values = [100.0, float("-inf")]
+    assert sample(LOGITS.expand(2, -1), forced).ids == [3, 2]
+
+
+def penalized(logits: list[float], **changes: float) -> list[float]:
+    """Which logits a penalty leaves, seen through the order of greedy choices."""
+    history = Penalty(
+        0,
+        np.array([2, 0, 1], np.int32),
+        np.array([True, False, True]),
+    )
+    settings = options(1, temperature=0, **changes)
+    settings.penalties = [history]
+    row = torch.tensor([logits])
+    return sampling_module._adjust(row, settings)[0].tolist()
+
+
+def test_penalties_follow_their_definitions() -> None:
+    assert penalized([1.0, 1.0, -1.0], repetition_penalty=2.0) == [0.5, 1.0, -2.0]
+    assert penalized([1.0, 1.0, 1.0], frequency_penalty=0.5) == [0.0, 1.0, 0.5]
+    assert penalized([1.0, 1.0, 1.0], presence_penalty=0.5) == [0.5, 1.0, 0.5]
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    settings = options(3, temperature=0, top_logprobs=np.array([2, -1, 0], np.int32))
+    settings.bias_rows, settings.bias_ids, settings.bias_values = [0], [5], [100.0]
+    samples = sample(LOGITS.expand(3, -1), settings)
+    expected = torch.log_softmax(LOGITS, -1)
+    assert samples.ids[0] == 5
+    assert samples.logprobs[0] == pytest.approx(float(expected[5]))
+    assert [token for token, _ in samples.top[0]] == [0, 2]
+    assert samples.top[0][0][1] == pytest.approx(float(expected[0]))
+    assert samples.logprobs[1] is None
+    assert samples.logprobs[2] == pytest.approx(float(expected[0]))
+    assert samples.top[1:] == [[], []]
+
+
+def test_given_targets_are_scored_not_drawn() -> None:
+    settings = options(2, targets=np.array([4, -1]), temperature=0, top_logprobs=0)
+    samples = sample(LOGITS.expand(2, -1), settings)
+    assert samples.ids == [4, 0]
+    assert samples.logprobs[0] == pytest.approx(float(torch.log_softmax(LOGITS, -1)[4]))
+
+
+def test_no_rows_give_no_samples() -> None:
+    samples = sample(torch.empty(0, 6), options(0))
+    assert (samples.ids, samples.logprobs, samples.top) == ([], [], [])
+
+
+def test_counters_give_even_independent_draws() -> None:
+    seeds = np.arange(100, dtype=np.uint64).repeat(100)
+    draws = counter_uniform(seeds, np.tile(np.arange(100), 100))
+    assert len(set(draws.tolist())) == len(draws)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert np.histogram(draws, 10, (0, 1))[0] == pytest.approx(1000, abs=120)
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.03
+    again = counter_uniform(seeds[5:6], np.array([5]))
+    assert again[0] == draws[5]

@@ -1,0 +1,209 @@
+"""Real weights: SmolLM2-135M (always) and Gemma 3 270M (where its terms have been accepted).
+
+Each model runs on the torch path with fp32 weights and KV cache, and is compared with
+`transformers` on the same dequantized weights. Greedy text is equal to theirs if at every position
+our token is their most likely one, which one forward pass over our whole text shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+import transformers
+
+from engine import AsyncEngine, SamplingParams
+from engine.loading import open_tokenizer
+from engine.weights.checkpoint import open_checkpoint
+from tests.real import gemma3_path, smollm2_path
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at",
+    "The three primary colours are",
+    "In 1969, the first humans",
+    "To make bread you need flour,",
+    "Photosynthesis is the process by which",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The opposite of hot is",
+    "List of European countries:\n1.",
+    "import numpy as np\n\n",
+    "She opened the door and saw",
+    "The Pythagorean theorem states that",
+    "Q: What is the largest planet?\nA:",
+    "El perro y el gato",
+    "Shakespeare wrote",
+    "SELECT name FROM",
+    "The quick brown fox",
+    "Once the experiment was finished, the scientists",
+]
+LENGTH = 64
+GREEDY = SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True)
+FP32: dict[str, Any] = {"model__dtype": "float32", "cache__dtype": "float32"}
+
+pytestmark = [pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return smollm2_path()
+
+
+@pytest.fixture(scope="module")
+def gemma3() -> Path:
+    return gemma3_path()
+
+
+def hugging_face(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+
+def run_engine(
+    path: Path, prompts: list[str], *, together: bool, **settings: Any
+) -> list[list[int]]:
+    """Greedy token ids of each prompt, alone one after the other or all at once."""
+    results: dict[int, list[int]] = {}
+
+    async def one(engine: AsyncEngine, number: int) -> None:
+        ids: list[int] = []
+        async for delta in engine.generate(prompts[number], GREEDY):
+            ids += delta.token_ids
+        results[number] = ids
+
+    async def main() -> None:
+        chosen = {"cache__tokens": 16384, **FP32, **settings}
+        async with AsyncEngine.from_pretrained(str(path), **chosen) as engine:
+            async with anyio.create_task_group() as group:
+                for number in range(len(prompts)):
+                    if together:
+                        group.start_soon(one, engine, number)
+                    else:
+                        await one(engine, number)
+            checks.append((engine.parts.scheduler.preemptions, engine.parts.scheduler.pool.used))
+
+    checks: list[tuple[int, int]] = []
+    anyio.run(main)
+    assert checks[0][1] == 0, "pages were not given back"
+    if settings.get("cache__tokens"):
+        assert checks[0][0] > 0, "the small pool was meant to force preemption"
+    return [results[number] for number in range(len(prompts))]
+
+
+def assert_greedy(model: Any, prompt_ids: list[int], ours: list[int]) -> None:
+    """Every one of our tokens is the model's argmax after what came before it."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + ours])).logits[0]
+    theirs = logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist()
+    assert theirs == ours
+
+
+async def prompt_logits(path: Path, prompt: str) -> tuple[list[int], torch.Tensor]:
+    """The engine's fp32 logits after a prompt, taken from the program that serves it."""
+    async with AsyncEngine.from_pretrained(str(path), cache__tokens=4096, **FP32) as engine:
+        async for _ in engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0)):
+            pass
+        program = engine.parts.stepper._executor._program  # type: ignore[attr-defined]
+        return await engine.encode(prompt), program.logits()[0].clone()
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: Path) -> Any:
+    return hugging_face(smollm2)
+
+
+@pytest.fixture(scope="module")
+def gemma_reference(gemma3: Path) -> Any:
+    return hugging_face(gemma3)
+
+
+@pytest.fixture(scope="module")
+def alone(smollm2: Path) -> list[list[int]]:
+    return run_engine(smollm2, PROMPTS, together=False)
+
+
+async def test_smollm2_logits_agree_with_transformers(smollm2: Path, reference: Any) -> None:
+    ids, logits = await prompt_logits(smollm2, " ".join(PROMPTS[:12]))
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0, -1]
+    assert (logits - expected).abs().max() / expected.abs().max() < 1e-3
+
+
+def test_smollm2_greedy_text_equals_transformers(
+    smollm2: Path, reference: Any, alone: list[list[int]]
+) -> None:
+    tokenizer = open_tokenizer(open_checkpoint(smollm2))
+    for prompt, ids in zip(PROMPTS, alone, strict=True):
+        assert len(ids) == LENGTH
+        assert_greedy(reference, tokenizer.encode(prompt), ids)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scheduler__max_batch_tokens": 24, "cache__page_size": 8},
+        {"cache__tokens": 640},
+    ],
+    ids=["together", "chunked", "preempted"],
+)
+def test_company_does_not_change_the_text(
+    smollm2: Path, alone: list[list[int]], settings: dict[str, Any]
+) -> None:
+    assert run_engine(smollm2, PROMPTS, together=True, **settings) == alone
+
+
+async def test_a_prefix_hit_does_not_change_the_text(smollm2: Path, alone: list[list[int]]) -> None:
+    settings = {"cache__tokens": 4096, "cache__page_size": 4, **FP32}
+    async with AsyncEngine.from_pretrained(str(smollm2), **settings) as engine:
+        for expected in (alone[1], alone[1]):
+            ids: list[int] = []
+            async for delta in engine.generate(PROMPTS[1], GREEDY):
+                ids += delta.token_ids
+                usage = delta.usage
+            assert ids == expected
+        assert usage is not None
+        assert usage.cached_tokens == 8
+
+
+async def test_smollm2_logprobs_agree_with_llama_cpp(smollm2: Path) -> None:
+    """Values that llama.cpp printed; it quantizes activations, so they are close, not equal."""
+    async with AsyncEngine.from_pretrained(str(smollm2), cache__tokens=4096, **FP32) as engine:
+        params = SamplingParams(max_tokens=1, temperature=0, logprobs=3)
+        deltas = [d async for d in engine.generate("The capital of France is", params)]
+        (entry,) = deltas[0].logprobs
+        names = [engine.parts.tokenizer.token_bytes(t).decode() for t, _ in entry.top]
+    assert names == [" Paris", " the", " London"]
+    values = [value for _, value in entry.top]
+    assert values == pytest.approx([-0.2589, -2.7646, -4.2949], abs=0.1)
+
+
+async def test_smollm2_answers_in_a_conversation(smollm2: Path) -> None:
+    """The default configuration, as a newcomer runs it."""
+    async with AsyncEngine.from_pretrained(str(smollm2), cache__tokens=4096) as engine:
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        params = SamplingParams(max_tokens=40, temperature=0)
+        deltas = [d async for d in engine.chat(messages, params)]
+    assert "Paris" in "".join(d.text for d in deltas)
+    assert deltas[-1].finish_reason == "stop"
+
+
+async def test_gemma3_logits_agree_with_transformers(gemma3: Path, gemma_reference: Any) -> None:
+    prompt = " ".join(PROMPTS)
+    ids, logits = await prompt_logits(gemma3, prompt)
+    with torch.no_grad():
+        expected = gemma_reference(torch.tensor([ids])).logits[0, -1]
+    assert (logits - expected).abs().max() / expected.abs().max() < 1e-3
+
+
+def test_gemma3_greedy_text_equals_transformers(gemma3: Path, gemma_reference: Any) -> None:
+    tokenizer = open_tokenizer(open_checkpoint(gemma3))
+    texts = run_engine(gemma3, PROMPTS, together=True)
+    for prompt, ids in zip(PROMPTS, texts, strict=True):
+        assert_greedy(gemma_reference, tokenizer.encode(prompt), ids)
