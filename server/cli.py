@@ -228,3 +228,7 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -33,12 +33,25 @@ R = TypeVar("R", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequ
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """A checked request, ready to be queued."""
+    """A checked request, ready to be queued. `names` maps the engine's fields to the client's."""
 
     prompts: Sequence[Prompt]
     params: SamplingParams
     shape: Shape
     priority: int = 0
+    names: dict[str, str] = {}
+
+    async def submit(self, engine: AsyncEngine, request_id: str) -> TokenStream:
+        """Queue it; errors name the client's own fields."""
+        try:
+            return await submit_all(
+                engine, self.prompts, self.params, request_id=request_id, priority=self.priority
+            )
+        except InvalidRequest as error:
+            name = self.names.get(error.param or "")
+            if name is None:
+                raise
+            raise InvalidRequest(str(error), param=name, code=error.code) from error
 
 
 async def chat_completions(request: Request) -> ASGIApp:
@@ -132,7 +145,7 @@ def check_model(engine: AsyncEngine, model: str | None) -> None:
     if model != served:
         raise HTTPError(
             404,
-            f"the model {model!r} does not exist here; this server has {served!r}",
+            f"the model {model[:100]!r} does not exist here; this server has {served!r}",
             param="model",
             code="model_not_found",
         )
@@ -148,7 +161,10 @@ async def prepare_chat(engine: AsyncEngine, body: ChatRequest) -> Generation:
     except InvalidRequest as error:
         raise InvalidRequest(str(error), param="messages", code=error.code) from error
     shape = ChatShape(engine.parts.tokenizer, logprobs=bool(body.logprobs))
-    return Generation([ids], params, shape, body.priority or 0)
+    names = {"prompt": "messages", "logprobs": "top_logprobs"}
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    return Generation([ids], params, shape, body.priority or 0, names)
 
 
 async def prepare_completion(engine: AsyncEngine, body: CompletionRequest) -> Generation:
@@ -199,18 +215,7 @@ async def _answer(
     prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
     request_id = f"{prefix}-{uuid.uuid4().hex}"
     shape = generation.shape
-    try:
-        stream = await submit_all(
-            engine,
-            generation.prompts,
-            generation.params,
-            request_id=request_id,
-            priority=generation.priority,
-        )
-    except InvalidRequest as error:
-        if error.param == "prompt" and isinstance(body, ChatRequest):
-            raise InvalidRequest(str(error), param="messages", code=error.code) from error
-        raise
+    stream = await generation.submit(engine, request_id)
     kind = shape.chunk_kind if body.stream else shape.kind
     wrapper = envelope(request_id, kind, engine.parts.model_name, engine.parts.fingerprint)
     if body.stream:

@@ -19,7 +19,7 @@ from engine import AsyncEngine, InvalidRequest, TokenStream
 from server.errors import HTTPError, describe
 from server.openai import Generation, prepare_chat, prepare_completion
 from server.protocol import ChatRequest, CompletionRequest, decode
-from server.streams import deltas_of, logger, submit_all
+from server.streams import deltas_of, logger
 
 # Requests that may wait on a connection behind the one being answered.
 QUEUE = 8
@@ -76,13 +76,7 @@ class Connection:
     async def _answer(self, message: str) -> None:
         generation = await self._prepare(message.encode("utf-8", errors="surrogatepass"))
         request_id = f"stream-{uuid.uuid4().hex}"
-        stream = await submit_all(
-            self._engine,
-            generation.prompts,
-            generation.params,
-            request_id=request_id,
-            priority=generation.priority,
-        )
+        stream = await generation.submit(self._engine, request_id)
         self._current = stream
         usages = []
         try:

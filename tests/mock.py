@@ -63,7 +63,7 @@ class MockExecutor:
         self.delay = 0.0
         self.error: Exception | None = None
         self.plans: list[Plan] = []
-        self._rows: list[list[int] | None] = []
+        self._rows: list[list[int] | int] = []
 
     def fill(self, plan: Plan) -> None:
         self.plans.append(plan)
@@ -78,16 +78,16 @@ class MockExecutor:
                 int(self.kv[sequence.pages[i // self.page_size], i % self.page_size])
                 for i in range(end)
             ]
-            for row in range(chunk.rows):
-                last = row == chunk.rows - 1 and chunk.sample
-                self._rows.append(context if last else None)
+            for position in range(end - chunk.rows, end):
+                last = position == end - 1 and chunk.sample
+                self._rows.append(context if last else sequence.tokens[position + 1])
 
     def run(self) -> StepResult:
         time.sleep(self.delay)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        ids = [0 if context is None else self.choose(context) for context in self._rows]
+        ids = [row if isinstance(row, int) else self.choose(row) for row in self._rows]
         logprobs: list[float | None] = [-0.5] * len(ids)
         top = [[(i, -0.5), (0, -1.5)] for i in ids]
         return StepResult(ids, logprobs, top, {"forward": 0.0, "sample": 0.0})
