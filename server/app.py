@@ -38,17 +38,19 @@ class Lifecycle:
         drain_seconds: float,
         *,
         on_loaded: Callable[[], None] = lambda: None,
-        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine = engine
         self.failure: RyzansteinError | None = None
+        self.on_stop: Callable[[], None] = lambda: None
         self._drain_seconds = drain_seconds
         self._on_loaded = on_loaded
-        self._on_stop = on_stop
         self._stop = anyio.Event()
+        self._drain: anyio.CancelScope | None = None
 
     def stop(self) -> None:
-        """Ask for a drain; call it on the event loop."""
+        """Ask for a drain; a second call ends it. Call it on the event loop."""
+        if self._drain is not None:
+            self._drain.cancel()
         self._stop.set()
 
     async def run(self) -> None:
@@ -57,10 +59,11 @@ class Lifecycle:
             async with self.engine:
                 self._on_loaded()
                 await self._stop.wait()
-                await self.engine.drain(self._drain_seconds)
+                with anyio.CancelScope() as self._drain:
+                    await self.engine.drain(self._drain_seconds)
         except RyzansteinError as error:
             self.failure = error
-        self._on_stop()
+        self.on_stop()
 
 
 def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:

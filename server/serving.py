@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,8 +13,9 @@ from types import FrameType
 
 import uvicorn
 from rich.console import Console
+from starlette.applications import Starlette
 
-from engine import AsyncEngine, Config, RyzansteinError
+from engine import AsyncEngine, Config, ConfigError
 from engine.config import ServerSection
 from engine.loading import load
 from server.app import Lifecycle, create_app
@@ -23,34 +26,35 @@ logger = logging.getLogger("ryzanstein.server")
 
 
 class DrainingServer(uvicorn.Server):
-    """The first SIGTERM or SIGINT drains while still answering; a second one stops at once."""
+    """SIGTERM or SIGINT drains while still answering; a second ends the drain, a third exits."""
 
-    def __init__(self, config: uvicorn.Config, begin_drain: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._begin_drain = begin_drain
-        self._draining = False
+    def __init__(self, lifecycle: Lifecycle, settings: ServerSection) -> None:
+        super().__init__(_uvicorn_config(create_app(lifecycle, settings), settings))
+        self._lifecycle = lifecycle
+        self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Remember the loop, which signal handlers have to reach."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)  # type: ignore[arg-type]
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal."""
-        if self._draining or self._loop is None:
+        self._signals += 1
+        if self._signals > 2 or self._loop is None:
+            self.force_exit = True
             super().handle_exit(sig, frame)
             return
-        self._draining = True
-        self._loop.call_soon_threadsafe(self._begin_drain)
+        self._loop.call_soon_threadsafe(self._lifecycle.stop)
 
 
 def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Console) -> int:
-    """Serve until stopped; returns the process's exit status."""
+    """Serve until stopped; returns the process's exit status. Raises ConfigError if it cannot."""
     settings = config.server
     _warn_if_open(settings)
     started = time.perf_counter()
-    with ExitStack() as bars:
+    with listen(settings) as listener, ExitStack() as bars:
         progress = bars.enter_context(StartupProgress(console))
         engine = AsyncEngine(
             lambda: load(config, progress=progress, accept_terms=accept_terms),
@@ -59,28 +63,43 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
 
         def loaded() -> None:
             bars.close()
-            port = _bound_port(server) or settings.port
+            port = listener.getsockname()[1]
             seconds = time.perf_counter() - started
             print_summary(console, engine.parts, settings.host, port, seconds)
 
-        def stopped() -> None:
-            server.should_exit = True
-
-        lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded, on_stop=stopped)
-        server = DrainingServer(_uvicorn_config(lifecycle, settings), lifecycle.stop)
-        server.run()
-    if lifecycle.failure is not None:
-        raise lifecycle.failure
-    if not server.started:
-        raise RyzansteinError(f"cannot listen on {settings.host}:{settings.port}; see above")
+        lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
+        run(lifecycle, settings, listener)
     return 1 if engine.health() == "failed" else 0
 
 
-def _uvicorn_config(lifecycle: Lifecycle, settings: ServerSection) -> uvicorn.Config:
+def run(lifecycle: Lifecycle, settings: ServerSection, listener: socket.socket) -> None:
+    """Serve on `listener` until a signal has drained the engine, or it could not be loaded."""
+    server = DrainingServer(lifecycle, settings)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    lifecycle.on_stop = stop
+    server.run([listener])
+    if lifecycle.failure is not None:
+        raise lifecycle.failure
+
+
+def listen(settings: ServerSection) -> socket.socket:
+    """The listening socket, taken before anything slow. Raises ConfigError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another --port"
+        ) from error
+
+
+def _uvicorn_config(app: Starlette, settings: ServerSection) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(lifecycle, settings),
-        host=settings.host,
-        port=settings.port,
+        app,
         http="httptools",
         ws="websockets-sansio",
         ws_max_size=settings.max_body_bytes,
@@ -91,14 +110,6 @@ def _uvicorn_config(lifecycle: Lifecycle, settings: ServerSection) -> uvicorn.Co
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-
-
-def _bound_port(server: uvicorn.Server) -> int | None:
-    """The port in use, which differs from the configured one if that is 0."""
-    for listener in getattr(server, "servers", ()):
-        for socket in listener.sockets:
-            return int(socket.getsockname()[1])
-    return None
 
 
 def _warn_if_open(settings: ServerSection) -> None:

@@ -30,7 +30,7 @@ class Metrics:
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._engine = engine
         self._gauge("requests_running", "Sequences in the batch", lambda s: len(s.running))

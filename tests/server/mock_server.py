@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engine.config import ServerSection
+from server import serving
 from server.app import Lifecycle, create_app
-from server.serving import DrainingServer, _bound_port, _uvicorn_config
+from server.serving import listen
 from tests.mock import mock_engine
 
 
@@ -34,20 +37,23 @@ def main() -> None:
         raise ZeroDivisionError("a secret detail")
 
     def loaded() -> None:
-        port = _bound_port(server)
+        port = listener.getsockname()[1]
         print(f"address http://127.0.0.1:{port}", file=sys.stderr, flush=True)
 
-    def stopped() -> None:
-        server.should_exit = True
+    lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
+    extra = [
+        Route("/test/fail", fail_next_step, methods=["POST"]),
+        Route("/test/raise", raise_error),
+    ]
 
-    lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded, on_stop=stopped)
-    config = _uvicorn_config(lifecycle, settings)
-    app = create_app(lifecycle, settings)
-    app.router.routes.append(Route("/test/fail", fail_next_step, methods=["POST"]))
-    app.router.routes.append(Route("/test/raise", raise_error))
-    config.app = app
-    server = DrainingServer(config, lifecycle.stop)
-    server.run()
+    def with_extra(*arguments: Any) -> Starlette:
+        app = create_app(*arguments)
+        app.router.routes += extra
+        return app
+
+    serving.create_app = with_extra
+    with listen(settings) as listener:
+        serving.run(lifecycle, settings, listener)
 
 
 if __name__ == "__main__":

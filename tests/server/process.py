@@ -40,6 +40,14 @@ class ServerProcess:
         self.url = ""
 
     def __enter__(self) -> ServerProcess:
+        try:
+            return self._await_ready()
+        except BaseException:
+            self._process.kill()
+            self._process.communicate()
+            raise
+
+    def _await_ready(self) -> ServerProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.log += line

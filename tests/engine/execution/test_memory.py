@@ -1,0 +1,56 @@
+"""How large the KV cache becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import CacheSection
+from engine.errors import ConfigError
+from engine.execution import memory
+from engine.execution.memory import available_memory, cache_pages
+from kernels.backend import CacheLayout
+from kernels.ops import Heads
+
+LAYOUT = CacheLayout(layers=2, heads=Heads(4, 2, 8), page_size=16, dtype="bfloat16")
+
+
+def test_a_page_holds_keys_and_values_of_every_layer() -> None:
+    assert LAYOUT.bytes_per_page == 2 * 2 * 16 * 2 * 8 * 2
+
+
+def test_configured_tokens_are_rounded_up_to_pages() -> None:
+    assert cache_pages(CacheSection(tokens=33), LAYOUT, 1000, 4) == 3
+
+
+def test_otherwise_a_fraction_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: LAYOUT.bytes_per_page * 40)
+    section = CacheSection(memory_fraction=0.5)
+    assert cache_pages(section, LAYOUT, 10_000, 64) == 20
+    assert (
+        cache_pages(section, LAYOUT, 17, 3) == 6
+    )  # three slots of two pages are all there is use for
+    with pytest.raises(ConfigError, match="one page needs"):
+        cache_pages(CacheSection(memory_fraction=0.01), LAYOUT, 10_000, 64)
+
+
+def test_free_memory_respects_a_cgroup_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = available_memory()
+    assert whole is not None
+    assert whole > 1 << 20
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "MEMORY_FILES", (str(limit),))
+    limit.write_text("1048576\n")
+    assert available_memory() == 1048576
+    limit.write_text("max\n")
+    assert available_memory() > 1048576  # type: ignore[operator]
+
+
+def test_systems_that_do_not_say_get_a_modest_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    assert available_memory() is None
+    pages = cache_pages(CacheSection(memory_fraction=0.5), LAYOUT, 1 << 30, 64)
+    assert pages == (2 << 30) // LAYOUT.bytes_per_page

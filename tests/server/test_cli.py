@@ -1,0 +1,121 @@
+"""The command: what people see in their terminal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server.process import ROOT
+from tests.tiny import write_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_llama(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+def ryzanstein(
+    *arguments: str, text: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments],
+        cwd=ROOT,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"COLUMNS": "120"} | (env or {}),
+        check=False,
+    )
+
+
+def test_generate_prints_text_and_nothing_else(model: str) -> None:
+    arguments = ("generate", "Hello", "--model", model, "--max-tokens", "8", "--temperature", "0")
+    first, second = ryzanstein(*arguments), ryzanstein(*arguments)
+    assert first.returncode == 0
+    assert first.stdout == second.stdout
+    assert first.stdout.strip()
+    assert "load" in first.stderr
+
+
+def test_chat_answers_each_line_until_an_empty_one(model: str) -> None:
+    result = ryzanstein(
+        "chat", "--model", model, "--max-tokens", "4", "--system", "Be brief.", text="hi\nbye\n\n"
+    )
+    assert result.returncode == 0
+    assert result.stdout.count("> ") == 3
+    assert ryzanstein("chat", "--model", model, text="").returncode == 0
+
+
+def test_models_lists_what_is_here_and_what_can_be_had(tmp_path: Path) -> None:
+    cached = tmp_path / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"")
+    result = ryzanstein("models", env={"RYZANSTEIN_CACHE": str(tmp_path)})
+    lines = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if "│" in line}
+    assert "yes" in lines["smollm2-135m"]
+    assert "no" in lines["gemma3-270m"]
+    assert str(tmp_path) in result.stdout.replace("\n", "")
+
+
+def test_version_prints_what_a_bug_report_needs() -> None:
+    out = ryzanstein("version").stdout
+    assert all(word in out for word in ("ryzanstein 0.", "python 3.", "torch 2.", "cores"))
+
+
+def test_help_explains_every_option() -> None:
+    out = ryzanstein("serve", "--help").stdout
+    for option in ("--model", "--host", "--port", "--config", "--set", "--threads", "--dtype"):
+        assert option in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nowhere"), "neither a path that exists nor a known name"),
+        (("--set", "cache.colour=1"), "colour"),
+        (("--set", "cache.tokens=many"), "$.cache.tokens"),
+        (("--set", "cache"), "section.field=value"),
+        (("--set", "model.name.x=1"), "name is a value, not a section"),
+        (("--set", "execution.backend=tpu"), "backend 'tpu' is not known"),
+        (("--config", "/no/such/file.toml"), "cannot read"),
+        (("--model", "gemma3-270m"), "--accept-terms"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    model: str, arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    chosen = arguments if "model" in arguments[0] else ("--model", model, *arguments)
+    if arguments == ("--set", "model.name.x=1"):
+        chosen = ("--set", "model.name=a", *arguments)
+    result = ryzanstein("generate", "x", *chosen, env={"RYZANSTEIN_CACHE": str(tmp_path)})
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_configuration_file_with_overrides(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text(f'[model]\nname = "{model}"\ndtype = "float32"\n[cache]\ntokens = 64\n')
+    ok = ryzanstein("generate", "x", "--config", str(file), "--max-tokens", "2", "--threads", "1")
+    assert ok.returncode == 0
+    long = ryzanstein("generate", "x" * 80, "--config", str(file))
+    assert "context holds 64" in long.stderr
+    wide = ryzanstein(
+        "generate",
+        "x" * 80,
+        "--config",
+        str(file),
+        "--set",
+        "cache.tokens=400",
+        "--max-tokens",
+        "2",
+    )
+    assert wide.returncode == 0
+    file.write_text("[model")
+    assert "is not valid TOML" in ryzanstein("generate", "x", "--config", str(file)).stderr
