@@ -1,0 +1,123 @@
+"""Where a step's time goes: plan, fill, forward, sample, commit, stream; and the loop's lag.
+
+python -m perf.step --model smollm2-135m --streams 1,8,32
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from engine import AsyncEngine, RequestStats, SamplingParams, StepStats
+
+PARTS = ("plan", "fill", "forward", "sample", "commit", "stream")
+LAG_INTERVAL = 0.001
+
+
+class StepRecorder:
+    """Keeps every steady decode step."""
+
+    def __init__(self, streams: int) -> None:
+        self._streams = streams
+        self.steps: list[StepStats] = []
+
+    def on_step(self, stats: StepStats) -> None:
+        if stats.prefill_tokens == 0 and stats.decode_rows == self._streams:
+            self.steps.append(stats)
+
+    def on_request(self, stats: RequestStats) -> None:
+        pass
+
+
+async def measure(
+    model: str, streams: int, prompt_tokens: int, tokens: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Medians over steady decode steps of `streams` sequences, in microseconds."""
+    lags: list[float] = []
+    async with AsyncEngine.from_pretrained(model, **settings) as engine:
+        recorder = StepRecorder(streams)
+        engine.add_listener(recorder)
+
+        async def stream(number: int) -> None:
+            prompt = [(number * 131 + i * 7) % 1000 + 3 for i in range(prompt_tokens)]
+            params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+            async for _ in engine.generate(prompt, params):
+                pass
+
+        async def watch() -> None:
+            while True:
+                start = time.perf_counter()
+                await anyio.sleep(LAG_INTERVAL)
+                lags.append(time.perf_counter() - start - LAG_INTERVAL)
+
+        async with anyio.create_task_group() as outer:
+            outer.start_soon(watch)
+            async with anyio.create_task_group() as group:
+                for number in range(streams):
+                    group.start_soon(stream, number)
+            outer.cancel_scope.cancel()
+    steps = recorder.steps
+    if not steps:
+        raise SystemExit("no steady step was seen; ask for more tokens")
+    medians = {p: statistics.median(s.seconds[p] for s in steps) * 1e6 for p in PARTS}
+    between = [b.at - a.at for a, b in itertools.pairwise(steps)]
+    whole = statistics.median(between) * 1e6
+    lags.sort()
+    return {
+        "streams": streams,
+        "steps": len(steps),
+        **{f"{part}_us": round(value, 1) for part, value in medians.items()},
+        "step_us": round(whole, 1),
+        "python_us": round(sum(medians[p] for p in ("plan", "fill", "commit", "stream")), 1),
+        "tokens_per_second": round(streams / whole * 1e6, 1),
+        "loop_lag_p50_us": round(statistics.median(lags) * 1e6, 1),
+        "loop_lag_p99_us": round(lags[int(len(lags) * 0.99)] * 1e6, 1),
+    }
+
+
+app = App(name="perf.step", help=__doc__, help_format="plaintext")
+
+
+@app.default
+def main(
+    *,
+    model: str = "smollm2-135m",
+    streams: Annotated[str, Parameter(help="Comma-separated batch sizes.")] = "1,8,32",
+    prompt_tokens: int = 128,
+    tokens: int = 64,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """Measure each batch size in an engine of its own, and print one table."""
+    pairs = (item.split("=", 1) for item in set_)
+    settings = {key.replace(".", "__"): _value(value) for key, value in pairs}
+    results = [
+        anyio.run(measure, model, int(count), prompt_tokens, tokens, settings)
+        for count in streams.split(",")
+    ]
+    table = Table(*results[0])
+    for result in results:
+        table.add_row(*(str(value) for value in result.values()))
+    Console(width=200).print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    app()
