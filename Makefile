@@ -10,6 +10,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+TORCH ?=
 
 .PHONY: install serve test check format clean
 
@@ -34,9 +35,11 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(if $(filter cpu,$(TORCH)),$(PIP) install --index-url $(CPU_INDEX) 'torch>=2.11,<2.14')
+ifeq ($(TORCH),cpu)
+	$(PIP) install --index-url $(CPU_INDEX) 'torch>=2.11,<2.14'
+endif
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --editable .
