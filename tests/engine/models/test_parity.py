@@ -15,7 +15,9 @@ from engine.models import MODELS, load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.batch import Batch
+from kernels.cpu.torch_ops import TorchCpuOps
 from kernels.ops import Recorder
+from kernels.reference import LayerCache, ReferenceOps
 
 COMMON: dict[str, Any] = {
     "vocab_size": 120,
@@ -118,6 +120,40 @@ def test_logits_equal_transformers(pair: tuple[Path, torch.nn.Module], backend: 
         logits = run(folder, backend, chunks, tokens.tolist())
         error = (logits - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, f"chunks {chunks}"
+
+
+@pytest.mark.parametrize("kind", [ReferenceOps, TorchCpuOps])
+def test_a_recorded_tape_equals_eager_at_every_row_count(
+    pair: tuple[Path, torch.nn.Module], kind: type[ReferenceOps]
+) -> None:
+    """Recording sees no rows at all, so one tape serves every count."""
+    backend = select_backend("torch", dtype="float32", threads=1)
+    model = load_model(open_checkpoint(pair[0]), backend)
+    recorder = Recorder()
+    tape = recorder.finish(model.forward(recorder))
+    heads = model.config.heads
+
+    def ops() -> ReferenceOps:
+        shape = (64, heads.kv, heads.dim)
+        caches = [LayerCache(torch.zeros(shape), torch.zeros(shape)) for _ in range(8)]
+        return kind(caches, page_size=4)
+
+    recorded, eager = ops(), ops()
+    generator = np.random.default_rng(0)
+    for rows in range(1, 65):
+        batch = Batch(
+            token_ids=generator.integers(0, 120, rows),
+            positions=np.arange(rows),
+            kv_slots=np.arange(rows),
+            query_starts=np.array([0, rows], np.int32),
+            context_lengths=np.array([rows], np.int32),
+            table_rows=np.zeros(1, np.int32),
+            page_table=np.arange(16, dtype=np.int32)[None],
+            sample_rows=np.arange(rows, dtype=np.int64),
+        )
+        recorded.begin(batch)
+        eager.begin(batch)
+        assert torch.equal(tape.replay(recorded), model.forward(eager)), rows
 
 
 def test_every_registered_family_is_covered() -> None:

@@ -15,14 +15,14 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from engine.errors import ConfigError
-from engine.models import load_model
 from engine.weights.checkpoint import open_checkpoint
-from engine.weights.gguf import GGUFCheckpoint
-from engine.weights.gguf_header import read_header
-from kernels.backend import select_backend
-from tests.tiny import LLAMA, llama_tensors
+from engine.weights.gguf import GGUFCheckpoint, GGUFTensor
+from engine.weights.gguf_header import TensorEntry, read_header
+from tests.engine.models.test_parity import run
+from tests.tiny import LLAMA, llama_tensors, write_llama
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -34,6 +34,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -41,23 +43,30 @@ GGUF_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    base = name.removesuffix(".weight")
+    base, _, kind = name.rpartition(".")
     if base in GGUF_NAMES:
-        return f"{GGUF_NAMES[base]}.weight"
+        return f"{GGUF_NAMES[base]}.{kind}"
     _, _, layer, part = base.split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+    return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
 
 
 def interleave(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """The row order that llama files use: the two halves of each head, interleaved."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(rows, columns)
+    rest = weight.shape[1:]
+    return weight.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, *, kind: Type = Type.F32, **changes: Any) -> dict[str, torch.Tensor]:
-    """A complete tiny llama file; matrices are stored as `kind`. Returns its true weights."""
-    tensors = llama_tensors(LLAMA)
-    writer = gguf.GGUFWriter(path, "llama")
+def write_gguf(
+    path: Path,
+    *,
+    kind: Type = Type.F32,
+    architecture: str = "llama",
+    extra: dict[str, torch.Tensor] | None = None,
+    **changes: Any,
+) -> dict[str, torch.Tensor]:
+    """A complete tiny file; matrices are stored as `kind`. Returns its true weights."""
+    tensors = llama_tensors(LLAMA) | (extra or {})
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LLAMA["num_hidden_layers"])
     writer.add_context_length(LLAMA["max_position_embeddings"])
     writer.add_embedding_length(LLAMA["hidden_size"])
@@ -75,7 +84,7 @@ def write_gguf(path: Path, *, kind: Type = Type.F32, **changes: Any) -> dict[str
     for name, tensor in tensors.items():
         array = tensor.numpy()
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if part in name:
+            if part in name and architecture == "llama":
                 array = interleave(array, LLAMA[heads])
         if array.ndim == 2 and array.shape[1] % 32 == 0 and kind != Type.F32:
             data = quantize(array, kind)
@@ -145,12 +154,56 @@ def test_quantized_matrices_are_close_and_their_blocks_reachable(
         assert np.array_equal(again, tensor.dense().numpy())
 
 
-def test_a_gguf_model_computes_what_the_safetensors_model_does(plain: Path) -> None:
-    """The whole loading path, biases of the row order included, in one comparison."""
-    backend = select_backend("reference", dtype="float32", threads=1)
-    model = load_model(open_checkpoint(plain), backend)
-    assert model.config.layers == 2
-    assert backend.loaded_bytes() == sum(t.nbytes for t in llama_tensors(LLAMA).values())
+def per_layer(**parts: int) -> dict[str, torch.Tensor]:
+    """Random vectors of the given sizes for every layer; `__` stands for a dot."""
+    generator = torch.Generator().manual_seed(9)
+    return {
+        f"model.layers.{layer}.self_attn.{part.replace('__', '.')}": torch.randn(
+            size, generator=generator
+        )
+        for layer in range(LLAMA["num_hidden_layers"])
+        for part, size in parts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra"),
+    [
+        ("llama", {}),
+        ("llama", per_layer(q_proj__bias=32, k_proj__bias=16, v_proj__bias=16)),
+        ("qwen2", per_layer(q_proj__bias=32, k_proj__bias=16, v_proj__bias=16)),
+        ("qwen3", per_layer(q_norm__weight=8, k_norm__weight=8)),
+    ],
+    ids=["llama", "llama-biased", "qwen2", "qwen3"],
+)
+def test_a_gguf_model_gives_the_logits_of_the_same_model_in_safetensors(
+    tmp_path: Path, architecture: str, extra: dict[str, torch.Tensor]
+) -> None:
+    file = tmp_path / "model.gguf"
+    tensors = write_gguf(file, architecture=architecture, extra=extra)
+    folder = write_llama(tmp_path / "folder", model_type=architecture)
+    save_file(tensors, folder / "model.safetensors")
+    tokens = list(range(3, 40))
+    results = [run(path, "torch", [len(tokens)], tokens) for path in (file, folder)]
+    assert torch.allclose(results[0], results[1], atol=1e-4)
+    assert float(results[0].std()) > 0.1
+
+
+READABLE = sorted(gguf.quants._type_traits, key=lambda kind: kind.name)
+
+
+@pytest.mark.parametrize("kind", READABLE, ids=lambda kind: kind.name)
+def test_every_type_that_the_package_dequantizes_can_be_read(kind: Type) -> None:
+    """Random blocks, read through our tensor and by the package itself."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    columns = block * (256 // block)
+    raw = np.random.default_rng(0).integers(0, 120, (3, columns // block * size), np.uint8)
+    entry = TensorEntry("t", (3, columns), kind, 0, raw.nbytes)
+    tensor = GGUFTensor("t", (3, columns), entry, raw.reshape(-1))
+    expected = gguf.dequantize(raw, kind)
+    assert np.array_equal(tensor.dense().float().numpy(), expected, equal_nan=True)
+    if kind not in (Type.F16, Type.BF16, Type.F32):
+        assert np.array_equal(tensor.packed().numpy(), raw)
 
 
 @pytest.mark.parametrize(
