@@ -46,9 +46,10 @@ async def measure(
     async with AsyncEngine.from_pretrained(model, **settings) as engine:
         recorder = StepRecorder(streams)
         engine.add_listener(recorder)
+        vocabulary = min(engine.parts.vocab_size, 1000)
 
         async def stream(number: int) -> None:
-            prompt = [(number * 131 + i * 7) % 1000 + 3 for i in range(prompt_tokens)]
+            prompt = [(number * 131 + i * 7) % (vocabulary - 3) + 3 for i in range(prompt_tokens)]
             params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
             async for _ in engine.generate(prompt, params):
                 pass

@@ -55,7 +55,7 @@ def test_open_loop_sends_at_its_own_rate(mock_server: MockFactory, tmp_path: Pat
 
 
 def test_failures_are_counted_and_named(mock_server: MockFactory) -> None:
-    server = mock_server(pages=200, context=700)
+    server = mock_server(pages=500, context=1900)
     result = load(
         "--url", server.url, "--requests", "2", "--prompt-tokens", "10", "--output-tokens", "5000"
     )
