@@ -118,7 +118,7 @@ async def request(
         async with client.stream("POST", f"{settings.url}/v1/{path}", json=body) as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
-                outcome.error = f"HTTP {response.status_code}: {text[:200]}"
+                outcome.error = f"HTTP {response.status_code}: {text[:400]}"
                 return outcome
             async for line in response.aiter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
@@ -286,7 +286,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         f"{summary['seconds']:.1f} s, client CPU {summary['client_cpu_seconds']:.1f} s"
     )
     if summary["first_error"]:
-        console.print(f"first error: {summary['first_error']}", markup=False)
+        console.print(f"first error: {summary['first_error']}", markup=False, soft_wrap=True)
 
 
 def _bar() -> Progress:
