@@ -41,11 +41,13 @@ ifeq ($(TORCH),cpu)
 	$(PIP) install --index-url $(CPU_INDEX) 'torch>=2.11,<2.14'
 endif
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+NATIVE := CMakeLists.txt $(wildcard kernels/cpu/native/*)
+
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) install --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-test: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) install --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 

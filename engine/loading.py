@@ -27,7 +27,7 @@ from engine.types import Clock, MonotonicClock, Request, SamplingParams
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.gguf import GGUFCheckpoint
 from engine.weights.sources import KNOWN_MODELS, Progress, resolve
-from kernels.backend import Backend, CacheLayout, DType, resolve_dtype, select_backend
+from kernels.backend import Backend, CacheLayout, DType, select_backend
 from kernels.ops import Recorder
 
 
@@ -70,11 +70,12 @@ def load(
         )
     with _stage(timeline, "open"):
         checkpoint = open_checkpoint(path)
-        dtype = resolve_dtype(config.model.dtype)
-        kv_dtype = dtype if config.cache.dtype == "auto" else resolve_dtype(config.cache.dtype)
         try:
-            backend = select_backend(
-                config.execution.backend, dtype=dtype, threads=config.execution.threads
+            backend, kv_dtype = select_backend(
+                config.execution.backend,
+                dtype=config.model.dtype,
+                cache_dtype=config.cache.dtype,
+                threads=config.execution.threads,
             )
         except ValueError as error:
             raise ConfigError(f"execution.backend: {error}") from error
@@ -83,11 +84,12 @@ def load(
     with _stage(timeline, "weights"):
         model = load_model(checkpoint, backend, lambda done, total: progress("load", done, total))
     parts, runner = _assemble(config, model, backend, tokenizer, kv_dtype)
-    parts.fingerprint = _fingerprint(path, dtype, kv_dtype)
+    parts.fingerprint = _fingerprint(path, f"{backend.name} {config.model.dtype}", kv_dtype)
     with _stage(timeline, "warm-up"):
         _warm_up(runner, parts, config, progress)
     parts.timeline = timeline
-    parts.device = f"CPU, {backend.name} backend, {dtype} weights, {kv_dtype} KV cache"
+    size = backend.loaded_bytes() / 1e6
+    parts.device = f"CPU, {backend.name} kernels, {size:.0f} MB of weights, {kv_dtype} KV cache"
     return parts
 
 
@@ -113,11 +115,15 @@ def _assemble(
     """Size the cache, record the model, and put scheduler and stepper together."""
     shape, section, batch = model.config, config.cache, config.scheduler
     context = min(shape.max_context, config.model.max_context or shape.max_context)
-    layout = CacheLayout(shape.layers, shape.heads, section.page_size, kv_dtype)
+    layout = CacheLayout(shape.layers, shape.heads, section.page_size, kv_dtype, context)
     pages = cache_pages(section, layout, context, batch.max_running)
-    backend.allocate_cache(layout, pages)
+    try:
+        backend.allocate_cache(layout, pages)
+    except ValueError as error:
+        raise ConfigError(f"{error}; execution.backend=torch takes any") from error
     recorder = Recorder()
-    program = backend.compile(recorder.finish(model.forward(recorder)))
+    tape = recorder.finish(model.forward(recorder))
+    program = backend.compile(tape, batch.max_batch_tokens)
     context = min(context, pages * section.page_size)
     staging = StagingShape(
         tokens=batch.max_batch_tokens,
@@ -164,11 +170,11 @@ def _warm_up(runner: Runner, parts: Parts, config: Config, progress: Progress) -
         progress("warm-up", number + 1, 2)
 
 
-def _fingerprint(path: Path, dtype: str, kv_dtype: str) -> bytes:
+def _fingerprint(path: Path, weights: str, kv_dtype: str) -> bytes:
     """Names the numbers that a cached page depends on: the weights' file, and both formats."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     identity = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    text = repr((identity, dtype, kv_dtype, np.dtype(np.int32).byteorder))
+    text = repr((identity, weights, kv_dtype, np.dtype(np.int32).byteorder))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Heads, Tape, Weight
 
 DType = Literal["float32", "bfloat16"]
+logger = logging.getLogger("ryzanstein.kernels")
+
 TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,6 +51,8 @@ class CacheLayout:
     heads: Heads
     page_size: int
     dtype: DType
+    max_context: int = 0
+    """Positions that a sequence may reach."""
 
     @property
     def bytes_per_page(self) -> int:
@@ -89,8 +94,8 @@ class Backend(Protocol):
         """Allocate the paged KV cache."""
         ...
 
-    def compile(self, tape: Tape) -> Program:
-        """Make the tape runnable."""
+    def compile(self, tape: Tape, max_rows: int) -> Program:
+        """Make the tape runnable for steps of up to `max_rows` rows."""
         ...
 
     def close(self) -> None:
@@ -121,19 +126,42 @@ def resolve_dtype(name: Literal["auto"] | DType) -> DType:
     return name
 
 
-def select_backend(name: str, *, dtype: DType, threads: int) -> Backend:
-    """Make the named backend: `torch` (the default on a CPU) or `reference` (the slow oracle).
+def select_backend(
+    name: str, *, dtype: Literal["auto"] | DType, cache_dtype: Literal["auto"] | DType, threads: int
+) -> tuple[Backend, DType]:
+    """The named backend, and the dtype that its KV cache takes.
 
-    `threads` of 0 means one per core. Raises ValueError for an unknown name.
+    `native` packs weights and is the fastest, `torch` computes in float32 or bfloat16, `reference`
+    is the slow oracle. `auto` is `native` where this machine can, unless float32 is asked for.
+    `threads` of 0 means one per core. Raises ValueError if the backend is unknown or cannot serve.
     """
+    from kernels.cpu.native_backend import NativeBackend, unavailable_reason
     from kernels.cpu.torch_ops import TorchCpuOps
     from kernels.reference import ReferenceOps
     from kernels.torch_backend import TorchBackend
 
+    threads = threads or available_cores()
+    if name == "auto":
+        name = "torch" if "float32" in (dtype, cache_dtype) else "native"
+        if name == "native" and (reason := unavailable_reason()) is not None:
+            logger.warning(
+                "the native kernels cannot serve: %s. The torch path does, several times slower.",
+                reason,
+            )
+            name = "torch"
+    if name == "native":
+        if (reason := unavailable_reason()) is not None:
+            raise ValueError(f"the native kernels cannot serve: {reason}")
+        if dtype == "float32" or cache_dtype == "float32":
+            raise ValueError("the native kernels do not compute in float32; use backend torch")
+        # Its threads are its own; torch only samples, and must not compete.
+        torch.set_num_threads(1)
+        return NativeBackend(dtype, threads), "bfloat16"
     families = {"torch": TorchCpuOps, "reference": ReferenceOps}
-    chosen = "torch" if name == "auto" else name
-    if chosen not in families:
-        known = ", ".join(["auto", *families])
+    if name not in families:
+        known = ", ".join(["auto", "native", *families])
         raise ValueError(f"backend {name!r} is not known; choose one of {known}")
-    torch.set_num_threads(threads or available_cores())
-    return TorchBackend(chosen, families[chosen], dtype)
+    torch.set_num_threads(threads)
+    dense = resolve_dtype(dtype)
+    kv_dtype = dense if cache_dtype == "auto" else cache_dtype
+    return TorchBackend(name, families[name], dense), kv_dtype

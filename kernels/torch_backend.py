@@ -45,7 +45,7 @@ class TorchBackend:
             for _ in range(layout.layers)
         ]
 
-    def compile(self, tape: Tape) -> TorchProgram:
+    def compile(self, tape: Tape, max_rows: int) -> TorchProgram:
         return TorchProgram(tape, self._ops_class(self._caches, self._page_size))
 
     def close(self) -> None:

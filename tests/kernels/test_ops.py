@@ -45,12 +45,12 @@ def random_batch(rng: np.random.Generator, counts: list[int], before: list[int])
 def test_a_tape_recorded_once_equals_eager_at_every_row_count(
     tmp_path: Path, backend_name: str
 ) -> None:
-    backend = select_backend(backend_name, dtype="float32", threads=1)
+    backend, _ = select_backend(backend_name, dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(write_llama(tmp_path)), backend)
     layout = CacheLayout(2, model.config.heads, SIZE, "float32")
     backend.allocate_cache(layout, PAGES)
     recorder = Recorder()
-    program = backend.compile(recorder.finish(model.forward(recorder)))
+    program = backend.compile(recorder.finish(model.forward(recorder)), 512)
     kind = {"reference": ReferenceOps, "torch": TorchCpuOps}[backend_name]
     shape = (PAGES * SIZE, 2, 8)
     eager = kind([LayerCache(torch.zeros(shape), torch.zeros(shape)) for _ in range(2)], SIZE)
@@ -125,7 +125,7 @@ def test_the_reference_attends_to_exactly_the_visible_positions() -> None:
 
 
 def test_tapes_drop_activations_after_their_last_use(tmp_path: Path) -> None:
-    backend = select_backend("torch", dtype="float32", threads=1)
+    backend, _ = select_backend("torch", dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(write_llama(tmp_path)), backend)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
@@ -156,8 +156,8 @@ def test_recording_finds_weights_that_do_not_fit(call: Any, message: str) -> Non
 
 
 def test_unknown_backends_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'tpu' is not known; choose one of auto, torch"):
-        select_backend("tpu", dtype="float32", threads=1)
+    with pytest.raises(ValueError, match="'tpu' is not known; choose one of auto, native, torch"):
+        select_backend("tpu", dtype="float32", cache_dtype="auto", threads=1)
 
 
 def test_auto_dtype_follows_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,14 +82,14 @@ def pair(
 
 def run(folder: Path, backend_name: str, chunks: list[int], tokens: list[int]) -> torch.Tensor:
     """Logits of every position, the prompt computed in chunks of the given sizes."""
-    backend = select_backend(backend_name, dtype="float32", threads=2)
+    backend, _ = select_backend(backend_name, dtype="float32", cache_dtype="auto", threads=2)
     model = load_model(open_checkpoint(folder), backend)
     size, pages = 4, -(-len(tokens) // 4)
     backend.allocate_cache(
         CacheLayout(model.config.layers, model.config.heads, size, "float32"), 64
     )
     recorder = Recorder()
-    program = backend.compile(recorder.finish(model.forward(recorder)))
+    program = backend.compile(recorder.finish(model.forward(recorder)), 512)
     table = np.random.default_rng(0).permutation(64)[:pages].astype(np.int32)[None]
     logits, start = [], 0
     for count in chunks:
@@ -127,7 +127,7 @@ def test_a_recorded_tape_equals_eager_at_every_row_count(
     pair: tuple[Path, torch.nn.Module], kind: type[ReferenceOps]
 ) -> None:
     """Recording sees no rows at all, so one tape serves every count."""
-    backend = select_backend("torch", dtype="float32", threads=1)
+    backend, _ = select_backend("torch", dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(pair[0]), backend)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))

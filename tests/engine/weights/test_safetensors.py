@@ -18,7 +18,10 @@ from tests.tiny import LLAMA, llama_tensors, write_llama
 
 
 def load(folder: Path) -> Any:
-    return load_model(open_checkpoint(folder), select_backend("torch", dtype="float32", threads=1))
+    return load_model(
+        open_checkpoint(folder),
+        select_backend("torch", dtype="float32", cache_dtype="auto", threads=1)[0],
+    )
 
 
 def test_shards_with_an_index_are_one_model(tmp_path: Path) -> None:
