@@ -14,6 +14,9 @@ inline __mmask16 tail(int64_t left) {
   return left >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << left) - 1);
 }
 
+// Below this a group's scale has no finite inverse; such values are zero.
+constexpr float kSmallest = 1e-35f;
+
 void quantize_groups(const float* x, int64_t width, int64_t row, const Quantized& out) {
   const int64_t groups = width / kGroup;
   const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
@@ -21,7 +24,8 @@ void quantize_groups(const float* x, int64_t width, int64_t row, const Quantized
     const __m512 a = _mm512_loadu_ps(x + g * kGroup), b = _mm512_loadu_ps(x + g * kGroup + 16);
     const __m512 abs_a = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), absolute));
     const __m512 abs_b = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(b), absolute));
-    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(abs_a, abs_b));
+    float largest = _mm512_reduce_max_ps(_mm512_max_ps(abs_a, abs_b));
+    if (largest < kSmallest) largest = 0.0f;
     const float scale = largest / 127.0f;
     const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
     const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
