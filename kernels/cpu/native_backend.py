@@ -182,6 +182,15 @@ class NativeProgram:
     def logits(self) -> torch.Tensor:
         return self._logits[: self._rows]
 
+    def profile(self, on: bool) -> None:
+        """Start or stop timing instructions; both set the times back to zero."""
+        self._program.profile(on)
+
+    def nanoseconds(self) -> dict[str, int]:
+        """Time spent in each kind of op since profiling started."""
+        times: dict[str, int] = self._program.nanoseconds()
+        return times
+
     def _build(self, tape: Tape) -> None:
         """One buffer a handle, in the forms its readers want, and one call an instruction."""
         buffers = {}

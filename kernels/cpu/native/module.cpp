@@ -78,6 +78,16 @@ NB_MODULE(_native, m) {
            [](Program& p, int in, std::shared_ptr<Weight> weight, uintptr_t bias, uintptr_t out) {
              p.logits(in, std::move(weight), at<const float>(bias), at<float>(out));
            })
+      .def("profile", &Program::profile)
+      .def("nanoseconds",
+           [](const Program& p) {
+             nb::dict result;
+             const char* names[Program::kOps] = {"embed",     "rms_norm", "add_rms_norm",
+                                                 "linear",    "rope_write_kv",
+                                                 "attention", "gated",    "select_rows"};
+             for (int i = 0; i < Program::kOps; ++i) result[names[i]] = p.nanoseconds()[i];
+             return result;
+           })
       .def("run", [](Program& p, uintptr_t token_ids, uintptr_t positions, uintptr_t kv_slots,
                      uintptr_t query_starts, uintptr_t context_lengths, uintptr_t table_rows,
                      uintptr_t page_table, uintptr_t sample_rows, int64_t tokens,

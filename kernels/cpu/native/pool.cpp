@@ -40,7 +40,6 @@ Pool::~Pool() {
   stop_.store(true);
   awake_.fetch_add(1);
   futex_wake(&awake_);
-  generation_.fetch_add(1);
   for (auto& worker : workers_) worker.join();
 }
 
@@ -55,45 +54,61 @@ void Pool::end() {
   if (!workers_.empty()) awake_.fetch_add(1, std::memory_order_release);
 }
 
-void Pool::dispatch(Task task, void* context) {
-  task_ = task;
-  context_ = context;
-  next_.store(0, std::memory_order_relaxed);
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
-  task(context);
-  for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins) {
+void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain) {
+  call_.store(call, std::memory_order_relaxed);
+  body_.store(body, std::memory_order_relaxed);
+  count_.store(count, std::memory_order_relaxed);
+  grain_.store(grain, std::memory_order_relaxed);
+  done_.store(0, std::memory_order_relaxed);
+  ticket_.store(++jobs_ << 32, std::memory_order_release);
+  while (claim_and_run()) {
+  }
+  for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
     relax();
     // A worker without a core cannot finish: give it ours.
     if (spins > kSpins) sched_yield();
   }
+  ticket_.store(0, std::memory_order_seq_cst);
+}
+
+// Runs the next piece, if there is one left.
+bool Pool::claim_and_run() {
+  uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  for (;;) {
+    if (ticket == 0) return false;
+    const int64_t first = static_cast<int64_t>(ticket & 0xffffffff);
+    const Call call = call_.load(std::memory_order_relaxed);
+    const void* body = body_.load(std::memory_order_relaxed);
+    const int64_t count = count_.load(std::memory_order_relaxed);
+    const int64_t grain = grain_.load(std::memory_order_relaxed);
+    if (first >= count) return false;
+    const int64_t last = first + grain < count ? first + grain : count;
+    const uint64_t next = (ticket & ~uint64_t{0xffffffff}) | static_cast<uint64_t>(last);
+    if (ticket_.compare_exchange_weak(ticket, next, std::memory_order_acq_rel,
+                                      std::memory_order_acquire)) {
+      call(body, first, last);
+      done_.fetch_add(last - first, std::memory_order_release);
+      return true;
+    }
+  }
 }
 
 void Pool::work() {
-  uint32_t seen = 0;
-  for (;;) {
-    int spins = 0;
-    while (generation_.load(std::memory_order_acquire) == seen) {
-      if (stop_.load(std::memory_order_relaxed)) return;
-      relax();
-      if (++spins > kSpins) {
-        uint32_t awake = awake_.load(std::memory_order_acquire);
-        if (awake % 2 == 0) {
-          // Checked again after reading `awake_`: work handed out in between is not slept over.
-          if (generation_.load(std::memory_order_acquire) == seen &&
-              !stop_.load(std::memory_order_relaxed)) {
-            futex_wait(&awake_, awake);
-          }
-        } else {
-          sched_yield();
-        }
-        spins = 0;
-      }
-    }
+  for (int spins = 0;; ++spins) {
     if (stop_.load(std::memory_order_relaxed)) return;
-    ++seen;
-    task_(context_);
-    running_.fetch_sub(1, std::memory_order_release);
+    if (claim_and_run()) {
+      spins = 0;
+      continue;
+    }
+    relax();
+    if (spins < kSpins) continue;
+    spins = 0;
+    const uint32_t awake = awake_.load(std::memory_order_acquire);
+    if (awake % 2 == 0) {
+      futex_wait(&awake_, awake);
+    } else {
+      sched_yield();
+    }
   }
 }
 

@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <thread>
 #include <vector>
 
@@ -22,43 +21,39 @@ class Pool {
   void begin();
   void end();
 
-  // Calls body(first, last) for pieces of [0, count), `grain` at a time, taken from one atomic
-  // counter by whoever is free: a preempted thread delays only the piece that it holds.
+  // Calls body(first, last) for pieces of [0, count), `grain` at a time, and returns when all are
+  // done. Whoever is free claims the next piece, and only pieces are waited for, never threads: one
+  // that the system has put aside delays at most the piece that it holds.
   template <typename Body>
   void run(int64_t count, int64_t grain, const Body& body) {
     if (count <= grain || workers_.empty()) {
       if (count > 0) body(int64_t{0}, count);
       return;
     }
-    struct Context {
-      const Body* body;
-      int64_t count, grain;
-      std::atomic<int64_t>* next;
-    } context{&body, count, grain, &next_};
     dispatch(
-        [](void* raw) {
-          auto* c = static_cast<Context*>(raw);
-          for (;;) {
-            int64_t first = c->next->fetch_add(c->grain, std::memory_order_relaxed);
-            if (first >= c->count) return;
-            int64_t last = first + c->grain < c->count ? first + c->grain : c->count;
-            (*c->body)(first, last);
-          }
+        [](const void* raw, int64_t first, int64_t last) {
+          (*static_cast<const Body*>(raw))(first, last);
         },
-        &context);
+        &body, count, grain);
   }
 
  private:
-  using Task = void (*)(void*);
-  void dispatch(Task task, void* context);
+  using Call = void (*)(const void*, int64_t, int64_t);
+
+  void dispatch(Call call, const void* body, int64_t count, int64_t grain);
+  bool claim_and_run();
   void work();
 
   std::vector<std::thread> workers_;
-  Task task_ = nullptr;
-  void* context_ = nullptr;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<uint32_t> generation_{0};
-  alignas(64) std::atomic<int> running_{0};
+  // The job under way. A worker reads these between loading the ticket and claiming from it; if the
+  // claim succeeds the ticket has not changed, so what was read belongs to it.
+  std::atomic<Call> call_{nullptr};
+  std::atomic<const void*> body_{nullptr};
+  std::atomic<int64_t> count_{0}, grain_{1};
+  uint64_t jobs_ = 0;
+  // Number of the job in the upper half, next piece's first item in the lower; 0 while none is open.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<uint32_t> awake_{0};
   std::atomic<bool> stop_{false};
 };

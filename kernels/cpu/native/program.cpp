@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 
@@ -147,7 +148,17 @@ void Program::run(const Batch& batch) {
     throw std::invalid_argument("the step has more rows than the program's buffers");
   }
   pool_->begin();
-  for (const Instruction& instruction : instructions_) step(instruction, batch);
+  for (const Instruction& instruction : instructions_) {
+    if (!profiling_) {
+      step(instruction, batch);
+      continue;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    step(instruction, batch);
+    const auto spent = std::chrono::steady_clock::now() - start;
+    nanoseconds_[static_cast<size_t>(instruction.op)] +=
+        std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count();
+  }
   pool_->end();
 }
 

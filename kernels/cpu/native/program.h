@@ -1,6 +1,7 @@
 // A recorded forward pass: instructions over preallocated buffers, the row counts as run-time values.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -48,10 +49,19 @@ class Program {
 
   void run(const Batch& batch);
 
- private:
   enum class Op {
     kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows
   };
+  static constexpr int kOps = 8;
+
+  // Nanoseconds spent in each kind of instruction since profiling began.
+  void profile(bool on) {
+    profiling_ = on;
+    nanoseconds_.fill(0);
+  }
+  const std::array<int64_t, kOps>& nanoseconds() const { return nanoseconds_; }
+
+ private:
 
   struct Value {
     int64_t width;
@@ -93,6 +103,8 @@ class Program {
   std::vector<Value> values_;
   std::vector<LayerCache> caches_;
   std::vector<Instruction> instructions_;
+  bool profiling_ = false;
+  std::array<int64_t, kOps> nanoseconds_{};
 };
 
 }  // namespace ryzanstein
