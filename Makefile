@@ -34,20 +34,21 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/bin/python:
+$(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 ifeq ($(TORCH),cpu)
 	$(PIP) install --index-url $(CPU_INDEX) 'torch>=2.11,<2.14'
 endif
+	@touch $@
 
 NATIVE := CMakeLists.txt $(wildcard kernels/cpu/native/*)
 
-$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/.created
 	$(PIP) install --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+$(VENV)/.installed-test: pyproject.toml $(NATIVE) | $(VENV)/.created
 	$(PIP) install --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 

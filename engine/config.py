@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,8 +75,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     server: ServerSection = ServerSection()
 
 
-def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read `file` and apply `a.b=value` overrides, later ones winning.
+def load_config(
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read `file`, apply `a.b=value` overrides as people write them, then `values` by dotted path.
 
     Raises ConfigError naming the field that is wrong.
     """
@@ -89,26 +93,32 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid TOML: {error}") from error
     for override in overrides:
-        _apply(tree, override)
+        _set(tree, *_parse(override))
+    for path, value in (values or {}).items():
+        _set(tree, path, value)
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"configuration: {error}") from error
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted path; the value is read as TOML, or taken as text if it is none."""
+def _parse(override: str) -> tuple[str, Any]:
+    """Path and value; the value is read as TOML, or taken as text if it is none."""
     path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
+    if not separator or not all(path.strip().split(".")):
         raise ConfigError(f"--set {override!r}: write it as section.field=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return path.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        return path.strip(), text
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set one dotted path."""
+    *sections, field = path.split(".")
     table = tree
-    for key in keys[:-1]:
+    for key in sections:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {key} is a value, not a section")
-    table[keys[-1]] = value
+            raise ConfigError(f"{path}: {key} is a value, not a section")
+    table[field] = value

@@ -69,12 +69,8 @@ class AsyncEngine:
         cannot be.
         """
         if config is None:
-            import json
-
-            pairs = {"model__name": model, **overrides}
-            config = load_config(
-                None, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in pairs.items()]
-            )
+            values = {key.replace("__", "."): value for key, value in overrides.items()}
+            config = load_config(values={"model.name": model, **values})
         chosen = config
         return cls(lambda: load(chosen), stall_seconds=config.execution.stall_seconds)
 
@@ -107,17 +103,34 @@ class AsyncEngine:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; long texts do not hold up the event loop."""
+        (ids,) = await self.encode_all([text], add_special_tokens=add_special_tokens)
+        return ids
+
+    async def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of several texts, on another thread if they are long together."""
         tokenizer = self.parts.tokenizer
+
+        def work() -> list[list[int]]:
+            return [tokenizer.encode(t, add_special_tokens=add_special_tokens) for t in texts]
+
         try:
-            text.encode()
+            if sum(map(len, texts)) <= LONG_TEXT:
+                return work()
+            return await anyio.to_thread.run_sync(work)
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 "the text holds half of a surrogate pair, which is no character", param="prompt"
             ) from error
-        if len(text) <= LONG_TEXT:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens shown."""
+        tokenizer = self.parts.tokenizer
+        if len(ids) <= LONG_TEXT:
+            return tokenizer.decode(ids, skip_special_tokens=False)
         return await anyio.to_thread.run_sync(
-            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            lambda: tokenizer.decode(ids, skip_special_tokens=False)
         )
 
     async def submit(
@@ -141,13 +154,14 @@ class AsyncEngine:
         params = params or SamplingParams()
         params.validate(self.parts.vocab_size)
         ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self.check_ids(ids)
         limits = self.parts.limits
+        max_tokens = policy.check_length(len(ids), params.max_tokens, limits)
+        self.check_ids(ids)
         request = Request(
             id=request_id or uuid.uuid4().hex,
             prompt_ids=tuple(ids),
             sampling=params,
-            max_tokens=policy.check_length(len(ids), params.max_tokens, limits),
+            max_tokens=max_tokens,
             seed=(self._seeds() if params.seed is None else params.seed) % 2**64,
             arrival=self.parts.clock.now(),
             priority=priority,
@@ -261,39 +275,48 @@ class AsyncEngine:
         return stream
 
     async def _run(self) -> None:
-        """Turn until cancelled or broken: apply aborts, plan, step, commit, deliver."""
-        scheduler, clock = self.parts.scheduler, self.parts.clock
+        """Turn until cancelled or broken."""
         while self._failed is None:
-            self._apply_aborts()
-            if not scheduler.has_work:
-                await self._wake.wait()
-                self._wake = anyio.Event()
-                continue
-            begin = clock.now()
-            plan = scheduler.plan()
-            planned = clock.now()
-            self._step_started = planned
             try:
-                self.parts.stepper.submit(plan)
-                await anyio.wait_readable(self.parts.stepper.fileno())
-                result = self.parts.stepper.result()
-            except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
-                self._step_failed(plan, error)
-                continue
-            self._step_started = None
-            self._failures = 0
-            arrived = clock.now()
-            moved = scheduler.commit(plan, result)
-            committed = clock.now()
-            self._delivery.deliver(moved)
-            parts = {
-                **result.seconds,
-                "plan": planned - begin,
-                "wait": arrived - planned,
-                "commit": committed - arrived,
-                "stream": clock.now() - committed,
-            }
-            self._emit(plan, parts)
+                await self._turn()
+            except Exception as error:
+                logger.error("the engine's loop failed", exc_info=error)
+                self._failed = EngineFailed("the engine broke; restart the server")
+                self._fail_all(self._failed)
+
+    async def _turn(self) -> None:
+        """Apply aborts, plan, step, commit, deliver; or wait until there is something to do."""
+        scheduler, clock = self.parts.scheduler, self.parts.clock
+        self._apply_aborts()
+        if not scheduler.has_work:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            return
+        begin = clock.now()
+        plan = scheduler.plan()
+        planned = clock.now()
+        self._step_started = planned
+        try:
+            self.parts.stepper.submit(plan)
+            await anyio.wait_readable(self.parts.stepper.fileno())
+            result = self.parts.stepper.result()
+        except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
+            self._step_failed(plan, error)
+            return
+        self._step_started = None
+        self._failures = 0
+        arrived = clock.now()
+        moved = scheduler.commit(plan, result)
+        committed = clock.now()
+        self._delivery.deliver(moved)
+        parts = {
+            **result.seconds,
+            "plan": planned - begin,
+            "wait": arrived - planned,
+            "commit": committed - arrived,
+            "stream": clock.now() - committed,
+        }
+        self._emit(plan, parts)
 
     def _apply_aborts(self) -> None:
         aborts, self._aborts = self._aborts, set()

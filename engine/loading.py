@@ -60,6 +60,13 @@ def load(
     accept_terms: Callable[[str], bool] = lambda _: False,
 ) -> Parts:
     """Find, read and warm up the configured model. Raises ConfigError in one sentence."""
+    try:
+        return _load(config, progress, accept_terms)
+    except (OSError, MemoryError) as error:
+        raise ConfigError(f"cannot load {config.model.name}: {error}") from error
+
+
+def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool]) -> Parts:
     timeline: list[tuple[str, float]] = []
     with _stage(timeline, "find"):
         path = resolve(

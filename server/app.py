@@ -29,6 +29,10 @@ logger = logging.getLogger("ryzanstein.server")
 CLIENT_CLOSED_REQUEST = 499
 
 
+class LoadingStopped(Exception):
+    """Raised inside loading once somebody has asked to stop."""
+
+
 class Lifecycle:
     """Loads the engine in the background, and drains it when asked to stop."""
 
@@ -40,12 +44,17 @@ class Lifecycle:
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine = engine
-        self.failure: RyzansteinError | None = None
+        self.failure: Exception | None = None
         self.on_stop: Callable[[], None] = lambda: None
         self._drain_seconds = drain_seconds
         self._on_loaded = on_loaded
         self._stop = anyio.Event()
         self._drain: anyio.CancelScope | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody has asked to stop; loading looks here and gives up."""
+        return self._stop.is_set()
 
     def stop(self) -> None:
         """Ask for a drain; a second call ends it. Call it on the event loop."""
@@ -54,16 +63,22 @@ class Lifecycle:
         self._stop.set()
 
     async def run(self) -> None:
-        """Load, serve until asked to stop, drain. A model that cannot be loaded ends the server."""
+        """Load, serve until asked to stop, drain. Whatever goes wrong here ends the server."""
         try:
             async with self.engine:
                 self._on_loaded()
                 await self._stop.wait()
                 with anyio.CancelScope() as self._drain:
                     await self.engine.drain(self._drain_seconds)
+        except LoadingStopped:
+            logger.info("stopped while loading")
         except RyzansteinError as error:
             self.failure = error
-        self.on_stop()
+        except Exception as error:
+            logger.error("the server cannot go on", exc_info=error)
+            self.failure = error
+        finally:
+            self.on_stop()
 
 
 def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import anyio
+import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
@@ -125,7 +125,7 @@ def chat(
     async def run() -> None:
         messages = [{"role": "system", "content": system}] if system else []
         async with _engine(settings, accept_terms) as engine:
-            while question := await anyio.to_thread.run_sync(_ask):
+            while question := await anyio.to_thread.run_sync(_ask, abandon_on_cancel=True):
                 messages.append({"role": "user", "content": question})
                 answer = ""
                 async with aclosing(engine.chat(messages, params)) as deltas:
@@ -195,10 +195,12 @@ def _settings(
         "server.host": host,
         "server.port": port,
     }
-    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    config = load_config(file, overrides, {k: v for k, v in flags.items() if v is not None})
     if key := os.environ.get("RYZANSTEIN_API_KEY"):
-        given.append(f"server.api_keys={json.dumps([key])}")
-    return load_config(file, [*overrides, *given])
+        keys = (*config.server.api_keys, key)
+        server = msgspec.structs.replace(config.server, api_keys=keys)
+        config = msgspec.structs.replace(config, server=server)
+    return config
 
 
 def _consent(accepted: bool) -> Callable[[str], bool]:

@@ -102,7 +102,7 @@ async def detokenize(request: Request) -> ASGIApp:
     vocabulary = engine.parts.vocab_size
     if any(not 0 <= token < vocabulary for token in body.tokens):
         raise InvalidRequest(f"a token id lies outside 0..{vocabulary - 1}", param="tokens")
-    text = engine.parts.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    text = await engine.decode(body.tokens)
     return json_response({"prompt": text}, headers=headers)
 
 
@@ -173,16 +173,16 @@ async def prepare_completion(engine: AsyncEngine, body: CompletionRequest) -> Ge
     params = sampling_of(body)
     tokenizer = engine.parts.tokenizer
     prompts = prompts_of(body.prompt)
+    encoded = iter(await engine.encode_all([p for p in prompts if isinstance(p, str)]))
+    ids = [next(encoded) if isinstance(p, str) else p for p in prompts]
     echoes = None
     if body.echo:
-        ids = [await engine.encode(p) if isinstance(p, str) else p for p in prompts]
         for one in ids:
             engine.check_ids(one)
         echoes = [
-            Echo(p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=False), i)
+            Echo(p if isinstance(p, str) else await engine.decode(p), i)
             for p, i in zip(prompts, ids, strict=True)
         ]
-        prompts = list(ids)
     shape = CompletionShape(
         tokenizer,
         choices_per_prompt=params.n,
@@ -191,7 +191,7 @@ async def prepare_completion(engine: AsyncEngine, body: CompletionRequest) -> Ge
         prompt_only=bool(body.echo) and body.max_tokens == 0,
         prompt_logprobs=body.prompt_logprobs is not None,
     )
-    return Generation(prompts, params, shape, body.priority or 0)
+    return Generation(ids, params, shape, body.priority or 0)
 
 
 def _check_generation(engine: AsyncEngine, body: GenerationRequest) -> None:
@@ -221,7 +221,8 @@ async def _answer(
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         extra = [(k.encode(), v.encode()) for k, v in headers.items()]
-        return EventStream(_frames(engine, stream, wrapper, shape, usage), extra)
+        frames = _frames(engine, stream, wrapper, shape, usage)
+        return EventStream(frames, extra, lambda: engine.abort(*stream.request_ids))
     whole = await race_disconnect(request, lambda: _whole(engine, stream, wrapper, shape))
     return json_response(whole, headers=headers)
 

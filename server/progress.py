@@ -65,7 +65,9 @@ class StartupProgress:
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
 
 
-def print_summary(console: Console, parts: Parts, host: str, port: int, seconds: float) -> None:
+def print_summary(
+    console: Console, parts: Parts, host: str, port: int, seconds: float, *, keys: bool
+) -> None:
     """What was started, how long each stage took, and how to try it."""
     stages = "  ".join(f"{name} {spent:.2f}s" for name, spent in parts.timeline)
     console.print(f"[bold]Ready[/] in {seconds:.1f}s  [dim]({stages})[/]")
@@ -75,11 +77,13 @@ def print_summary(console: Console, parts: Parts, host: str, port: int, seconds:
     console.print(f"  KV cache {parts.cache_tokens:,} tokens; context {context:,} tokens")
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     console.print(f"  address  {address}\n")
-    console.print(example_request(parts, address), markup=False, highlight=False, soft_wrap=True)
+    example = example_request(parts, address, keys=keys)
+    console.print(example, markup=False, highlight=False, soft_wrap=True)
 
 
-def example_request(parts: Parts, address: str) -> str:
+def example_request(parts: Parts, address: str, *, keys: bool) -> str:
     """A curl command that streams an answer from this model."""
+    key = '  -H "Authorization: Bearer $RYZANSTEIN_API_KEY" \\\n' if keys else ""
     body: dict[str, object] = {"model": parts.model_name, "stream": True, "max_tokens": 128}
     if parts.tokenizer.chat_template is not None:
         path = "chat/completions"
@@ -88,5 +92,5 @@ def example_request(parts: Parts, address: str) -> str:
         path, body["prompt"] = "completions", "The sky is blue because"
     return (
         f"curl -N {address}/v1/{path} \\\n"
-        f"  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'\n"
+        f"{key}  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'\n"
     )

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from engine import AsyncEngine, Config, ConfigError
 from engine.config import ServerSection
 from engine.loading import load
-from server.app import Lifecycle, create_app
+from server.app import Lifecycle, LoadingStopped, create_app
 from server.progress import StartupProgress, print_summary
 from server.security import is_local
 
@@ -56,8 +56,14 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
     started = time.perf_counter()
     with listen(settings) as listener, ExitStack() as bars:
         progress = bars.enter_context(StartupProgress(console))
+
+        def report(stage: str, done: int, total: int) -> None:
+            if lifecycle.stopping:
+                raise LoadingStopped
+            progress(stage, done, total)
+
         engine = AsyncEngine(
-            lambda: load(config, progress=progress, accept_terms=accept_terms),
+            lambda: load(config, progress=report, accept_terms=accept_terms),
             stall_seconds=config.execution.stall_seconds,
         )
 
@@ -65,7 +71,8 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
             bars.close()
             port = listener.getsockname()[1]
             seconds = time.perf_counter() - started
-            print_summary(console, engine.parts, settings.host, port, seconds)
+            keys = bool(settings.api_keys)
+            print_summary(console, engine.parts, settings.host, port, seconds, keys=keys)
 
         lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
         run(lifecycle, settings, listener)

@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from engine import AsyncEngine, Delta, SamplingParams, TokenStream
+from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, TokenStream
 from server.errors import describe
 from server.requests import Prompt
 
@@ -31,6 +31,13 @@ async def submit_all(
     priority: int = 0,
 ) -> TokenStream:
     """Queue several prompts into one stream, in order; all or none."""
+    sequences, room = len(prompts) * params.n, engine.parts.limits.max_waiting
+    if sequences > room:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with n = {params.n} are {sequences} sequences, "
+            f"but the queue holds {room}; ask for fewer at a time",
+            param="n",
+        )
     stream = TokenStream()
     try:
         for number, prompt in enumerate(prompts):
@@ -86,13 +93,18 @@ async def race_disconnect(request: Request, work: Callable[[], Awaitable[T]]) ->
 class EventStream:
     """An ASGI response of server-sent events; ends early, and tidily, if the client leaves.
 
-    `frames` yields encoded event payloads. An error on the way becomes an `error` event.
+    `frames` yields encoded event payloads. An error on the way becomes an `error` event. `on_end`
+    is called however it ends, also if the client left before the first frame.
     """
 
     def __init__(
-        self, frames: AsyncGenerator[bytes], headers: Sequence[tuple[bytes, bytes]] = ()
+        self,
+        frames: AsyncGenerator[bytes],
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._frames = frames
+        self._on_end = on_end
         self._headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
@@ -101,10 +113,13 @@ class EventStream:
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._write, send, group.cancel_scope)
-            await _disconnected(receive)
-            group.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._write, send, group.cancel_scope)
+                await _disconnected(receive)
+                group.cancel_scope.cancel()
+        finally:
+            self._on_end()
 
     async def _write(self, send: Send, scope: anyio.CancelScope) -> None:
         try:

@@ -1,7 +1,8 @@
 """`/v1/stream`: send a chat or completion body as JSON, get deltas; `{"type": "cancel"}` stops it.
 
-One request at a time per connection; after its `done` the next may follow. A message that cannot be
-served gets one `error` event and the connection stays. Leaving the connection aborts its request.
+Requests of one connection are answered in turn. A cancel ends every request sent before it, the
+running and the queued; each still gets its `done`. A message that cannot be served gets one `error`
+event and the connection stays. Leaving the connection aborts its requests.
 """
 
 from __future__ import annotations
@@ -32,18 +33,20 @@ class Connection:
         self._socket = socket
         self._engine = engine
         self._current: TokenStream | None = None
+        self._sent = 0
+        self._cancelled = 0  # requests up to this number are cancelled
         self._lock = anyio.Lock()
 
     async def serve(self) -> None:
         """Until the client leaves."""
         await self._socket.accept()
-        send, receive = anyio.create_memory_object_stream[str](QUEUE)
+        send, receive = anyio.create_memory_object_stream[tuple[int, str]](QUEUE)
         async with anyio.create_task_group() as group:
             group.start_soon(self._answer_all, receive)
             await self._read_all(send)
             group.cancel_scope.cancel()
 
-    async def _read_all(self, queue: MemoryObjectSendStream[str]) -> None:
+    async def _read_all(self, queue: MemoryObjectSendStream[tuple[int, str]]) -> None:
         with queue:
             while True:
                 try:
@@ -54,30 +57,34 @@ class Connection:
                     await self._fail(InvalidRequest("send text messages, not binary ones"))
                     continue
                 if _is_cancel(message):
+                    self._cancelled = self._sent
                     if self._current is not None:
                         self._engine.abort(*self._current.request_ids)
                     continue
                 try:
-                    queue.send_nowait(message)
+                    queue.send_nowait((self._sent + 1, message))
+                    self._sent += 1
                 except anyio.WouldBlock:
                     error = f"{QUEUE} requests are already waiting on this connection"
                     await self._fail(HTTPError(429, error, code="rate_limit_exceeded"))
 
-    async def _answer_all(self, queue: MemoryObjectReceiveStream[str]) -> None:
+    async def _answer_all(self, queue: MemoryObjectReceiveStream[tuple[int, str]]) -> None:
         with queue:
-            async for message in queue:
+            async for number, message in queue:
                 try:
-                    await self._answer(message)
+                    await self._answer(number, message)
                 except WebSocketDisconnect:
                     return
                 except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
                     await self._fail(error)
 
-    async def _answer(self, message: str) -> None:
+    async def _answer(self, number: int, message: str) -> None:
         generation = await self._prepare(message.encode("utf-8", errors="surrogatepass"))
         request_id = f"stream-{uuid.uuid4().hex}"
         stream = await generation.submit(self._engine, request_id)
         self._current = stream
+        if number <= self._cancelled:
+            self._engine.abort(*stream.request_ids)
         usages = []
         try:
             await self._send({"type": "start", "id": request_id})
@@ -95,6 +102,7 @@ class Connection:
                             await self._send(event)
         finally:
             self._current = None
+            self._engine.abort(*stream.request_ids)
         prompt = sum(u.prompt_tokens for u in usages)
         completion = sum(u.completion_tokens for u in usages)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion}
@@ -111,9 +119,11 @@ class Connection:
         model = self._engine.parts.model_name
         if "messages" in fields:
             chat, _ = decode(body, ChatRequest)
+            _refuse(chat)
             chat = msgspec.structs.replace(chat, model=chat.model or model, stream_options=None)
             return await prepare_chat(self._engine, chat)
         plain, _ = decode(body, CompletionRequest)
+        _refuse(plain)
         plain = msgspec.structs.replace(plain, model=plain.model or model, stream_options=None)
         return await prepare_completion(self._engine, plain)
 
@@ -127,6 +137,15 @@ class Connection:
         """One event; the reader may have to complain while the writer writes."""
         async with self._lock:
             await self._socket.send_text(msgspec.json.encode(event).decode())
+
+
+def _refuse(body: ChatRequest | CompletionRequest) -> None:
+    """This connection carries text; what would need more is refused, not dropped."""
+    for name in ("echo", "logprobs", "top_logprobs", "prompt_logprobs"):
+        if getattr(body, name, None):
+            raise InvalidRequest(
+                f"{name} is not available on this connection; use the HTTP endpoints", param=name
+            )
 
 
 def _is_cancel(message: str) -> bool:

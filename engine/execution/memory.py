@@ -8,7 +8,14 @@ from engine.config import CacheSection
 from engine.errors import ConfigError
 from kernels.backend import CacheLayout
 
-MEMORY_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Limit and usage of the control group, in version 2 and version 1.
+MEMORY_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
 
 
 def available_memory() -> int | None:
@@ -21,11 +28,19 @@ def available_memory() -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    for name in MEMORY_FILES:
-        limit = Path(name)
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            available = min(available, int(text))
+    for limit, usage in MEMORY_FILES:
+        bound, used = _number(Path(limit)), _number(Path(usage))
+        if bound is not None:
+            available = min(available, max(0, bound - (used or 0)))
     return available
+
+
+def _number(file: Path) -> int | None:
+    """A file's number; None if there is no such file, or it says `max`."""
+    if not file.exists():
+        return None
+    text = file.read_text().strip()
+    return int(text) if text.isdigit() else None
 
 
 def cache_pages(

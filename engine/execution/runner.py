@@ -13,6 +13,8 @@ from engine.scheduling.sequence import Sequence
 from kernels.backend import Backend, Program
 from kernels.batch import Batch, Sampling, counter_uniform
 
+LOWEST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class StagingShape:
@@ -87,7 +89,9 @@ class Runner:
         slot, sampling = sequence.slot, sequence.request.sampling
         self._pages_written[slot] = 0
         self._seed[slot] = sequence.seed
-        self._temperature[slot] = sampling.temperature
+        # Dividing by less would overflow, and no draw could differ from the likeliest token.
+        greedy = sampling.temperature < LOWEST_TEMPERATURE
+        self._temperature[slot] = 0.0 if greedy else sampling.temperature
         self._top_k[slot] = max(sampling.top_k, 0)
         self._top_p[slot] = sampling.top_p
         self._min_p[slot] = sampling.min_p

@@ -12,7 +12,11 @@ import threading
 import time
 from typing import Protocol
 
+from engine.errors import EngineFailed
 from engine.scheduling.scheduler import Plan, StepResult
+
+# How long closing waits for the step under way.
+CLOSE_SECONDS = 10.0
 
 
 class Stepper(Protocol):
@@ -31,7 +35,7 @@ class Stepper(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for the step under way and release everything."""
+        """Wait for the step under way and release everything. EngineFailed if it hangs."""
         ...
 
 
@@ -81,7 +85,9 @@ class ThreadStepper:
             return
         self._closed = True
         self._work.put(False)
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            raise EngineFailed("the step under way hangs; it was left behind")
         os.close(self._read)
         os.close(self._write)
         self._executor.close()

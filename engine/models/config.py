@@ -39,6 +39,13 @@ class ModelConfig:
 
 def read_config(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
     """Read a model's configuration. Raises ConfigError naming the key that is missing or wrong."""
+    try:
+        return _read(raw, rope_factors)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"the model's configuration is malformed: {error}") from error
+
+
+def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
     values = _Values(raw)
     model_type = values.text("model_type")
     hidden = values.integer("hidden_size")

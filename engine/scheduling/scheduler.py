@@ -15,7 +15,7 @@ from engine.scheduling.policy import victim_key, waiting_key
 from engine.scheduling.sequence import Sequence, State
 from engine.types import Clock, Decision, TokenLogprob
 
-# Logits of every row are large (a vocabulary each), so scored prompts go in small chunks.
+# Logits of every row are large (a vocabulary each), so a step scores few rows of prompts.
 MAX_SCORED_ROWS = 64
 
 
@@ -51,6 +51,20 @@ class StepResult:
     logprobs: list[float | None]
     top: list[list[tuple[int, float]]]
     seconds: dict[str, float]
+
+
+@dataclass(slots=True)
+class Budget:
+    """What is left of a step: rows, and rows whose logits only score a prompt."""
+
+    rows: int
+    scored: int
+
+    def chunk(self, sequence: Sequence, computed: int) -> int:
+        """How many tokens of a sequence the step can still take."""
+        count = min(len(sequence.tokens) - computed, self.rows)
+        scoring = sequence.wants_prompt_logprobs and computed < sequence.prompt_length - 1
+        return min(count, self.scored) if scoring else count
 
 
 @dataclass(frozen=True)
@@ -89,16 +103,14 @@ class Scheduler:
         """Choose the next step: running sequences first, then as many waiting ones as fit."""
         plan = Plan(self._steps)
         self._steps += 1
-        budget = self.limits.max_batch_tokens
-        position = 0
-        while position < len(self.running) and budget > 0:
-            sequence = self.running[position]
-            count = self._next_count(sequence, sequence.computed, budget)
-            if not self._grow(sequence, count, plan):
-                continue  # the sequence itself made room, and left
-            plan.chunks.append(self._chunk(sequence, count))
-            budget -= count
-            position += 1
+        budget = Budget(self.limits.max_batch_tokens, MAX_SCORED_ROWS)
+        # In order of importance: who is planned first is safe from making room for later ones.
+        for sequence in sorted(self.running, key=waiting_key):
+            if sequence.state is not State.RUNNING:
+                continue  # made room for an earlier one
+            count = budget.chunk(sequence, sequence.computed)
+            if count > 0 and self._grow(sequence, count, plan):
+                self._take(plan, budget, sequence, count)
         self._admit(plan, budget)
         return plan
 
@@ -150,7 +162,7 @@ class Scheduler:
             assert sequence.computed < len(sequence.tokens), "a running sequence has nothing to do"
             assert sequence.computed <= len(sequence.pages) * self.pool.page_size
 
-    def _admit(self, plan: Plan, budget: int) -> None:
+    def _admit(self, plan: Plan, budget: Budget) -> None:
         """Move waiting sequences in, in order, until something does not fit."""
         now = self._clock.now()
         position = 0
@@ -168,7 +180,6 @@ class Scheduler:
                     plan.decisions.append(Decision("wait", sequence.request.id, reason, now))
                 return
             del self.waiting[position]
-            budget -= plan.chunks[-1].count
             plan.decisions.append(
                 Decision("admit", sequence.request.id, f"{sequence.computed} cached tokens", now)
             )
@@ -177,9 +188,9 @@ class Scheduler:
         """Whether a leader is still on its way through the prompt that its followers share."""
         return leader.state is State.RUNNING and leader.computed < leader.prompt_length
 
-    def _try_admit(self, sequence: Sequence, plan: Plan, budget: int) -> str | None:
+    def _try_admit(self, sequence: Sequence, plan: Plan, budget: Budget) -> str | None:
         """Give a sequence its slot and pages, or say what is lacking."""
-        if budget <= 0:
+        if budget.chunk(sequence, 0) <= 0:
             return "step budget"
         if not self._slots:
             return "batch full"
@@ -190,7 +201,7 @@ class Scheduler:
             reusable = (len(sequence.tokens) - 1) // size
             matched = self.pool.match(sequence.page_hashes(reusable, size))
         cached = len(matched) * size
-        count = self._next_count(sequence, cached, budget)
+        count = budget.chunk(sequence, cached)
         # Pages for the whole of it now, not chunk by chunk, or two long prompts could each
         # hold half the pool and wait for the other.
         needed = -(-len(sequence.tokens) // size) - len(matched)
@@ -210,7 +221,7 @@ class Scheduler:
         sequence.state = State.RUNNING
         self.running.append(sequence)
         plan.admitted.append(sequence)
-        plan.chunks.append(self._chunk(sequence, count))
+        self._take(plan, budget, sequence, count)
         return None
 
     def _grow(self, sequence: Sequence, count: int, plan: Plan) -> bool:
@@ -251,11 +262,12 @@ class Scheduler:
         self._slots.append(sequence.slot)
         sequence.slot = -1
 
-    @staticmethod
-    def _next_count(sequence: Sequence, computed: int, budget: int) -> int:
-        """How many tokens of a sequence the next chunk holds."""
-        count = min(len(sequence.tokens) - computed, budget)
-        return min(count, MAX_SCORED_ROWS) if sequence.wants_prompt_logprobs else count
+    def _take(self, plan: Plan, budget: Budget, sequence: Sequence, count: int) -> None:
+        """Put a sequence's next tokens into the plan."""
+        chunk = self._chunk(sequence, count)
+        plan.chunks.append(chunk)
+        budget.rows -= count
+        budget.scored -= chunk.rows - chunk.sample
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         start = sequence.computed

@@ -7,7 +7,7 @@ piece it makes (Kudo and Richardson, arXiv 1808.06226).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -15,7 +15,10 @@ from tokenizers import Tokenizer as Backend
 from engine.errors import ConfigError
 from engine.text.tokenizer import END_TOKENS, Tokenizer
 
+Item = TypeVar("Item", str, int, float)
+
 CONTROL, USER_DEFINED = 3, 4
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 # Word-splitting patterns that the model families publish in their tokenizer.json.
 CASELESS_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,8 +31,10 @@ PATTERNS = {
 def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
     """Build the tokenizer; ConfigError names the key that is missing or not supported."""
     kind = _need(metadata, "tokenizer.ggml.model", file)
-    tokens: list[str] = _need(metadata, "tokenizer.ggml.tokens", file)
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    tokens = _list(metadata, "tokenizer.ggml.tokens", str, file)
+    types = [1] * len(tokens)
+    if "tokenizer.ggml.token_type" in metadata:
+        types = _list(metadata, "tokenizer.ggml.token_type", int, file, length=len(tokens))
     if kind == "gpt2":
         backend = _byte_level(metadata, tokens, file)
     elif kind == "llama":
@@ -41,8 +46,9 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         added = [AddedToken(t, special=special, normalized=False) for t in chosen]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     bos, eos = (_id(metadata, name, tokens, file) for name in ("bos", "eos"))
-    # Files that lack the key follow their kind: SentencePiece models start with BOS.
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    # Files that lack the key follow their kind: SentencePiece models and Llama 3 start with BOS.
+    starts = kind == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", starts):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
@@ -53,13 +59,15 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         bos_token=tokens[bos] if bos is not None else None,
         eos_token=tokens[eos] if eos is not None else None,
         eos_token_ids=ends,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_template(metadata, file),
     )
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
     pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    merges = [tuple(m.split(" ", 1)) for m in _need(metadata, "tokenizer.ggml.merges", file)]
+    pre = "llama-bpe" if pre in LLAMA3 else pre
+    lines = _list(metadata, "tokenizer.ggml.merges", str, file)
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         # Llama 3 takes a word that is a token whole, whatever its merges would give.
@@ -86,7 +94,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backe
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
-    scores: list[float] = _need(metadata, "tokenizer.ggml.scores", file)
+    scores = _list(metadata, "tokenizer.ggml.scores", float, file, length=len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = _id(metadata, "unknown", tokens, file)
     model = models.BPE(
@@ -126,6 +134,25 @@ def _need(metadata: dict[str, Any], key: str, file: str) -> Any:
     if key not in metadata:
         raise ConfigError(f"{file} has no key {key!r}")
     return metadata[key]
+
+
+def _list(
+    metadata: dict[str, Any], key: str, kind: type[Item], file: str, *, length: int | None = None
+) -> list[Item]:
+    """An array of the metadata, with its items' type and its length checked."""
+    value = _need(metadata, key, file)
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise ConfigError(f"{file}: key {key!r} is not a list of {kind.__name__}")
+    if length is not None and len(value) != length:
+        raise ConfigError(f"{file}: key {key!r} has {len(value)} items for {length} tokens")
+    return value
+
+
+def _template(metadata: dict[str, Any], file: str) -> str | None:
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"{file}: key 'tokenizer.chat_template' is not text")
+    return template
 
 
 def _id(metadata: dict[str, Any], name: str, tokens: list[str], file: str) -> int | None:

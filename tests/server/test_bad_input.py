@@ -221,6 +221,12 @@ def test_bodies_over_the_cap_are_413(http: httpx.Client) -> None:
     assert_error(http.post("/v1/completions", content=chunks(), headers=headers), 413)
 
 
+def test_more_sequences_than_the_queue_holds_is_not_a_matter_of_waiting(http: httpx.Client) -> None:
+    body = {"model": "mock", "prompt": ["a"] * 250, "n": 5, "max_tokens": 1}
+    error = assert_error(post(http, "/v1/completions", body), 400)
+    assert error["param"] == "n"
+
+
 def test_unknown_fields_are_served_with_a_warning(http: httpx.Client) -> None:
     body = PLAIN | {"flavour": 1, "bad\nname": 2, "<script>": 3}
     response = post(http, "/v1/completions", body)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from server.cli import _settings
 from tests.server.process import ROOT
 from tests.tiny import write_llama
 
@@ -119,3 +120,13 @@ def test_a_configuration_file_with_overrides(model: str, tmp_path: Path) -> None
     assert wide.returncode == 0
     file.write_text("[model")
     assert "is not valid TOML" in ryzanstein("generate", "x", "--config", str(file)).stderr
+
+
+def test_the_key_of_the_environment_adds_to_those_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text('[server]\napi_keys = ["first"]\n')
+    monkeypatch.setenv("RYZANSTEIN_API_KEY", "second")
+    settings = _settings(file, (), None, None, None)
+    assert settings.server.api_keys == ("first", "second")

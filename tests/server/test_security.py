@@ -15,6 +15,7 @@ def test_pages_of_other_origins_are_refused(mock: ServerProcess) -> None:
     for origin, status in (
         ("https://evil.example", 403),
         ("null", 403),
+        ("http://[", 403),
         (f"http://127.0.0.1:{mock.port + 1}", 403),
         (mock.url, 200),
     ):

@@ -90,6 +90,28 @@ async def test_leaving_aborts(mock_server: MockFactory) -> None:
     assert server.metric('ryzanstein_requests_finished_total{reason="abort"}') == 1
 
 
+async def test_leaving_right_after_sending_aborts_too(mock_server: MockFactory) -> None:
+    server = mock_server(delay=0.01)
+    for _ in range(5):
+        async with connect(address(server)) as socket:
+            await socket.send(json.dumps({"prompt": "ab", "max_tokens": 150}))
+            socket.transport.abort()
+    assert server.idle(1)
+
+
+async def test_an_early_cancel_ends_what_was_sent_before_it(mock_server: MockFactory) -> None:
+    server = mock_server(delay=0.01)
+    async with connect(address(server)) as socket:
+        for _ in range(2):
+            await socket.send(json.dumps({"prompt": "ab", "max_tokens": 150}))
+        await socket.send(json.dumps({"type": "cancel"}))
+        await socket.send(json.dumps({"prompt": "ab", "max_tokens": 2}))
+        for _ in range(2):
+            events = await answer(socket)
+            assert events[-2]["reason"] == "cancelled"
+        assert text(await answer(socket)) == text_of("ab", 2)
+
+
 @pytest.mark.parametrize(
     ("message", "code", "param"),
     [
@@ -102,6 +124,8 @@ async def test_leaving_aborts(mock_server: MockFactory) -> None:
         ('{"prompt": "a", "temperature": 9}', None, "temperature"),
         ('{"prompt": "a", "model": "other"}', "model_not_found", "model"),
         ('{"type": "dance"}', None, "prompt"),
+        ('{"prompt": "a", "echo": true}', None, "echo"),
+        ('{"prompt": "a", "logprobs": 1}', None, "logprobs"),
     ],
 )
 async def test_bad_messages_get_one_error_and_the_connection_stays(

@@ -1,5 +1,6 @@
 #include "weight.h"
 
+#include <immintrin.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -17,18 +18,9 @@ uint16_t read16(const uint8_t* p) {
   return value;
 }
 
-uint16_t to_half(float value) {
-  _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
-}
+uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
-float from_half(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
-}
+float from_half(uint16_t bits) { return _cvtsh_ss(bits); }
 
 uint16_t to_bf16(float value) {
   uint32_t bits;
@@ -49,12 +41,16 @@ std::shared_ptr<Weight> make(Format format, int64_t rows, int64_t columns, int64
   w->bytes = format == Format::kBf16 ? static_cast<size_t>(w->tiles() * columns) * kTile * 2
                                      : blocks * static_cast<size_t>(group_bytes);
   w->data = allocate<uint8_t>(w->bytes);
+  // Rows that only fill the last tile have to be finite.
+  std::memset(w->data.get(), 0, w->bytes);
   if (format != Format::kBf16) {
     w->scales = allocate<uint16_t>(blocks * kTile);
+    std::memset(w->scales.get(), 0, blocks * kTile * 2);
     w->bytes += blocks * kTile * 2;
   }
   if (format == Format::kQ4) {
     w->minima = allocate<uint16_t>(blocks * kTile);
+    std::memset(w->minima.get(), 0, blocks * kTile * 2);
     w->bytes += blocks * kTile * 2;
   }
   return w;
@@ -90,7 +86,6 @@ void* allocate_bytes(size_t bytes) {
   void* p = std::aligned_alloc(alignment, rounded);
   if (p == nullptr) throw std::bad_alloc();
   if (alignment == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);
-  std::memset(p, 0, rounded);
   return p;
 }
 

@@ -41,10 +41,14 @@ def test_free_memory_respects_a_cgroup_limit(
     whole = available_memory()
     assert whole is not None
     assert whole > 1 << 20
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "MEMORY_FILES", (str(limit),))
+    limit, usage = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "MEMORY_FILES", ((str(limit), str(usage)),))
     limit.write_text("1048576\n")
     assert available_memory() == 1048576
+    usage.write_text("48576\n")
+    assert available_memory() == 1000000
+    usage.write_text("2000000\n")
+    assert available_memory() == 0
     limit.write_text("max\n")
     assert available_memory() > 1048576  # type: ignore[operator]
 

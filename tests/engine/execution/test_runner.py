@@ -49,6 +49,13 @@ async def test_sampling_options_act_on_real_logits(folder: str) -> None:
         assert 256 not in late.token_ids[:5]
 
 
+async def test_a_tiny_temperature_takes_the_likeliest_token(folder: str) -> None:
+    async with AsyncEngine.from_pretrained(folder, **SETTINGS) as engine:
+        greedy = await run(engine)
+        for temperature in (1e-38, 1e-6):
+            assert (await run(engine, temperature=temperature)).text == greedy.text
+
+
 async def test_a_seed_fixes_the_text_and_choices_differ(folder: str) -> None:
     async with AsyncEngine.from_pretrained(folder, **SETTINGS) as engine:
         params = SamplingParams(max_tokens=12, seed=3, n=3, ignore_eos=True)

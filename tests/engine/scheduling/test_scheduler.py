@@ -176,6 +176,25 @@ def test_a_lower_priority_makes_room_for_a_higher_one() -> None:
     assert (low.preemptions > 0, high.preemptions) == (True, 0)
 
 
+def test_a_higher_priority_that_came_later_is_not_the_one_to_go() -> None:
+    bench = Bench(pages=5, budget=64)
+    (low,) = bench.add([1] * 5, max_tokens=12, priority=0)
+    bench.step()
+    (high,) = bench.add([2] * 6, max_tokens=6, priority=1)
+    bench.drain()
+    assert (low.preemptions > 0, high.preemptions) == (True, 0)
+    assert generated(low) == continuation([1] * 5, 12)
+
+
+def test_a_step_scores_few_rows_whoever_asks() -> None:
+    bench = Bench(pages=400, budget=512, running=20)
+    for number in range(20):
+        bench.add([number] * 30, prompt_logprobs=0, max_tokens=2)
+    while bench.scheduler.has_work:
+        plan = bench.step()
+        assert sum(c.rows - c.sample for c in plan.chunks) <= 64
+
+
 def test_higher_priority_is_admitted_first_then_first_come() -> None:
     bench = Bench(running=1)
     order = [bench.add([i], priority=p)[0] for i, p in ((1, 0), (2, 5), (3, 0))]

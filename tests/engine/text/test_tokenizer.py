@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.loading import open_tokenizer
@@ -146,6 +148,12 @@ def test_every_byte_level_kind_round_trips(pre: str) -> None:
         ({"pre": "other"}, "'tokenizer.ggml.pre' is 'other'"),
         ({"eos_token_id": 9999}, "'tokenizer.ggml.eos_token_id' is 9999"),
         ({"model": "llama"}, "no key 'tokenizer.ggml.scores'"),
+        ({"model": "llama", "scores": [0.0]}, "'tokenizer.ggml.scores' has 1 items for 259"),
+        ({"model": "llama", "scores": 1}, "'tokenizer.ggml.scores' is not a list of float"),
+        ({"tokens": 7}, "'tokenizer.ggml.tokens' is not a list of str"),
+        ({"tokens": [1, 2]}, "'tokenizer.ggml.tokens' is not a list of str"),
+        ({"token_type": [1]}, "'tokenizer.ggml.token_type' has 1 items for 259"),
+        ({"merges": 3}, "'tokenizer.ggml.merges' is not a list of str"),
     ],
 )
 def test_metadata_that_cannot_be_used_is_named(changes: dict[str, Any], message: str) -> None:
@@ -178,6 +186,33 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
     assert plain.token_bytes(plain.encode("hello")[1]) == b"hello"
 
 
+def test_llama_3_files_start_with_bos_unless_they_say_otherwise() -> None:
+    for pre in ("llama-bpe", "llama3", "llama-v3"):
+        tokenizer = tokenizer_from_gguf(byte_level(pre=pre, bos_token_id=257), "m.gguf")
+        assert tokenizer.encode("he") == [257, 256]
+    plain = byte_level(pre="llama-bpe", bos_token_id=257, add_bos_token=False)
+    assert tokenizer_from_gguf(plain, "m.gguf").encode("he") == [256]
+    assert tokenizer_from_gguf(byte_level(bos_token_id=257), "m.gguf").encode("he") == [256]
+
+
+def test_added_whitespace_of_sentencepiece_files_is_shown_as_spaces(tmp_path: Path) -> None:
+    backend = Backend(models.BPE({"a": 0, "▁": 1}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    backend.add_tokens([AddedToken("▁▁", normalized=False)])
+    backend.add_special_tokens([AddedToken("<▁>", special=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, {})
+    assert [tokenizer.token_bytes(i) for i in range(4)] == [b"a", b" ", b"  ", "<▁>".encode()]
+
+
+def test_training_settings_in_the_file_neither_cut_nor_fill_prompts(tmp_path: Path) -> None:
+    backend = byte_backend()
+    backend.enable_truncation(8)
+    backend.enable_padding(length=100)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, {}).encode("x" * 30) == [ord("x")] * 30
+
+
 def test_templates_run_in_a_sandbox() -> None:
     template = ChatTemplate("{{ messages.__class__.__mro__ }}", bos_token="", eos_token="")
     with pytest.raises(InvalidRequest, match="unsafe"):
@@ -199,3 +234,9 @@ def test_a_template_may_refuse_and_knows_the_usual_helpers() -> None:
 def test_a_broken_template_is_found_at_load() -> None:
     with pytest.raises(ConfigError, match="chat template is broken"):
         ChatTemplate("{% for %}", bos_token="", eos_token="")
+
+
+def test_a_template_that_is_no_text_is_named() -> None:
+    broken = byte_level() | {"tokenizer.chat_template": 5}
+    with pytest.raises(ConfigError, match=r"'tokenizer\.chat_template' is not text"):
+        tokenizer_from_gguf(broken, "m.gguf")

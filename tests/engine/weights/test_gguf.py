@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine.errors import ConfigError
+from engine.models import load_model
+from engine.text.gguf_tokenizer import tokenizer_from_gguf
 from engine.weights.checkpoint import open_checkpoint
 from engine.weights.gguf import GGUFCheckpoint, GGUFTensor
 from engine.weights.gguf_header import TensorEntry, read_header
+from kernels.backend import select_backend
 from tests.engine.models.test_parity import run
 from tests.tiny import LLAMA, llama_tensors, write_llama
 
@@ -274,14 +277,42 @@ def test_metadata_that_lies_is_caught(data: bytes, message: str) -> None:
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_damage_anywhere_in_the_header_never_ends_in_a_traceback(
-    plain: Path, data: st.DataObject
+    plain: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
+    """Through everything that reads metadata: the header, the tokenizer, the model."""
     raw = bytearray(plain.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, 2500))] = data.draw(st.integers(0, 255))
     raw = raw[: data.draw(st.sampled_from([len(raw), 2000, 900, 60]))]
+    damaged = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    damaged.write_bytes(bytes(raw))
     with contextlib.suppress(ConfigError):
-        read_header(memoryview(bytes(raw)), "m.gguf")
+        checkpoint = GGUFCheckpoint(damaged)
+        backend, _ = select_backend("torch", dtype="float32", cache_dtype="auto", threads=1)
+        with contextlib.suppress(ConfigError):
+            tokenizer_from_gguf(checkpoint.metadata, damaged.name)
+        load_model(checkpoint, backend)
+
+
+def test_a_file_without_a_key_value_head_count_has_one_for_each_query_head(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mha.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_head_count(4)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.add_tensor("blk.0.attn_k.weight", np.zeros((32, 32), np.float32))
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((30, 32), np.float32))
+    writer.add_tensor("blk.0.weight", np.zeros((1, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.tensor("model.layers.0.self_attn.k_proj.weight").dense().shape == (32, 32)
+    with pytest.raises(ConfigError, match="30 rows, not for 4 heads"):
+        checkpoint.tensor("model.layers.0.self_attn.q_proj.weight")
+    assert "blk.0.weight" in checkpoint.names()
 
 
 def test_an_unreadable_type_names_the_tensor(tmp_path: Path) -> None:

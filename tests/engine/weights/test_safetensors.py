@@ -44,6 +44,21 @@ def test_shards_with_an_index_are_one_model(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_weights_in_a_second_layout_beside_them_are_left_alone(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path)
+    save_file({"layers.0.attention.wq.weight": torch.ones(1)}, folder / "consolidated.safetensors")
+    assert load(folder).config.layers == 2
+
+
+@pytest.mark.parametrize("names", [[], {"a": 1}, {"a": "../../etc/model.safetensors"}])
+def test_an_index_that_cannot_be_trusted_is_refused(tmp_path: Path, names: object) -> None:
+    folder = write_llama(tmp_path)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ConfigError, match="no 'weight_map' of tensors to file names"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_read_as_stored(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = write_llama(tmp_path)
@@ -152,6 +167,10 @@ def test_other_files_and_quantized_checkpoints_are_refused(tmp_path: Path) -> No
         ({"rope_scaling": {"rope_type": "yarn"}}, "of type 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ({"layer_types": 3}, "malformed"),
+        ({"rope_theta": "abc"}, "malformed"),
+        ({"rope_scaling": 5}, "malformed"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "malformed"),
     ],
 )
 def test_configurations_that_cannot_be_served_name_the_key(

