@@ -7,32 +7,48 @@ then one inverse-CDF draw with the row's own uniform number over the kept tokens
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.batch import Samples, Sampling
+
+Rows = npt.NDArray[np.int64]
 
 # Most nuclei are small: sort this many candidates first, the whole vocabulary only if they do
 # not hold enough probability.
 CANDIDATES = 256
 
 
-def sample(logits: torch.Tensor, sampling: Sampling) -> Samples:
+class Chooser(Protocol):
+    """Picks tokens for some rows of adjusted logits."""
+
+    def __call__(self, logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
+        """Ids, int64 `[len(rows)]`: drawn where the row's temperature is above 0, else the best."""
+        ...
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, choose: Chooser | None = None) -> Samples:
     """Draw or score one token per row of `logits` (fp32, kept unchanged)."""
     adjusted = _adjust(logits, sampling)
-    ids = torch.from_numpy(sampling.targets).clone()
-    drawn = sampling.targets < 0
-    greedy = np.flatnonzero(drawn & (sampling.temperature <= 0))
-    if len(greedy) == len(drawn):
-        ids = adjusted.argmax(-1)
-    elif len(greedy):
-        rows = torch.from_numpy(greedy)
-        ids[rows] = adjusted[rows].argmax(-1)
-    for row in np.flatnonzero(drawn & (sampling.temperature > 0)):
-        ids[row] = _draw(adjusted[row], sampling, int(row))
+    ids = sampling.targets.copy()
+    rows = np.flatnonzero(ids < 0)
+    if len(rows):
+        ids[rows] = (choose or torch_choose)(adjusted, rows, sampling)
     samples = Samples(ids.tolist())
-    _score(logits, ids, sampling, samples)
+    _score(logits, torch.from_numpy(ids), sampling, samples)
     return samples
+
+
+def torch_choose(logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
+    """A `Chooser` in plain torch."""
+    ids: Rows = logits[torch.from_numpy(rows)].argmax(-1).numpy()
+    for number, row in enumerate(rows):
+        if sampling.temperature[row] > 0:
+            ids[number] = _draw(logits[row], sampling, int(row))
+    return ids
 
 
 def _adjust(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

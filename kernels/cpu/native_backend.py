@@ -20,7 +20,7 @@ import torch
 from kernels.backend import CacheLayout, HostTensor
 from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Handle, HeadNorms, Heads, Instruction, Rope, Tape, Weight
-from kernels.sampling import sample
+from kernels.sampling import Rows, sample
 
 WeightFormat = Literal["auto", "bfloat16"]
 GROUP = 32
@@ -133,6 +133,31 @@ class NativeBackend:
         return self._native.pack_bf16(values.data_ptr(), rows, columns)
 
 
+class NativeChooser:
+    """Picks tokens of logits rows, rows shared among the pool's threads."""
+
+    def __init__(self, native: ModuleType, pool: Any) -> None:
+        self._native = native
+        self._pool = pool
+
+    def __call__(self, logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
+        ids = np.empty(len(rows), np.int64)
+        self._native.choose(
+            self._pool,
+            logits.data_ptr(),
+            logits.shape[1],
+            _address(rows),
+            len(rows),
+            _address(sampling.temperature),
+            _address(sampling.top_k),
+            _address(sampling.top_p),
+            _address(sampling.min_p),
+            _address(sampling.uniform),
+            _address(ids),
+        )
+        return ids
+
+
 class NativeProgram:
     """A tape turned into native instructions; `forward` is one call."""
 
@@ -145,6 +170,7 @@ class NativeProgram:
         layout: CacheLayout,
         cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
+        self._choose = NativeChooser(native, pool)
         self._program = native.Program(pool, max_rows)
         self._cache = cache  # the program holds addresses into it
         self._tape = tape  # and into its weights
@@ -177,7 +203,7 @@ class NativeProgram:
 
     @torch.inference_mode()
     def sample(self, sampling: Sampling) -> Samples:
-        return sample(self.logits(), sampling)
+        return sample(self.logits(), sampling, self._choose)
 
     def logits(self) -> torch.Tensor:
         return self._logits[: self._rows]

@@ -10,7 +10,8 @@ import torch
 
 from kernels import sampling as sampling_module
 from kernels.batch import Penalty, Sampling, counter_uniform
-from kernels.sampling import sample
+from kernels.cpu.native_backend import NativeChooser, native_module, unavailable_reason
+from kernels.sampling import Chooser, sample, torch_choose
 
 
 def options(rows: int, **changes: Any) -> Sampling:
@@ -32,9 +33,25 @@ def options(rows: int, **changes: Any) -> Sampling:
     return Sampling(**values)
 
 
-def frequencies(logits: torch.Tensor, draws: int = 4000, **changes: Any) -> torch.Tensor:
+def native_chooser() -> Chooser:
+    native = native_module()
+    if native is None or unavailable_reason() is not None:
+        pytest.skip(f"native kernels: {unavailable_reason()}")
+    return NativeChooser(native, native.Pool(2))
+
+
+@pytest.fixture(params=["torch", "native"])
+def choose(request: pytest.FixtureRequest) -> Chooser:
+    """Both ways to pick a token have to mean the same."""
+    return torch_choose if request.param == "torch" else native_chooser()
+
+
+def frequencies(
+    logits: torch.Tensor, choose: Chooser, draws: int = 4000, **changes: Any
+) -> torch.Tensor:
     """How often each token is drawn when the uniform numbers sweep [0, 1) evenly."""
-    ids = sample(logits.expand(draws, -1), options(draws, **changes)).ids
+    rows = logits.expand(draws, -1).contiguous()
+    ids = sample(rows, options(draws, **changes), choose).ids
     return torch.bincount(torch.tensor(ids), minlength=logits.shape[-1]) / draws
 
 
@@ -63,9 +80,47 @@ def filtered(keep: list[int], temperature: float = 1.0) -> torch.Tensor:
     ],
 )
 def test_draws_follow_the_filtered_distribution(
-    changes: dict[str, float], expected: torch.Tensor
+    changes: dict[str, float], expected: torch.Tensor, choose: Chooser
 ) -> None:
-    assert torch.allclose(frequencies(LOGITS, **changes), expected, atol=1e-3)
+    assert torch.allclose(frequencies(LOGITS, choose, **changes), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.3},
+        {"temperature": 2.0},
+        {"top_p": 0.9},
+        {"top_p": 0.999},
+        {"min_p": 0.05},
+        {"min_p": 1e-9},
+        {"top_k": 40},
+        {"top_k": 5000},
+        {"top_k": 700, "top_p": 0.8, "min_p": 1e-4},
+    ],
+)
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
+def test_native_and_torch_draw_the_same_tokens(changes: dict[str, float], spread: float) -> None:
+    """Over a large vocabulary, flat and peaked; only ties at a boundary may differ."""
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(200, 5003, generator=generator) * spread
+    settings = options(200, **changes)
+    drawn = [sample(logits, settings, c).ids for c in (torch_choose, native_chooser())]
+    same = sum(a == b for a, b in zip(*drawn, strict=True))
+    assert same >= 197, same
+
+
+def test_forbidden_tokens_are_never_drawn(choose: Chooser) -> None:
+    logits = torch.full((400, 50), float("-inf"))
+    logits[:, [3, 40]] = torch.tensor([0.0, 1.0])
+    assert set(sample(logits, options(400, temperature=2.0), choose).ids) == {3, 40}
+
+
+def test_the_first_of_equal_logits_is_the_likeliest(choose: Chooser) -> None:
+    logits = torch.zeros(1, 100)
+    logits[0, [17, 60]] = 1.0
+    assert sample(logits, options(1, temperature=0), choose).ids == [17]
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 300}])
@@ -81,24 +136,25 @@ def test_candidates_are_only_a_short_cut(
     assert drawn[0] == drawn[1]
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
-    assert sample(LOGITS[None], options(1, temperature=0)).ids == [0]
+def test_temperature_zero_takes_the_likeliest(choose: Chooser) -> None:
+    assert sample(LOGITS[None], options(1, temperature=0), choose).ids == [0]
 
 
-def test_greedy_and_drawn_rows_mix() -> None:
+def test_greedy_and_drawn_rows_mix(choose: Chooser) -> None:
     temperature = np.array([0, 1, 0], np.float32)
     uniform = np.array([0.99, 0.9999, 0.99])
-    ids = sample(LOGITS.expand(3, -1), options(3, temperature=temperature, uniform=uniform)).ids
+    rows = LOGITS.expand(3, -1).contiguous()
+    ids = sample(rows, options(3, temperature=temperature, uniform=uniform), choose).ids
     assert ids == [0, 5, 0]
 
 
-def test_a_row_does_not_depend_on_its_company() -> None:
+def test_a_row_does_not_depend_on_its_company(choose: Chooser) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(8, 500, generator=generator)
-    together = sample(logits, options(8, top_p=0.9, top_k=50)).ids
+    together = sample(logits, options(8, top_p=0.9, top_k=50), choose).ids
     for row in range(8):
         alone = options(1, top_p=0.9, top_k=50, uniform=options(8).uniform[row : row + 1])
-        assert sample(logits[row : row + 1], alone).ids == [together[row]]
+        assert sample(logits[row : row + 1], alone, choose).ids == [together[row]]
 
 
 def test_bias_forces_and_forbids() -> None:

@@ -62,6 +62,20 @@ void attend(const LayerCache& cache, const int32_t* pages, int64_t head, int row
             const uint16_t* const* queries, const int64_t* positions, float scale, int64_t window,
             float* const* out);
 
+// How one row's distribution is narrowed; see kernels/sampling.py.
+struct Filters {
+  float temperature;
+  int32_t top_k;  // 0 is off
+  float top_p;
+  float min_p;
+  double uniform;  // in [0, 1), the draw's only randomness
+};
+
+// The likeliest token, the first of equals.
+int64_t argmax(const float* logits, int64_t vocab);
+// One draw from the filtered distribution of one row.
+int64_t draw(const float* logits, int64_t vocab, const Filters& filters);
+
 // Whether this processor has every instruction that the kernels use.
 bool supported();
 

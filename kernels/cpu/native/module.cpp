@@ -33,6 +33,25 @@ std::shared_ptr<Weight> pack_floats(uintptr_t values, int64_t rows, int64_t colu
 
 NB_MODULE(_native, m) {
   m.def("supported", &supported);
+  // ids[i] = the token of logits row rows[i]: a draw where temperature[row] > 0, else the likeliest.
+  m.def("choose", [](std::shared_ptr<Pool> pool, uintptr_t logits, int64_t vocab, uintptr_t rows,
+                     int64_t count, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
+                     uintptr_t min_p, uintptr_t uniform, uintptr_t ids) {
+    nb::gil_scoped_release release;
+    pool->begin();
+    pool->run(count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t row = at<const int64_t>(rows)[i];
+        const float* x = at<const float>(logits) + row * vocab;
+        const Filters filters{at<const float>(temperature)[row], at<const int32_t>(top_k)[row],
+                              at<const float>(top_p)[row], at<const float>(min_p)[row],
+                              at<const double>(uniform)[row]};
+        at<int64_t>(ids)[i] =
+            filters.temperature > 0.0f ? draw(x, vocab, filters) : argmax(x, vocab);
+      }
+    });
+    pool->end();
+  });
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), nb::arg("threads"));
   nb::class_<Weight>(m, "Weight")
       .def_prop_ro("bytes", [](const Weight& w) { return w.bytes; })
