@@ -221,7 +221,8 @@ void Program::linear_step(const Instruction& i, int64_t rows) {
   // Several pieces a thread, but none so small that fetching it costs more than computing it.
   const int64_t pieces = pool_->threads() * 8;
   const int64_t least = std::max<int64_t>(1, 8 / rows);
-  const int64_t grain = std::max(least, weight.tiles() / pieces);
+  // Even, since a pass covers two tiles.
+  const int64_t grain = (std::max(least, weight.tiles() / pieces) + 1) / 2 * 2;
   pool_->run(weight.tiles(), grain, [&](int64_t first, int64_t last) {
     matmul(weight, x, rows, i.vector, out, first, last);
   });
