@@ -38,7 +38,8 @@ NB_MODULE(_native, m) {
                      int64_t count, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
                      uintptr_t min_p, uintptr_t uniform, uintptr_t ids) {
     nb::gil_scoped_release release;
-    pool->begin();
+    // One row is not worth waking anybody.
+    if (count > 1) pool->begin();
     pool->run(count, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = at<const int64_t>(rows)[i];
@@ -50,7 +51,7 @@ NB_MODULE(_native, m) {
             filters.temperature > 0.0f ? draw(x, vocab, filters) : argmax(x, vocab);
       }
     });
-    pool->end();
+    if (count > 1) pool->end();
   });
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), nb::arg("threads"));
   nb::class_<Weight>(m, "Weight")
