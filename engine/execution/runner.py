@@ -14,6 +14,16 @@ from kernels.backend import Backend, Program
 from kernels.batch import Batch, Sampling, counter_uniform
 
 LOWEST_TEMPERATURE = 1e-5
+# Sampling parameters by their place in the staging matrices.
+FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+INTS = ("top_k", "logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True)
@@ -38,15 +48,9 @@ class Runner:
         self._page_table = np.zeros((slots, shape.pages_per_sequence), np.int32)
         self._pages_written = [0] * slots
         self._seed = np.zeros(slots, np.uint64)
-        self._temperature = np.zeros(slots, np.float32)
-        self._top_k = np.zeros(slots, np.int32)
-        self._top_p = np.ones(slots, np.float32)
-        self._min_p = np.zeros(slots, np.float32)
-        self._repetition = np.ones(slots, np.float32)
-        self._presence = np.zeros(slots, np.float32)
-        self._frequency = np.zeros(slots, np.float32)
-        self._logprobs = np.zeros(slots, np.int32)
-        self._prompt_logprobs = np.zeros(slots, np.int32)
+        # One gather a matrix picks the parameters of a step's rows: `[parameter, slot]`.
+        self._floats = np.zeros((len(FLOATS), slots), np.float32)
+        self._ints = np.zeros((len(INTS), slots), np.int32)
         self._edits = [False] * slots
         self._histories = Histories(shape.vocab_size)
         self._batch: Batch
@@ -91,16 +95,20 @@ class Runner:
         self._seed[slot] = sequence.seed
         # Dividing by less would overflow, and no draw could differ from the likeliest token.
         greedy = sampling.temperature < LOWEST_TEMPERATURE
-        self._temperature[slot] = 0.0 if greedy else sampling.temperature
-        self._top_k[slot] = max(sampling.top_k, 0)
-        self._top_p[slot] = sampling.top_p
-        self._min_p[slot] = sampling.min_p
-        self._repetition[slot] = sampling.repetition_penalty
-        self._presence[slot] = sampling.presence_penalty
-        self._frequency[slot] = sampling.frequency_penalty
-        self._logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
-        prompt_logprobs = sampling.prompt_logprobs
-        self._prompt_logprobs[slot] = -1 if prompt_logprobs is None else prompt_logprobs
+        logprobs, prompt_logprobs = sampling.logprobs, sampling.prompt_logprobs
+        self._floats[:, slot] = (
+            0.0 if greedy else sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
+        self._ints[:, slot] = (
+            max(sampling.top_k, 0),
+            -1 if logprobs is None else logprobs,
+            -1 if prompt_logprobs is None else prompt_logprobs,
+        )
         self._edits[slot] = bool(sampling.logit_bias) or sampling.min_tokens > 0
         self._histories.enter(sequence)
 
@@ -123,7 +131,8 @@ class Runner:
         place = np.array(positions, np.int64)
         query_starts = np.array(starts, np.int32)
         table_rows = np.array(slots, np.int32)
-        row_slots = np.repeat(table_rows, np.diff(query_starts))
+        decodes_only = len(positions) == len(slots)
+        row_slots = table_rows if decodes_only else np.repeat(table_rows, np.diff(query_starts))
         pages = self._page_table[row_slots, place // size].astype(np.int64)
         lengths = [chunk.start + chunk.count for chunk in plan.chunks]
         sample_rows: list[int] = []
@@ -168,20 +177,21 @@ class Runner:
             places += range(first, end + 1)
             slots += [slot] * chunk.rows
         rows = np.array(slots, np.int64)
-        top_logprobs = self._logprobs[rows]
+        floats, ints = self._floats[:, rows], self._ints[:, rows]
+        top_k, top_logprobs, prompt_logprobs = ints
         if scored:
-            top_logprobs[scored] = self._prompt_logprobs[rows[scored]]
+            top_logprobs[scored] = prompt_logprobs[scored]
+        drawn = bool(floats[0].any())
         return Sampling(
             targets=np.array(targets, np.int64),
-            temperature=self._temperature[rows],
-            top_k=self._top_k[rows],
-            top_p=self._top_p[rows],
-            min_p=self._min_p[rows],
-            uniform=counter_uniform(self._seed[rows], np.array(places, np.int64)),
+            **dict(zip(FLOATS, floats, strict=True)),
+            top_k=top_k,
+            uniform=(
+                counter_uniform(self._seed[rows], np.array(places, np.int64))
+                if drawn
+                else np.zeros(len(rows))
+            ),
             top_logprobs=top_logprobs,
-            repetition_penalty=self._repetition[rows],
-            presence_penalty=self._presence[rows],
-            frequency_penalty=self._frequency[rows],
             bias_rows=bias[0],
             bias_ids=bias[1],
             bias_values=bias[2],
