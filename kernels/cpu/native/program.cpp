@@ -304,4 +304,12 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
   }
 }
 
+// Here, since this file is compiled for any x86-64: the check itself must run everywhere.
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
 }  // namespace ryzanstein
