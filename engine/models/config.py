@@ -9,6 +9,10 @@ from typing import Any
 from engine.errors import ConfigError
 from kernels.ops import Activation, Heads, Rope
 
+# No model comes near these; a damaged file that does would take all memory before it is noticed.
+MAX_LAYERS = 4096
+MAX_POSITIONS = 1 << 24
+
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -49,7 +53,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
     values = _Values(raw)
     model_type = values.text("model_type")
     hidden = values.integer("hidden_size")
-    layers = values.integer("num_hidden_layers")
+    layers = values.integer("num_hidden_layers", most=MAX_LAYERS)
     query = values.integer("num_attention_heads")
     kv = values.integer("num_key_value_heads", query)
     if query % kv:
@@ -68,7 +72,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
         layers=layers,
         heads=heads,
         norm_eps=values.number("rms_norm_eps", 1e-6),
-        max_context=values.integer("max_position_embeddings"),
+        max_context=values.integer("max_position_embeddings", most=MAX_POSITIONS),
         activation=_activation(values, gemma),
         windows=windows,
         ropes=_ropes(values, heads.dim, windows, gemma, rope_factors),
@@ -174,12 +178,14 @@ class _Values:
             raise ConfigError(f"the model's configuration lacks {key!r}")
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, *, most: int = 1 << 31) -> int:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"the model's configuration has {key} = {value!r}, not a count")
+        if value > most:
+            raise ConfigError(f"the model's configuration has {key} = {value}, above {most}")
         return value
 
     def number(self, key: str, default: float) -> float:

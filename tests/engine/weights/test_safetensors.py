@@ -159,6 +159,8 @@ def test_other_files_and_quantized_checkpoints_are_refused(tmp_path: Path) -> No
         ({"model_type": "bert"}, "model_type is 'bert'"),
         ({"hidden_size": None}, "hidden_size = None"),
         ({"hidden_size": "32"}, "hidden_size = '32'"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers = 2147483648, above 4096"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings = 2147483648, above"),
         ({"rms_norm_eps": 0}, "rms_norm_eps = 0"),
         ({"num_key_value_heads": 3}, "no multiple of key/value heads 3"),
         ({"head_dim": 7}, "head_dim is 7"),
