@@ -25,11 +25,6 @@ class TokenStream:
         self._error: Exception | None = None
         self._ready = anyio.Event()
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing more will be pushed."""
-        return self._open == 0 or self._error is not None
-
     def join(self, request_id: str, choices: int) -> int:
         """Let a request's choices push here; returns the index of its first."""
         first = self._choices

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -231,8 +231,3 @@ class Listener(Protocol):
     def on_step(self, stats: StepStats) -> None: ...
 
     def on_request(self, stats: RequestStats) -> None: ...
-
-
-def to_builtins(value: Any) -> Any:
-    """Any of these structs as plain dicts and lists."""
-    return msgspec.to_builtins(value)

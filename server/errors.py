@@ -8,7 +8,6 @@ import msgspec
 from starlette.responses import Response
 
 from engine.errors import (
-    ConfigError,
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
@@ -68,7 +67,7 @@ def describe(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
         case EngineFailed():
             status, code = 503, "engine_unavailable"
             headers = {"retry-after": "1"}
-        case RyzansteinError() | ConfigError():
+        case RyzansteinError():
             status, code = 500, "internal_error"
         case _:
             status, code, message = 500, "internal_error", "the server made a mistake; see its log"

@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engine import AsyncEngine, InvalidRequest, TokenStream
 from server.errors import HTTPError, describe
+from server.format import usage_body
 from server.openai import Generation, prepare_chat, prepare_completion
 from server.protocol import ChatRequest, CompletionRequest, decode
 from server.streams import deltas_of, logger
@@ -103,9 +104,11 @@ class Connection:
         finally:
             self._current = None
             self._engine.abort(*stream.request_ids)
-        prompt = sum(u.prompt_tokens for u in usages)
-        completion = sum(u.completion_tokens for u in usages)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+        total = usage_body(usages)
+        usage = {
+            "prompt_tokens": total.prompt_tokens,
+            "completion_tokens": total.completion_tokens,
+        }
         await self._send({"type": "done", "id": request_id, "usage": usage})
 
     async def _prepare(self, body: bytes) -> Generation:

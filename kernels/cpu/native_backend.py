@@ -219,27 +219,28 @@ class NativeProgram:
 
     def _build(self, tape: Tape) -> None:
         """One call an instruction; a buffer that has been read goes to the next of its kind."""
-        kinds = {h.index: _forms(h, tape) for i in tape.instructions for h in i.results}
+        kinds = {
+            h.index: (h.rows, h.width, *_forms(h, tape))
+            for i in tape.instructions
+            for h in i.results
+        }
         buffers: dict[int, int] = {}
-        free: dict[tuple[object, ...], list[int]] = {}
+        free: dict[tuple[object, ...], list[int]] = {kind: [] for kind in kinds.values()}
         for instruction, dead in zip(tape.instructions, tape.last_use, strict=True):
             for handle in instruction.results:
                 if handle != tape.logits:
-                    kind = (handle.rows, handle.width, kinds[handle.index])
-                    spare = free.setdefault(kind, [])
+                    kind = kinds[handle.index]
+                    spare = free[kind]
                     buffers[handle.index] = (
-                        spare.pop()
-                        if spare
-                        else self._program.add_buffer(handle.width, *kinds[handle.index])
+                        spare.pop() if spare else self._program.add_buffer(*kind[1:])
                     )
             emit = getattr(self, f"_emit_{instruction.op}")
             arguments = [
                 buffers.get(a.index) if isinstance(a, Handle) else a for a in instruction.arguments
             ]
             emit(*arguments, *(buffers.get(handle.index) for handle in instruction.results))
-            for handle in _handles(tape, dead):
-                kind = (handle.rows, handle.width, kinds[handle.index])
-                free[kind].append(buffers[handle.index])
+            for index in dead:
+                free[kinds[index]].append(buffers[index])
 
     def _emit_embed(self, table: NativeWeight, scale: float, out: int) -> None:
         self._program.embed(out, table.packed, scale)
@@ -291,11 +292,6 @@ class NativeProgram:
             angles = torch.arange(self._positions, dtype=torch.float32)[:, None] * frequencies
             self._rotations[rope] = (angles.cos().contiguous(), angles.sin().contiguous())
         return self._rotations[rope]
-
-
-def _handles(tape: Tape, indices: Sequence[int]) -> list[Handle]:
-    """The handles of these numbers."""
-    return [h for i in tape.instructions for h in i.results if h.index in indices]
 
 
 def _forms(handle: Handle, tape: Tape) -> tuple[bool, bool, bool]:
