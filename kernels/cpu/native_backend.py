@@ -35,7 +35,7 @@ def native_module() -> ModuleType | None:
     """The compiled kernels, or None where they were not built."""
     try:
         return importlib.import_module("kernels.cpu._native")
-    except ImportError:
+    except ModuleNotFoundError:
         return None
 
 
