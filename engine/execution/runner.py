@@ -177,7 +177,7 @@ class Runner:
             places += range(first, end + 1)
             slots += [slot] * chunk.rows
         rows = np.array(slots, np.int64)
-        floats, ints = self._floats[:, rows], self._ints[:, rows]
+        floats, ints = self._floats.take(rows, axis=1), self._ints.take(rows, axis=1)
         top_k, top_logprobs, prompt_logprobs = ints
         if scored:
             top_logprobs[scored] = prompt_logprobs[scored]
