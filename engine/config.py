@@ -22,7 +22,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     name: str = "smollm2-135m"
     revision: str | None = None
     served_name: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     max_context: NonNegative = 0
 
 
@@ -32,7 +32,7 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     tokens: NonNegative = 0
     memory_fraction: Annotated[float, Meta(gt=0, le=0.9)] = 0.25
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     prefix_caching: bool = True
 
 
@@ -46,9 +46,10 @@ class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The device. `threads` 0 uses every core."""
+    """The device. `threads` 0 uses every core; `instructions` is for the native kernels."""
 
     backend: str = "auto"
+    instructions: Literal["auto", "avx2", "avx512", "avx512bf16"] = "auto"
     threads: NonNegative = 0
     stall_seconds: Annotated[float, Meta(gt=0)] = 30.0
 

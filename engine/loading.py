@@ -27,7 +27,7 @@ from engine.types import Clock, MonotonicClock, Request, SamplingParams
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.gguf import GGUFCheckpoint
 from engine.weights.sources import KNOWN_MODELS, Progress, resolve
-from kernels.backend import Backend, CacheLayout, DType, select_backend
+from kernels.backend import Backend, CacheDType, CacheLayout, select_backend
 from kernels.ops import Recorder
 
 
@@ -83,6 +83,7 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
                 dtype=config.model.dtype,
                 cache_dtype=config.cache.dtype,
                 threads=config.execution.threads,
+                instructions=config.execution.instructions,
             )
         except ValueError as error:
             raise ConfigError(f"execution.backend: {error}") from error
@@ -91,12 +92,12 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
     with _stage(timeline, "weights"):
         model = load_model(checkpoint, backend, lambda done, total: progress("load", done, total))
     parts, runner = _assemble(config, model, backend, tokenizer, kv_dtype)
-    parts.fingerprint = _fingerprint(path, f"{backend.name} {config.model.dtype}", kv_dtype)
+    parts.fingerprint = _fingerprint(path, f"{backend.describe()} {config.model.dtype}", kv_dtype)
     with _stage(timeline, "warm-up"):
         _warm_up(runner, parts, config, progress)
     parts.timeline = timeline
     size = backend.loaded_bytes() / 1e6
-    parts.device = f"CPU, {backend.name} kernels, {size:.0f} MB of weights, {kv_dtype} KV cache"
+    parts.device = f"CPU, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"
     return parts
 
 
@@ -117,7 +118,7 @@ def served_name(config: Config) -> str:
 
 
 def _assemble(
-    config: Config, model: Model, backend: Backend, tokenizer: Tokenizer, kv_dtype: DType
+    config: Config, model: Model, backend: Backend, tokenizer: Tokenizer, kv_dtype: CacheDType
 ) -> tuple[Parts, Runner]:
     """Size the cache, record the model, and put scheduler and stepper together."""
     shape, section, batch = model.config, config.cache, config.scheduler

@@ -15,9 +15,12 @@ from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Heads, Tape, Weight
 
 DType = Literal["float32", "bfloat16"]
+WeightFormat = Literal["auto", "float32", "bfloat16", "int8"]
+CacheDType = Literal["float32", "bfloat16", "int8"]
 logger = logging.getLogger("ryzanstein.kernels")
 
-TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ITEM_BYTES: dict[CacheDType, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 class HostTensor(Protocol):
@@ -43,6 +46,17 @@ class HostTensor(Protocol):
         ...
 
 
+class TernaryTensor(HostTensor, Protocol):
+    """A BitNet b1.58 matrix (format `TERNARY`): signs under one scale, times int8 activations."""
+
+    @property
+    def scale(self) -> float: ...
+
+    def signs(self) -> torch.Tensor:
+        """-1, 0 or 1, int8 `[out, in]`; the values are these times `scale`."""
+        ...
+
+
 @dataclass(frozen=True)
 class CacheLayout:
     """The shape of a paged KV cache: layers x pages x page_size tokens x kv heads x head_dim."""
@@ -50,15 +64,15 @@ class CacheLayout:
     layers: int
     heads: Heads
     page_size: int
-    dtype: DType
+    dtype: CacheDType
     max_context: int = 0
     """Positions that a sequence may reach."""
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page over all layers, keys and values."""
-        item = TORCH_DTYPES[self.dtype].itemsize
-        return 2 * self.layers * self.page_size * self.heads.kv * self.heads.dim * item
+        """Bytes of one page over all layers, keys and values, with the scales of int8."""
+        vector = self.heads.dim * ITEM_BYTES[self.dtype] + (4 if self.dtype == "int8" else 0)
+        return 2 * self.layers * self.page_size * self.heads.kv * vector
 
 
 class Program(Protocol):
@@ -81,6 +95,10 @@ class Backend(Protocol):
     """One device. `load` is called for every weight before `compile`."""
 
     name: str
+
+    def describe(self) -> str:
+        """What computes: the same words mean the same numbers."""
+        ...
 
     def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
         """Place one weight, its parts stacked along the output dimension, with its bias."""
@@ -127,13 +145,19 @@ def resolve_dtype(name: Literal["auto"] | DType) -> DType:
 
 
 def select_backend(
-    name: str, *, dtype: Literal["auto"] | DType, cache_dtype: Literal["auto"] | DType, threads: int
-) -> tuple[Backend, DType]:
+    name: str,
+    *,
+    dtype: WeightFormat,
+    cache_dtype: Literal["auto"] | CacheDType,
+    threads: int,
+    instructions: str = "auto",
+) -> tuple[Backend, CacheDType]:
     """The named backend, and the dtype that its KV cache takes.
 
     `native` packs weights and is the fastest, `torch` computes in float32 or bfloat16, `reference`
-    is the slow oracle. `auto` is `native` where this machine can, unless float32 is asked for.
-    `threads` of 0 means one per core. Raises ValueError if the backend is unknown or cannot serve.
+    is the slow oracle. `auto` is `native` where this machine can, with a warning where it cannot.
+    `threads` of 0 means one per core; `instructions` names the native kernels' instruction set.
+    Raises ValueError if the backend is unknown or cannot serve.
     """
     from kernels.cpu.native_backend import NativeBackend, unavailable_reason
     from kernels.cpu.torch_ops import TorchCpuOps
@@ -141,27 +165,30 @@ def select_backend(
     from kernels.torch_backend import TorchBackend
 
     threads = threads or available_cores()
-    if name == "auto":
-        name = "torch" if "float32" in (dtype, cache_dtype) else "native"
-        if name == "native" and (reason := unavailable_reason()) is not None:
-            logger.warning(
-                "the native kernels cannot serve: %s. The torch path does, several times slower.",
-                reason,
-            )
-            name = "torch"
-    if name == "native":
-        if (reason := unavailable_reason()) is not None:
+    if name in ("auto", "native"):
+        reason = unavailable_reason(instructions)
+        if reason is None:
+            # Its threads are its own; torch only samples, and must not compete.
+            torch.set_num_threads(1)
+            kv_dtype: CacheDType = "float32" if dtype == "float32" else "bfloat16"
+            if cache_dtype != "auto":
+                kv_dtype = cache_dtype
+            return NativeBackend(dtype, threads, instructions), kv_dtype
+        if name == "native" or instructions != "auto":
             raise ValueError(f"the native kernels cannot serve: {reason}")
-        if dtype == "float32" or cache_dtype == "float32":
-            raise ValueError("the native kernels do not compute in float32; use backend torch")
-        # Its threads are its own; torch only samples, and must not compete.
-        torch.set_num_threads(1)
-        return NativeBackend(dtype, threads), "bfloat16"
+        logger.warning(
+            "the native kernels cannot serve: %s. The torch path does, several times slower.",
+            reason,
+        )
+        name = "torch"
     families = {"torch": TorchCpuOps, "reference": ReferenceOps}
     if name not in families:
         known = ", ".join(["auto", "native", *families])
         raise ValueError(f"backend {name!r} is not known; choose one of {known}")
+    if dtype == "int8" or cache_dtype == "int8":
+        raise ValueError(f"backend {name} does not compute in int8; only the native kernels do")
     torch.set_num_threads(threads)
     dense = resolve_dtype(dtype)
-    kv_dtype = dense if cache_dtype == "auto" else cache_dtype
-    return TorchBackend(name, families[name], dense), kv_dtype
+    return TorchBackend(
+        name, families[name], dense
+    ), dense if cache_dtype == "auto" else cache_dtype

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
 
 
 class Rows(Enum):

@@ -26,6 +26,9 @@ class TorchBackend:
         self._caches: list[LayerCache] = []
         self._page_size = 0
 
+    def describe(self) -> str:
+        return f"{self.name} kernels"
+
     def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
         tensor = self._stack(parts)
         added = self._stack(bias).to(tensor.dtype) if bias else None

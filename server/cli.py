@@ -44,8 +44,8 @@ Overrides = Annotated[
 ]
 Threads = Annotated[int | None, Parameter(help="CPU threads for the model; all cores by default.")]
 DTypeName = Annotated[
-    Literal["auto", "float32", "bfloat16"] | None,
-    Parameter(help="How weights are stored; auto is bfloat16 where the CPU computes in it."),
+    Literal["auto", "float32", "bfloat16", "int8"] | None,
+    Parameter(help="How weights are stored; auto keeps a file's 4-bit and 8-bit weights."),
 ]
 AcceptTerms = Annotated[
     bool, Parameter(help="Accept the terms that come with some models.", negative="")

@@ -10,7 +10,8 @@ import torch
 
 from kernels import sampling as sampling_module
 from kernels.batch import Penalty, Sampling, counter_uniform
-from kernels.cpu.native_backend import NativeChooser, native_module, unavailable_reason
+from kernels.cpu.native_backend import native_module, unavailable_reason
+from kernels.cpu.native_program import NativeChooser
 from kernels.sampling import Chooser, sample, torch_choose
 
 
@@ -37,7 +38,7 @@ def native_chooser() -> Chooser:
     native = native_module()
     if native is None or unavailable_reason() is not None:
         pytest.skip(f"native kernels: {unavailable_reason()}")
-    return NativeChooser(native, native.Pool(2))
+    return NativeChooser(native.Device(native.instruction_sets()[0], 2))
 
 
 @pytest.fixture(params=["torch", "native"])

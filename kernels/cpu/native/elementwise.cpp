@@ -1,149 +1,157 @@
 // Everything that works on one row at a time. Sums run in 16 fixed lanes, then across the lanes.
-#include <immintrin.h>
-
 #include <cmath>
-#include <cstring>
 
-#include "kernels.h"
-#include "vector_math.h"
+#include "isa.h"
 
 namespace ryzanstein {
+namespace RYZANSTEIN_ISA {
 namespace {
 
-inline __mmask16 tail(int64_t left) {
-  return left >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << left) - 1);
+// Group `g` of a row into the grouped form.
+void store_group(const float* x, int64_t g, int64_t at, int8_t* values, const Activations& out) {
+  const Floats a = load(x + g * kGroup), b = load(x + g * kGroup + 16);
+  float largest = max_lanes(max(abs(a), abs(b)));
+  if (largest < kSmallest) largest = 0.0f;
+  const float scale = largest / 127.0f;
+  const Floats inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+  const Ints qa = to_ints(mul(a, inverse)), qb = to_ints(mul(b, inverse));
+  store_int8(values, qa);
+  store_int8(values + 16, qb);
+  const int32_t sum = sum_lanes(add(qa, qb));
+  out.scales[at] = scale;
+  out.sums[at] = scale * static_cast<float>(sum);
+  out.offsets[at] = -128 * sum;
 }
 
-// Below this a group's scale has no finite inverse; such values are zero.
-constexpr float kSmallest = 1e-35f;
-
-void quantize_groups(const float* x, int64_t width, int64_t row, const Quantized& out) {
-  const int64_t groups = width / kGroup;
-  const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
-  for (int64_t g = 0; g < groups; ++g) {
-    const __m512 a = _mm512_loadu_ps(x + g * kGroup), b = _mm512_loadu_ps(x + g * kGroup + 16);
-    const __m512 abs_a = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), absolute));
-    const __m512 abs_b = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(b), absolute));
-    float largest = _mm512_reduce_max_ps(_mm512_max_ps(abs_a, abs_b));
-    if (largest < kSmallest) largest = 0.0f;
-    const float scale = largest / 127.0f;
-    const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
-    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-    int8_t* values = out.values + row * width + g * kGroup;
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm512_cvtsepi32_epi8(qa));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 16), _mm512_cvtsepi32_epi8(qb));
-    const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
-    out.scales[row * groups + g] = scale;
-    out.sums[row * groups + g] = scale * static_cast<float>(sum);
-    out.counts[row * groups + g] = -128 * sum;
+// A whole row under one scale, as BitNet b1.58 does it (arXiv 2402.17764).
+void store_whole(const float* x, int64_t width, int64_t row, const Activations& out) {
+  Floats highest = zero();
+  for (int64_t i = 0; i < width; i += 16) highest = max(highest, abs(load(x + i, width - i)));
+  const float largest = max_lanes(highest) > 1e-5f ? max_lanes(highest) : 1e-5f;
+  const Floats factor = set1(127.0f / largest);
+  int8_t* values = out.row_values + row * Activations::row_stride(width);
+  Ints sum = set1_int(0);
+  for (int64_t i = 0; i < width; i += 16) {
+    const Ints q = to_ints(mul(load(x + i, width - i), factor));
+    store_int8(values + i, q);
+    sum = add(sum, q);
   }
+  out.row_scales[row] = 1.0f / (127.0f / largest);
+  out.row_offsets[row] = -sum_lanes(sum);
+}
+
+void store_bf16_row(const float* x, int64_t width, uint16_t* out) {
+  for (int64_t i = 0; i < width; i += 16) store_bf16(out + i, load(x + i, width - i), width - i);
+}
+
+float squared_norm(const float* x, int64_t width) {
+  Floats squares = zero();
+  for (int64_t i = 0; i < width; i += 16) {
+    const Floats v = load(x + i, width - i);
+    squares = fma(v, v, squares);
+  }
+  return sum_lanes(squares);
+}
+
+Floats sigmoid(Floats x) {
+  const Floats one = set1(1.0f);
+  return div(one, add(one, exp(sub(zero(), x))));
 }
 
 }  // namespace
 
-void quantize_row(const float* x, int64_t width, int64_t row, const Quantized& out) {
-  if (out.values) quantize_groups(x, width, row, out);
-  if (out.bf16) to_bf16_row(x, width, out.bf16 + row * width);
-}
-
-void to_bf16_row(const float* x, int64_t width, uint16_t* out) {
-  for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = tail(width - i);
-    const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + i));
-    _mm256_mask_storeu_epi16(out + i, mask, (__m256i)narrow);
+void store_forms(const float* x, int64_t width, int64_t row, const Activations& out) {
+  if (out.values) {
+    const int64_t groups = width / kGroup;
+    for (int64_t g = 0; g < groups; ++g) {
+      store_group(x, g, row * groups + g, out.values + row * width + g * kGroup, out);
+    }
   }
+  if (out.row_values) store_whole(x, width, row, out);
+  if (out.bf16) store_bf16_row(x, width, out.bf16 + row * width);
 }
 
 void embed_row(const Weight& table, int64_t index, float scale, float* out) {
-  const int64_t groups = table.groups(), width = table.columns;
-  const int64_t tile = index / kTile, lane = index % kTile;
+  const int64_t width = table.columns, lane = index % kTile;
+  const uint8_t* tile = table.tile(index / kTile);
+  if (table.format == Format::kF32) {
+    const auto* data = reinterpret_cast<const float*>(tile);
+    for (int64_t i = 0; i < width; ++i) out[i] = data[i * kTile + lane] * scale;
+    return;
+  }
   if (table.format == Format::kBf16) {
-    const auto* data = reinterpret_cast<const uint16_t*>(table.data.get());
-    data += tile * width * kTile + lane * 2;
+    const auto* data = reinterpret_cast<const uint16_t*>(tile) + lane * 2;
     for (int64_t i = 0; i < width; ++i) {
-      const uint32_t bits = uint32_t{data[i / 2 * kTile * 2 + i % 2]} << 16;
-      std::memcpy(out + i, &bits, 4);
+      const uint32_t raw = uint32_t{data[i / 2 * kTile * 2 + i % 2]} << 16;
+      std::memcpy(out + i, &raw, 4);
       out[i] *= scale;
     }
     return;
   }
-  const bool q4 = table.format == Format::kQ4;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t place = tile * groups + g;
-    const uint8_t* block = table.data.get() + place * (q4 ? 256 : 512) + 4 * lane;
-    const float d = _cvtsh_ss(table.scales[place * kTile + lane]);
-    const float m = q4 ? _cvtsh_ss(table.minima[place * kTile + lane]) : 0.0f;
+  const bool wide = table.format == Format::kQ4Wide, eight = table.format == Format::kQ8;
+  for (int64_t g = 0; g < table.groups(); ++g) {
+    const uint8_t* head = tile + g * table.group_bytes();
+    const uint8_t* bytes = (eight ? head : head + (wide ? 128 : 64)) + 4 * lane;
+    if (eight) head = tile + table.groups() * 512 + g * 32;
+    float scales[16], minima[16];
+    store(scales, wide ? load(reinterpret_cast<const float*>(head))
+                       : load_half(reinterpret_cast<const uint16_t*>(head)));
+    store(minima, eight  ? set1(-128.0f * scales[lane])
+                  : wide ? load(reinterpret_cast<const float*>(head + 64))
+                         : load_half(reinterpret_cast<const uint16_t*>(head + 32)));
     for (int i = 0; i < kGroup; ++i) {
-      float value;
-      if (q4) {
-        const int byte = block[64 * (i % 16 / 4) + i % 4];
-        value = d * static_cast<float>(i < 16 ? byte & 15 : byte >> 4) + m;
-      } else {
-        value = d * static_cast<float>(block[64 * (i / 4) + i % 4] - 128);
-      }
-      out[g * kGroup + i] = value * scale;
+      const int byte = bytes[64 * (eight ? i / 4 : i % 16 / 4) + i % 4];
+      const int code = eight ? byte : i < 16 ? byte & 15 : byte >> 4;
+      out[g * kGroup + i] = (scales[lane] * static_cast<float>(code) + minima[lane]) * scale;
     }
   }
 }
 
 void rms_norm_row(const float* x, const float* weight, float eps, int64_t width, float* out) {
-  __m512 squares = _mm512_setzero_ps();
+  const float mean = squared_norm(x, width) / static_cast<float>(width);
+  const Floats factor = set1(1.0f / std::sqrt(mean + eps));
   for (int64_t i = 0; i < width; i += 16) {
-    const __m512 v = _mm512_maskz_loadu_ps(tail(width - i), x + i);
-    squares = _mm512_fmadd_ps(v, v, squares);
-  }
-  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
-  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
-  for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = tail(width - i);
-    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
-    const __m512 w = _mm512_maskz_loadu_ps(mask, weight + i);
-    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(v, w));
+    const Floats v = mul(load(x + i, width - i), factor);
+    store(out + i, mul(v, load(weight + i, width - i)), width - i);
   }
 }
 
 void add_row(const float* a, const float* b, int64_t width, float* out) {
   for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = tail(width - i);
-    const __m512 sum =
-        _mm512_add_ps(_mm512_maskz_loadu_ps(mask, a + i), _mm512_maskz_loadu_ps(mask, b + i));
-    _mm512_mask_storeu_ps(out + i, mask, sum);
+    store(out + i, add(load(a + i, width - i), load(b + i, width - i)), width - i);
   }
 }
 
 void gated_row(const float* x, int64_t width, int activation, float* out) {
-  const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = tail(width - i);
-    const __m512 gate = _mm512_maskz_loadu_ps(mask, x + i);
-    const __m512 up = _mm512_maskz_loadu_ps(mask, x + width + i);
-    __m512 argument = gate;
-    if (activation == 1) {
-      // 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (g + 0.044715 g^3)
-      const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(gate, gate), gate);
-      const __m512 inner = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, gate);
-      argument = _mm512_mul_ps(_mm512_set1_ps(1.5957691216f), inner);
+    const Floats gate = load(x + i, width - i), up = load(x + width + i, width - i);
+    Floats active;
+    if (activation == 0) {
+      active = mul(gate, sigmoid(gate));
+    } else if (activation == 1) {
+      // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) (g + 0.044715 g^3)
+      const Floats cube = mul(mul(gate, gate), gate);
+      const Floats inner = fma(set1(0.044715f), cube, gate);
+      active = mul(gate, sigmoid(mul(set1(1.5957691216f), inner)));
+    } else {
+      const Floats positive = max(gate, zero());
+      active = mul(positive, positive);
     }
-    const __m512 negative = _mm512_sub_ps(_mm512_setzero_ps(), argument);
-    const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp512(negative)));
-    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid), up));
+    store(out + i, mul(active, up), width - i);
   }
 }
 
 void rotate_head(float* head, const float* cosine, const float* sine, int64_t dim) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; i += 16) {
-    const __mmask16 mask = tail(half - i);
-    const __m512 low = _mm512_maskz_loadu_ps(mask, head + i);
-    const __m512 high = _mm512_maskz_loadu_ps(mask, head + half + i);
-    const __m512 c = _mm512_maskz_loadu_ps(mask, cosine + i);
-    const __m512 s = _mm512_maskz_loadu_ps(mask, sine + i);
-    const __m512 first = _mm512_sub_ps(_mm512_mul_ps(low, c), _mm512_mul_ps(high, s));
-    const __m512 second = _mm512_add_ps(_mm512_mul_ps(high, c), _mm512_mul_ps(low, s));
-    _mm512_mask_storeu_ps(head + i, mask, first);
-    _mm512_mask_storeu_ps(head + half + i, mask, second);
+    const int64_t left = half - i;
+    const Floats low = load(head + i, left), high = load(head + half + i, left);
+    const Floats c = load(cosine + i, left), s = load(sine + i, left);
+    const Floats first = sub(mul(low, c), mul(high, s));
+    store(head + half + i, add(mul(high, c), mul(low, s)), left);
+    store(head + i, first, left);
   }
 }
 
+}  // namespace RYZANSTEIN_ISA
 }  // namespace ryzanstein

@@ -1,5 +1,6 @@
-// The kernels that a program's instructions call. Activations are fp32 `[rows, width]` unless said
-// otherwise. Every row's arithmetic happens in one order, whatever the number of rows or threads.
+// The kernels that a program's instructions call, once for each instruction set. Activations are fp32
+// `[rows, width]` unless said otherwise. Every row's arithmetic happens in one order, whatever the
+// number of rows or threads.
 #pragma once
 
 #include <cstdint>
@@ -8,59 +9,53 @@
 
 namespace ryzanstein {
 
-// Activations as the matmul of one weight format reads them.
-struct Quantized {
-  int8_t* values = nullptr;   // kQ4, kQ8: [rows, width], round(x / scale)
-  float* scales = nullptr;    // [rows, width / 32], largest magnitude / 127
-  float* sums = nullptr;      // [rows, width / 32], scale * sum of values
-  int32_t* counts = nullptr;  // [rows, width / 32], -128 * sum of values
-  uint16_t* bf16 = nullptr;   // kBf16: [rows, width]
+// Activations in the forms that matmuls and other ops read; those that nobody reads are null.
+struct Activations {
+  float* floats = nullptr;
+  uint16_t* bf16 = nullptr;
+  // Groups of 32: for kQ4, kQ4Wide, kQ8.
+  int8_t* values = nullptr;    // [rows, width], round(x / scale)
+  float* scales = nullptr;     // [rows, width / 32], largest magnitude / 127
+  float* sums = nullptr;       // [rows, width / 32], scale * sum of values
+  int32_t* offsets = nullptr;  // [rows, width / 32], -128 * sum of values
+  // Whole rows: for kTernary.
+  int8_t* row_values = nullptr;    // [rows, row_stride(width)], round(x / scale), zeros behind
+  float* row_scales = nullptr;     // [rows], largest magnitude / 127
+  int32_t* row_offsets = nullptr;  // [rows], -sum of values
+
+  static int64_t row_stride(int64_t width) { return (width + kChunk - 1) / kChunk * kChunk; }
 };
-
-// y[row, out] = x[row] . w[out] (+ bias[out]) for tiles [first, last) of 16 outputs.
-void matmul(const Weight& w, const Quantized& x, int64_t rows, const float* bias, float* y,
-            int64_t first, int64_t last);
-
-// Writes row `row` of `x` in every form that `out` has room for.
-void quantize_row(const float* x, int64_t width, int64_t row, const Quantized& out);
-
-// out = row `index` of the table times `scale`.
-void embed_row(const Weight& table, int64_t index, float scale, float* out);
-
-// out = x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`.
-void rms_norm_row(const float* x, const float* weight, float eps, int64_t width, float* out);
-
-void add_row(const float* a, const float* b, int64_t width, float* out);
-
-// out = activation(x[:width]) * x[width:]; activation 0 is SiLU, 1 GELU (tanh form).
-void gated_row(const float* x, int64_t width, int activation, float* out);
-
-// Rotates the halves of one head in place.
-void rotate_head(float* head, const float* cosine, const float* sine, int64_t dim);
-
-void to_bf16_row(const float* x, int64_t width, uint16_t* out);
 
 // The paged cache of one layer. Pages hold `page_size` tokens, a multiple of 16.
-// keys:   [page][kv head][page_size / 16][dim / 2][16][2] bf16 (a register per pair of dims)
-// values: [page][kv head][page_size][dim] bf16
+enum class CacheFormat : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2 };
+
+// With n elements in four bytes (1, 2 or 4):
+// keys:   [page][kv head][page_size / 16][dim / n][16][n]; kInt8 bytes are offset by 128
+// values: [page][kv head][page_size / n][dim][n]
+// scales: [page][kv head][page_size] fp32, largest magnitude / 127 of one token's head; kInt8 only
 struct LayerCache {
-  uint16_t* keys;
-  uint16_t* values;
+  CacheFormat format;
+  uint8_t* keys;
+  uint8_t* values;
+  float* key_scales;
+  float* value_scales;
   int64_t page_size, heads, dim;
 
-  int64_t page_elements() const { return heads * page_size * dim; }
+  int64_t element() const {
+    return format == CacheFormat::kF32 ? 4 : format == CacheFormat::kBf16 ? 2 : 1;
+  }
+  // Index of a token's scale.
+  int64_t place(int64_t page, int64_t head, int64_t token) const {
+    return (page * heads + head) * page_size + token;
+  }
+  // Where the 16 tokens around `token` begin, in `keys` and in `values` alike.
+  int64_t tile(int64_t page, int64_t head, int64_t token) const {
+    return place(page, head, token) / 16 * 16 * dim * element();
+  }
 };
 
-void write_key(const LayerCache& cache, int64_t slot, int64_t head, const float* key);
-void write_value(const LayerCache& cache, int64_t slot, int64_t head, const float* value);
-
-// Attention of `rows` query rows (bf16 `[dim]` each, all of one kv head, at `positions`) over one
-// sequence's pages. `out[row]` are fp32 `[dim]`. At most kQueryRows rows.
 constexpr int kQueryRows = 24;
 constexpr int kMaxDim = 256;
-void attend(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,
-            const uint16_t* const* queries, const int64_t* positions, float scale, int64_t window,
-            float* const* out);
 
 // How one row's distribution is narrowed; see kernels/sampling.py.
 struct Filters {
@@ -71,12 +66,54 @@ struct Filters {
   double uniform;  // in [0, 1), the draw's only randomness
 };
 
-// The likeliest token, the first of equals.
-int64_t argmax(const float* logits, int64_t vocab);
-// One draw from the filtered distribution of one row.
-int64_t draw(const float* logits, int64_t vocab, const Filters& filters);
+// Work whose speed bounds everything else.
+enum class Probe : int32_t { kInt8Dot = 0, kBf16Dot = 1, kFloat = 2, kRead = 3 };
 
-// Whether this processor has every instruction that the kernels use.
-bool supported();
+struct Kernels {
+  const char* name;
+
+  // y[row, out] = x[row] . w[out] (+ bias[out]) for tiles [first, last) of 16 outputs.
+  void (*matmul)(const Weight& w, const Activations& x, int64_t rows, const float* bias, float* y,
+                 int64_t first, int64_t last);
+  // Writes row `row` in every quantized or narrow form that `out` has room for.
+  void (*store_forms)(const float* x, int64_t width, int64_t row, const Activations& out);
+  // out = row `index` of the table times `scale`.
+  void (*embed_row)(const Weight& table, int64_t index, float scale, float* out);
+  // out = x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`.
+  void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t width, float* out);
+  void (*add_row)(const float* a, const float* b, int64_t width, float* out);
+  // out = activation(x[:width]) * x[width:]; 0 is SiLU, 1 GELU (tanh form), 2 squared ReLU.
+  void (*gated_row)(const float* x, int64_t width, int activation, float* out);
+  // Rotates the halves of one head in place.
+  void (*rotate_head)(float* head, const float* cosine, const float* sine, int64_t dim);
+
+  void (*write_key)(const LayerCache& cache, int64_t slot, int64_t head, const float* key);
+  void (*write_value)(const LayerCache& cache, int64_t slot, int64_t head, const float* value);
+  // Attention of `rows` query rows (`[dim]` each, all of one kv head, at `positions`) over one
+  // sequence's pages. `out[row]` are `[dim]`. At most kQueryRows rows.
+  void (*attend)(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,
+                 const float* const* queries, const int64_t* positions, float scale,
+                 int64_t window, float* const* out);
+
+  // The likeliest token, the first of equals.
+  int64_t (*argmax)(const float* logits, int64_t vocab);
+  // One draw from the filtered distribution; `scratch` holds kDrawBytes * vocab bytes.
+  int64_t (*draw)(const float* logits, int64_t vocab, const Filters& filters, uint8_t* scratch);
+
+  // Does a piece of the probe's work; returns how many operations, or bytes read from `memory`.
+  int64_t (*probe)(Probe kind, const uint8_t* memory, int64_t bytes);
+};
+
+constexpr int64_t kDrawBytes = 12;
+
+// Kernels by name, or null if there are none or this processor lacks the instructions:
+// `avx2` (with FMA and F16C), `avx512` (F, BW, VL, DQ, VNNI), `avx512bf16`.
+const Kernels* find_kernels(const char* name);
+// The best that this processor runs, or null.
+const Kernels* best_kernels();
+
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 
 }  // namespace ryzanstein

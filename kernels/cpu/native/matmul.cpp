@@ -1,172 +1,287 @@
-// Matmuls on packed weights. AVX512-VNNI multiplies unsigned weight bytes by signed activation
-// bytes, four inputs at a time into 16 lanes, one lane per output row.
-#include <immintrin.h>
-
-#include <cstring>
-
-#include "kernels.h"
+// Matmuls on packed weights. Byte products multiply four inputs at a time into 16 lanes, one lane for
+// each output row of a tile.
+#include "isa.h"
 
 namespace ryzanstein {
+namespace RYZANSTEIN_ISA {
 namespace {
 
-// Tiles and rows that share a pass: every broadcast activation feeds two tiles, every weight six
-// rows, and the sums still fit the registers.
-constexpr int kPassTiles = 2;
-constexpr int kPassRows = 6;
+#if defined(__AVX512VNNI__)
+constexpr bool kWide = true;  // 32 registers of 16 lanes; else 16 of 8
+#else
+constexpr bool kWide = false;
+#endif
 
-inline __m512i broadcast4(const void* p) {
-  int32_t word;
-  std::memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
-}
+// The tiles that come after, fetched while these are computed: memory would idle otherwise, since all
+// rows but a pass's first find the weights in the cache.
+struct Ahead {
+  const uint8_t* at;
+  const uint8_t* end;
+  int64_t lines;  // a step
 
-inline __m512 half16(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
-}
+  void step() {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T0);
+  }
+};
 
-template <int T, int R>
-void q4_pass(const Weight& w, const Quantized& x, int64_t row, int64_t tile, __m512 (&sum)[T][R]) {
-  const int64_t groups = w.groups(), width = w.columns;
-  const uint8_t* data = w.data.get() + tile * groups * 256;
-  const uint16_t* scales = w.scales.get() + tile * groups * kTile;
-  const uint16_t* minima = w.minima.get() + tile * groups * kTile;
-  const int8_t* values = x.values + row * width;
-  const __m512i low = _mm512_set1_epi8(0x0f);
-  for (int64_t g = 0; g < groups; ++g) {
-    __m512i dot[T][R];
-    for (int t = 0; t < T; ++t) {
-      for (int r = 0; r < R; ++r) dot[t][r] = _mm512_setzero_si512();
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      __m512i first[T], second[T];
+// A format's `accumulate<T, R>` adds x[row..row+R) . w[T tiles from `tile`] to sum[T][R]. `kTiles` x
+// `kRows` is the largest pass whose sums fit the registers beside the weights: every activation that
+// is broadcast feeds all tiles, every weight all rows. `steps` is how often it calls ahead.step().
+template <Format kFormat>
+struct FourBit {
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2;
+  static constexpr bool kHalf = kFormat == Format::kQ4;
+  static constexpr int64_t kHead = kHalf ? 64 : 128;
+
+  static int64_t steps(const Weight& w) { return w.groups(); }
+
+  static Floats scales(const uint8_t* group) {
+    return kHalf ? load_half(reinterpret_cast<const uint16_t*>(group))
+                 : load(reinterpret_cast<const float*>(group));
+  }
+
+  template <int T, int R>
+  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
+                         Ahead ahead, Floats (&sum)[T][R]) {
+    const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
+    const uint8_t* data = w.tile(tile);
+    const int8_t* values = x.values + row * width;
+    for (int64_t g = 0; g < groups; ++g, data += kHead + 256) {
+      ahead.step();
+      Ints dot[T][R];
       for (int t = 0; t < T; ++t) {
-        const __m512i packed = _mm512_load_si512(data + (t * groups + g) * 256 + 64 * j);
-        first[t] = _mm512_and_si512(packed, low);
-        second[t] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
+        for (int r = 0; r < R; ++r) dot[t][r] = set1_int(0);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        Bytes first[T], second[T];
+        for (int t = 0; t < T; ++t) {
+          const Bytes packed = load_bytes(data + t * stride + kHead + 64 * j);
+          first[t] = field<0, 4>(packed);
+          second[t] = field<4, 4>(packed);
+        }
+        for (int r = 0; r < R; ++r) {
+          const int8_t* v = values + r * width + g * kGroup + 4 * j;
+          const Bytes a = broadcast4(v), b = broadcast4(v + 16);
+          for (int t = 0; t < T; ++t) {
+            dot[t][r] = dot_small(dot[t][r], first[t], a);
+            dot[t][r] = dot_small(dot[t][r], second[t], b);
+          }
+        }
+      }
+      for (int t = 0; t < T; ++t) {
+        const Floats scale = scales(data + t * stride);
+        const Floats minimum = scales(data + t * stride + kHead / 2);
+        for (int r = 0; r < R; ++r) {
+          const int64_t at = (row + r) * groups + g;
+          const Floats factor = mul(scale, set1(x.scales[at]));
+          sum[t][r] = fma(to_floats(dot[t][r]), factor, sum[t][r]);
+          sum[t][r] = fma(minimum, set1(x.sums[at]), sum[t][r]);
+        }
+      }
+    }
+  }
+};
+
+struct EightBit {
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2;
+
+  static int64_t steps(const Weight& w) { return w.groups(); }
+
+  template <int T, int R>
+  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
+                         Ahead ahead, Floats (&sum)[T][R]) {
+    const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
+    const uint8_t* data = w.tile(tile);
+    const int8_t* values = x.values + row * width;
+    for (int64_t g = 0; g < groups; ++g) {
+      ahead.step();
+      Ints dot[T][R];
+      for (int r = 0; r < R; ++r) {
+        for (int t = 0; t < T; ++t) dot[t][r] = start_signed(x.offsets + (row + r) * groups + g);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        Signed packed[T];
+        for (int t = 0; t < T; ++t) packed[t] = load_signed(data + t * stride + g * 512 + 64 * j);
+        for (int r = 0; r < R; ++r) {
+          const Bytes v = broadcast4(values + r * width + g * kGroup + 4 * j);
+          for (int t = 0; t < T; ++t) dot[t][r] = dot_signed(dot[t][r], packed[t], v);
+        }
+      }
+      for (int t = 0; t < T; ++t) {
+        const uint8_t* scales = data + t * stride + groups * 512 + g * 32;
+        const Floats scale = load_half(reinterpret_cast<const uint16_t*>(scales));
+        for (int r = 0; r < R; ++r) {
+          const Floats factor = mul(scale, set1(x.scales[(row + r) * groups + g]));
+          sum[t][r] = fma(to_floats(dot[t][r]), factor, sum[t][r]);
+        }
+      }
+    }
+  }
+};
+
+struct Ternary {
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3;
+
+  static int64_t steps(const Weight& w) { return w.chunks(); }
+
+  template <int T, int R>
+  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
+                         Ahead ahead, Floats (&sum)[T][R]) {
+    const int64_t chunks = w.chunks(), stride = w.tile_bytes();
+    const int64_t width = Activations::row_stride(w.columns);
+    const uint8_t* data = w.tile(tile);
+    const int8_t* values = x.row_values + row * width;
+    Ints dot[T][R];
+    for (int t = 0; t < T; ++t) {
+      for (int r = 0; r < R; ++r) dot[t][r] = set1_int(x.row_offsets[row + r]);
+    }
+    for (int64_t c = 0; c < chunks; ++c, data += 64, values += kChunk) {
+      ahead.step();
+      Bytes codes[T][4];
+      for (int t = 0; t < T; ++t) {
+        const Bytes packed = load_bytes(data + t * stride);
+        codes[t][0] = field<0, 2>(packed);
+        codes[t][1] = field<2, 2>(packed);
+        codes[t][2] = field<4, 2>(packed);
+        codes[t][3] = field<6, 2>(packed);
       }
       for (int r = 0; r < R; ++r) {
-        const int8_t* v = values + r * width + g * kGroup + 4 * j;
-        const __m512i a = broadcast4(v), b = broadcast4(v + 16);
-        for (int t = 0; t < T; ++t) {
-          dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], first[t], a);
-          dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], second[t], b);
+        for (int j = 0; j < 4; ++j) {
+          const Bytes v = broadcast4(values + r * width + 4 * j);
+          for (int t = 0; t < T; ++t) dot[t][r] = dot_small(dot[t][r], codes[t][j], v);
         }
       }
     }
     for (int t = 0; t < T; ++t) {
-      const __m512 scale = half16(scales + (t * groups + g) * kTile);
-      const __m512 minimum = half16(minima + (t * groups + g) * kTile);
+      const Floats scale = load(reinterpret_cast<const float*>(data + t * stride));
       for (int r = 0; r < R; ++r) {
-        const int64_t at = (row + r) * groups + g;
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at]));
-        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), factor, sum[t][r]);
-        sum[t][r] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x.sums[at]), sum[t][r]);
+        sum[t][r] = mul(to_floats(dot[t][r]), mul(scale, set1(x.row_scales[row + r])));
       }
     }
   }
-}
-
-template <int T, int R>
-void q8_pass(const Weight& w, const Quantized& x, int64_t row, int64_t tile, __m512 (&sum)[T][R]) {
-  const int64_t groups = w.groups(), width = w.columns;
-  const uint8_t* data = w.data.get() + tile * groups * 512;
-  const uint16_t* scales = w.scales.get() + tile * groups * kTile;
-  const int8_t* values = x.values + row * width;
-  for (int64_t g = 0; g < groups; ++g) {
-    __m512i dot[T][R];
-    for (int r = 0; r < R; ++r) {
-      // Weight bytes are offset by 128; starting at -128 * sum(x) takes that out exactly.
-      const __m512i start = _mm512_set1_epi32(x.counts[(row + r) * groups + g]);
-      for (int t = 0; t < T; ++t) dot[t][r] = start;
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      __m512i packed[T];
-      for (int t = 0; t < T; ++t) {
-        packed[t] = _mm512_load_si512(data + (t * groups + g) * 512 + 64 * j);
-      }
-      for (int r = 0; r < R; ++r) {
-        const __m512i v = broadcast4(values + r * width + g * kGroup + 4 * j);
-        for (int t = 0; t < T; ++t) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], packed[t], v);
-      }
-    }
-    for (int t = 0; t < T; ++t) {
-      const __m512 scale = half16(scales + (t * groups + g) * kTile);
-      for (int r = 0; r < R; ++r) {
-        const __m512 one = _mm512_set1_ps(x.scales[(row + r) * groups + g]);
-        sum[t][r] =
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), _mm512_mul_ps(scale, one), sum[t][r]);
-      }
-    }
-  }
-}
-
-template <int T, int R>
-void bf16_pass(const Weight& w, const Quantized& x, int64_t row, int64_t tile,
-               __m512 (&sum)[T][R]) {
-  const int64_t width = w.columns;
-  const uint8_t* data = w.data.get() + tile * width * kTile * 2;
-  const uint16_t* values = x.bf16 + row * width;
-  for (int64_t i = 0; i < width; i += 2) {
-    __m512i packed[T];
-    for (int t = 0; t < T; ++t) {
-      packed[t] = _mm512_load_si512(data + (t * width + i) * kTile * 2);
-    }
-    for (int r = 0; r < R; ++r) {
-      const __m512i v = broadcast4(values + r * width + i);
-      for (int t = 0; t < T; ++t) {
-        sum[t][r] = _mm512_dpbf16_ps(sum[t][r], (__m512bh)packed[t], (__m512bh)v);
-      }
-    }
-  }
-}
-
-template <int T, int R>
-void pass(const Weight& w, const Quantized& x, int64_t row, int64_t tile, const float* bias,
-          float* y) {
-  __m512 sum[T][R];
-  for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) sum[t][r] = _mm512_setzero_ps();
-  }
-  switch (w.format) {
-    case Format::kQ4: q4_pass<T, R>(w, x, row, tile, sum); break;
-    case Format::kQ8: q8_pass<T, R>(w, x, row, tile, sum); break;
-    case Format::kBf16: bf16_pass<T, R>(w, x, row, tile, sum); break;
-  }
-  for (int t = 0; t < T; ++t) {
-    const int64_t out = (tile + t) * kTile;
-    const int64_t valid = w.rows - out < kTile ? w.rows - out : kTile;
-    const __mmask16 mask = static_cast<__mmask16>((1u << valid) - 1);
-    const __m512 added = bias ? _mm512_maskz_loadu_ps(mask, bias + out) : _mm512_setzero_ps();
-    for (int r = 0; r < R; ++r) {
-      const __m512 total = bias ? _mm512_add_ps(sum[t][r], added) : sum[t][r];
-      _mm512_mask_storeu_ps(y + (row + r) * w.rows + out, mask, total);
-    }
-  }
-}
-
-using Pass = void (*)(const Weight&, const Quantized&, int64_t, int64_t, const float*, float*);
-constexpr Pass kPass[kPassTiles + 1][kPassRows + 1] = {
-    {},
-    {nullptr, pass<1, 1>, pass<1, 2>, pass<1, 3>, pass<1, 4>, pass<1, 5>, pass<1, 6>},
-    {nullptr, pass<2, 1>, pass<2, 2>, pass<2, 3>, pass<2, 4>, pass<2, 5>, pass<2, 6>},
 };
 
-}  // namespace
+struct Bf16 {
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3;
 
-void matmul(const Weight& w, const Quantized& x, int64_t rows, const float* bias, float* y,
-            int64_t first, int64_t last) {
+  static int64_t steps(const Weight& w) { return w.columns / 2; }
+
+  template <int T, int R>
+  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
+                         Ahead ahead, Floats (&sum)[T][R]) {
+    const int64_t width = w.columns, stride = w.tile_bytes();
+    const uint8_t* data = w.tile(tile);
+    const uint16_t* values = x.bf16 + row * width;
+    for (int64_t i = 0; i < width; i += 2, data += 64) {
+      ahead.step();
+      Pairs packed[T];
+      for (int t = 0; t < T; ++t) packed[t] = load_pairs(data + t * stride);
+      for (int r = 0; r < R; ++r) {
+        const Pairs v = broadcast_pair(values + r * width + i);
+        for (int t = 0; t < T; ++t) sum[t][r] = dot_pairs(sum[t][r], packed[t], v);
+      }
+    }
+  }
+};
+
+struct Float {
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = 6;
+
+  static int64_t steps(const Weight& w) { return w.columns; }
+
+  template <int T, int R>
+  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
+                         Ahead ahead, Floats (&sum)[T][R]) {
+    const int64_t width = w.columns, stride = w.tile_bytes();
+    const uint8_t* data = w.tile(tile);
+    const float* values = x.floats + row * width;
+    for (int64_t i = 0; i < width; ++i, data += 64) {
+      ahead.step();
+      Floats packed[T];
+      for (int t = 0; t < T; ++t) packed[t] = load(reinterpret_cast<const float*>(data + t * stride));
+      for (int r = 0; r < R; ++r) {
+        const Floats v = set1(values[r * width + i]);
+        for (int t = 0; t < T; ++t) sum[t][r] = fma(packed[t], v, sum[t][r]);
+      }
+    }
+  }
+};
+
+template <class F, int T, int R>
+void pass(const Weight& w, const Activations& x, int64_t row, int64_t tile, Ahead ahead,
+          const float* bias, float* y) {
+  Floats sum[T][R];
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) sum[t][r] = zero();
+  }
+  F::template accumulate<T, R>(w, x, row, tile, ahead, sum);
+  for (int t = 0; t < T; ++t) {
+    const int64_t out = (tile + t) * kTile, valid = w.rows - out;
+    for (int r = 0; r < R; ++r) {
+      if (bias) sum[t][r] = add(sum[t][r], load(bias + out, valid));
+      store(y + (row + r) * w.rows + out, sum[t][r], valid);
+    }
+  }
+}
+
+template <class F, int T, int R>
+void pass_of(int64_t count, const Weight& w, const Activations& x, int64_t row, int64_t tile,
+             Ahead ahead, const float* bias, float* y) {
+  if constexpr (R > 0) {
+    if (count == R) return pass<F, T, R>(w, x, row, tile, ahead, bias, y);
+    pass_of<F, T, R - 1>(count, w, x, row, tile, ahead, bias, y);
+  }
+}
+
+// One row: a tile at a time is one sequential read, which the hardware fetches best by itself.
+template <class F>
+void multiply_row(const Weight& w, const Activations& x, const float* bias, float* y, int64_t first,
+                  int64_t last) {
+  for (int64_t tile = first; tile < last; ++tile) {
+    pass<F, 1, 1>(w, x, 0, tile, Ahead{nullptr, nullptr, 0}, bias, y);
+  }
+}
+
+template <class F>
+void multiply(const Weight& w, const Activations& x, int64_t rows, const float* bias, float* y,
+              int64_t first, int64_t last) {
+  if (rows == 1) return multiply_row<F>(w, x, bias, y, first, last);
   // Passes of nearly equal size: 8 rows are 4 + 4, not 6 + 2.
-  const int64_t passes = (rows + kPassRows - 1) / kPassRows;
-  for (int64_t tile = first; tile < last; tile += kPassTiles) {
-    const int64_t tiles = last - tile < kPassTiles ? last - tile : kPassTiles;
+  const int64_t passes = (rows + F::kRows - 1) / F::kRows, bytes = F::kTiles * w.tile_bytes();
+  const int64_t lines = bytes / 64 / (passes * F::steps(w)) + 1;
+  const uint8_t* end = w.data + w.bytes;
+  for (int64_t tile = first; tile < last; tile += F::kTiles) {
+    const uint8_t* next = w.tile(tile + F::kTiles);
     for (int64_t n = 0, row = 0; n < passes; ++n) {
       const int64_t count = (rows - row + passes - n - 1) / (passes - n);
-      kPass[tiles][count](w, x, row, tile, bias, y);
+      const uint8_t* share = next + bytes * (n + 1) / passes;
+      const Ahead ahead{next + bytes * n / passes / 64 * 64, share < end ? share : end, lines};
+      if (last - tile >= F::kTiles) {
+        pass_of<F, F::kTiles, F::kRows>(count, w, x, row, tile, ahead, bias, y);
+      } else {
+        pass_of<F, 1, F::kRows>(count, w, x, row, tile, ahead, bias, y);
+      }
       row += count;
     }
   }
 }
 
+}  // namespace
+
+void matmul(const Weight& w, const Activations& x, int64_t rows, const float* bias, float* y,
+            int64_t first, int64_t last) {
+  switch (w.format) {
+    case Format::kF32: return multiply<Float>(w, x, rows, bias, y, first, last);
+    case Format::kBf16: return multiply<Bf16>(w, x, rows, bias, y, first, last);
+    case Format::kQ8: return multiply<EightBit>(w, x, rows, bias, y, first, last);
+    case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, rows, bias, y, first, last);
+    case Format::kQ4Wide:
+      return multiply<FourBit<Format::kQ4Wide>>(w, x, rows, bias, y, first, last);
+    case Format::kTernary: return multiply<Ternary>(w, x, rows, bias, y, first, last);
+  }
+}
+
+}  // namespace RYZANSTEIN_ISA
 }  // namespace ryzanstein

@@ -1,11 +1,21 @@
 // The Python binding. Tensors cross as addresses: a plain integer costs a tenth of a DLPack capsule.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "program.h"
 
 namespace nb = nanobind;
 using namespace ryzanstein;
+using namespace nb::literals;
 
 namespace {
 
@@ -14,98 +24,186 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using PackBlocks = std::shared_ptr<Weight> (*)(const uint8_t*, int64_t, int64_t);
-using PackFloats = std::shared_ptr<Weight> (*)(const float*, int64_t, int64_t);
-
-template <PackBlocks Pack>
-std::shared_ptr<Weight> pack_blocks(uintptr_t blocks, int64_t rows, int64_t columns) {
-  nb::gil_scoped_release release;
-  return Pack(at<const uint8_t>(blocks), rows, columns);
+const Kernels* kernels_named(const std::string& name) {
+  const Kernels* kernels = find_kernels(name.c_str());
+  if (kernels == nullptr) {
+    throw std::invalid_argument("no kernels named " + name + " run on this processor");
+  }
+  return kernels;
 }
 
-template <PackFloats Pack>
-std::shared_ptr<Weight> pack_floats(uintptr_t values, int64_t rows, int64_t columns) {
-  nb::gil_scoped_release release;
-  return Pack(at<const float>(values), rows, columns);
+using PackBlocks = void (*)(const Weight&, int64_t, const uint8_t*, int64_t);
+using PackFloats = void (*)(const Weight&, int64_t, const float*, int64_t);
+
+void check_rows(const Weight& w, int64_t first, int64_t count) {
+  if (first < 0 || count < 0 || first + count > w.rows) {
+    throw std::invalid_argument("rows outside the weight");
+  }
 }
 
-}  // namespace
+template <auto kPack, typename T>
+void pack(std::shared_ptr<Weight> w, int64_t first, uintptr_t source, int64_t count) {
+  nb::gil_scoped_release release;
+  check_rows(*w, first, count);
+  kPack(*w, first, at<const T>(source), count);
+}
 
-NB_MODULE(_native, m) {
-  m.def("supported", &supported);
+// The kernels of one instruction set on a pool: what Python holds instead of raw pointers.
+struct Device {
+  const Kernels* kernels;
+  std::shared_ptr<Pool> pool;
+
+  Device(const std::string& name, int threads)
+      : kernels(kernels_named(name)), pool(std::make_shared<Pool>(threads)) {}
+
   // ids[i] = the token of logits row rows[i]: a draw where temperature[row] > 0, else the likeliest.
-  m.def("choose", [](std::shared_ptr<Pool> pool, uintptr_t logits, int64_t vocab, uintptr_t rows,
-                     int64_t count, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
-                     uintptr_t min_p, uintptr_t uniform, uintptr_t ids) {
+  void choose(uintptr_t logits, int64_t vocab, uintptr_t rows, int64_t count, uintptr_t temperature,
+              uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform,
+              uintptr_t ids) const {
     nb::gil_scoped_release release;
     // One row is not worth waking anybody.
     if (count > 1) pool->begin();
     pool->run(count, 1, [&](int64_t first, int64_t last) {
+      static thread_local std::vector<uint8_t> scratch;
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = at<const int64_t>(rows)[i];
         const float* x = at<const float>(logits) + row * vocab;
         const Filters filters{at<const float>(temperature)[row], at<const int32_t>(top_k)[row],
                               at<const float>(top_p)[row], at<const float>(min_p)[row],
                               at<const double>(uniform)[row]};
-        at<int64_t>(ids)[i] =
-            filters.temperature > 0.0f ? draw(x, vocab, filters) : argmax(x, vocab);
+        int64_t& id = at<int64_t>(ids)[i];
+        if (filters.temperature <= 0.0f) {
+          id = kernels->argmax(x, vocab);
+          continue;
+        }
+        scratch.resize(std::max<size_t>(scratch.size(), static_cast<size_t>(vocab * kDrawBytes)));
+        id = kernels->draw(x, vocab, filters, scratch.data());
       }
     });
     if (count > 1) pool->end();
+  }
+
+  // Operations, or bytes of `memory` read, a second on all threads: the best of several rounds.
+  double probe(int kind, uintptr_t memory, int64_t bytes, int rounds) const {
+    nb::gil_scoped_release release;
+    const int64_t pieces = pool->threads() * 16;
+    const int64_t share = bytes / pieces / 256 * 256;
+    double best = 0.0;
+    for (int round = 0; round < rounds; ++round) {
+      std::atomic<int64_t> work{0};
+      pool->begin();
+      const auto start = std::chrono::steady_clock::now();
+      pool->run(pieces, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          work += kernels->probe(static_cast<Probe>(kind), at<const uint8_t>(memory) + i * share,
+                                 share);
+        }
+      });
+      const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+      pool->end();
+      best = std::max(best, static_cast<double>(work) / spent.count());
+    }
+    return best;
+  }
+};
+
+Instruction instruction(const std::string& op, int in, int in2, int out, int out2,
+                        std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2,
+                        uintptr_t cosine, uintptr_t sine, uintptr_t target, float scalar, int layer,
+                        int heads, int activation, int64_t window) {
+  const auto name = std::find(kOpNames.begin(), kOpNames.end(), op);
+  if (name == kOpNames.end()) throw std::invalid_argument("no op is called " + op);
+  Instruction i;
+  i.op = static_cast<Op>(name - kOpNames.begin());
+  i.in = in;
+  i.in2 = in2;
+  i.out = out;
+  i.out2 = out2;
+  i.weight = std::move(weight);
+  i.vector = at<const float>(vector);
+  i.vector2 = at<const float>(vector2);
+  i.cosine = at<const float>(cosine);
+  i.sine = at<const float>(sine);
+  i.target = at<float>(target);
+  i.scalar = scalar;
+  i.layer = layer;
+  i.heads = heads;
+  i.activation = activation;
+  i.window = window;
+  return i;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  // Names of the instruction sets that this processor runs, best first.
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const char* name : {"avx512bf16", "avx512", "avx2"}) {
+      if (find_kernels(name) != nullptr) names.push_back(name);
+    }
+    return names;
   });
-  nb::class_<Pool>(m, "Pool").def(nb::init<int>(), nb::arg("threads"));
+  nb::class_<Device>(m, "Device")
+      .def(nb::init<const std::string&, int>(), "instructions"_a, "threads"_a)
+      .def("choose", &Device::choose)
+      .def("probe", &Device::probe, "kind"_a, "memory"_a, "bytes"_a, "rounds"_a);
+
   nb::class_<Weight>(m, "Weight")
       .def_prop_ro("bytes", [](const Weight& w) { return w.bytes; })
-      .def_prop_ro("bf16", [](const Weight& w) { return w.format == Format::kBf16; });
-  m.def("pack_q4_0", &pack_blocks<pack_q4_0>);
-  m.def("pack_q4_1", &pack_blocks<pack_q4_1>);
-  m.def("pack_q8_0", &pack_blocks<pack_q8_0>);
-  m.def("pack_int8", &pack_floats<pack_int8>);
-  m.def("pack_bf16", &pack_floats<pack_bf16>);
+      .def_prop_ro("address", [](const Weight& w) { return reinterpret_cast<uintptr_t>(w.data); })
+      .def_prop_ro("format", [](const Weight& w) { return static_cast<int>(w.format); });
+  m.def("make_weight", [](int format, int64_t rows, int64_t columns) {
+    return make_weight(static_cast<Format>(format), rows, columns);
+  });
+  m.def("wrap_weight", [](int format, int64_t rows, int64_t columns, uintptr_t data, size_t bytes) {
+    return wrap_weight(static_cast<Format>(format), rows, columns, at<uint8_t>(data), bytes);
+  });
+  m.def("pack_q4_0", &pack<pack_q4_0, uint8_t>);
+  m.def("pack_q4_1", &pack<pack_q4_1, uint8_t>);
+  m.def("pack_q8_0", &pack<pack_q8_0, uint8_t>);
+  m.def("pack_q4_k", &pack<pack_q4_k, uint8_t>);
+  m.def("pack_int8", &pack<pack_int8, float>);
+  m.def("pack_bf16", &pack<pack_bf16, float>);
+  m.def("pack_f32", &pack<pack_f32, float>);
+  m.def("pack_ternary", [](std::shared_ptr<Weight> w, int64_t first, uintptr_t signs, int64_t count,
+                           float scale) {
+    nb::gil_scoped_release release;
+    check_rows(*w, first, count);
+    pack_ternary(*w, first, at<const int8_t>(signs), count, scale);
+  });
+
   nb::class_<Program>(m, "Program")
-      .def(nb::init<std::shared_ptr<Pool>, int64_t>(), nb::arg("pool"), nb::arg("max_rows"))
-      .def("add_buffer", &Program::add_buffer, nb::arg("width"), nb::arg("floats"),
-           nb::arg("int8"), nb::arg("bf16"))
+      .def("__init__",
+           [](Program* p, const Device& device, int64_t max_rows) {
+             new (p) Program(device.pool, device.kernels, max_rows);
+           })
+      .def("add_buffer", &Program::add_buffer, "width"_a, "floats"_a, "groups"_a, "whole"_a,
+           "bf16"_a)
       .def("add_cache",
-           [](Program& p, uintptr_t keys, uintptr_t values, int64_t page_size, int64_t heads,
-              int64_t dim) {
-             p.add_cache(at<uint16_t>(keys), at<uint16_t>(values), page_size, heads, dim);
+           [](Program& p, int format, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+              uintptr_t value_scales, int64_t page_size, int64_t heads, int64_t dim) {
+             p.add_cache({static_cast<CacheFormat>(format), at<uint8_t>(keys), at<uint8_t>(values),
+                          at<float>(key_scales), at<float>(value_scales), page_size, heads, dim});
            })
-      .def("embed", &Program::embed)
-      .def("rms_norm",
-           [](Program& p, int in, int out, uintptr_t weight, float eps) {
-             p.rms_norm(in, out, at<const float>(weight), eps);
-           })
-      .def("add_rms_norm",
-           [](Program& p, int in, int residual, int out, int sum, uintptr_t weight, float eps) {
-             p.add_rms_norm(in, residual, out, sum, at<const float>(weight), eps);
-           })
-      .def("linear",
-           [](Program& p, int in, int out, std::shared_ptr<Weight> weight, uintptr_t bias) {
-             p.linear(in, out, std::move(weight), at<const float>(bias));
-           })
-      .def("rope_write_kv",
-           [](Program& p, int in, int out, int layer, int query_heads, uintptr_t cosine,
-              uintptr_t sine, uintptr_t query_norm, uintptr_t key_norm, float eps) {
-             p.rope_write_kv(in, out, layer, query_heads, at<const float>(cosine),
-                             at<const float>(sine), at<const float>(query_norm),
-                             at<const float>(key_norm), eps);
-           })
-      .def("attention", &Program::attention)
-      .def("gated", &Program::gated)
-      .def("select_rows", &Program::select_rows)
-      .def("logits",
-           [](Program& p, int in, std::shared_ptr<Weight> weight, uintptr_t bias, uintptr_t out) {
-             p.logits(in, std::move(weight), at<const float>(bias), at<float>(out));
-           })
+      .def(
+          "add",
+          [](Program& p, const std::string& op, int in, int in2, int out, int out2,
+             std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2, uintptr_t cosine,
+             uintptr_t sine, uintptr_t target, float scalar, int layer, int heads, int activation,
+             int64_t window) {
+            p.add(instruction(op, in, in2, out, out2, std::move(weight), vector, vector2, cosine,
+                              sine, target, scalar, layer, heads, activation, window));
+          },
+          "op"_a, nb::kw_only(), "in_"_a = -1, "in2"_a = -1, "out"_a = -1, "out2"_a = -1,
+          "weight"_a.none() = nb::none(), "vector"_a = 0, "vector2"_a = 0, "cosine"_a = 0,
+          "sine"_a = 0, "target"_a = 0, "scalar"_a = 0.0f, "layer"_a = 0, "heads"_a = 0,
+          "activation"_a = 0, "window"_a = 0)
       .def("profile", &Program::profile)
       .def("nanoseconds",
            [](const Program& p) {
              nb::dict result;
-             const char* names[Program::kOps] = {"embed",     "rms_norm", "add_rms_norm",
-                                                 "linear",    "rope_write_kv",
-                                                 "attention", "gated",    "select_rows"};
-             for (int i = 0; i < Program::kOps; ++i) result[names[i]] = p.nanoseconds()[i];
+             for (size_t i = 0; i < kOpNames.size(); ++i) result[kOpNames[i]] = p.nanoseconds()[i];
              return result;
            })
       .def("run", [](Program& p, uintptr_t token_ids, uintptr_t positions, uintptr_t kv_slots,

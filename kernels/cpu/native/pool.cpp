@@ -32,8 +32,11 @@ void futex_wake(std::atomic<uint32_t>* word) {
 
 }  // namespace
 
-Pool::Pool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+Pool::Pool(int threads) : tickets_(static_cast<size_t>(threads)) {
+  // All at once: the number of threads may not change under a worker's eyes.
+  std::vector<std::thread> workers(static_cast<size_t>(threads - 1));
+  workers_.swap(workers);
+  for (int i = 1; i < threads; ++i) workers_[i - 1] = std::thread([this, i] { work(i); });
 }
 
 Pool::~Pool() {
@@ -60,43 +63,55 @@ void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain) {
   count_.store(count, std::memory_order_relaxed);
   grain_.store(grain, std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
-  ticket_.store(++jobs_ << 32, std::memory_order_release);
-  while (claim_and_run()) {
+  ++jobs_;
+  const int64_t pieces = (count + grain - 1) / grain;
+  for (int i = threads() - 1; i >= 0; --i) {
+    const uint64_t first = static_cast<uint64_t>(span(pieces, i));
+    tickets_[i].next.store(jobs_ << 32 | first, std::memory_order_release);
+  }
+  while (claim_and_run(0)) {
   }
   for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
     relax();
     // A worker without a core cannot finish: give it ours.
     if (spins > kSpins) sched_yield();
   }
-  ticket_.store(0, std::memory_order_seq_cst);
+  for (Ticket& ticket : tickets_) ticket.next.store(0, std::memory_order_seq_cst);
 }
 
 // Runs the next piece, if there is one left.
-bool Pool::claim_and_run() {
-  uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  for (;;) {
-    if (ticket == 0) return false;
-    const int64_t first = static_cast<int64_t>(ticket & 0xffffffff);
+bool Pool::claim_and_run(int thread) {
+  for (int i = 0; i < threads(); ++i) {
+    if (claim_from((thread + i) % threads())) return true;
+  }
+  return false;
+}
+
+bool Pool::claim_from(int span_of) {
+  std::atomic<uint64_t>& next = tickets_[span_of].next;
+  uint64_t ticket = next.load(std::memory_order_acquire);
+  while (ticket != 0) {
+    const int64_t piece = static_cast<int64_t>(ticket & 0xffffffff);
     const Call call = call_.load(std::memory_order_relaxed);
     const void* body = body_.load(std::memory_order_relaxed);
     const int64_t count = count_.load(std::memory_order_relaxed);
     const int64_t grain = grain_.load(std::memory_order_relaxed);
-    if (first >= count) return false;
-    const int64_t last = first + grain < count ? first + grain : count;
-    const uint64_t next = (ticket & ~uint64_t{0xffffffff}) | static_cast<uint64_t>(last);
-    if (ticket_.compare_exchange_weak(ticket, next, std::memory_order_acq_rel,
-                                      std::memory_order_acquire)) {
+    if (piece >= span((count + grain - 1) / grain, span_of + 1)) return false;
+    if (next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
+                                   std::memory_order_acquire)) {
+      const int64_t first = piece * grain, last = first + grain < count ? first + grain : count;
       call(body, first, last);
       done_.fetch_add(last - first, std::memory_order_release);
       return true;
     }
   }
+  return false;
 }
 
-void Pool::work() {
+void Pool::work(int thread) {
   for (int spins = 0;; ++spins) {
     if (stop_.load(std::memory_order_relaxed)) return;
-    if (claim_and_run()) {
+    if (claim_and_run(thread)) {
       spins = 0;
       continue;
     }

@@ -22,8 +22,9 @@ class Pool {
   void end();
 
   // Calls body(first, last) for pieces of [0, count), `grain` at a time, and returns when all are
-  // done. Whoever is free claims the next piece, and only pieces are waited for, never threads: one
-  // that the system has put aside delays at most the piece that it holds.
+  // done. Every thread has a span of its own, so that it reads memory in order and finds what it
+  // wrote; done with that, it takes pieces of the others' spans. Only pieces are waited for, never
+  // threads: one that the system has put aside delays at most the piece that it holds.
   template <typename Body>
   void run(int64_t count, int64_t grain, const Body& body) {
     if (count <= grain || workers_.empty()) {
@@ -40,19 +41,26 @@ class Pool {
  private:
   using Call = void (*)(const void*, int64_t, int64_t);
 
+  // Number of the job in the upper half, the span's next piece in the lower; 0 while none is open.
+  struct alignas(64) Ticket {
+    std::atomic<uint64_t> next{0};
+  };
+
   void dispatch(Call call, const void* body, int64_t count, int64_t grain);
-  bool claim_and_run();
-  void work();
+  // The first piece of a span; that of `threads()` is the number of pieces.
+  int64_t span(int64_t pieces, int thread) const { return pieces * thread / threads(); }
+  bool claim_and_run(int thread);
+  bool claim_from(int span_of);
+  void work(int thread);
 
   std::vector<std::thread> workers_;
-  // The job under way. A worker reads these between loading the ticket and claiming from it; if the
+  std::vector<Ticket> tickets_;
+  // The job under way. A worker reads these between loading a ticket and claiming from it; if the
   // claim succeeds the ticket has not changed, so what was read belongs to it.
   std::atomic<Call> call_{nullptr};
   std::atomic<const void*> body_{nullptr};
   std::atomic<int64_t> count_{0}, grain_{1};
   uint64_t jobs_ = 0;
-  // Number of the job in the upper half, next piece's first item in the lower; 0 while none is open.
-  alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<uint32_t> awake_{0};
   std::atomic<bool> stop_{false};

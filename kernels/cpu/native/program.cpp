@@ -8,7 +8,7 @@
 namespace ryzanstein {
 namespace {
 
-constexpr int64_t kMaxWidth = 1 << 17;
+constexpr int64_t kMaxWidth = 1 << 18;
 
 // Rows of cheap work that one thread takes at a time.
 constexpr int64_t kRowGrain = 4;
@@ -21,125 +21,51 @@ float* scratch(int64_t width) {
 
 }  // namespace
 
-Program::Program(std::shared_ptr<Pool> pool, int64_t max_rows)
-    : pool_(std::move(pool)), max_rows_(max_rows) {}
+Activations Program::Value::activations() const {
+  return {floats.get(),  bf16.get(),       values.get(),     scales.get(),     sums.get(),
+          offsets.get(), row_values.get(), row_scales.get(), row_offsets.get()};
+}
 
-int Program::add_buffer(int64_t width, bool floats, bool int8, bool bf16) {
+Program::Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max_rows)
+    : pool_(std::move(pool)), kernels_(*kernels), max_rows_(max_rows) {}
+
+int Program::add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16) {
   if (width <= 0 || width > kMaxWidth) throw std::invalid_argument("buffer width out of range");
   Value value;
   value.width = width;
-  const size_t count = static_cast<size_t>(max_rows_ * width);
+  const size_t rows = static_cast<size_t>(max_rows_), count = rows * static_cast<size_t>(width);
   if (floats) value.floats = allocate<float>(count);
   if (bf16) value.bf16 = allocate<uint16_t>(count);
-  if (int8) {
-    const size_t groups = static_cast<size_t>(max_rows_ * (width / kGroup));
+  if (groups) {
+    const size_t scales = rows * static_cast<size_t>(width / kGroup);
     value.values = allocate<int8_t>(count);
-    value.scales = allocate<float>(groups);
-    value.sums = allocate<float>(groups);
-    value.counts = allocate<int32_t>(groups);
+    value.scales = allocate<float>(scales);
+    value.sums = allocate<float>(scales);
+    value.offsets = allocate<int32_t>(scales);
+  }
+  if (whole) {
+    value.row_values = allocate<int8_t>(rows * static_cast<size_t>(Activations::row_stride(width)));
+    value.row_scales = allocate<float>(rows);
+    value.row_offsets = allocate<int32_t>(rows);
   }
   values_.push_back(std::move(value));
   return static_cast<int>(values_.size()) - 1;
 }
 
-void Program::add_cache(uint16_t* keys, uint16_t* values, int64_t page_size, int64_t heads,
-                        int64_t dim) {
-  if (kMaxDim < dim || dim % 2 || page_size % 16) throw std::invalid_argument("cache shape");
-  caches_.push_back({keys, values, page_size, heads, dim});
+void Program::add_cache(const LayerCache& cache) {
+  const int64_t word = 4 / cache.element();
+  if (kMaxDim < cache.dim || cache.dim % word || cache.page_size % 16) {
+    throw std::invalid_argument("the kernels do not take this shape of cache");
+  }
+  caches_.push_back(cache);
 }
 
-void Program::embed(int out, std::shared_ptr<Weight> table, float scale) {
-  Instruction i(Op::kEmbed);
-  i.out = out;
-  i.weight = std::move(table);
-  i.scalar = scale;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::rms_norm(int in, int out, const float* weight, float eps) {
-  Instruction i(Op::kRmsNorm);
-  i.in = in;
-  i.out = out;
-  i.vector = weight;
-  i.scalar = eps;
-  values_[out].samples = values_[in].samples;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::add_rms_norm(int in, int residual, int out, int sum, const float* weight,
-                           float eps) {
-  Instruction i(Op::kAddRmsNorm);
-  i.in = in;
-  i.in2 = residual;
-  i.out = out;
-  i.out2 = sum;
-  i.vector = weight;
-  i.scalar = eps;
-  values_[out].samples = values_[sum].samples = values_[in].samples;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::linear(int in, int out, std::shared_ptr<Weight> weight, const float* bias) {
-  Instruction i(Op::kLinear);
-  i.in = in;
-  i.out = out;
-  i.weight = std::move(weight);
-  i.vector = bias;
-  values_[out].samples = values_[in].samples;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::rope_write_kv(int in, int out, int layer, int query_heads, const float* cosine,
-                            const float* sine, const float* query_norm, const float* key_norm,
-                            float eps) {
-  Instruction i(Op::kRopeWriteKv);
-  i.in = in;
-  i.out = out;
-  i.layer = layer;
-  i.heads = query_heads;
-  i.cosine = cosine;
-  i.sine = sine;
-  i.vector = query_norm;
-  i.vector2 = key_norm;
-  i.scalar = eps;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::attention(int in, int out, int layer, int query_heads, float scale,
-                        int64_t window) {
-  Instruction i(Op::kAttention);
-  i.in = in;
-  i.out = out;
-  i.layer = layer;
-  i.heads = query_heads;
-  i.scalar = scale;
-  i.window = window;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::gated(int in, int out, int activation) {
-  Instruction i(Op::kGated);
-  i.in = in;
-  i.out = out;
-  i.activation = activation;
-  values_[out].samples = values_[in].samples;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::select_rows(int in, int out) {
-  Instruction i(Op::kSelectRows);
-  i.in = in;
-  i.out = out;
-  values_[out].samples = true;
-  instructions_.push_back(std::move(i));
-}
-
-void Program::logits(int in, std::shared_ptr<Weight> weight, const float* bias, float* out) {
-  Instruction i(Op::kLinear);
-  i.in = in;
-  i.weight = std::move(weight);
-  i.vector = bias;
-  i.target = out;
+void Program::add(Instruction i) {
+  if (i.out >= 0) {
+    values_[i.out].samples =
+        i.op == Op::kSelectRows || (i.in >= 0 && values_[i.in].samples);
+  }
+  if (i.out2 >= 0) values_[i.out2].samples = values_[i.in].samples;
   instructions_.push_back(std::move(i));
 }
 
@@ -166,12 +92,12 @@ int64_t Program::rows_of(int value, const Batch& batch) const {
   return values_[value].samples ? batch.samples : batch.tokens;
 }
 
-void Program::store_row(const Value& value, int64_t row, const float* row_values) {
+void Program::store_row(const Value& value, int64_t row, const float* row_values) const {
   if (value.floats) {
     std::memcpy(value.floats.get() + row * value.width, row_values,
                 static_cast<size_t>(value.width) * sizeof(float));
   }
-  quantize_row(row_values, value.width, row, value.quantized());
+  kernels_.store_forms(row_values, value.width, row, value.activations());
 }
 
 void Program::step(const Instruction& i, const Batch& batch) {
@@ -187,22 +113,22 @@ void Program::step(const Instruction& i, const Batch& batch) {
   pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
     float* row_values = scratch(width);
     for (int64_t row = first; row < last; ++row) {
+      const float* x = in ? in->floats.get() + row * in->width : nullptr;
       switch (i.op) {
-        case Op::kEmbed: embed_row(*i.weight, batch.token_ids[row], i.scalar, row_values); break;
+        case Op::kEmbed:
+          kernels_.embed_row(*i.weight, batch.token_ids[row], i.scalar, row_values);
+          break;
         case Op::kRmsNorm:
-          rms_norm_row(in->floats.get() + row * width, i.vector, i.scalar, width, row_values);
+          kernels_.rms_norm_row(x, i.vector, i.scalar, width, row_values);
           break;
         case Op::kAddRmsNorm: {
           const Value& sum = values_[i.out2];
           float* total = sum.floats ? sum.floats.get() + row * width : row_values;
-          add_row(in->floats.get() + row * width, values_[i.in2].floats.get() + row * width, width,
-                  total);
-          rms_norm_row(total, i.vector, i.scalar, width, row_values);
+          kernels_.add_row(x, values_[i.in2].floats.get() + row * width, width, total);
+          kernels_.rms_norm_row(total, i.vector, i.scalar, width, row_values);
           break;
         }
-        case Op::kGated:
-          gated_row(in->floats.get() + row * 2 * width, width, i.activation, row_values);
-          break;
+        case Op::kGated: kernels_.gated_row(x, width, i.activation, row_values); break;
         default:
           std::memcpy(row_values, in->floats.get() + batch.sample_rows[row] * width,
                       static_cast<size_t>(width) * sizeof(float));
@@ -214,17 +140,16 @@ void Program::step(const Instruction& i, const Batch& batch) {
 
 void Program::linear_step(const Instruction& i, int64_t rows) {
   if (rows == 0) return;
-  const Value& in = values_[i.in];
   const Weight& weight = *i.weight;
   float* out = i.target ? i.target : values_[i.out].floats.get();
-  const Quantized x = in.quantized();
+  const Activations x = values_[i.in].activations();
   // Several pieces a thread, but none so small that fetching it costs more than computing it.
   const int64_t pieces = pool_->threads() * 8;
   const int64_t least = std::max<int64_t>(1, 8 / rows);
-  // Even, since a pass covers two tiles.
+  // Even, since a pass may cover two tiles.
   const int64_t grain = (std::max(least, weight.tiles() / pieces) + 1) / 2 * 2;
   pool_->run(weight.tiles(), grain, [&](int64_t first, int64_t last) {
-    matmul(weight, x, rows, i.vector, out, first, last);
+    kernels_.matmul(weight, x, rows, i.vector, out, first, last);
   });
 }
 
@@ -240,16 +165,17 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
       const float* sine = i.sine + batch.positions[row] * half;
       for (int64_t h = 0; h < i.heads + cache.heads; ++h, head += dim) {
         const float* norm = h < i.heads ? i.vector : i.vector2;
-        if (norm) rms_norm_row(head, norm, i.scalar, dim, head);
-        rotate_head(head, cosine, sine, dim);
+        if (norm) kernels_.rms_norm_row(head, norm, i.scalar, dim, head);
+        kernels_.rotate_head(head, cosine, sine, dim);
         if (h < i.heads) {
-          to_bf16_row(head, dim, out.bf16.get() + row * out.width + h * dim);
+          std::memcpy(out.floats.get() + row * out.width + h * dim, head,
+                      static_cast<size_t>(dim) * sizeof(float));
         } else {
-          write_key(cache, batch.kv_slots[row], h - i.heads, head);
+          kernels_.write_key(cache, batch.kv_slots[row], h - i.heads, head);
         }
       }
       for (int64_t h = 0; h < cache.heads; ++h, head += dim) {
-        write_value(cache, batch.kv_slots[row], h, head);
+        kernels_.write_value(cache, batch.kv_slots[row], h, head);
       }
     }
   });
@@ -273,7 +199,7 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
   }
   const std::vector<Task>& list = tasks;
   pool_->run(static_cast<int64_t>(list.size()) * cache.heads, 1, [&](int64_t first, int64_t last) {
-    const uint16_t* queries[kQueryRows];
+    const float* queries[kQueryRows];
     int64_t positions[kQueryRows];
     float* targets[kQueryRows];
     for (int64_t n = first; n < last; ++n) {
@@ -286,30 +212,22 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
         for (int64_t t = 0; t < task.count; ++t) {
           for (int64_t h = part; h < std::min<int64_t>(share, part + kQueryRows); ++h, ++rows) {
             const int64_t at = (task.first + t) * in.width + (head * share + h) * dim;
-            queries[rows] = in.bf16.get() + at;
+            queries[rows] = in.floats.get() + at;
             positions[rows] = batch.positions[task.first + t];
             targets[rows] = out.floats.get() + at;
           }
         }
-        attend(cache, pages, head, rows, queries, positions, i.scalar, i.window, targets);
+        kernels_.attend(cache, pages, head, rows, queries, positions, i.scalar, i.window, targets);
       }
     }
   });
-  if (out.values || out.bf16) {
+  if (out.values || out.row_values || out.bf16) {
     pool_->run(batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        quantize_row(out.floats.get() + row * out.width, out.width, row, out.quantized());
+        kernels_.store_forms(out.floats.get() + row * out.width, out.width, row, out.activations());
       }
     });
   }
-}
-
-// Here, since this file is compiled for any x86-64: the check itself must run everywhere.
-bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 }  // namespace ryzanstein

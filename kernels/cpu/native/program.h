@@ -24,70 +24,63 @@ struct Batch {
   int64_t tokens, sequences, samples, table_width;
 };
 
+enum class Op {
+  kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows
+};
+constexpr std::array<const char*, 8> kOpNames = {
+    "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
+    "select_rows"};
+
+// One op; fields that it does not have keep their defaults. Values are numbers of buffers.
+struct Instruction {
+  Op op = Op::kEmbed;
+  int in = -1, in2 = -1, out = -1, out2 = -1;  // in2: residual; out2: the sum
+  std::shared_ptr<Weight> weight;
+  const float* vector = nullptr;   // norm weight, bias, or norm of the queries
+  const float* vector2 = nullptr;  // norm of the keys
+  const float *cosine = nullptr, *sine = nullptr;
+  float* target = nullptr;  // where a linear writes that has no `out`: the logits
+  float scalar = 0.0f;      // eps, or a scale
+  int layer = 0, heads = 0, activation = 0;
+  int64_t window = 0;
+};
+
 class Program {
  public:
-  // Buffers hold up to `max_rows` rows. `logits` is where the last linear writes.
-  Program(std::shared_ptr<Pool> pool, int64_t max_rows);
+  // Buffers hold up to `max_rows` rows.
+  Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max_rows);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
   // A buffer of `width` values a row, in the forms that its readers want.
-  int add_buffer(int64_t width, bool floats, bool int8, bool bf16);
+  int add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16);
   // The paged cache of the next layer; memory stays with the caller.
-  void add_cache(uint16_t* keys, uint16_t* values, int64_t page_size, int64_t heads, int64_t dim);
-
-  void embed(int out, std::shared_ptr<Weight> table, float scale);
-  void rms_norm(int in, int out, const float* weight, float eps);
-  void add_rms_norm(int in, int residual, int out, int sum, const float* weight, float eps);
-  void linear(int in, int out, std::shared_ptr<Weight> weight, const float* bias);
-  void rope_write_kv(int in, int out, int layer, int query_heads, const float* cosine,
-                     const float* sine, const float* query_norm, const float* key_norm, float eps);
-  void attention(int in, int out, int layer, int query_heads, float scale, int64_t window);
-  void gated(int in, int out, int activation);
-  void select_rows(int in, int out);
-  void logits(int in, std::shared_ptr<Weight> weight, const float* bias, float* out);
+  void add_cache(const LayerCache& cache);
+  void add(Instruction instruction);
 
   void run(const Batch& batch);
-
-  enum class Op {
-    kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows
-  };
-  static constexpr int kOps = 8;
 
   // Nanoseconds spent in each kind of instruction since profiling began.
   void profile(bool on) {
     profiling_ = on;
     nanoseconds_.fill(0);
   }
-  const std::array<int64_t, kOps>& nanoseconds() const { return nanoseconds_; }
+  const std::array<int64_t, kOpNames.size()>& nanoseconds() const { return nanoseconds_; }
 
  private:
-
   struct Value {
     int64_t width;
     Buffer<float> floats;
+    Buffer<uint16_t> bf16;
     Buffer<int8_t> values;
     Buffer<float> scales, sums;
-    Buffer<int32_t> counts;
-    Buffer<uint16_t> bf16;
+    Buffer<int32_t> offsets;
+    Buffer<int8_t> row_values;
+    Buffer<float> row_scales;
+    Buffer<int32_t> row_offsets;
     bool samples = false;  // rows are the sampled ones
 
-    Quantized quantized() const {
-      return {values.get(), scales.get(), sums.get(), counts.get(), bf16.get()};
-    }
-  };
-
-  struct Instruction {
-    explicit Instruction(Op which) : op(which) {}
-
-    Op op;
-    int in = -1, in2 = -1, out = -1, out2 = -1;
-    std::shared_ptr<Weight> weight;
-    const float *vector = nullptr, *vector2 = nullptr, *cosine = nullptr, *sine = nullptr;
-    float* target = nullptr;
-    float scalar = 0.0f;
-    int layer = 0, heads = 0, activation = 0;
-    int64_t window = 0;
+    Activations activations() const;
   };
 
   void step(const Instruction& i, const Batch& batch);
@@ -95,16 +88,17 @@ class Program {
   void rope_step(const Instruction& i, const Batch& batch);
   void attention_step(const Instruction& i, const Batch& batch);
   // Finishes a row that was computed into `row_values`: stores it in every form of `value`.
-  static void store_row(const Value& value, int64_t row, const float* row_values);
+  void store_row(const Value& value, int64_t row, const float* row_values) const;
   int64_t rows_of(int value, const Batch& batch) const;
 
   std::shared_ptr<Pool> pool_;
+  const Kernels& kernels_;
   int64_t max_rows_;
   std::vector<Value> values_;
   std::vector<LayerCache> caches_;
   std::vector<Instruction> instructions_;
   bool profiling_ = false;
-  std::array<int64_t, kOps> nanoseconds_{};
+  std::array<int64_t, kOpNames.size()> nanoseconds_{};
 };
 
 }  // namespace ryzanstein

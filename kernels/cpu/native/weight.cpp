@@ -1,26 +1,23 @@
 #include "weight.h"
 
-#include <immintrin.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 namespace ryzanstein {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr int kSuperBlock = 256;  // inputs of one q4_k block
 
 uint16_t read16(const uint8_t* p) {
   uint16_t value;
   std::memcpy(&value, p, 2);
   return value;
 }
-
-uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
-
-float from_half(uint16_t bits) { return _cvtsh_ss(bits); }
 
 uint16_t to_bf16(float value) {
   uint32_t bits;
@@ -29,56 +26,69 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-std::shared_ptr<Weight> make(Format format, int64_t rows, int64_t columns, int64_t group_bytes) {
-  if (columns % (format == Format::kBf16 ? 2 : kGroup)) {
-    throw std::invalid_argument("columns do not fill whole groups");
-  }
-  auto w = std::make_shared<Weight>();
-  w->format = format;
-  w->rows = rows;
-  w->columns = columns;
-  size_t blocks = static_cast<size_t>(w->tiles() * w->groups());
-  w->bytes = format == Format::kBf16 ? static_cast<size_t>(w->tiles() * columns) * kTile * 2
-                                     : blocks * static_cast<size_t>(group_bytes);
-  w->data = allocate<uint8_t>(w->bytes);
-  // Rows that only fill the last tile have to be finite.
-  std::memset(w->data.get(), 0, w->bytes);
-  if (format != Format::kBf16) {
-    w->scales = allocate<uint16_t>(blocks * kTile);
-    std::memset(w->scales.get(), 0, blocks * kTile * 2);
-    w->bytes += blocks * kTile * 2;
-  }
-  if (format == Format::kQ4) {
-    w->minima = allocate<uint16_t>(blocks * kTile);
-    std::memset(w->minima.get(), 0, blocks * kTile * 2);
-    w->bytes += blocks * kTile * 2;
-  }
-  return w;
-}
-
-// Calls place(tile * groups + group, lane, row, group) for every group of every real row.
+// Calls place(tile, lane, index of the group among all that are packed, group) for every group.
 template <typename Place>
-void each_group(const Weight& w, const Place& place) {
-  for (int64_t row = 0; row < w.rows; ++row) {
+void each_group(const Weight& w, int64_t first, int64_t count, const Place& place) {
+  for (int64_t row = first; row < first + count; ++row) {
     for (int64_t group = 0; group < w.groups(); ++group) {
-      place(row / kTile * w.groups() + group, static_cast<int>(row % kTile), row, group);
+      place(w.tile(row / kTile), row % kTile, (row - first) * w.groups() + group, group);
     }
   }
 }
 
-void place_nibbles(uint8_t* block, int lane, const uint8_t* nibbles) {
-  for (int j = 0; j < 4; ++j) std::memcpy(block + 64 * j + 4 * lane, nibbles + 4 * j, 4);
+template <typename T>
+void put(uint8_t* at, int64_t index, T value) {
+  std::memcpy(at + index * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
 }
 
-void place_bytes(uint8_t* block, int lane, const int8_t* values) {
-  for (int j = 0; j < 8; ++j) {
-    for (int t = 0; t < 4; ++t) {
-      block[64 * j + 4 * lane + t] = static_cast<uint8_t>(values[4 * j + t] + 128);
-    }
+// Nibbles in ggml's order: byte i holds inputs i and 16 + i.
+void put_q4(uint8_t* group, int64_t lane, uint16_t scale, uint16_t minimum, const uint8_t* nibbles) {
+  put(group, lane, scale);
+  put(group + 32, lane, minimum);
+  for (int j = 0; j < 4; ++j) std::memcpy(group + 64 + 64 * j + 4 * lane, nibbles + 4 * j, 4);
+}
+
+void put_q8(const Weight& w, uint8_t* tile, int64_t lane, int64_t group, uint16_t scale,
+            const int8_t* values) {
+  put(tile + w.groups() * 512 + group * 32, lane, scale);
+  uint8_t* out = tile + group * 512 + 4 * lane;
+  for (int i = 0; i < kGroup; ++i) {
+    out[64 * (i / 4) + i % 4] = static_cast<uint8_t>(values[i] + 128);
   }
 }
 
 }  // namespace
+
+// By hand, so that this file runs on any processor (F16C came with Ivy Bridge).
+float half_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t{bits} >> 15 << 31, exponent = bits >> 10 & 31, rest = bits & 1023;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(rest) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+  }
+  const uint32_t raw = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | rest << 13;
+  float value;
+  std::memcpy(&value, &raw, 4);
+  return value;
+}
+
+// To the nearest, ties to even.
+uint16_t float_to_half(float value) {
+  uint32_t raw;
+  std::memcpy(&raw, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>(raw >> 16 & 0x8000);
+  const uint32_t magnitude = raw & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;
+  if (magnitude < 0x38800000) {
+    // Below the smallest normal: counted in units of 2^-24.
+    float positive;
+    std::memcpy(&positive, &magnitude, 4);
+    return sign | static_cast<uint16_t>(std::nearbyint(positive * 0x1p24f));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return sign | static_cast<uint16_t>((rounded - (112u << 23)) >> 13);
+}
 
 void* allocate_bytes(size_t bytes) {
   size_t alignment = bytes >= kHugePage ? kHugePage : 64;
@@ -89,69 +99,133 @@ void* allocate_bytes(size_t bytes) {
   return p;
 }
 
-std::shared_ptr<Weight> pack_q4_0(const uint8_t* blocks, int64_t rows, int64_t columns) {
-  auto w = make(Format::kQ4, rows, columns, 256);
-  each_group(*w, [&](int64_t place, int lane, int64_t row, int64_t group) {
-    const uint8_t* block = blocks + (row * w->groups() + group) * 18;
-    uint16_t scale = read16(block);
-    w->scales[place * kTile + lane] = scale;
-    w->minima[place * kTile + lane] = to_half(-8.0f * from_half(scale));
-    place_nibbles(w->data.get() + place * 256, lane, block + 2);
-  });
+int64_t Weight::tile_bytes() const {
+  switch (format) {
+    case Format::kF32: return columns * kTile * 4;
+    case Format::kBf16: return columns * kTile * 2;
+    case Format::kQ8: return groups() * 512 + (groups() * 32 + 63) / 64 * 64;
+    case Format::kTernary: return chunks() * 64 + 64;
+    default: return groups() * group_bytes();
+  }
+}
+
+std::shared_ptr<Weight> wrap_weight(Format format, int64_t rows, int64_t columns, uint8_t* data,
+                                    size_t bytes) {
+  const bool grouped =
+      format == Format::kQ8 || format == Format::kQ4 || format == Format::kQ4Wide;
+  if (rows <= 0 || columns <= 0 || (grouped && columns % kGroup) ||
+      (format == Format::kBf16 && columns % 2)) {
+    throw std::invalid_argument("the columns do not fill whole groups");
+  }
+  auto w = std::make_shared<Weight>();
+  w->format = format;
+  w->rows = rows;
+  w->columns = columns;
+  w->bytes = static_cast<size_t>(w->tiles() * w->tile_bytes());
+  if (data != nullptr && (bytes != w->bytes || reinterpret_cast<uintptr_t>(data) % 64)) {
+    throw std::invalid_argument("the packed bytes do not fit the weight's shape");
+  }
+  w->data = data;
   return w;
 }
 
-std::shared_ptr<Weight> pack_q4_1(const uint8_t* blocks, int64_t rows, int64_t columns) {
-  auto w = make(Format::kQ4, rows, columns, 256);
-  each_group(*w, [&](int64_t place, int lane, int64_t row, int64_t group) {
-    const uint8_t* block = blocks + (row * w->groups() + group) * 20;
-    w->scales[place * kTile + lane] = read16(block);
-    w->minima[place * kTile + lane] = read16(block + 2);
-    place_nibbles(w->data.get() + place * 256, lane, block + 4);
-  });
+std::shared_ptr<Weight> make_weight(Format format, int64_t rows, int64_t columns) {
+  auto w = wrap_weight(format, rows, columns, nullptr, 0);
+  w->owner = std::shared_ptr<void>(allocate_bytes(w->bytes), std::free);
+  w->data = static_cast<uint8_t*>(w->owner.get());
+  // Rows that only fill the last tile have to be finite.
+  std::memset(w->data, 0, w->bytes);
   return w;
 }
 
-std::shared_ptr<Weight> pack_q8_0(const uint8_t* blocks, int64_t rows, int64_t columns) {
-  auto w = make(Format::kQ8, rows, columns, 512);
-  each_group(*w, [&](int64_t place, int lane, int64_t row, int64_t group) {
-    const uint8_t* block = blocks + (row * w->groups() + group) * 34;
-    w->scales[place * kTile + lane] = read16(block);
-    place_bytes(w->data.get() + place * 512, lane, reinterpret_cast<const int8_t*>(block + 2));
+void pack_q4_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count) {
+  each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
+    const uint8_t* block = blocks + index * 18;
+    const uint16_t scale = read16(block);
+    const uint16_t minimum = float_to_half(-8.0f * half_to_float(scale));
+    put_q4(tile + group * 320, lane, scale, minimum, block + 2);
   });
-  return w;
 }
 
-std::shared_ptr<Weight> pack_int8(const float* values, int64_t rows, int64_t columns) {
-  auto w = make(Format::kQ8, rows, columns, 512);
-  each_group(*w, [&](int64_t place, int lane, int64_t row, int64_t group) {
-    const float* x = values + row * columns + group * kGroup;
+void pack_q4_1(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count) {
+  each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
+    const uint8_t* block = blocks + index * 20;
+    put_q4(tile + group * 320, lane, read16(block), read16(block + 2), block + 4);
+  });
+}
+
+void pack_q8_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count) {
+  each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
+    const uint8_t* block = blocks + index * 34;
+    put_q8(w, tile, lane, group, read16(block), reinterpret_cast<const int8_t*>(block + 2));
+  });
+}
+
+void pack_q4_k(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count) {
+  if (w.columns % kSuperBlock) throw std::invalid_argument("q4_k rows are whole blocks of 256");
+  each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
+    const uint8_t* block = blocks + index / 8 * 144;
+    const uint8_t* six = block + 4;  // 8 scales and 8 minima of six bits, interleaved
+    const int64_t k = index % 8;
+    const int scale = k < 4 ? six[k] & 63 : (six[k + 4] & 15) | six[k - 4] >> 6 << 4;
+    const int minimum = k < 4 ? six[k + 4] & 63 : six[k + 4] >> 4 | six[k] >> 6 << 4;
+    uint8_t* out = tile + group * 384;
+    put(out, lane, half_to_float(read16(block)) * static_cast<float>(scale));
+    put(out + 64, lane, -half_to_float(read16(block + 2)) * static_cast<float>(minimum));
+    // Two groups of a block share 32 bytes: the even one their low nibbles.
+    const uint8_t* nibbles = block + 16 + k / 2 * 32;
+    for (int i = 0; i < 16; ++i) {
+      const int low = k % 2 ? nibbles[i] >> 4 : nibbles[i] & 15;
+      const int high = k % 2 ? nibbles[16 + i] >> 4 : nibbles[16 + i] & 15;
+      out[128 + 64 * (i / 4) + 4 * lane + i % 4] = static_cast<uint8_t>(low | high << 4);
+    }
+  });
+}
+
+void pack_int8(const Weight& w, int64_t first, const float* values, int64_t count) {
+  each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
+    const float* x = values + index * kGroup;
     float largest = 0.0f;
     for (int i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(x[i]));
-    uint16_t scale = to_half(largest / 127.0f);
-    float rounded = from_half(scale);
-    float inverse = rounded > 0.0f ? 1.0f / rounded : 0.0f;
+    const uint16_t scale = float_to_half(largest / 127.0f);
+    const float rounded = half_to_float(scale);
+    const float inverse = rounded > 0.0f ? 1.0f / rounded : 0.0f;
     int8_t quantized[kGroup];
     for (int i = 0; i < kGroup; ++i) {
-      float q = std::nearbyint(x[i] * inverse);
+      const float q = std::nearbyint(x[i] * inverse);
       quantized[i] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
     }
-    w->scales[place * kTile + lane] = scale;
-    place_bytes(w->data.get() + place * 512, lane, quantized);
+    put_q8(w, tile, lane, group, scale, quantized);
   });
-  return w;
 }
 
-std::shared_ptr<Weight> pack_bf16(const float* values, int64_t rows, int64_t columns) {
-  auto w = make(Format::kBf16, rows, columns, 0);
-  auto* data = reinterpret_cast<uint16_t*>(w->data.get());
-  for (int64_t row = 0; row < rows; ++row) {
-    uint16_t* tile = data + row / kTile * columns * kTile + row % kTile * 2;
-    for (int64_t i = 0; i < columns; ++i) {
-      tile[i / 2 * kTile * 2 + i % 2] = to_bf16(values[row * columns + i]);
+void pack_bf16(const Weight& w, int64_t first, const float* values, int64_t count) {
+  for (int64_t row = first; row < first + count; ++row, values += w.columns) {
+    uint8_t* tile = w.tile(row / kTile);
+    for (int64_t i = 0; i < w.columns; ++i) {
+      put(tile, i / 2 * kTile * 2 + row % kTile * 2 + i % 2, to_bf16(values[i]));
     }
   }
-  return w;
+}
+
+void pack_f32(const Weight& w, int64_t first, const float* values, int64_t count) {
+  for (int64_t row = first; row < first + count; ++row, values += w.columns) {
+    uint8_t* tile = w.tile(row / kTile);
+    for (int64_t i = 0; i < w.columns; ++i) put(tile, i * kTile + row % kTile, values[i]);
+  }
+}
+
+void pack_ternary(const Weight& w, int64_t first, const int8_t* signs, int64_t count, float scale) {
+  for (int64_t row = first; row < first + count; ++row, signs += w.columns) {
+    uint8_t* tile = w.tile(row / kTile);
+    const int64_t lane = row % kTile;
+    put(tile + w.chunks() * 64, lane, scale);
+    for (int64_t i = 0; i < w.columns; ++i) {
+      const int code = signs[i] + 1;
+      uint8_t* byte = tile + i / kChunk * 64 + 4 * lane + i % 4;
+      *byte = static_cast<uint8_t>(*byte | code << (i % kChunk / 4 * 2));
+    }
+  }
 }
 
 }  // namespace ryzanstein

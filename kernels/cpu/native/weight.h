@@ -1,15 +1,16 @@
-// Weights in the one layout that every matmul reads: tiles of 16 output rows.
+// Weights in the layouts that every instruction set's matmul reads: tiles of 16 output rows, each in
+// one piece, so that a matmul with few rows is one sequential read.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <stdexcept>
 
 namespace ryzanstein {
 
-constexpr int kTile = 16;   // output rows a tile; one 512-bit register of 32-bit lanes
+constexpr int kTile = 16;   // output rows a tile
 constexpr int kGroup = 32;  // inputs that share a scale
+constexpr int kChunk = 16;  // ternary inputs in 64 bytes a tile
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
@@ -26,34 +27,61 @@ Buffer<T> allocate(size_t count) {
   return Buffer<T>(static_cast<T*>(allocate_bytes(count * sizeof(T))));
 }
 
-enum class Format { kQ4, kQ8, kBf16 };
+// What lies in a tile; `lane` is the output row within it.
+// kF32: [in][16] float.
+// kBf16: [in / 2][16][2] bfloat16.
+// kQ8: [group][512], then the scales, [group][16] fp16. Byte 64*j + 4*lane + t of a group holds
+//      input 4*j + t, offset by 128; value = scale * (byte - 128).
+// kQ4: [group] of 16 fp16 scales, 16 fp16 minima and 256 bytes. Byte 64*j + 4*lane + t holds inputs
+//      4*j + t (low nibble) and 16 + 4*j + t (high); value = scale * nibble + minimum.
+// kQ4Wide: the same with fp32 scales and minima.
+// kTernary: [chunk][64], then 16 float scales. Byte 4*lane + t holds inputs 4*j + t in bits 2*j;
+//      value = scale * (bits - 1).
+// The numbers are part of the packed files' format.
+enum class Format : int32_t {
+  kF32 = 0, kBf16 = 1, kQ8 = 2, kQ4 = 3, kQ4Wide = 4, kTernary = 5
+};
 
-// kQ4: data[tile][group][256]: byte 64*j + 4*lane + t holds inputs 4*j + t (low nibble) and
-//      16 + 4*j + t (high); value = scale * nibble + minimum.
-// kQ8: data[tile][group][512]: byte 64*j + 4*lane + t holds input 4*j + t, offset by 128;
-//      value = scale * (byte - 128).
-// kBf16: data[tile][in / 2][16][2], bfloat16.
-// scales[tile][group][16] and minima[tile][group][16] are fp16 bits.
 struct Weight {
   Format format;
   int64_t rows = 0;
   int64_t columns = 0;
-  Buffer<uint8_t> data;
-  Buffer<uint16_t> scales;
-  Buffer<uint16_t> minima;
+  uint8_t* data = nullptr;
+  std::shared_ptr<void> owner;  // of `data`; empty if somebody else keeps it
   size_t bytes = 0;
 
   int64_t tiles() const { return (rows + kTile - 1) / kTile; }
   int64_t groups() const { return columns / kGroup; }
+  int64_t chunks() const { return (columns + kChunk - 1) / kChunk; }
+  // Of a group with its scales; for kQ8 without.
+  int64_t group_bytes() const {
+    return format == Format::kQ4 ? 320 : format == Format::kQ4Wide ? 384 : 512;
+  }
+  int64_t tile_bytes() const;
+  uint8_t* tile(int64_t number) const { return data + number * tile_bytes(); }
 };
 
-// From ggml's blocks, row by row: `q4_0` (scale, nibbles - 8), `q4_1` (scale, minimum, nibbles),
-// `q8_0` (scale, bytes). Nothing is rounded.
-std::shared_ptr<Weight> pack_q4_0(const uint8_t* blocks, int64_t rows, int64_t columns);
-std::shared_ptr<Weight> pack_q4_1(const uint8_t* blocks, int64_t rows, int64_t columns);
-std::shared_ptr<Weight> pack_q8_0(const uint8_t* blocks, int64_t rows, int64_t columns);
-// From floats: rounded to int8 in groups of 32 by their largest magnitude, or to bfloat16.
-std::shared_ptr<Weight> pack_int8(const float* values, int64_t rows, int64_t columns);
-std::shared_ptr<Weight> pack_bf16(const float* values, int64_t rows, int64_t columns);
+// An empty weight of this shape, zeroed. Throws std::invalid_argument if the format cannot hold it.
+std::shared_ptr<Weight> make_weight(Format format, int64_t rows, int64_t columns);
+// A weight over memory that the caller keeps: 64-byte aligned, `bytes` as make_weight would have.
+std::shared_ptr<Weight> wrap_weight(Format format, int64_t rows, int64_t columns, uint8_t* data,
+                                    size_t bytes);
+
+// Packing writes rows [first, first + count) of `w`. From ggml's blocks, nothing rounded: `q4_0`
+// (scale, nibbles - 8), `q4_1` (scale, minimum, nibbles), `q8_0` (scale, bytes) and `q4_k` (scales and
+// minima of six bits under two fp16 factors, in blocks of 256).
+void pack_q4_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
+void pack_q4_1(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
+void pack_q8_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
+void pack_q4_k(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
+// From floats: rounded to int8 in groups of 32 by their largest magnitude, or to bfloat16, or as is.
+void pack_int8(const Weight& w, int64_t first, const float* values, int64_t count);
+void pack_bf16(const Weight& w, int64_t first, const float* values, int64_t count);
+void pack_f32(const Weight& w, int64_t first, const float* values, int64_t count);
+// From signs -1, 0 and 1, row by row, and one scale.
+void pack_ternary(const Weight& w, int64_t first, const int8_t* signs, int64_t count, float scale);
+
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);
 
 }  // namespace ryzanstein

@@ -1,0 +1,50 @@
+// Chooses among instruction sets. Compiled for any x86-64: the check itself must run everywhere.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace ryzanstein {
+namespace {
+
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool runs_avx512bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+struct Choice {
+  const Kernels* kernels;
+  bool (*runs)();
+};
+constexpr Choice kChoices[] = {  // best first
+    {&avx512bf16::kernels, runs_avx512bf16},
+    {&avx512::kernels, runs_avx512},
+    {&avx2::kernels, runs_avx2},
+};
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+  for (const Choice& choice : kChoices) {
+    if (std::strcmp(choice.kernels->name, name) == 0) {
+      return choice.runs() ? choice.kernels : nullptr;
+    }
+  }
+  return nullptr;
+}
+
+const Kernels* best_kernels() {
+  for (const Choice& choice : kChoices) {
+    if (choice.runs()) return choice.kernels;
+  }
+  return nullptr;
+}
+
+}  // namespace ryzanstein

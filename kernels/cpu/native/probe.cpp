@@ -1,0 +1,88 @@
+// What this processor can do at best, in the instructions that the kernels are made of: the ceilings
+// that `perf.kernels` prints beside every kernel (the roofline model, Williams et al., CACM 2009).
+#include "isa.h"
+
+namespace ryzanstein {
+namespace RYZANSTEIN_ISA {
+namespace {
+
+constexpr int kRounds = 1 << 16;
+#if defined(__AVX512VNNI__)
+constexpr int kChains = 16;  // independent sums, enough to hide the latency
+#else
+constexpr int kChains = 4;
+#endif
+
+// Keeps the compiler from seeing that all results are the same.
+template <class V>
+inline void opaque(V& value) {
+  __asm__ volatile("" : "+m"(value));
+}
+
+int64_t int8_dots() {
+  Bytes weights = set1_int(0x01020304), x = set1_int(0x04030201);
+  opaque(weights);
+  opaque(x);
+  Ints sum[kChains];
+  for (Ints& s : sum) s = set1_int(0);
+  for (int n = 0; n < kRounds; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = dot_small(sum[i], weights, x);
+  }
+  for (Ints& s : sum) opaque(s);
+  return int64_t{kRounds} * kChains * 16 * 4 * 2;
+}
+
+int64_t bf16_dots() {
+  alignas(64) const uint16_t ones[32] = {0x3f80, 0x3f80};
+  Pairs a = load_pairs(ones), b = a;
+  opaque(a);
+  opaque(b);
+  Floats sum[kChains];
+  for (Floats& s : sum) s = zero();
+  for (int n = 0; n < kRounds; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = dot_pairs(sum[i], a, b);
+  }
+  for (Floats& s : sum) opaque(s);
+  return int64_t{kRounds} * kChains * 16 * 2 * 2;
+}
+
+int64_t float_products() {
+  Floats a = set1(0.5f), b = a;
+  opaque(a);
+  opaque(b);
+  Floats sum[kChains];
+  for (Floats& s : sum) s = zero();
+  for (int n = 0; n < kRounds; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = fma(a, b, sum[i]);
+  }
+  for (Floats& s : sum) opaque(s);
+  return int64_t{kRounds} * kChains * 16 * 2;
+}
+
+int64_t read(const uint8_t* memory, int64_t bytes) {
+  Ints sum[4];
+  for (Ints& s : sum) s = set1_int(0);
+  for (int64_t i = 0; i + 256 <= bytes; i += 256) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] = add(sum[j], load_bytes(memory + i + 64 * j));
+  }
+  for (Ints& s : sum) opaque(s);
+  return bytes;
+}
+
+}  // namespace
+
+int64_t probe(Probe kind, const uint8_t* memory, int64_t bytes) {
+  switch (kind) {
+    case Probe::kInt8Dot: return int8_dots();
+    case Probe::kBf16Dot: return bf16_dots();
+    case Probe::kFloat: return float_products();
+    default: return read(memory, bytes);
+  }
+}
+
+}  // namespace RYZANSTEIN_ISA
+}  // namespace ryzanstein

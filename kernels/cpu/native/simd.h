@@ -1,0 +1,43 @@
+// Sixteen float lanes, sixteen int32 lanes and their products of bytes and of bfloat16: the terms in
+// which kernels are written once and compiled for every instruction set.
+//
+// RYZANSTEIN_ISA names the set and is the namespace of everything compiled for it. Files that
+// include this may use no function of the standard library that the linker could share with files
+// for older processors: no containers, no algorithms on their types.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace ryzanstein {
+namespace RYZANSTEIN_ISA {
+
+#if defined(__AVX512VNNI__)
+#include "simd_avx512.h"
+#else
+#include "simd_avx2.h"
+#endif
+
+inline Pairs load_pairs(const void* p) { return as_pairs(load_bytes(p)); }
+
+// e^x: 2^n times a polynomial on the remainder (Cephes' coefficients), below 2 ulp.
+inline Floats exp(Floats x) {
+  x = max(min(x, set1(88.0f)), set1(-104.0f));
+  const Floats n = round(mul(x, set1(1.44269504f)));
+  // ln 2 in two parts, so that the remainder is exact.
+  Floats r = fnma(n, set1(0.693359375f), x);
+  r = fnma(n, set1(-2.12194440e-4f), r);
+  Floats p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, set1(1.0f)));
+  return scale_by_power(p, n);
+}
+
+}  // namespace RYZANSTEIN_ISA
+}  // namespace ryzanstein

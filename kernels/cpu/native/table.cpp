@@ -1,0 +1,15 @@
+#include "isa.h"
+
+#define TEXT(name) #name
+#define NAME(name) TEXT(name)
+
+namespace ryzanstein {
+namespace RYZANSTEIN_ISA {
+
+const Kernels kernels = {
+    NAME(RYZANSTEIN_ISA), matmul,    store_forms, embed_row, rms_norm_row, add_row, gated_row,
+    rotate_head,          write_key, write_value, attend,    argmax,       draw,    probe,
+};
+
+}  // namespace RYZANSTEIN_ISA
+}  // namespace ryzanstein

@@ -1,0 +1,216 @@
+"""A tape as native instructions: one call runs a step, another samples it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kernels.batch import Batch, Samples, Sampling
+from kernels.ops import Handle, HeadNorms, Heads, Instruction, Rope, Tape
+from kernels.sampling import Rows, sample
+
+if TYPE_CHECKING:
+    from kernels.cpu.native_backend import LayerMemory, NativeWeight
+
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
+# The forms in which a buffer can hold its rows, in the order of `add_buffer`'s flags.
+FORMS = ("floats", "groups", "whole", "bf16")
+
+
+class NativeChooser:
+    """Picks tokens of logits rows, rows shared among the pool's threads."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+
+    def __call__(self, logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
+        ids = np.empty(len(rows), np.int64)
+        self._device.choose(
+            logits.data_ptr(),
+            logits.shape[1],
+            _address(rows),
+            len(rows),
+            _address(sampling.temperature),
+            _address(sampling.top_k),
+            _address(sampling.top_p),
+            _address(sampling.min_p),
+            _address(sampling.uniform),
+            _address(ids),
+        )
+        return ids
+
+
+class NativeProgram:
+    """A tape turned into native instructions; `forward` is one call."""
+
+    def __init__(
+        self, native: ModuleType, device: Any, tape: Tape, max_rows: int, max_context: int
+    ) -> None:
+        self._choose = NativeChooser(device)
+        self._program = native.Program(device, max_rows)
+        self._tape = tape  # the program holds addresses into its weights
+        self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._logits = _lazy_floats(max_rows, tape.logits.width)
+        self.memory: list[LayerMemory] = []
+        self._rows = 0
+        self._positions = max_context
+        self._build(tape)
+
+    def add_cache(self, memory: LayerMemory, *arguments: int) -> None:
+        """The next layer's cache: format, addresses into `memory`, page size, heads, width."""
+        self.memory.append(memory)
+        self._program.add_cache(*arguments)
+
+    def forward(self, batch: Batch) -> None:
+        self._rows = len(batch.sample_rows)
+        self._program.run(
+            _address(batch.token_ids),
+            _address(batch.positions),
+            _address(batch.kv_slots),
+            _address(batch.query_starts),
+            _address(batch.context_lengths),
+            _address(batch.table_rows),
+            _address(batch.page_table),
+            _address(batch.sample_rows),
+            len(batch.token_ids),
+            len(batch.context_lengths),
+            self._rows,
+            batch.page_table.shape[1],
+        )
+
+    @torch.inference_mode()
+    def sample(self, sampling: Sampling) -> Samples:
+        return sample(self.logits(), sampling, self._choose)
+
+    def logits(self) -> torch.Tensor:
+        return self._logits[: self._rows]
+
+    def profile(self, on: bool) -> None:
+        """Start or stop timing instructions; both set the times back to zero."""
+        self._program.profile(on)
+
+    def nanoseconds(self) -> dict[str, int]:
+        """Time spent in each kind of op since profiling started."""
+        times: dict[str, int] = self._program.nanoseconds()
+        return times
+
+    def _build(self, tape: Tape) -> None:
+        """One call an instruction; a buffer that has been read goes to the next of its kind."""
+        kinds = {
+            h.index: (h.rows, h.width, *_forms(h, tape))
+            for i in tape.instructions
+            for h in i.results
+        }
+        buffers: dict[int, int] = {}
+        free: dict[tuple[object, ...], list[int]] = {kind: [] for kind in kinds.values()}
+        for instruction, dead in zip(tape.instructions, tape.last_use, strict=True):
+            for handle in instruction.results:
+                if handle != tape.logits:
+                    kind = kinds[handle.index]
+                    spare = free[kind]
+                    buffers[handle.index] = (
+                        spare.pop() if spare else self._program.add_buffer(*kind[1:])
+                    )
+            emit = getattr(self, f"_emit_{instruction.op}")
+            arguments = [
+                buffers.get(a.index) if isinstance(a, Handle) else a for a in instruction.arguments
+            ]
+            emit(*arguments, *(buffers.get(handle.index) for handle in instruction.results))
+            for index in dead:
+                free[kinds[index]].append(buffers[index])
+
+    def _emit_embed(self, table: NativeWeight, scale: float, out: int) -> None:
+        self._program.add("embed", out=out, weight=table.packed, scalar=scale)
+
+    def _emit_rms_norm(self, x: int, weight: NativeWeight, eps: float, out: int) -> None:
+        self._program.add("rms_norm", in_=x, out=out, vector=weight.address, scalar=eps)
+
+    def _emit_add_rms_norm(
+        self, x: int, residual: int, weight: NativeWeight, eps: float, out: int, total: int
+    ) -> None:
+        self._program.add(
+            "add_rms_norm",
+            in_=x,
+            in2=residual,
+            out=out,
+            out2=total,
+            vector=weight.address,
+            scalar=eps,
+        )
+
+    def _emit_linear(self, x: int, weight: NativeWeight, out: int | None) -> None:
+        place = {"target": self._logits.data_ptr()} if out is None else {"out": out}
+        self._program.add(
+            "linear", in_=x, weight=weight.packed, vector=weight.bias_address, **place
+        )
+
+    def _emit_rope_write_kv(
+        self, qkv: int, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None, out: int
+    ) -> None:
+        cosine, sine = self._rotation(rope)
+        query: Any = norms.query if norms is not None else None
+        key: Any = norms.key if norms is not None else None
+        self._program.add(
+            "rope_write_kv",
+            in_=qkv,
+            out=out,
+            layer=layer,
+            heads=heads.query,
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            vector=query.address if query else 0,
+            vector2=key.address if key else 0,
+            scalar=norms.eps if norms is not None else 0.0,
+        )
+
+    def _emit_attention(
+        self, q: int, layer: int, heads: Heads, scale: float, window: int, out: int
+    ) -> None:
+        self._program.add(
+            "attention",
+            in_=q,
+            out=out,
+            layer=layer,
+            heads=heads.query,
+            scalar=scale,
+            window=window,
+        )
+
+    def _emit_gated(self, x: int, activation: str, out: int) -> None:
+        self._program.add("gated", in_=x, out=out, activation=ACTIVATIONS[activation])
+
+    def _emit_select_rows(self, x: int, out: int) -> None:
+        self._program.add("select_rows", in_=x, out=out)
+
+    def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of every position, fp32 `[context, head_dim / 2]`."""
+        if rope not in self._rotations:
+            frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
+            angles = torch.arange(self._positions, dtype=torch.float32)[:, None] * frequencies
+            self._rotations[rope] = (angles.cos().contiguous(), angles.sin().contiguous())
+        return self._rotations[rope]
+
+
+def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:
+    """Which of FORMS a handle's readers want."""
+    wanted = {_form(i) for i in tape.instructions if handle in i.arguments}
+    writer = next(i for i in tape.instructions if handle in i.results)
+    if writer.op in ("linear", "attention", "rope_write_kv"):
+        wanted.add("floats")  # they write floats; what else is wanted is made from those
+    return tuple(form in wanted for form in FORMS)
+
+
+def _form(reader: Instruction) -> str:
+    return reader.arguments[1].reads if reader.op == "linear" else "floats"
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    assert array.flags.c_contiguous, "the kernels read plain arrays"
+    return array.ctypes.data
+
+
+def _lazy_floats(rows: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.zeros(rows * width, np.float32)).view(rows, width)

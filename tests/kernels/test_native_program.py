@@ -1,0 +1,152 @@
+"""Whole programs of native kernels: against `transformers`, and bit for bit in other company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+
+from kernels.backend import CacheLayout
+from kernels.cpu.native_backend import NativeBackend
+from kernels.ops import Heads
+from tests.engine.models.test_parity import pair
+from tests.engine.weights.test_gguf import write_gguf
+from tests.kernels.native import (
+    INSTRUCTION_SETS,
+    chunks_batch,
+    logits_in_chunks,
+    needs_native,
+    program_of,
+)
+from tests.tiny import write_llama
+
+__all__ = ["pair"]
+pytestmark = needs_native
+every_cache = pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+
+
+@pytest.mark.parametrize(
+    ("size", "cache", "bound"), [(16, "bfloat16", 0.05), (64, "int8", 0.07), (16, "float32", 0.05)]
+)
+def test_every_family_is_close_to_transformers(
+    pair: tuple[Path, torch.nn.Module], size: int, cache: str, bound: float
+) -> None:
+    folder, model = pair
+    tokens = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    program, _ = program_of(folder, page_size=size, cache=cache)
+    logits = logits_in_chunks(program, tokens.tolist(), [33, 1, 1, 25], size)
+    error = (logits - expected).abs().max() / expected.abs().max()
+    assert error < bound, float(error)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_float32_is_exact_on_every_instruction_set(
+    pair: tuple[Path, torch.nn.Module], instructions: str
+) -> None:
+    folder, model = pair
+    tokens = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    program, _ = program_of(folder, weights="float32", cache="float32", instructions=instructions)
+    logits = logits_in_chunks(program, tokens.tolist(), [33, 1, 1, 25])
+    error = (logits - expected).abs().max() / expected.abs().max()
+    assert error < 1e-5, float(error)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [
+        (Type.Q4_0, "bfloat16"),
+        (Type.Q4_1, "int8"),
+        (Type.Q8_0, "float32"),
+        (Type.F32, "bfloat16"),
+    ],
+)
+def test_a_sequence_alone_in_company_and_in_chunks_gives_the_same_bits(
+    tmp_path: Path, kind: Type, cache: str, instructions: str
+) -> None:
+    """Over more than one attention block of 256 positions, with one to three threads."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kind=kind)
+    tokens = np.random.default_rng(1).integers(0, 260, 300).tolist()
+    options: Any = {"cache": cache, "instructions": instructions}
+    program, _ = program_of(path, threads=2, **options)
+    whole = logits_in_chunks(program, tokens, [300])
+    for threads, chunks in (
+        (1, [300]),
+        (3, [299, 1]),
+        (2, [1] * 40 + [260]),
+        (1, [7] * 42 + [6]),
+        (2, [16] * 18 + [12]),
+        (2, [255, 1, 1, 43]),
+    ):
+        other, _ = program_of(path, threads=threads, **options)
+        assert torch.equal(logits_in_chunks(other, tokens, chunks), whole), (threads, chunks[:3])
+
+
+@every_cache
+def test_a_decode_among_others_gives_the_same_bits_at_every_batch_size(
+    tmp_path: Path, cache: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kind=Type.Q4_1)
+    generator = np.random.default_rng(2)
+    program, _ = program_of(path, pages=200, cache=cache)
+    tables = generator.permutation(200)[: 64 * 3].reshape(64, 3)
+    prompts = [generator.integers(0, 260, int(n)).tolist() for n in generator.integers(1, 30, 64)]
+    last: dict[int, torch.Tensor] = {}
+    for others in (0, 1, 3, 11, 15, 31, 63):
+        for number in range(others + 1):  # everybody's prompt, each alone
+            program.forward(chunks_batch([prompts[number]], [0], tables[number : number + 1], 16))
+        company = list(range(others + 1))
+        batch = chunks_batch(
+            [[7 + n] for n in company], [len(prompts[n]) for n in company], tables[company], 16
+        )
+        program.forward(batch)
+        for number in (0, others // 2):
+            row = program.logits()[number].clone()
+            assert torch.equal(last.setdefault(number, row), row), (others, number)
+
+
+def test_unsuited_layouts_are_refused(tmp_path: Path) -> None:
+    backend = NativeBackend("auto", 1)
+    for layout, message in (
+        (CacheLayout(1, Heads(1, 1, 16), 8, "bfloat16"), r"cache\.page_size is 8"),
+        (CacheLayout(1, Heads(1, 1, 18), 16, "bfloat16"), "18 wide"),
+        (CacheLayout(1, Heads(1, 1, 512), 16, "bfloat16"), "512 wide"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backend.allocate_cache(layout, 4)
+
+
+def test_more_rows_than_buffers_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    program, _ = program_of(write_llama(tmp_path), threads=1)
+    table = np.zeros((1, 40), np.int64)
+    with pytest.raises(ValueError, match="more rows"):
+        program.forward(chunks_batch([[1] * 513], [0], table, 16))
+
+
+@every_cache
+def test_what_another_sequence_left_in_a_page_is_never_seen(tmp_path: Path, cache: str) -> None:
+    """A page that held garbage, even infinities, gives the same bits as a fresh one."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kind=Type.Q8_0)
+    tokens = np.random.default_rng(4).integers(0, 260, 37).tolist()
+    clean, _ = program_of(path, cache=cache)
+    expected = logits_in_chunks(clean, tokens, [5, 32])
+    used, _ = program_of(path, cache=cache)
+    for layer in used.memory:
+        for tensor in (layer.keys, layer.values):
+            tensor.fill_(127)
+            if cache != "int8":
+                tensor.view(torch.float32 if cache == "float32" else torch.bfloat16).fill_(
+                    float("inf")
+                )
+    assert torch.equal(logits_in_chunks(used, tokens, [5, 32]), expected)
