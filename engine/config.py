@@ -37,9 +37,11 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much runs at once. A step holds at most `max_batch_tokens` rows."""
+    """How much runs at once. A step holds at most `max_batch_tokens` rows, and at most
+    `prefill_beside_decodes` of prefill while anybody is decoding."""
 
     max_batch_tokens: Positive = 512
+    prefill_beside_decodes: Positive = 32
     max_running: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_waiting: Positive = 1024
     max_waiting_tokens: Positive = 2_000_000

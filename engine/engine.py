@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import uuid
@@ -53,6 +54,7 @@ class AsyncEngine:
         self._listeners: list[Listener] = []
         self._aborts: set[str] = set()
         self._wake = anyio.Event()
+        self._stepped: asyncio.Future[None] | None = None
         self._step_started: float | None = None
         self._failures = 0
         self._failed: EngineFailed | None = None
@@ -78,6 +80,10 @@ class AsyncEngine:
         self._parts = await anyio.to_thread.run_sync(self._load_parts)
         parts = self.parts
         self._delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
+        loop, readable = asyncio.get_running_loop(), parts.stepper.fileno()
+        # Registered once: adding and removing a reader a step would be two system calls more.
+        loop.add_reader(readable, self._on_step_end)
+        self._stack.callback(loop.remove_reader, readable)
         group = await self._stack.enter_async_context(anyio.create_task_group())
         group.start_soon(self._run)
         self._stack.callback(group.cancel_scope.cancel)
@@ -297,8 +303,9 @@ class AsyncEngine:
         planned = clock.now()
         self._step_started = planned
         try:
+            self._stepped = asyncio.get_running_loop().create_future()
             self.parts.stepper.submit(plan)
-            await anyio.wait_readable(self.parts.stepper.fileno())
+            await self._stepped
             result = self.parts.stepper.result()
         except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
             self._step_failed(plan, error)
@@ -317,6 +324,10 @@ class AsyncEngine:
             "stream": clock.now() - committed,
         }
         self._emit(plan, parts)
+
+    def _on_step_end(self) -> None:
+        if self._stepped is not None and not self._stepped.done():
+            self._stepped.set_result(None)
 
     def _apply_aborts(self) -> None:
         aborts, self._aborts = self._aborts, set()

@@ -142,7 +142,12 @@ def _assemble(
     )
     runner = Runner(backend, program, staging)
     clock = MonotonicClock()
-    limits = SchedulerLimits(batch.max_batch_tokens, batch.max_running, section.prefix_caching)
+    limits = SchedulerLimits(
+        batch.max_batch_tokens,
+        batch.max_running,
+        batch.prefill_beside_decodes,
+        section.prefix_caching,
+    )
     parts = Parts(
         model_name=served_name(config),
         tokenizer=tokenizer,

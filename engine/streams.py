@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-
-import anyio
 
 from engine.types import Delta
 
@@ -23,7 +22,8 @@ class TokenStream:
         self._open = 0
         self._pending: dict[int, Delta] = {}
         self._error: Exception | None = None
-        self._ready = anyio.Event()
+        # A bare future: an event object a token would cost more than the token's text.
+        self._waiter: asyncio.Future[None] | None = None
 
     def join(self, request_id: str, choices: int) -> int:
         """Let a request's choices push here; returns the index of its first."""
@@ -42,12 +42,12 @@ class TokenStream:
             pending.merge(delta)
         if delta.finish_reason is not None:
             self._open -= 1
-        self._ready.set()
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what is pending."""
         self._error = error
-        self._ready.set()
+        self._wake()
 
     async def receive(self) -> list[Delta]:
         """Everything since the last call, at most one delta per choice; empty at the end.
@@ -59,10 +59,14 @@ class TokenStream:
                 raise self._error
             if self._open == 0:
                 return []
-            await self._ready.wait()
-            self._ready = anyio.Event()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         pending, self._pending = self._pending, {}
         return list(pending.values())
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while deltas := await self.receive():

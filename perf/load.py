@@ -160,7 +160,8 @@ async def run(
     settings: Settings, *, concurrency: int, requests: int, rate: float | None, seed: int
 ) -> tuple[list[Outcome], float]:
     """All requests' outcomes, and the seconds from the first sent to the last ended."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+    # A connection a request: some servers drop idle ones just as the next request goes out.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     headers = {"authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
     sizer = Sizer(seed)
     lengths = random.Random(seed + 1)
@@ -294,7 +295,7 @@ def _bar() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
 
 
-def _span(text: str) -> tuple[int, int]:
+def span(text: str) -> tuple[int, int]:
     """`128`, or `64-256` for lengths drawn evenly between."""
     low, _, high = text.partition("-")
     return int(low), int(high or low)
@@ -337,8 +338,8 @@ def main(
         settings = Settings(
             url=url.rstrip("/"),
             model=model or await served_model(url.rstrip("/"), api_key),
-            prompt_tokens=_span(prompt_tokens),
-            output_tokens=_span(output_tokens),
+            prompt_tokens=span(prompt_tokens),
+            output_tokens=span(output_tokens),
             chat=not completions,
             api_key=api_key,
             ignore_eos=ignore_eos,

@@ -43,6 +43,8 @@ async def measure(
 ) -> dict[str, Any]:
     """Medians over steady decode steps of `streams` sequences, in microseconds."""
     lags: list[float] = []
+    # All prompts at once, so that all sequences decode together soon.
+    settings = {"scheduler__prefill_beside_decodes": 512} | settings
     async with AsyncEngine.from_pretrained(model, **settings) as engine:
         recorder = StepRecorder(streams)
         engine.add_listener(recorder)

@@ -114,7 +114,7 @@ def mock_engine(
 
     def parts() -> Parts:
         clock = MonotonicClock()
-        limits = SchedulerLimits(max_batch_tokens, max_running)
+        limits = SchedulerLimits(max_batch_tokens, max_running, max_batch_tokens)
         return Parts(
             model_name="mock",
             tokenizer=byte_tokenizer(chat_template),

@@ -55,11 +55,15 @@ class Runner:
         self._histories = Histories(shape.vocab_size)
         self._batch: Batch
         self._sampling: Sampling
+        # The last step's sequences, if each of them only decoded, with nothing that changes.
+        self._decoding: list[Sequence] = []
 
     def fill(self, plan: Plan) -> None:
         """Copy everything the step needs out of the plan; the plan may change afterwards."""
         for sequence in plan.admitted:
             self._enter(sequence)
+        if not plan.admitted and self._advance(plan):
+            return
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -73,6 +77,7 @@ class Runner:
             self._write_pages(sequence)
         self._batch = self._make_batch(tokens, positions, slots, starts, plan)
         self._sampling = self._make_sampling(plan)
+        self._decoding = [c.sequence for c in plan.chunks] if self._is_plain(plan) else []
 
     def run(self) -> StepResult:
         """Execute the filled step."""
@@ -87,6 +92,36 @@ class Runner:
     def close(self) -> None:
         """Release the device."""
         self._backend.close()
+
+    def _is_plain(self, plan: Plan) -> bool:
+        """Whether all chunks decode one token, without biases or histories."""
+        return all(
+            c.count == 1 and c.sample and not self._edits[c.sequence.slot]
+            and not c.sequence.request.sampling.has_penalties
+            for c in plan.chunks
+        )  # fmt: skip
+
+    def _advance(self, plan: Plan) -> bool:
+        """Fill a step of the last one's sequences, one token further: most steps are that."""
+        chunks, decoding = plan.chunks, self._decoding
+        if not decoding or len(chunks) != len(decoding):
+            return False
+        for chunk, sequence in zip(chunks, decoding, strict=True):
+            if chunk.sequence is not sequence:
+                return False
+        batch, size = self._batch, self._shape.page_size
+        for sequence in decoding:
+            self._write_pages(sequence)
+        batch.token_ids[:] = [sequence.tokens[-1] for sequence in decoding]
+        place = batch.positions
+        place += 1
+        np.add(batch.context_lengths, 1, out=batch.context_lengths)
+        pages = self._page_table[batch.table_rows, place // size]
+        np.add(pages * size, place % size, out=batch.kv_slots)
+        sampling = self._sampling
+        if sampling.temperature.any():
+            sampling.uniform = counter_uniform(self._seed[batch.table_rows], place + 1)
+        return True
 
     def _enter(self, sequence: Sequence) -> None:
         """Write what stays the same while a sequence holds its slot."""

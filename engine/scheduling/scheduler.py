@@ -55,24 +55,31 @@ class StepResult:
 
 @dataclass(slots=True)
 class Budget:
-    """What is left of a step: rows, and rows whose logits only score a prompt."""
+    """What is left of a step: rows, rows of prefill, and rows whose logits only score a prompt."""
 
     rows: int
+    prefill: int
     scored: int
 
     def chunk(self, sequence: Sequence, computed: int) -> int:
         """How many tokens of a sequence the step can still take."""
-        count = min(len(sequence.tokens) - computed, self.rows)
+        count = len(sequence.tokens) - computed
+        if count > 1:
+            count = min(count, self.rows, self.prefill)
+        elif not self.rows:
+            return 0
         scoring = sequence.wants_prompt_logprobs and computed < sequence.prompt_length - 1
         return min(count, self.scored) if scoring else count
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """`max_batch_tokens` rows and `max_running` sequences a step."""
+    """`max_batch_tokens` rows and `max_running` sequences a step; beside sequences that are
+    decoding, at most `prefill_beside_decodes` rows of prefill, so that their tokens keep coming."""
 
     max_batch_tokens: int
     max_running: int
+    prefill_beside_decodes: int
     prefix_caching: bool = True
 
 
@@ -103,9 +110,12 @@ class Scheduler:
         """Choose the next step: running sequences first, then as many waiting ones as fit."""
         plan = Plan(self._steps)
         self._steps += 1
-        budget = Budget(self.limits.max_batch_tokens, MAX_SCORED_ROWS)
+        rows = self.limits.max_batch_tokens
+        decoding = any(len(s.tokens) - s.computed == 1 for s in self.running)
+        prefill = self.limits.prefill_beside_decodes if decoding else rows
+        budget = Budget(rows, prefill, MAX_SCORED_ROWS)
         # In order of importance: who is planned first is safe from making room for later ones.
-        for sequence in sorted(self.running, key=waiting_key):
+        for sequence in list(self.running):
             if sequence.state is not State.RUNNING:
                 continue  # made room for an earlier one
             count = budget.chunk(sequence, sequence.computed)
@@ -219,7 +229,7 @@ class Scheduler:
             sequence.admitted_at = self._clock.now()
         sequence.slot = self._slots.pop()
         sequence.state = State.RUNNING
-        self.running.append(sequence)
+        bisect.insort(self.running, sequence, key=waiting_key)
         plan.admitted.append(sequence)
         self._take(plan, budget, sequence, count)
         return None
@@ -267,6 +277,8 @@ class Scheduler:
         chunk = self._chunk(sequence, count)
         plan.chunks.append(chunk)
         budget.rows -= count
+        if count > 1:
+            budget.prefill -= count
         budget.scored -= chunk.rows - chunk.sample
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
@@ -279,7 +291,9 @@ class Scheduler:
     def _publish(self, sequence: Sequence) -> None:
         """Make pages findable whose every token has now been computed."""
         full = sequence.computed // self.pool.page_size
-        if full > sequence.published and self.limits.prefix_caching:
+        if full == sequence.published:
+            return
+        if self.limits.prefix_caching:
             hashes = sequence.page_hashes(full, self.pool.page_size)
             for number in range(sequence.published, full):
                 self.pool.publish(sequence.pages[number], hashes[number])
@@ -297,17 +311,18 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, result: StepResult, row: int) -> None:
         """Add a drawn token, and finish the sequence if it ends there."""
-        token = result.ids[row]
+        token, request = result.ids[row], sequence.request
+        sampling = request.sampling
         sequence.tokens.append(token)
-        sampling = sequence.request.sampling
+        generated = len(sequence.tokens) - sequence.prompt_length
         if sampling.logprobs is not None:
             sequence.logprobs.append(_logprob(result, row))
-        if sequence.generated >= sampling.min_tokens:
+        if generated >= sampling.min_tokens:
             if token in sampling.stop_token_ids:
                 return self.finish(sequence, "stop", token)
-            if token in sequence.request.eos_token_ids and not sampling.ignore_eos:
+            if token in request.eos_token_ids and not sampling.ignore_eos:
                 return self.finish(sequence, "stop")
-        if sequence.generated >= sequence.request.max_tokens:
+        if generated >= request.max_tokens:
             self.finish(sequence, "length")
         return None
 

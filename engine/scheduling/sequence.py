@@ -40,6 +40,7 @@ class Sequence:
         "state",
         "stop_reason",
         "tokens",
+        "wants_prompt_logprobs",
     )
 
     def __init__(
@@ -50,6 +51,8 @@ class Sequence:
         self.seed = (request.seed + index) % 2**64
         # The first choice computes the prompt; the others wait to find its pages.
         self.leader = leader
+        # Whether every prompt position has to be computed and scored.
+        self.wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
         self.tokens = list(request.prompt_ids)
         self.prompt_length = len(self.tokens)
         self.computed = 0
@@ -71,11 +74,6 @@ class Sequence:
     def generated(self) -> int:
         """Tokens made so far."""
         return len(self.tokens) - self.prompt_length
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether every prompt position has to be computed and scored."""
-        return self.request.sampling.prompt_logprobs is not None
 
     def page_hashes(self, count: int, page_size: int) -> list[bytes]:
         """Hashes of the first `count` full pages, extended as tokens arrive."""

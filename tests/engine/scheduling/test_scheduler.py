@@ -23,8 +23,10 @@ SIZE = 4
 class Bench:
     """A scheduler with the mock model behind it."""
 
-    def __init__(self, pages: int = 16, budget: int = 16, running: int = 4) -> None:
-        limits = SchedulerLimits(budget, running)
+    def __init__(
+        self, pages: int = 16, budget: int = 16, running: int = 4, beside: int | None = None
+    ) -> None:
+        limits = SchedulerLimits(budget, running, beside or budget)
         self.scheduler = Scheduler(PagePool(pages, SIZE), limits, MonotonicClock())
         self.executor = MockExecutor(pages, SIZE, next_token)
         self.count = 0
@@ -92,6 +94,16 @@ def test_decodes_come_before_prefill_and_share_the_step() -> None:
     bench.step()
     bench.add(list(range(50, 70)))
     assert [c.count for c in bench.step().chunks] == [1, 7]
+
+
+def test_prefill_is_held_back_only_while_somebody_decodes() -> None:
+    bench = Bench(budget=8, beside=3)
+    bench.add([1, 2, 3], max_tokens=2)
+    assert [c.count for c in bench.step().chunks] == [3]
+    bench.add(list(range(50, 70)))
+    bench.add([7, 8])
+    assert [c.count for c in bench.step().chunks] == [1, 3]
+    assert [c.count for c in bench.step().chunks] == [8]
 
 
 def test_generation_equals_the_model_whatever_the_chunking() -> None:
