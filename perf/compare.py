@@ -2,7 +2,7 @@
 
     python -m perf.compare --url http://127.0.0.1:8000 --against http://127.0.0.1:8080
 
-Both servers are up all the while; a machine's mood changes from minute to minute, so a ratio taken in
+Both servers are up all the while; a machine's mood changes by the minute, so a ratio taken in
 turns is worth more than two figures taken one after the other.
 """
 

@@ -72,9 +72,10 @@ enum class Probe : int32_t { kInt8Dot = 0, kBf16Dot = 1, kFloat = 2, kRead = 3 }
 struct Kernels {
   const char* name;
 
-  // y[row, out] = x[row] . w[out] (+ bias[out]) for tiles [first, last) of 16 outputs.
-  void (*matmul)(const Weight& w, const Activations& x, int64_t rows, const float* bias, float* y,
-                 int64_t first, int64_t last);
+  // y[r, out] = x[r] . w[out] (+ bias[out]) for rows [row, row + rows) and tiles [first, last) of 16
+  // outputs.
+  void (*matmul)(const Weight& w, const Activations& x, int64_t row, int64_t rows,
+                 const float* bias, float* y, int64_t first, int64_t last);
   // Writes row `row` in every quantized or narrow form that `out` has room for.
   void (*store_forms)(const float* x, int64_t width, int64_t row, const Activations& out);
   // out = row `index` of the table times `scale`.

@@ -26,10 +26,11 @@ struct Ahead {
 
 // A format's `accumulate<T, R>` adds x[row..row+R) . w[T tiles from `tile`] to sum[T][R]. `kTiles` x
 // `kRows` is the largest pass whose sums fit the registers beside the weights: every activation that
-// is broadcast feeds all tiles, every weight all rows. `steps` is how often it calls ahead.step().
+// is broadcast feeds all tiles, every weight all rows. `steps` is how often it calls ahead.step(), `kBytes`
+// the size of an activation.
 template <Format kFormat>
 struct FourBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1;
   static constexpr bool kHalf = kFormat == Format::kQ4;
   static constexpr int64_t kHead = kHalf ? 64 : 128;
 
@@ -84,7 +85,7 @@ struct FourBit {
 };
 
 struct EightBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
 
@@ -122,7 +123,7 @@ struct EightBit {
 };
 
 struct Ternary {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 1;
 
   static int64_t steps(const Weight& w) { return w.chunks(); }
 
@@ -164,7 +165,7 @@ struct Ternary {
 };
 
 struct Bf16 {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 2;
 
   static int64_t steps(const Weight& w) { return w.columns / 2; }
 
@@ -187,7 +188,7 @@ struct Bf16 {
 };
 
 struct Float {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = 6;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = 6, kBytes = 4;
 
   static int64_t steps(const Weight& w) { return w.columns; }
 
@@ -237,49 +238,65 @@ void pass_of(int64_t count, const Weight& w, const Activations& x, int64_t row, 
 
 // One row: a tile at a time is one sequential read, which the hardware fetches best by itself.
 template <class F>
-void multiply_row(const Weight& w, const Activations& x, const float* bias, float* y, int64_t first,
-                  int64_t last) {
+void multiply_row(const Weight& w, const Activations& x, int64_t row, const float* bias, float* y,
+                  int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
-    pass<F, 1, 1>(w, x, 0, tile, Ahead{nullptr, nullptr, 0}, bias, y);
+    pass<F, 1, 1>(w, x, row, tile, Ahead{nullptr, nullptr, 0}, bias, y);
   }
 }
 
+// Rows [row, row + rows) of tiles [first, last). With `fetch` the next tiles are fetched meanwhile.
 template <class F>
-void multiply(const Weight& w, const Activations& x, int64_t rows, const float* bias, float* y,
-              int64_t first, int64_t last) {
-  if (rows == 1) return multiply_row<F>(w, x, bias, y, first, last);
+void multiply_block(const Weight& w, const Activations& x, int64_t row, int64_t rows,
+                    const float* bias, float* y, int64_t first, int64_t last, bool fetch) {
   // Passes of nearly equal size: 8 rows are 4 + 4, not 6 + 2.
   const int64_t passes = (rows + F::kRows - 1) / F::kRows, bytes = F::kTiles * w.tile_bytes();
-  const int64_t lines = bytes / 64 / (passes * F::steps(w)) + 1;
+  const int64_t lines = fetch ? bytes / 64 / (passes * F::steps(w)) + 1 : 0;
   const uint8_t* end = w.data + w.bytes;
   for (int64_t tile = first; tile < last; tile += F::kTiles) {
     const uint8_t* next = w.tile(tile + F::kTiles);
-    for (int64_t n = 0, row = 0; n < passes; ++n) {
-      const int64_t count = (rows - row + passes - n - 1) / (passes - n);
+    for (int64_t n = 0, done = 0; n < passes; ++n) {
+      const int64_t count = (rows - done + passes - n - 1) / (passes - n);
       const uint8_t* share = next + bytes * (n + 1) / passes;
       const Ahead ahead{next + bytes * n / passes / 64 * 64, share < end ? share : end, lines};
       if (last - tile >= F::kTiles) {
-        pass_of<F, F::kTiles, F::kRows>(count, w, x, row, tile, ahead, bias, y);
+        pass_of<F, F::kTiles, F::kRows>(count, w, x, row + done, tile, ahead, bias, y);
       } else {
-        pass_of<F, 1, F::kRows>(count, w, x, row, tile, ahead, bias, y);
+        pass_of<F, 1, F::kRows>(count, w, x, row + done, tile, ahead, bias, y);
       }
-      row += count;
+      done += count;
     }
+  }
+}
+
+// Activations of a block of rows stay in the second-level cache while all tiles go by.
+constexpr int64_t kBlockBytes = 192 << 10;
+
+template <class F>
+void multiply(const Weight& w, const Activations& x, int64_t row, int64_t rows, const float* bias,
+              float* y, int64_t first, int64_t last) {
+  if (rows == 1) return multiply_row<F>(w, x, row, bias, y, first, last);
+  const int64_t fitting = most(kBlockBytes / (w.columns * F::kBytes), 4 * F::kRows);
+  const int64_t blocks = (rows + fitting - 1) / fitting;
+  for (int64_t n = 0, done = 0; n < blocks; ++n) {
+    const int64_t count = (rows - done + blocks - n - 1) / (blocks - n);
+    multiply_block<F>(w, x, row + done, count, bias, y, first, last, n == 0);
+    done += count;
   }
 }
 
 }  // namespace
 
-void matmul(const Weight& w, const Activations& x, int64_t rows, const float* bias, float* y,
-            int64_t first, int64_t last) {
+void matmul(const Weight& w, const Activations& x, int64_t row, int64_t rows, const float* bias,
+            float* y, int64_t first, int64_t last) {
   switch (w.format) {
-    case Format::kF32: return multiply<Float>(w, x, rows, bias, y, first, last);
-    case Format::kBf16: return multiply<Bf16>(w, x, rows, bias, y, first, last);
-    case Format::kQ8: return multiply<EightBit>(w, x, rows, bias, y, first, last);
-    case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, rows, bias, y, first, last);
+    case Format::kF32: return multiply<Float>(w, x, row, rows, bias, y, first, last);
+    case Format::kBf16: return multiply<Bf16>(w, x, row, rows, bias, y, first, last);
+    case Format::kQ8: return multiply<EightBit>(w, x, row, rows, bias, y, first, last);
+    case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, row, rows, bias, y, first, last);
     case Format::kQ4Wide:
-      return multiply<FourBit<Format::kQ4Wide>>(w, x, rows, bias, y, first, last);
-    case Format::kTernary: return multiply<Ternary>(w, x, rows, bias, y, first, last);
+      return multiply<FourBit<Format::kQ4Wide>>(w, x, row, rows, bias, y, first, last);
+    case Format::kTernary: return multiply<Ternary>(w, x, row, rows, bias, y, first, last);
   }
 }
 

@@ -13,6 +13,9 @@ constexpr int64_t kMaxWidth = 1 << 18;
 // Rows of cheap work that one thread takes at a time.
 constexpr int64_t kRowGrain = 4;
 
+// Rows a thread from which a matmul is shared out by rows.
+constexpr int64_t kSplitRows = 24;
+
 float* scratch(int64_t width) {
   static thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < width) buffer.resize(static_cast<size_t>(width));
@@ -143,13 +146,22 @@ void Program::linear_step(const Instruction& i, int64_t rows) {
   const Weight& weight = *i.weight;
   float* out = i.target ? i.target : values_[i.out].floats.get();
   const Activations x = values_[i.in].activations();
+  // Many rows are shared out by rows, so that what a thread wrote is what it reads next; few rows by
+  // outputs, so that every weight is read once.
+  const int64_t threads = pool_->threads();
+  const int64_t blocks = rows >= kSplitRows * threads ? threads : 1;
   // Several pieces a thread, but none so small that fetching it costs more than computing it.
-  const int64_t pieces = pool_->threads() * 8;
-  const int64_t least = std::max<int64_t>(1, 8 / rows);
+  const int64_t least = std::max<int64_t>(1, 8 * blocks / rows);
   // Even, since a pass may cover two tiles.
-  const int64_t grain = (std::max(least, weight.tiles() / pieces) + 1) / 2 * 2;
-  pool_->run(weight.tiles(), grain, [&](int64_t first, int64_t last) {
-    kernels_.matmul(weight, x, rows, i.vector, out, first, last);
+  const int64_t grain = (std::max(least, weight.tiles() * blocks / (threads * 8)) + 1) / 2 * 2;
+  const int64_t pieces = (weight.tiles() + grain - 1) / grain;
+  pool_->run(blocks * pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t block = n / pieces, tile = n % pieces * grain;
+      const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
+      kernels_.matmul(weight, x, row, end - row, i.vector, out, tile,
+                      std::min(tile + grain, weight.tiles()));
+    }
   });
 }
 
@@ -203,8 +215,7 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
     int64_t positions[kQueryRows];
     float* targets[kQueryRows];
     for (int64_t n = first; n < last; ++n) {
-      // The longest chunks' last blocks are the most work; they come last in `list`, so start there.
-      const Task& task = list[list.size() - 1 - static_cast<size_t>(n / cache.heads)];
+      const Task& task = list[static_cast<size_t>(n / cache.heads)];
       const int64_t head = n % cache.heads;
       const int32_t* pages = batch.page_table + batch.table_rows[task.sequence] * batch.table_width;
       for (int64_t part = 0; part < share; part += kQueryRows) {
