@@ -12,10 +12,14 @@ from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
 
 @dataclass(frozen=True, eq=False)
 class TorchWeight(Weight):
-    """A weight as a torch tensor `[out, in]` or `[n]`, with an optional bias `[out]`."""
+    """A weight as a torch tensor `[out, in]` or `[n]`, with an optional bias `[out]`.
+
+    A ternary one is its signs, int8, with a scale for each output: `scales` fp32 `[out]`.
+    """
 
     tensor: torch.Tensor
     bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,12 @@ class ReferenceOps:
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         placed = tensor_of(weight)
+        if placed.scales is not None:
+            # BitNet's own arithmetic (arXiv 2402.17764): each row of activations in int8.
+            factor = 127.0 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+            y = torch.nn.functional.linear((x * factor).round(), placed.tensor.float())
+            y = y * (placed.scales * (1.0 / factor))
+            return y if placed.bias is None else y + placed.bias
         y = torch.nn.functional.linear(x.to(placed.tensor.dtype), placed.tensor, placed.bias)
         return y.float()
 
@@ -110,6 +120,8 @@ class ReferenceOps:
         gate, up = x.chunk(2, dim=-1)
         if activation == "silu":
             return torch.nn.functional.silu(gate) * up
+        if activation == "relu2":
+            return torch.nn.functional.relu(gate).square() * up
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 
-from kernels.backend import TORCH_DTYPES, CacheLayout, DType, HostTensor
+from kernels.backend import TORCH_DTYPES, CacheLayout, DType, HostTensor, TernaryTensor
 from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Tape, Weight
 from kernels.reference import LayerCache, ReferenceOps, TorchWeight
@@ -30,11 +31,18 @@ class TorchBackend:
         return f"{self.name} kernels"
 
     def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
-        tensor = self._stack(parts)
-        added = self._stack(bias).to(tensor.dtype) if bias else None
+        scales = None
+        if all(part.format == "TERNARY" for part in parts):
+            ternary = [cast("TernaryTensor", part) for part in parts]
+            tensor = torch.cat([part.signs() for part in ternary])
+            scales = torch.cat([torch.full((part.shape[0],), part.scale) for part in ternary])
+        else:
+            tensor = self._stack(parts)
+        dtype = tensor.dtype if scales is None else torch.float32
+        added = self._stack(bias).to(dtype) if bias else None
         self._bytes += tensor.nbytes + (added.nbytes if added is not None else 0)
         name = "+".join(p.name for p in parts)
-        return TorchWeight(name, tuple(tensor.shape), tensor, added)
+        return TorchWeight(name, tuple(tensor.shape), tensor, added, scales)
 
     def loaded_bytes(self) -> int:
         return self._bytes

@@ -28,6 +28,7 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "mistral": Llama,
     "qwen2": Llama,
     "qwen3": Llama,
+    "bitnet": Llama,
     "gemma3_text": Gemma3,
 }
 

@@ -16,6 +16,7 @@ MAX_POSITIONS = 1 << 24
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
 }
 
 
@@ -39,6 +40,8 @@ class ModelConfig:
     embedding_scale: float
     tied_embeddings: bool
     head_norms: bool
+    inner_norms: bool
+    """Whether attention and feed-forward outputs are normalized before their last projection."""
 
 
 def read_config(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
@@ -80,6 +83,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
         embedding_scale=math.sqrt(hidden) if gemma else 1.0,
         tied_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
         head_norms=model_type in ("qwen3", "gemma3_text"),
+        inner_norms=model_type == "bitnet",
     )
 
 

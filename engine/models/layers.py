@@ -117,6 +117,7 @@ class Attention:
     qkv: Weight
     output: Weight
     norms: HeadNorms | None
+    inner_norm: Weight | None
 
     def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
         """`[tokens, hidden] -> [tokens, hidden]`; writes this layer's keys and values."""
@@ -124,6 +125,8 @@ class Attention:
         qkv = ops.linear(x, self.qkv)
         q = ops.rope_write_kv(qkv, self.layer, config.heads, rope, self.norms)
         mixed = ops.attention(q, self.layer, config.heads, config.attention_scale, window)
+        if self.inner_norm is not None:
+            mixed = ops.rms_norm(mixed, self.inner_norm, config.norm_eps)
         return ops.linear(mixed, self.output)
 
 
@@ -133,10 +136,14 @@ class GatedFeedForward:
 
     gate_up: Weight
     down: Weight
+    inner_norm: Weight | None
 
     def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
         """`[tokens, hidden] -> [tokens, hidden]`."""
-        return ops.linear(ops.gated(ops.linear(x, self.gate_up), config.activation), self.down)
+        active = ops.gated(ops.linear(x, self.gate_up), config.activation)
+        if self.inner_norm is not None:
+            active = ops.rms_norm(active, self.inner_norm, config.norm_eps)
+        return ops.linear(active, self.down)
 
 
 def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Attention:
@@ -153,6 +160,7 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
         load.linear([f"{name}.{p}_proj" for p in "qkv"], [q, kv, kv], config.hidden),
         load.linear([f"{name}.o_proj"], [config.hidden], q),
         norms,
+        load.vector(f"{name}.attn_sub_norm.weight", q) if config.inner_norms else None,
     )
 
 
@@ -163,6 +171,7 @@ def load_feed_forward(load: WeightLoader, config: ModelConfig, layer: int) -> Ga
     return GatedFeedForward(
         load.linear([f"{name}.gate_proj", f"{name}.up_proj"], [wide, wide], config.hidden),
         load.linear([f"{name}.down_proj"], [config.hidden], wide),
+        load.vector(f"{name}.ffn_sub_norm.weight", wide) if config.inner_norms else None,
     )
 
 

@@ -1,7 +1,7 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3.
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3 and BitNet b1.58.
 
 They are one model with switches: rope scaling, sliding windows, projection biases (taken when the
-file has them) and query/key norms.
+file has them), query/key norms and norms in front of the last projections.
 """
 
 from __future__ import annotations

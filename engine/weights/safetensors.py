@@ -11,9 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import ConfigError
+from engine.weights import bitnet
+from kernels.backend import HostTensor
 
 INDEX = "model.safetensors.index.json"
 FORMATS = ("F32", "F16", "BF16")
+SCALE = "_scale"  # after a ternary tensor's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +44,12 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
-        if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method", "an unknown method")
-            raise ConfigError(f"{path} is quantized with {method}, which cannot be loaded yet")
+        self._bitnet: bitnet.BitNetLayout | None = None
+        if quantization := self.config.get("quantization_config"):
+            method = quantization.get("quant_method", "an unknown method")
+            if method != bitnet.METHOD:
+                raise ConfigError(f"{path} is quantized with {method}, which cannot be loaded yet")
+            self._bitnet = bitnet.read_layout(quantization)
         self._files: dict[str, Any] = {}
         for shard in self._shards():
             file = _open(shard)
@@ -51,12 +57,18 @@ class SafetensorsCheckpoint:
         self._check_index()
 
     def names(self) -> set[str]:
-        return set(self._files)
+        if self._bitnet is None:
+            return set(self._files)
+        return {name for name in self._files if not name.endswith(f".weight{SCALE}")}
 
-    def tensor(self, name: str) -> SafeTensor:
+    def tensor(self, name: str) -> HostTensor:
         file = self._files.get(name)
         if file is None:
             raise ConfigError(f"{self.path} has no tensor {name!r}")
+        if self._bitnet is not None and self._bitnet.converts(name):
+            beside = self._files.get(name + SCALE)
+            scale = beside.get_tensor(name + SCALE) if beside is not None else None
+            return self._bitnet.open(name, lambda: file.get_tensor(name), scale)
         part = file.get_slice(name)
         if part.get_dtype() not in FORMATS:
             raise ConfigError(

@@ -56,6 +56,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     ),
     "qwen3": ("Qwen3Config", {}),
+    "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (
         "Gemma3TextConfig",
         {"sliding_window": 7, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
