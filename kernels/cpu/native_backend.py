@@ -121,6 +121,7 @@ class NativeBackend:
         if instructions == "auto":
             self.instructions = native.instruction_sets()[0]
         self.device = native.Device(self.instructions, threads)
+        self._arena = native.Arena()
         self._bytes = 0
         self._layout: CacheLayout
         self._cache: list[LayerMemory] = []
@@ -135,7 +136,7 @@ class NativeBackend:
             self._bytes += vector.nbytes
             return NativeWeight(name, tuple(vector.shape), vector=vector)
         shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-        packed = self._native.make_weight(self._target(parts), *shape)
+        packed = self._native.make_weight(self._arena, self._target(parts), *shape)
         first = 0
         for part in parts:
             self._pack(packed, first, part)

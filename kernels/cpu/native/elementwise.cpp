@@ -90,9 +90,8 @@ void embed_row(const Weight& table, int64_t index, float scale, float* out) {
   }
   const bool wide = table.format == Format::kQ4Wide, eight = table.format == Format::kQ8;
   for (int64_t g = 0; g < table.groups(); ++g) {
-    const uint8_t* head = tile + g * table.group_bytes();
-    const uint8_t* bytes = (eight ? head : head + (wide ? 128 : 64)) + 4 * lane;
-    if (eight) head = tile + table.groups() * 512 + g * 32;
+    const uint8_t* head = tile + table.scales_at(g);
+    const uint8_t* bytes = tile + table.bytes_at(g) + 4 * lane;
     float scales[16], minima[16];
     store(scales, wide ? load(reinterpret_cast<const float*>(head))
                        : load_half(reinterpret_cast<const uint16_t*>(head)));

@@ -97,6 +97,7 @@ struct EightBit {
     const int8_t* values = x.values + row * width;
     for (int64_t g = 0; g < groups; ++g) {
       ahead.step();
+      const uint8_t* bytes = data + g / 2 * kPairBytes + 64 + g % 2 * 512;
       Ints dot[T][R];
       for (int r = 0; r < R; ++r) {
         for (int t = 0; t < T; ++t) dot[t][r] = start_signed(x.offsets + (row + r) * groups + g);
@@ -104,14 +105,14 @@ struct EightBit {
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         Signed packed[T];
-        for (int t = 0; t < T; ++t) packed[t] = load_signed(data + t * stride + g * 512 + 64 * j);
+        for (int t = 0; t < T; ++t) packed[t] = load_signed(bytes + t * stride + 64 * j);
         for (int r = 0; r < R; ++r) {
           const Bytes v = broadcast4(values + r * width + g * kGroup + 4 * j);
           for (int t = 0; t < T; ++t) dot[t][r] = dot_signed(dot[t][r], packed[t], v);
         }
       }
       for (int t = 0; t < T; ++t) {
-        const uint8_t* scales = data + t * stride + groups * 512 + g * 32;
+        const uint8_t* scales = data + g / 2 * kPairBytes + g % 2 * 32 + t * stride;
         const Floats scale = load_half(reinterpret_cast<const uint16_t*>(scales));
         for (int r = 0; r < R; ++r) {
           const Floats factor = mul(scale, set1(x.scales[(row + r) * groups + g]));

@@ -153,8 +153,9 @@ NB_MODULE(_native, m) {
       .def_prop_ro("bytes", [](const Weight& w) { return w.bytes; })
       .def_prop_ro("address", [](const Weight& w) { return reinterpret_cast<uintptr_t>(w.data); })
       .def_prop_ro("format", [](const Weight& w) { return static_cast<int>(w.format); });
-  m.def("make_weight", [](int format, int64_t rows, int64_t columns) {
-    return make_weight(static_cast<Format>(format), rows, columns);
+  nb::class_<Arena>(m, "Arena").def(nb::init<>());
+  m.def("make_weight", [](Arena& arena, int format, int64_t rows, int64_t columns) {
+    return make_weight(arena, static_cast<Format>(format), rows, columns);
   });
   m.def("wrap_weight", [](int format, int64_t rows, int64_t columns, uintptr_t data, size_t bytes) {
     return wrap_weight(static_cast<Format>(format), rows, columns, at<uint8_t>(data), bytes);

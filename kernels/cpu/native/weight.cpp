@@ -11,6 +11,7 @@ namespace ryzanstein {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kSlab = size_t{64} << 20;
 constexpr int kSuperBlock = 256;  // inputs of one q4_k block
 
 uint16_t read16(const uint8_t* p) {
@@ -50,8 +51,8 @@ void put_q4(uint8_t* group, int64_t lane, uint16_t scale, uint16_t minimum, cons
 
 void put_q8(const Weight& w, uint8_t* tile, int64_t lane, int64_t group, uint16_t scale,
             const int8_t* values) {
-  put(tile + w.groups() * 512 + group * 32, lane, scale);
-  uint8_t* out = tile + group * 512 + 4 * lane;
+  put(tile + w.scales_at(group), lane, scale);
+  uint8_t* out = tile + w.bytes_at(group) + 4 * lane;
   for (int i = 0; i < kGroup; ++i) {
     out[64 * (i / 4) + i % 4] = static_cast<uint8_t>(values[i] + 128);
   }
@@ -103,9 +104,9 @@ int64_t Weight::tile_bytes() const {
   switch (format) {
     case Format::kF32: return columns * kTile * 4;
     case Format::kBf16: return columns * kTile * 2;
-    case Format::kQ8: return groups() * 512 + (groups() * 32 + 63) / 64 * 64;
+    case Format::kQ8: return groups() / 2 * kPairBytes + groups() % 2 * (64 + 512);
     case Format::kTernary: return chunks() * 64 + 64;
-    default: return groups() * group_bytes();
+    default: return scales_at(groups());
   }
 }
 
@@ -129,9 +130,22 @@ std::shared_ptr<Weight> wrap_weight(Format format, int64_t rows, int64_t columns
   return w;
 }
 
-std::shared_ptr<Weight> make_weight(Format format, int64_t rows, int64_t columns) {
+std::shared_ptr<void> Arena::allocate(size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  if (used_ + bytes > size_) {
+    // What is left of the last slab stays untouched, and so takes no memory.
+    size_ = std::max(bytes, kSlab);
+    used_ = 0;
+    slab_ = std::shared_ptr<void>(allocate_bytes(size_), std::free);
+  }
+  std::shared_ptr<void> piece(slab_, static_cast<uint8_t*>(slab_.get()) + used_);
+  used_ += bytes;
+  return piece;
+}
+
+std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns) {
   auto w = wrap_weight(format, rows, columns, nullptr, 0);
-  w->owner = std::shared_ptr<void>(allocate_bytes(w->bytes), std::free);
+  w->owner = arena.allocate(w->bytes);
   w->data = static_cast<uint8_t*>(w->owner.get());
   // Rows that only fill the last tile have to be finite.
   std::memset(w->data, 0, w->bytes);
@@ -143,14 +157,14 @@ void pack_q4_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t co
     const uint8_t* block = blocks + index * 18;
     const uint16_t scale = read16(block);
     const uint16_t minimum = float_to_half(-8.0f * half_to_float(scale));
-    put_q4(tile + group * 320, lane, scale, minimum, block + 2);
+    put_q4(tile + w.scales_at(group), lane, scale, minimum, block + 2);
   });
 }
 
 void pack_q4_1(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count) {
   each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
     const uint8_t* block = blocks + index * 20;
-    put_q4(tile + group * 320, lane, read16(block), read16(block + 2), block + 4);
+    put_q4(tile + w.scales_at(group), lane, read16(block), read16(block + 2), block + 4);
   });
 }
 
@@ -169,7 +183,7 @@ void pack_q4_k(const Weight& w, int64_t first, const uint8_t* blocks, int64_t co
     const int64_t k = index % 8;
     const int scale = k < 4 ? six[k] & 63 : (six[k + 4] & 15) | six[k - 4] >> 6 << 4;
     const int minimum = k < 4 ? six[k + 4] & 63 : six[k + 4] >> 4 | six[k] >> 6 << 4;
-    uint8_t* out = tile + group * 384;
+    uint8_t* out = tile + w.scales_at(group);
     put(out, lane, half_to_float(read16(block)) * static_cast<float>(scale));
     put(out + 64, lane, -half_to_float(read16(block + 2)) * static_cast<float>(minimum));
     // Two groups of a block share 32 bytes: the even one their low nibbles.

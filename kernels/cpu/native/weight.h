@@ -11,6 +11,7 @@ namespace ryzanstein {
 constexpr int kTile = 16;   // output rows a tile
 constexpr int kGroup = 32;  // inputs that share a scale
 constexpr int kChunk = 16;  // ternary inputs in 64 bytes a tile
+constexpr int kPairBytes = 64 + 2 * 512;  // two int8 groups of a tile and their scales
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
@@ -30,8 +31,8 @@ Buffer<T> allocate(size_t count) {
 // What lies in a tile; `lane` is the output row within it.
 // kF32: [in][16] float.
 // kBf16: [in / 2][16][2] bfloat16.
-// kQ8: [group][512], then the scales, [group][16] fp16. Byte 64*j + 4*lane + t of a group holds
-//      input 4*j + t, offset by 128; value = scale * (byte - 128).
+// kQ8: [pair of groups] of 2 x 16 fp16 scales and 2 x 512 bytes; an odd last group has 512 only. Byte
+//      64*j + 4*lane + t of a group holds input 4*j + t, offset by 128; value = scale * (byte - 128).
 // kQ4: [group] of 16 fp16 scales, 16 fp16 minima and 256 bytes. Byte 64*j + 4*lane + t holds inputs
 //      4*j + t (low nibble) and 16 + 4*j + t (high); value = scale * nibble + minimum.
 // kQ4Wide: the same with fp32 scales and minima.
@@ -53,16 +54,32 @@ struct Weight {
   int64_t tiles() const { return (rows + kTile - 1) / kTile; }
   int64_t groups() const { return columns / kGroup; }
   int64_t chunks() const { return (columns + kChunk - 1) / kChunk; }
-  // Of a group with its scales; for kQ8 without.
-  int64_t group_bytes() const {
-    return format == Format::kQ4 ? 320 : format == Format::kQ4Wide ? 384 : 512;
-  }
   int64_t tile_bytes() const;
   uint8_t* tile(int64_t number) const { return data + number * tile_bytes(); }
+  // Offsets in a tile of a group's scales and bytes.
+  int64_t scales_at(int64_t group) const {
+    if (format == Format::kQ8) return group / 2 * kPairBytes + group % 2 * 32;
+    return group * (format == Format::kQ4 ? 320 : 384);
+  }
+  int64_t bytes_at(int64_t group) const {
+    if (format == Format::kQ8) return group / 2 * kPairBytes + 64 + group % 2 * 512;
+    return scales_at(group) + (format == Format::kQ4 ? 64 : 128);
+  }
+};
+
+// Memory for many weights in few large pieces, so that all of it lies on huge pages: a matmul with few
+// rows would otherwise wait for page tables as much as for weights.
+class Arena {
+ public:
+  std::shared_ptr<void> allocate(size_t bytes);
+
+ private:
+  std::shared_ptr<void> slab_;
+  size_t used_ = 0, size_ = 0;
 };
 
 // An empty weight of this shape, zeroed. Throws std::invalid_argument if the format cannot hold it.
-std::shared_ptr<Weight> make_weight(Format format, int64_t rows, int64_t columns);
+std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns);
 // A weight over memory that the caller keeps: 64-byte aligned, `bytes` as make_weight would have.
 std::shared_ptr<Weight> wrap_weight(Format format, int64_t rows, int64_t columns, uint8_t* data,
                                     size_t bytes);
