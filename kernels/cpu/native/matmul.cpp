@@ -30,7 +30,7 @@ struct Ahead {
 // the size of an activation.
 template <Format kFormat>
 struct FourBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1, kFew = kWide ? 4 : 2;
   static constexpr bool kHalf = kFormat == Format::kQ4;
   static constexpr int64_t kHead = kHalf ? 64 : 128;
 
@@ -85,7 +85,7 @@ struct FourBit {
 };
 
 struct EightBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1, kFew = kWide ? 5 : 2;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
 
@@ -124,7 +124,7 @@ struct EightBit {
 };
 
 struct Ternary {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 1;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 1, kFew = 1;
 
   static int64_t steps(const Weight& w) { return w.chunks(); }
 
@@ -166,7 +166,7 @@ struct Ternary {
 };
 
 struct Bf16 {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 2, kFew = kWide ? 8 : 3;
 
   static int64_t steps(const Weight& w) { return w.columns / 2; }
 
@@ -189,7 +189,7 @@ struct Bf16 {
 };
 
 struct Float {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = 6, kBytes = 4;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = 6, kBytes = 4, kFew = kWide ? 8 : 3;
 
   static int64_t steps(const Weight& w) { return w.columns; }
 
@@ -237,12 +237,13 @@ void pass_of(int64_t count, const Weight& w, const Activations& x, int64_t row, 
   }
 }
 
-// One row: a tile at a time is one sequential read, which the hardware fetches best by itself.
+// Up to `kFew` rows, a measured crossover: a tile at a time is one sequential read, which the hardware
+// fetches best by itself.
 template <class F>
-void multiply_row(const Weight& w, const Activations& x, int64_t row, const float* bias, float* y,
-                  int64_t first, int64_t last) {
+void multiply_few(const Weight& w, const Activations& x, int64_t row, int64_t rows,
+                  const float* bias, float* y, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
-    pass<F, 1, 1>(w, x, row, tile, Ahead{nullptr, nullptr, 0}, bias, y);
+    pass_of<F, 1, F::kFew>(rows, w, x, row, tile, Ahead{nullptr, nullptr, 0}, bias, y);
   }
 }
 
@@ -276,7 +277,7 @@ constexpr int64_t kBlockBytes = 192 << 10;
 template <class F>
 void multiply(const Weight& w, const Activations& x, int64_t row, int64_t rows, const float* bias,
               float* y, int64_t first, int64_t last) {
-  if (rows == 1) return multiply_row<F>(w, x, row, bias, y, first, last);
+  if (rows <= F::kFew) return multiply_few<F>(w, x, row, rows, bias, y, first, last);
   const int64_t fitting = most(kBlockBytes / (w.columns * F::kBytes), 4 * F::kRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
   for (int64_t n = 0, done = 0; n < blocks; ++n) {
