@@ -17,13 +17,15 @@ NonNegative = Annotated[int, Meta(ge=0)]
 
 
 class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which model, and how its numbers are stored while serving."""
+    """Which model, and how its numbers are stored while serving. `keep_packed` keeps weights that
+    took long to repack for the native kernels on disk, for the next start."""
 
     name: str = "smollm2-135m"
     revision: str | None = None
     served_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     max_context: NonNegative = 0
+    keep_packed: bool = True
 
 
 class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

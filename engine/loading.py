@@ -26,7 +26,7 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.types import Clock, MonotonicClock, Request, SamplingParams
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.gguf import GGUFCheckpoint
-from engine.weights.sources import KNOWN_MODELS, Progress, resolve
+from engine.weights.sources import KNOWN_MODELS, Progress, cache_folder, resolve
 from kernels.backend import Backend, CacheDType, CacheLayout, select_backend
 from kernels.ops import Recorder
 
@@ -84,6 +84,7 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
                 cache_dtype=config.cache.dtype,
                 threads=config.execution.threads,
                 instructions=config.execution.instructions,
+                packed_file=_packed_file(config, path),
             )
         except ValueError as error:
             raise ConfigError(f"execution.backend: {error}") from error
@@ -185,10 +186,25 @@ def _warm_up(runner: Runner, parts: Parts, config: Config, progress: Progress) -
 
 def _fingerprint(path: Path, weights: str, kv_dtype: str) -> bytes:
     """Names the numbers that a cached page depends on: the weights' file, and both formats."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    identity = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    text = repr((identity, weights, kv_dtype, np.dtype(np.int32).byteorder))
+    text = repr((_identity(path), weights, kv_dtype, np.dtype(np.int32).byteorder))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _identity(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files that hold the weights."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def _packed_file(config: Config, path: Path) -> tuple[Path, str] | None:
+    """Where packed weights are kept, and what they are made from; None if they are not to be."""
+    if not config.model.keep_packed:
+        return None
+    dtype = config.model.dtype
+    # One file for each source and format: a new version of the source takes the old one's place.
+    place = hashlib.blake2b(repr((str(path.resolve()), dtype)).encode(), digest_size=8).hexdigest()
+    file = cache_folder() / "packed" / f"{path.stem[:40]}-{place}.packed"
+    return file, repr((_identity(path), dtype))
 
 
 @contextmanager

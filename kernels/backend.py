@@ -151,15 +151,18 @@ def select_backend(
     cache_dtype: Literal["auto"] | CacheDType,
     threads: int,
     instructions: str = "auto",
+    packed_file: tuple[Path, str] | None = None,
 ) -> tuple[Backend, CacheDType]:
     """The named backend, and the dtype that its KV cache takes.
 
     `native` packs weights and is the fastest, `torch` computes in float32 or bfloat16, `reference`
     is the slow oracle. `auto` is `native` where this machine can, with a warning where it cannot.
     `threads` of 0 means one per core; `instructions` names the native kernels' instruction set.
+    `packed_file` is where they keep packed weights for the next start, and what those are made of.
     Raises ValueError if the backend is unknown or cannot serve.
     """
     from kernels.cpu.native_backend import NativeBackend, unavailable_reason
+    from kernels.cpu.packed_file import PackedFile
     from kernels.cpu.torch_ops import TorchCpuOps
     from kernels.reference import ReferenceOps
     from kernels.torch_backend import TorchBackend
@@ -173,7 +176,8 @@ def select_backend(
             kv_dtype: CacheDType = "float32" if dtype == "float32" else "bfloat16"
             if cache_dtype != "auto":
                 kv_dtype = cache_dtype
-            return NativeBackend(dtype, threads, instructions), kv_dtype
+            packed = PackedFile(*packed_file) if packed_file is not None else None
+            return NativeBackend(dtype, threads, instructions, packed), kv_dtype
         if name == "native" or instructions != "auto":
             raise ValueError(f"the native kernels cannot serve: {reason}")
         logger.warning(

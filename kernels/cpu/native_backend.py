@@ -10,6 +10,7 @@ sums run in one order.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,6 +27,7 @@ from kernels.backend import (
     WeightFormat,
 )
 from kernels.cpu.native_program import NativeProgram
+from kernels.cpu.packed_file import PackedFile
 from kernels.ops import Tape, Weight
 
 # Numbers of the packed formats, as in native/weight.h.
@@ -41,6 +43,8 @@ BLOCKS = {
 FLOATS = ("F32", "F16", "BF16")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
+# Weights that took longer to pack are kept for the next start.
+WORTH_KEEPING_SECONDS = 0.5
 CACHE_FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
@@ -111,7 +115,11 @@ class NativeBackend:
     name = "native"
 
     def __init__(
-        self, weight_format: WeightFormat, threads: int, instructions: str = "auto"
+        self,
+        weight_format: WeightFormat,
+        threads: int,
+        instructions: str = "auto",
+        packed_file: PackedFile | None = None,
     ) -> None:
         native = native_module()
         assert native is not None, "checked by the caller"
@@ -121,6 +129,8 @@ class NativeBackend:
         if instructions == "auto":
             self.instructions = native.instruction_sets()[0]
         self.device = native.Device(self.instructions, threads)
+        self._packed_file = packed_file
+        self._packing_seconds = 0.0
         self._arena = native.Arena()
         self._bytes = 0
         self._layout: CacheLayout
@@ -136,11 +146,7 @@ class NativeBackend:
             self._bytes += vector.nbytes
             return NativeWeight(name, tuple(vector.shape), vector=vector)
         shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-        packed = self._native.make_weight(self._arena, self._target(parts), *shape)
-        first = 0
-        for part in parts:
-            self._pack(packed, first, part)
-            first += part.shape[0]
+        packed = self._find_or_pack(name, parts, shape)
         added = torch.cat([b.dense().float() for b in bias]) if bias else None
         self._bytes += packed.bytes + (added.nbytes if added is not None else 0)
         return NativeWeight(name, shape, packed=packed, bias=added)
@@ -172,6 +178,8 @@ class NativeBackend:
         ]
 
     def compile(self, tape: Tape, max_rows: int) -> NativeProgram:
+        if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:
+            self._packed_file.save()
         layout = self._layout
         program = NativeProgram(self._native, self.device, tape, max_rows, layout.max_context)
         for layer in self._cache:
@@ -187,6 +195,21 @@ class NativeBackend:
 
     def close(self) -> None:
         self._cache = []
+
+    def _find_or_pack(self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int]) -> Any:
+        """The packed weight, from the file of an earlier start if it is there."""
+        packed = self._native.make_weight(self._arena, self._target(parts), *shape)
+        file = self._packed_file
+        if file is not None and file.copy(name, packed, *shape):
+            return packed
+        start, first = time.perf_counter(), 0
+        for part in parts:
+            self._pack(packed, first, part)
+            first += part.shape[0]
+        self._packing_seconds += time.perf_counter() - start
+        if file is not None:
+            file.collect(name, packed, *shape)
+        return packed
 
     def _target(self, parts: Sequence[HostTensor]) -> int:
         """The packed format that these parts take together."""

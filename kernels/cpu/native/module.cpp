@@ -157,9 +157,6 @@ NB_MODULE(_native, m) {
   m.def("make_weight", [](Arena& arena, int format, int64_t rows, int64_t columns) {
     return make_weight(arena, static_cast<Format>(format), rows, columns);
   });
-  m.def("wrap_weight", [](int format, int64_t rows, int64_t columns, uintptr_t data, size_t bytes) {
-    return wrap_weight(static_cast<Format>(format), rows, columns, at<uint8_t>(data), bytes);
-  });
   m.def("pack_q4_0", &pack<pack_q4_0, uint8_t>);
   m.def("pack_q4_1", &pack<pack_q4_1, uint8_t>);
   m.def("pack_q8_0", &pack<pack_q8_0, uint8_t>);

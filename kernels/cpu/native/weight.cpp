@@ -110,26 +110,6 @@ int64_t Weight::tile_bytes() const {
   }
 }
 
-std::shared_ptr<Weight> wrap_weight(Format format, int64_t rows, int64_t columns, uint8_t* data,
-                                    size_t bytes) {
-  const bool grouped =
-      format == Format::kQ8 || format == Format::kQ4 || format == Format::kQ4Wide;
-  if (rows <= 0 || columns <= 0 || (grouped && columns % kGroup) ||
-      (format == Format::kBf16 && columns % 2)) {
-    throw std::invalid_argument("the columns do not fill whole groups");
-  }
-  auto w = std::make_shared<Weight>();
-  w->format = format;
-  w->rows = rows;
-  w->columns = columns;
-  w->bytes = static_cast<size_t>(w->tiles() * w->tile_bytes());
-  if (data != nullptr && (bytes != w->bytes || reinterpret_cast<uintptr_t>(data) % 64)) {
-    throw std::invalid_argument("the packed bytes do not fit the weight's shape");
-  }
-  w->data = data;
-  return w;
-}
-
 std::shared_ptr<void> Arena::allocate(size_t bytes) {
   bytes = (bytes + 63) / 64 * 64;
   if (used_ + bytes > size_) {
@@ -144,7 +124,17 @@ std::shared_ptr<void> Arena::allocate(size_t bytes) {
 }
 
 std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns) {
-  auto w = wrap_weight(format, rows, columns, nullptr, 0);
+  const bool grouped =
+      format == Format::kQ8 || format == Format::kQ4 || format == Format::kQ4Wide;
+  if (rows <= 0 || columns <= 0 || (grouped && columns % kGroup) ||
+      (format == Format::kBf16 && columns % 2)) {
+    throw std::invalid_argument("the columns do not fill whole groups");
+  }
+  auto w = std::make_shared<Weight>();
+  w->format = format;
+  w->rows = rows;
+  w->columns = columns;
+  w->bytes = static_cast<size_t>(w->tiles() * w->tile_bytes());
   w->owner = arena.allocate(w->bytes);
   w->data = static_cast<uint8_t*>(w->owner.get());
   // Rows that only fill the last tile have to be finite.

@@ -48,7 +48,7 @@ struct Weight {
   int64_t rows = 0;
   int64_t columns = 0;
   uint8_t* data = nullptr;
-  std::shared_ptr<void> owner;  // of `data`; empty if somebody else keeps it
+  std::shared_ptr<void> owner;  // of `data`
   size_t bytes = 0;
 
   int64_t tiles() const { return (rows + kTile - 1) / kTile; }
@@ -80,9 +80,6 @@ class Arena {
 
 // An empty weight of this shape, zeroed. Throws std::invalid_argument if the format cannot hold it.
 std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns);
-// A weight over memory that the caller keeps: 64-byte aligned, `bytes` as make_weight would have.
-std::shared_ptr<Weight> wrap_weight(Format format, int64_t rows, int64_t columns, uint8_t* data,
-                                    size_t bytes);
 
 // Packing writes rows [first, first + count) of `w`. From ggml's blocks, nothing rounded: `q4_0`
 // (scale, nibbles - 8), `q4_1` (scale, minimum, nibbles), `q8_0` (scale, bytes) and `q4_k` (scales and
