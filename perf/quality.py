@@ -21,10 +21,17 @@ from engine import AsyncEngine, SamplingParams
 
 # Name -> settings; the first is what the others are compared with.
 FORMATS: dict[str, dict[str, Any]] = {
-    "float32": {"model.dtype": "float32", "cache.dtype": "float32"},
-    "torch bfloat16": {"execution.backend": "torch", "model.dtype": "bfloat16"},
-    "native bfloat16": {"execution.backend": "native", "model.dtype": "bfloat16"},
-    "native packed": {"execution.backend": "native"},
+    "float32 (torch)": {
+        "execution.backend": "torch",
+        "model.dtype": "float32",
+        "cache.dtype": "float32",
+    },
+    "float32": {"model.dtype": "float32"},
+    "float32, int8 cache": {"model.dtype": "float32", "cache.dtype": "int8"},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "int8": {"model.dtype": "int8"},
+    "as packed": {},
+    "as packed, int8 cache": {"cache.dtype": "int8"},
 }
 
 

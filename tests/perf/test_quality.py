@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.kernels.test_native import needs_native
+from perf.quality import FORMATS
+from tests.kernels.native import needs_native
 from tests.server.process import ROOT
 from tests.tiny import write_llama
 
@@ -22,7 +23,7 @@ def test_every_format_is_scored_on_the_same_tokens(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     rows = json.loads(file.read_text())
-    assert [row["tokens"] for row in rows] == [198] * 4
+    assert [row["tokens"] for row in rows] == [198] * len(FORMATS)
     assert rows[0]["same top token"] == "100.00%"
     for row in rows[1:]:
         assert abs(row["perplexity"] / rows[0]["perplexity"] - 1) < 0.05
