@@ -1,7 +1,7 @@
 """Real weights: SmolLM2-135M (always) and Gemma 3 270M (where its terms have been accepted).
 
-Each model runs on the torch path with fp32 weights and KV cache, and is compared with
-`transformers` on the same dequantized weights. Greedy text is equal to theirs if at every position
+Each model runs with fp32 weights and KV cache, on the native kernels where they are built and on the
+torch path, and is compared with `transformers` on the same dequantized weights. Greedy text is equal to theirs if at every position
 our token is their most likely one, which one forward pass over our whole text shows.
 """
 
@@ -18,7 +18,7 @@ import transformers
 from engine import AsyncEngine, SamplingParams
 from engine.loading import open_tokenizer
 from engine.weights.checkpoint import open_checkpoint
-from tests.kernels.test_native import needs_native
+from tests.kernels.native import needs_native
 from tests.real import gemma3_path, smollm2_path
 
 PROMPTS = [
@@ -105,9 +105,12 @@ def assert_greedy(model: Any, prompt_ids: list[int], ours: list[int]) -> None:
     assert theirs == ours
 
 
-async def prompt_logits(path: Path, prompt: str) -> tuple[list[int], torch.Tensor]:
+async def prompt_logits(
+    path: Path, prompt: str, backend: str = "auto"
+) -> tuple[list[int], torch.Tensor]:
     """The engine's fp32 logits after a prompt, taken from the program that serves it."""
-    async with AsyncEngine.from_pretrained(str(path), cache__tokens=4096, **FP32) as engine:
+    settings = {"cache__tokens": 4096, "execution__backend": backend, **FP32}
+    async with AsyncEngine.from_pretrained(str(path), **settings) as engine:
         async for _ in engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0)):
             pass
         program = engine.parts.stepper._executor._program  # type: ignore[attr-defined]
@@ -129,8 +132,11 @@ def alone(smollm2: Path) -> list[list[int]]:
     return run_engine(smollm2, PROMPTS, together=False)
 
 
-async def test_smollm2_logits_agree_with_transformers(smollm2: Path, reference: Any) -> None:
-    ids, logits = await prompt_logits(smollm2, " ".join(PROMPTS[:12]))
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+async def test_smollm2_logits_agree_with_transformers(
+    smollm2: Path, reference: Any, backend: str
+) -> None:
+    ids, logits = await prompt_logits(smollm2, " ".join(PROMPTS[:12]), backend)
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0, -1]
     assert (logits - expected).abs().max() / expected.abs().max() < 1e-3
@@ -149,10 +155,11 @@ def test_smollm2_greedy_text_equals_transformers(
     "settings",
     [
         {},
-        {"scheduler__max_batch_tokens": 24, "cache__page_size": 8},
+        {"scheduler__max_batch_tokens": 24, "cache__page_size": 32},
         {"cache__tokens": 640},
+        {"execution__backend": "torch"},
     ],
-    ids=["together", "chunked", "preempted"],
+    ids=["together", "chunked", "preempted", "on torch"],
 )
 def test_company_does_not_change_the_text(
     smollm2: Path, alone: list[list[int]], settings: dict[str, Any]
@@ -186,16 +193,16 @@ def test_on_the_native_kernels_company_does_not_change_the_text(
 
 
 async def test_a_prefix_hit_does_not_change_the_text(smollm2: Path, alone: list[list[int]]) -> None:
-    settings = {"cache__tokens": 4096, "cache__page_size": 4, **FP32}
-    async with AsyncEngine.from_pretrained(str(smollm2), **settings) as engine:
-        for expected in (alone[1], alone[1]):
+    async with AsyncEngine.from_pretrained(str(smollm2), cache__tokens=4096, **FP32) as engine:
+        prompt = await engine.encode(PROMPTS[1]) + alone[1][:30]
+        for _ in range(2):
             ids: list[int] = []
-            async for delta in engine.generate(PROMPTS[1], GREEDY):
+            async for delta in engine.generate(prompt, GREEDY):
                 ids += delta.token_ids
                 usage = delta.usage
-            assert ids == expected
+            assert ids[: LENGTH - 30] == alone[1][30:]
         assert usage is not None
-        assert usage.cached_tokens == 8
+        assert usage.cached_tokens == 32
 
 
 async def test_smollm2_logprobs_agree_with_llama_cpp(smollm2: Path) -> None:
