@@ -1,8 +1,9 @@
 """Real weights: SmolLM2-135M (always) and Gemma 3 270M (where its terms have been accepted).
 
-Each model runs with fp32 weights and KV cache, on the native kernels where they are built and on the
-torch path, and is compared with `transformers` on the same dequantized weights. Greedy text is equal to theirs if at every position
-our token is their most likely one, which one forward pass over our whole text shows.
+Each model runs with fp32 weights and KV cache, on the native kernels where they are built and on
+the torch path, and is compared with `transformers` on the same dequantized weights. Greedy text is
+equal to theirs if at every position our token is their most likely one, which one forward pass over
+our whole text shows.
 """
 
 from __future__ import annotations
