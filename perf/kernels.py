@@ -167,7 +167,8 @@ class Bench:
         layers = max(2, min(400, COLD_BYTES // (2 * size)))
         memory = []
         for layer in range(layers):
-            blocks = [np.zeros(size + 128, np.uint8) for _ in range(2)]
+            # Written, since untouched zeros would all be one page of the system's.
+            blocks = [np.full(size + 128, 1, np.uint8) for _ in range(2)]
             scales = [np.ones(pages * PAGE * KV_HEADS, np.float32) for _ in range(2)]
             memory += [*blocks, *scales]
             starts = [b.ctypes.data + -b.ctypes.data % 64 for b in blocks]
