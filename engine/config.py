@@ -43,7 +43,7 @@ class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     `prefill_beside_decodes` of prefill while anybody is decoding."""
 
     max_batch_tokens: Positive = 512
-    prefill_beside_decodes: Positive = 32
+    prefill_beside_decodes: Positive = 24
     max_running: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_waiting: Positive = 1024
     max_waiting_tokens: Positive = 2_000_000
