@@ -1,5 +1,8 @@
 """Where a step's time goes: plan, fill, forward, sample, commit, stream; and the loop's lag.
 
+`alone_us` is the same forward pass with nothing beside it, `loop_cpu_us` the processor time that the
+event loop's thread took a step: what the forward pass may lose to it and what it loses.
+
 python -m perf.step --model smollm2-135m --streams 1,8,32
 """
 
@@ -9,6 +12,7 @@ import itertools
 import json
 import statistics
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,21 +22,30 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import AsyncEngine, RequestStats, SamplingParams, StepStats
+from kernels.batch import Batch
 
 PARTS = ("plan", "fill", "forward", "sample", "commit", "stream")
-LAG_INTERVAL = 0.001
+LAG_INTERVAL = 0.01
+ALONE_RUNS = 30
 
 
 class StepRecorder:
-    """Keeps every steady decode step."""
+    """Keeps every steady decode step, the loop's processor time at each, and one step's batch."""
 
-    def __init__(self, streams: int) -> None:
+    def __init__(self, streams: int, runner: Any) -> None:
         self._streams = streams
+        self._runner = runner
         self.steps: list[StepStats] = []
+        self.loop_seconds: list[float] = []
+        self.batch: Batch | None = None
 
     def on_step(self, stats: StepStats) -> None:
         if stats.prefill_tokens == 0 and stats.decode_rows == self._streams:
             self.steps.append(stats)
+            self.loop_seconds.append(time.thread_time())
+            # Copied, since the runner reuses its arrays.
+            now = self._runner._batch
+            self.batch = Batch(**{f.name: getattr(now, f.name).copy() for f in fields(Batch)})
 
     def on_request(self, stats: RequestStats) -> None:
         pass
@@ -46,7 +59,8 @@ async def measure(
     # All prompts at once, so that all sequences decode together soon.
     settings = {"scheduler__prefill_beside_decodes": 512} | settings
     async with AsyncEngine.from_pretrained(model, **settings) as engine:
-        recorder = StepRecorder(streams)
+        runner: Any = engine.parts.stepper._executor  # type: ignore[attr-defined]
+        recorder = StepRecorder(streams, runner)
         engine.add_listener(recorder)
         vocabulary = min(engine.parts.vocab_size, 1000)
 
@@ -68,10 +82,12 @@ async def measure(
                 for number in range(streams):
                     group.start_soon(stream, number)
             outer.cancel_scope.cancel()
-    steps = recorder.steps
-    if not steps:
-        raise SystemExit("no steady step was seen; ask for more tokens")
+        steps = recorder.steps
+        if recorder.batch is None or len(steps) < 2:
+            raise SystemExit("too few steady steps were seen; ask for more tokens")
+        alone = forward_alone(runner, recorder.batch)
     medians = {p: statistics.median(s.seconds[p] for s in steps) * 1e6 for p in PARTS}
+    loop = statistics.median(b - a for a, b in itertools.pairwise(recorder.loop_seconds))
     between = [b.at - a.at for a, b in itertools.pairwise(steps)]
     whole = statistics.median(between) * 1e6
     lags.sort()
@@ -80,11 +96,23 @@ async def measure(
         "steps": len(steps),
         **{f"{part}_us": round(value, 1) for part, value in medians.items()},
         "step_us": round(whole, 1),
+        "alone_us": round(alone * 1e6, 1),
+        "loop_cpu_us": round(loop * 1e6, 1),
         "python_us": round(sum(medians[p] for p in ("plan", "fill", "commit", "stream")), 1),
         "tokens_per_second": round(streams / whole * 1e6, 1),
         "loop_lag_p50_us": round(statistics.median(lags) * 1e6, 1),
         "loop_lag_p99_us": round(lags[int(len(lags) * 0.99)] * 1e6, 1),
     }
+
+
+def forward_alone(runner: Any, batch: Batch) -> float:
+    """Median seconds of the forward pass of one batch while nothing else runs."""
+    times = []
+    for _ in range(ALONE_RUNS):
+        start = time.perf_counter()
+        runner._program.forward(batch)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 app = App(name="perf.step", help=__doc__, help_format="plaintext")
