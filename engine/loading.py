@@ -124,6 +124,8 @@ def _assemble(
     """Size the cache, record the model, and put scheduler and stepper together."""
     shape, section, batch = model.config, config.cache, config.scheduler
     context = min(shape.max_context, config.model.max_context or shape.max_context)
+    if context < 2:
+        raise ConfigError("model.max_context is 1; a prompt and its answer need at least 2 tokens")
     layout = CacheLayout(shape.layers, shape.heads, section.page_size, kv_dtype, context)
     pages = cache_pages(section, layout, context, batch.max_running)
     try:
@@ -191,8 +193,10 @@ def _fingerprint(path: Path, weights: str, kv_dtype: str) -> bytes:
 
 
 def _identity(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files that hold the weights."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    """Name, size and time of the files that hold the weights and say how to read them."""
+    files = [path]
+    if path.is_dir():
+        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 

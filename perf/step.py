@@ -1,7 +1,7 @@
 """Where a step's time goes: plan, fill, forward, sample, commit, stream; and the loop's lag.
 
-`alone_us` is the same forward pass with nothing beside it, `loop_cpu_us` the processor time that the
-event loop's thread took a step: what the forward pass may lose to it and what it loses.
+`alone_us` is the same forward pass with nothing beside it, `loop_cpu_us` the processor time that
+the event loop's thread took a step: what the forward pass may lose to it and what it loses.
 
 python -m perf.step --model smollm2-135m --streams 1,8,32
 """
@@ -25,7 +25,7 @@ from engine import AsyncEngine, RequestStats, SamplingParams, StepStats
 from kernels.batch import Batch
 
 PARTS = ("plan", "fill", "forward", "sample", "commit", "stream")
-LAG_INTERVAL = 0.01
+LAG_INTERVAL = 0.004
 ALONE_RUNS = 30
 
 

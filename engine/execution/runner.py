@@ -64,6 +64,7 @@ class Runner:
             self._enter(sequence)
         if not plan.admitted and self._advance(plan):
             return
+        self._decoding = []
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -77,7 +78,8 @@ class Runner:
             self._write_pages(sequence)
         self._batch = self._make_batch(tokens, positions, slots, starts, plan)
         self._sampling = self._make_sampling(plan)
-        self._decoding = [c.sequence for c in plan.chunks] if self._is_plain(plan) else []
+        if self._is_plain(plan):
+            self._decoding = [c.sequence for c in plan.chunks]
 
     def run(self) -> StepResult:
         """Execute the filled step."""

@@ -111,8 +111,11 @@ class Scheduler:
         plan = Plan(self._steps)
         self._steps += 1
         rows = self.limits.max_batch_tokens
-        decoding = any(len(s.tokens) - s.computed == 1 for s in self.running)
-        prefill = self.limits.prefill_beside_decodes if decoding else rows
+        decoding = sum(len(s.tokens) - s.computed == 1 for s in self.running)
+        prefill = rows
+        if decoding:
+            # Who decodes keeps a row, whatever comes before it.
+            prefill = max(1, min(self.limits.prefill_beside_decodes, rows - decoding))
         budget = Budget(rows, prefill, MAX_SCORED_ROWS)
         # In order of importance: who is planned first is safe from making room for later ones.
         for sequence in list(self.running):
@@ -277,7 +280,7 @@ class Scheduler:
         chunk = self._chunk(sequence, count)
         plan.chunks.append(chunk)
         budget.rows -= count
-        if count > 1:
+        if len(sequence.tokens) - sequence.computed > 1:
             budget.prefill -= count
         budget.scored -= chunk.rows - chunk.sample
 

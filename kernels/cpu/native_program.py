@@ -195,11 +195,13 @@ class NativeProgram:
 
 
 def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:
-    """Which of FORMS a handle's readers want."""
+    """Which of FORMS a handle's readers want. Raises ValueError if its writer cannot make them."""
     wanted = {_form(i) for i in tape.instructions if handle in i.arguments}
     writer = next(i for i in tape.instructions if handle in i.results)
+    if writer.op in ("linear", "rope_write_kv") and not wanted <= {"floats"}:
+        raise ValueError(f"the native kernels cannot quantize what {writer.op} writes")
     if writer.op in ("linear", "attention", "rope_write_kv"):
-        wanted.add("floats")  # they write floats; what else is wanted is made from those
+        wanted.add("floats")  # they write floats; attention makes the others from those
     return tuple(form in wanted for form in FORMS)
 
 

@@ -54,10 +54,14 @@ class PackedFile:
 
     def copy(self, name: str, weight: Any, rows: int, columns: int) -> bool:
         """Fill a native weight from the file; False if the file does not have it so."""
-        entry, stored = self._found.get(name, (None, None))
-        if stored is None or entry != Entry(weight.format, rows, columns, weight.bytes):
+        if name not in self._found:
+            return False
+        entry, stored = self._found[name]
+        if entry != Entry(weight.format, rows, columns, weight.bytes):
             return False
         _bytes_of(weight)[:] = stored
+        # Should others have to be packed, the next file has all of them.
+        self._made[name] = (entry, weight)
         return True
 
     def collect(self, name: str, weight: Any, rows: int, columns: int) -> None:
@@ -81,7 +85,8 @@ class PackedFile:
         if header["key"] != self.key:
             return
         entries = {str(name): Entry(*values) for name, values in header["weights"].items()}
-        if start + sum(e.bytes for e in entries.values()) != self.path.stat().st_size:
+        sizes = [entry.bytes for entry in entries.values()]
+        if min(sizes, default=0) < 0 or start + sum(sizes) != self.path.stat().st_size:
             raise ValueError("its size is not what its header says")
         data = np.memmap(self.path, np.uint8, "r")
         for name, entry in entries.items():

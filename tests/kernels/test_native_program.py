@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 
 from kernels.backend import CacheLayout
-from kernels.cpu.native_backend import NativeBackend
-from kernels.ops import Heads
+from kernels.cpu.native_backend import NativeBackend, native_module
+from kernels.cpu.native_program import NativeChooser
+from kernels.ops import Heads, Recorder
 from tests.engine.models.test_parity import pair
 from tests.engine.weights.test_gguf import write_gguf
 from tests.kernels.native import (
@@ -21,7 +23,9 @@ from tests.kernels.native import (
     logits_in_chunks,
     needs_native,
     program_of,
+    quantized,
 )
+from tests.kernels.test_sampling import options
 from tests.tiny import write_llama
 
 __all__ = ["pair"]
@@ -76,8 +80,8 @@ def test_a_sequence_alone_in_company_and_in_chunks_gives_the_same_bits(
     path = tmp_path / "model.gguf"
     write_gguf(path, kind=kind)
     tokens = np.random.default_rng(1).integers(0, 260, 300).tolist()
-    options: Any = {"cache": cache, "instructions": instructions}
-    program, _ = program_of(path, threads=2, **options)
+    settings: Any = {"cache": cache, "instructions": instructions}
+    program, _ = program_of(path, threads=2, **settings)
     whole = logits_in_chunks(program, tokens, [300])
     for threads, chunks in (
         (1, [300]),
@@ -87,7 +91,7 @@ def test_a_sequence_alone_in_company_and_in_chunks_gives_the_same_bits(
         (2, [16] * 18 + [12]),
         (2, [255, 1, 1, 43]),
     ):
-        other, _ = program_of(path, threads=threads, **options)
+        other, _ = program_of(path, threads=threads, **settings)
         assert torch.equal(logits_in_chunks(other, tokens, chunks), whole), (threads, chunks[:3])
 
 
@@ -149,4 +153,43 @@ def test_what_another_sequence_left_in_a_page_is_never_seen(tmp_path: Path, cach
                 tensor.view(torch.float32 if cache == "float32" else torch.bfloat16).fill_(
                     float("inf")
                 )
+        for scales in (layer.key_scales, layer.value_scales):
+            if scales is not None:
+                scales.view(torch.float32).fill_(float("nan"))
     assert torch.equal(logits_in_chunks(used, tokens, [5, 32]), expected)
+
+
+def test_the_count_of_jobs_may_wrap() -> None:
+    """It does after some days of serving; a ticket holds 32 bits of it."""
+    native = native_module()
+    assert native is not None
+    logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(1))
+    choose = NativeChooser(native.Device(INSTRUCTION_SETS[0], 3, 2**32 - 40))
+    for _ in range(80):
+        ids = choose(logits, np.arange(64), options(64, temperature=0.0))
+        assert ids.tolist() == logits.argmax(-1).tolist()
+
+
+def test_threads_that_cannot_be_had_are_an_error_not_a_crash() -> None:
+    native = native_module()
+    assert native is not None
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), limits[1]))  # not for 4,000 stacks
+    try:
+        with pytest.raises(RuntimeError):
+            native.Device(INSTRUCTION_SETS[0], 4000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert native.Device(INSTRUCTION_SETS[0], 2) is not None
+
+
+def test_a_tape_that_quantizes_a_linears_output_is_refused() -> None:
+    backend = NativeBackend("auto", 1)
+    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "bfloat16", 16), 1)
+    table = backend.load([quantized(Type.Q8_0, 32, 32)])
+    recorder = Recorder()
+    twice = recorder.linear(recorder.linear(recorder.embed(table, 1.0), table), table)
+    tape = recorder.finish(recorder.linear(recorder.select_rows(twice), table))
+    with pytest.raises(ValueError, match="cannot quantize what linear writes"):
+        backend.compile(tape, 4)

@@ -63,7 +63,7 @@ def test_another_source_is_packed_anew_and_takes_the_place(tmp_path: Path) -> No
     assert set(PackedFile(path, "second")._found) == set(WEIGHTS)
 
 
-@pytest.mark.parametrize("damage", ["cut", "grown", "header", "other version"])
+@pytest.mark.parametrize("damage", ["cut", "grown", "header", "sizes", "other version"])
 def test_a_damaged_file_is_not_used(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -75,9 +75,11 @@ def test_a_damaged_file_is_not_used(
             "cut": raw[:-100],
             "grown": raw + b"x",
             "header": raw.replace(b'"weights"', b'"weight_"'),
+            "sizes": raw.replace(b"[3, 40, 64, ", b"[3, 40, 64, -"),
             "other version": raw.replace(packed_file.MAGIC, b"ryzanstein packed weights 0\n"),
         }[damage]
     )
+    assert path.read_bytes() != raw
     with caplog.at_level(logging.WARNING, packed_file.logger.name):
         assert load(path, "first")[1] == packed
     assert ("damaged" in caplog.text) == (damage != "other version")
@@ -114,3 +116,16 @@ async def test_an_engine_keeps_what_took_long(
     assert await answer() == expected
     assert len(list((tmp_path / "cache" / "packed").iterdir())) == 1
     assert await answer() == expected
+
+
+def test_a_file_that_lacks_some_weights_is_completed(tmp_path: Path) -> None:
+    path = tmp_path / "model.packed"
+    packed = keep(path)
+    file = PackedFile(path, "first")
+    del file._found["q8"]
+    backend = NativeBackend("auto", 1, packed_file=file)
+    for name, host in WEIGHTS.items():
+        backend.load([Host(host.values, host.format, host.blocks, name=name)])
+    file.save()
+    assert load(path, "first")[1] == packed
+    assert set(PackedFile(path, "first")._found) == set(WEIGHTS)

@@ -340,7 +340,9 @@ void mix_block(const Task& task, int64_t base, int64_t tokens, State<kFormat>* s
     for (int r = 0; r < task.rows; ++r) {
       float* weights = state->scores[r] + t;
       for (int64_t i = 0; i < here; i += 16) {
-        store(weights + i, mul(load(weights + i), load(scales + i)));
+        // Places behind the sequence's end hold what another one left there, whatever it was.
+        const Floats w = load(weights + i);
+        store(weights + i, keep(greater(w, zero()), mul(w, load(scales + i))));
       }
     }
   }

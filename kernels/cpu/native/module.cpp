@@ -53,17 +53,15 @@ struct Device {
   const Kernels* kernels;
   std::shared_ptr<Pool> pool;
 
-  Device(const std::string& name, int threads)
-      : kernels(kernels_named(name)), pool(std::make_shared<Pool>(threads)) {}
+  Device(const std::string& name, int threads, uint64_t jobs)
+      : kernels(kernels_named(name)), pool(std::make_shared<Pool>(threads, jobs)) {}
 
   // ids[i] = the token of logits row rows[i]: a draw where temperature[row] > 0, else the likeliest.
   void choose(uintptr_t logits, int64_t vocab, uintptr_t rows, int64_t count, uintptr_t temperature,
               uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform,
               uintptr_t ids) const {
     nb::gil_scoped_release release;
-    // One row is not worth waking anybody.
-    if (count > 1) pool->begin();
-    pool->run(count, 1, [&](int64_t first, int64_t last) {
+    const auto choose_rows = [&](int64_t first, int64_t last) {
       static thread_local std::vector<uint8_t> scratch;
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = at<const int64_t>(rows)[i];
@@ -79,8 +77,11 @@ struct Device {
         scratch.resize(std::max<size_t>(scratch.size(), static_cast<size_t>(vocab * kDrawBytes)));
         id = kernels->draw(x, vocab, filters, scratch.data());
       }
-    });
-    if (count > 1) pool->end();
+    };
+    // One row is not worth waking anybody.
+    if (count <= 1) return choose_rows(0, count);
+    const Pool::Awake awake(*pool);
+    pool->run(count, 1, choose_rows);
   }
 
   // Operations, or bytes of `memory` read, a second on all threads: the best of several rounds.
@@ -91,7 +92,7 @@ struct Device {
     double best = 0.0;
     for (int round = 0; round < rounds; ++round) {
       std::atomic<int64_t> work{0};
-      pool->begin();
+      const Pool::Awake awake(*pool);
       const auto start = std::chrono::steady_clock::now();
       pool->run(pieces, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
@@ -100,7 +101,6 @@ struct Device {
         }
       });
       const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-      pool->end();
       best = std::max(best, static_cast<double>(work) / spent.count());
     }
     return best;
@@ -145,7 +145,7 @@ NB_MODULE(_native, m) {
     return names;
   });
   nb::class_<Device>(m, "Device")
-      .def(nb::init<const std::string&, int>(), "instructions"_a, "threads"_a)
+      .def(nb::init<const std::string&, int, uint64_t>(), "instructions"_a, "threads"_a, "jobs"_a = 0)
       .def("choose", &Device::choose)
       .def("probe", &Device::probe, "kind"_a, "memory"_a, "bytes"_a, "rounds"_a);
 

@@ -32,18 +32,27 @@ void futex_wake(std::atomic<uint32_t>* word) {
 
 }  // namespace
 
-Pool::Pool(int threads) : tickets_(static_cast<size_t>(threads)) {
+Pool::Pool(int threads, uint64_t jobs) : tickets_(static_cast<size_t>(threads)), jobs_(jobs) {
   // All at once: the number of threads may not change under a worker's eyes.
   std::vector<std::thread> workers(static_cast<size_t>(threads - 1));
   workers_.swap(workers);
-  for (int i = 1; i < threads; ++i) workers_[i - 1] = std::thread([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_[i - 1] = std::thread([this, i] { work(i); });
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   stop_.store(true);
   awake_.fetch_add(1);
   futex_wake(&awake_);
-  for (auto& worker : workers_) worker.join();
+  for (auto& worker : workers_) {
+    if (worker.joinable()) worker.join();
+  }
 }
 
 // `awake_` is odd while a step runs; workers sleep on an even value.
@@ -63,7 +72,8 @@ void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain) {
   count_.store(count, std::memory_order_relaxed);
   grain_.store(grain, std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
-  ++jobs_;
+  // A ticket has room for 32 bits of it, and a ticket of zero means that no job is open.
+  if (static_cast<uint32_t>(++jobs_) == 0) ++jobs_;
   const int64_t pieces = (count + grain - 1) / grain;
   for (int i = threads() - 1; i >= 0; --i) {
     const uint64_t first = static_cast<uint64_t>(span(pieces, i));

@@ -10,21 +10,32 @@ namespace ryzanstein {
 
 class Pool {
  public:
-  explicit Pool(int threads);
+  // Throws std::system_error if the threads cannot be had. `jobs` is what the count of jobs begins
+  // with, for tests of its wrapping.
+  explicit Pool(int threads, uint64_t jobs = 0);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Between `begin` and `end` the workers stay awake, so that `run` costs well under a microsecond.
-  void begin();
-  void end();
+  // While one of these lives the workers stay awake, so that `run` costs well under a microsecond.
+  class Awake {
+   public:
+    explicit Awake(Pool& pool) : pool_(pool) { pool_.begin(); }
+    ~Awake() { pool_.end(); }
+    Awake(const Awake&) = delete;
+    Awake& operator=(const Awake&) = delete;
+
+   private:
+    Pool& pool_;
+  };
 
   // Calls body(first, last) for pieces of [0, count), `grain` at a time, and returns when all are
   // done. Every thread has a span of its own, so that it reads memory in order and finds what it
   // wrote; done with that, it takes pieces of the others' spans. Only pieces are waited for, never
   // threads: one that the system has put aside delays at most the piece that it holds.
+  // A body may not throw.
   template <typename Body>
   void run(int64_t count, int64_t grain, const Body& body) {
     if (count <= grain || workers_.empty()) {
@@ -32,20 +43,23 @@ class Pool {
       return;
     }
     dispatch(
-        [](const void* raw, int64_t first, int64_t last) {
+        [](const void* raw, int64_t first, int64_t last) noexcept {
           (*static_cast<const Body*>(raw))(first, last);
         },
         &body, count, grain);
   }
 
  private:
-  using Call = void (*)(const void*, int64_t, int64_t);
+  using Call = void (*)(const void*, int64_t, int64_t) noexcept;
 
   // Number of the job in the upper half, the span's next piece in the lower; 0 while none is open.
   struct alignas(64) Ticket {
     std::atomic<uint64_t> next{0};
   };
 
+  void begin();
+  void end();
+  void stop();
   void dispatch(Call call, const void* body, int64_t count, int64_t grain);
   // The first piece of a span; that of `threads()` is the number of pieces.
   int64_t span(int64_t pieces, int thread) const { return pieces * thread / threads(); }
@@ -60,7 +74,7 @@ class Pool {
   std::atomic<Call> call_{nullptr};
   std::atomic<const void*> body_{nullptr};
   std::atomic<int64_t> count_{0}, grain_{1};
-  uint64_t jobs_ = 0;
+  uint64_t jobs_;
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<uint32_t> awake_{0};
   std::atomic<bool> stop_{false};

@@ -76,7 +76,7 @@ void Program::run(const Batch& batch) {
   if (batch.tokens > max_rows_ || batch.samples > max_rows_) {
     throw std::invalid_argument("the step has more rows than the program's buffers");
   }
-  pool_->begin();
+  const Pool::Awake awake(*pool_);
   for (const Instruction& instruction : instructions_) {
     if (!profiling_) {
       step(instruction, batch);
@@ -88,7 +88,6 @@ void Program::run(const Batch& batch) {
     nanoseconds_[static_cast<size_t>(instruction.op)] +=
         std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count();
   }
-  pool_->end();
 }
 
 int64_t Program::rows_of(int value, const Batch& batch) const {

@@ -106,6 +106,26 @@ def test_prefill_is_held_back_only_while_somebody_decodes() -> None:
     assert [c.count for c in bench.step().chunks] == [8]
 
 
+def test_a_row_of_a_long_prompt_counts_as_prefill_too() -> None:
+    bench = Bench(pages=64, budget=16, beside=3, running=8)
+    bench.add([1, 2, 3], max_tokens=8)
+    bench.step()
+    bench.add(list(range(50, 52)))
+    for start in (60, 70, 80):
+        bench.add(list(range(start, start + 9)))
+    assert [c.count for c in bench.step().chunks] == [1, 2, 1]
+
+
+def test_prefill_leaves_a_row_to_everyone_who_decodes() -> None:
+    bench = Bench(pages=64, budget=6, beside=6, running=8)
+    for start in (0, 10, 20):
+        bench.add([start, start + 1], max_tokens=9)
+    bench.step()
+    bench.add(list(range(30, 60)), priority=1)
+    for _ in range(2):
+        assert sorted(c.count for c in bench.step().chunks) == [1, 1, 1, 3]
+
+
 def test_generation_equals_the_model_whatever_the_chunking() -> None:
     prompt = list(range(30))
     for budget in (1, 3, 16, 64):
