@@ -23,7 +23,7 @@ CANDIDATES = 256
 
 
 class Chooser(Protocol):
-    """Picks tokens for some rows of adjusted logits."""
+    """Picks tokens for some rows of the raw logits, bias and penalties included."""
 
     def __call__(self, logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
         """Ids, int64 `[len(rows)]`: drawn where the row's temperature is above 0, else the best."""
@@ -32,11 +32,10 @@ class Chooser(Protocol):
 
 def sample(logits: torch.Tensor, sampling: Sampling, choose: Chooser | None = None) -> Samples:
     """Draw or score one token per row of `logits` (fp32, kept unchanged)."""
-    adjusted = _adjust(logits, sampling)
     ids = sampling.targets.copy()
     rows = np.flatnonzero(ids < 0)
     if len(rows):
-        ids[rows] = (choose or torch_choose)(adjusted, rows, sampling)
+        ids[rows] = (choose or torch_choose)(logits, rows, sampling)
     samples = Samples(ids.tolist())
     _score(logits, torch.from_numpy(ids), sampling, samples)
     return samples
@@ -44,6 +43,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, choose: Chooser | None = No
 
 def torch_choose(logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
     """A `Chooser` in plain torch."""
+    logits = _adjust(logits, sampling)
     ids: Rows = logits[torch.from_numpy(rows)].argmax(-1).numpy()
     for number, row in enumerate(rows):
         if sampling.temperature[row] > 0:

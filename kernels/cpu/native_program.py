@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from kernels.batch import Batch, Samples, Sampling
+from kernels.batch import Batch, Penalty, Samples, Sampling
 from kernels.ops import Handle, HeadNorms, Heads, Instruction, Rope, Tape
 from kernels.sampling import Rows, sample
 
@@ -28,6 +30,7 @@ class NativeChooser:
 
     def __call__(self, logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
         ids = np.empty(len(rows), np.int64)
+        edits, _kept = _edits(sampling)
         self._device.choose(
             logits.data_ptr(),
             logits.shape[1],
@@ -39,6 +42,7 @@ class NativeChooser:
             _address(sampling.min_p),
             _address(sampling.uniform),
             _address(ids),
+            edits,
         )
         return ids
 
@@ -192,6 +196,47 @@ class NativeProgram:
             angles = torch.arange(self._positions, dtype=torch.float32)[:, None] * frequencies
             self._rotations[rope] = (angles.cos().contiguous(), angles.sin().contiguous())
         return self._rotations[rope]
+
+
+@dataclass
+class Edit:
+    """What is changed about one row's logits: biases, and a history with its penalties."""
+
+    ids: npt.NDArray[np.int64]
+    addends: npt.NDArray[np.float32]
+    penalty: Penalty | None = None
+
+
+def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[Edit]]:
+    """The rows' edits as addresses, and the arrays that these lead to."""
+    biases: dict[int, tuple[list[int], list[float]]] = {}
+    for row, token, addend in zip(
+        sampling.bias_rows, sampling.bias_ids, sampling.bias_values, strict=True
+    ):
+        ids, addends = biases.setdefault(row, ([], []))
+        ids.append(token)
+        addends.append(addend)
+    penalties = {penalty.row: penalty for penalty in sampling.penalties}
+    edits, kept = [], []
+    for row in biases.keys() | penalties.keys():
+        ids, addends = biases.get(row, ([], []))
+        edit = Edit(np.array(ids, np.int64), np.array(addends, np.float32), penalties.get(row))
+        kept.append(edit)
+        history = edit.penalty
+        edits.append(
+            (
+                row,
+                _address(edit.ids),
+                _address(edit.addends),
+                len(ids),
+                _address(history.counts) if history else 0,
+                _address(history.seen) if history else 0,
+                float(sampling.repetition_penalty[row]),
+                float(sampling.presence_penalty[row]),
+                float(sampling.frequency_penalty[row]),
+            )
+        )
+    return edits, kept
 
 
 def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:

@@ -219,3 +219,32 @@ def test_counters_give_even_independent_draws() -> None:
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.03
     again = counter_uniform(seeds[5:6], np.array([5]))
     assert again[0] == draws[5]
+
+
+def test_native_and_torch_edit_the_same_rows_alike() -> None:
+    """Biases and penalties on some rows, greedy and drawn; the logits stay as they are."""
+    generator = torch.Generator().manual_seed(11)
+    random = np.random.default_rng(11)
+    rows, vocab = 9, 300
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    before = logits.clone()
+    settings = options(
+        rows,
+        temperature=np.where(np.arange(rows) % 2, 0.8, 0.0).astype(np.float32),
+        top_k=np.where(np.arange(rows) % 3, 0, 20).astype(np.int32),
+        repetition_penalty=random.uniform(1.0, 1.8, rows).astype(np.float32),
+        presence_penalty=random.uniform(-1.0, 1.0, rows).astype(np.float32),
+        frequency_penalty=random.uniform(-0.5, 0.5, rows).astype(np.float32),
+    )
+    for row in (1, 2, 6):
+        counts = random.integers(0, 3, vocab).astype(np.int32)
+        settings.penalties = [
+            *settings.penalties,
+            Penalty(row, counts, (counts > 0) | (random.random(vocab) < 0.2)),
+        ]
+    settings.bias_rows, settings.bias_ids = [2, 2, 5, 8], [7, 7, 3, 1]
+    settings.bias_values = [4.0, 2.0, 50.0, float("-inf")]
+    found = [sample(logits, settings, choose).ids for choose in (torch_choose, native_chooser())]
+    assert found[0] == found[1]
+    assert found[0][5] == 3
+    assert torch.equal(logits, before)

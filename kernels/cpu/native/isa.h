@@ -19,6 +19,7 @@ void write_key(const LayerCache&, int64_t, int64_t, const float*);
 void write_value(const LayerCache&, int64_t, int64_t, const float*);
 void attend(const LayerCache&, const int32_t*, int64_t, int, const float* const*, const int64_t*,
             float, int64_t, float* const*);
+void penalize(float*, int64_t, const Penalty&);
 int64_t argmax(const float*, int64_t);
 int64_t draw(const float*, int64_t, const Filters&, uint8_t*);
 int64_t probe(Probe, const uint8_t*, int64_t);

@@ -66,6 +66,13 @@ struct Filters {
   double uniform;  // in [0, 1), the draw's only randomness
 };
 
+// What one row has said already: `counts` of generated tokens, `seen` also in the prompt.
+struct Penalty {
+  const int32_t* counts;
+  const bool* seen;
+  float repetition, presence, frequency;
+};
+
 // Work whose speed bounds everything else.
 enum class Probe : int32_t { kInt8Dot = 0, kBf16Dot = 1, kFloat = 2, kRead = 3 };
 
@@ -96,6 +103,8 @@ struct Kernels {
                  const float* const* queries, const int64_t* positions, float scale,
                  int64_t window, float* const* out);
 
+  // Penalties on one row in place, as kernels/sampling.py defines them.
+  void (*penalize)(float* logits, int64_t vocab, const Penalty& penalty);
   // The likeliest token, the first of equals.
   int64_t (*argmax)(const float* logits, int64_t vocab);
   // One draw from the filtered distribution; `scratch` holds kDrawBytes * vocab bytes.

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "program.h"
@@ -57,15 +59,27 @@ struct Device {
       : kernels(kernels_named(name)), pool(std::make_shared<Pool>(threads, jobs)) {}
 
   // ids[i] = the token of logits row rows[i]: a draw where temperature[row] > 0, else the likeliest.
+  // `edits` are (row, ids' address, addends' address, their number, counts' and seen's address or 0,
+  // repetition, presence, frequency): what is changed about a row's logits before.
+  using Edit = std::tuple<int64_t, uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, float, float,
+                          float>;
   void choose(uintptr_t logits, int64_t vocab, uintptr_t rows, int64_t count, uintptr_t temperature,
-              uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform,
-              uintptr_t ids) const {
+              uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform, uintptr_t ids,
+              const std::vector<Edit>& edits) const {
     nb::gil_scoped_release release;
     const auto choose_rows = [&](int64_t first, int64_t last) {
       static thread_local std::vector<uint8_t> scratch;
+      static thread_local std::vector<float> edited;
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = at<const int64_t>(rows)[i];
         const float* x = at<const float>(logits) + row * vocab;
+        const auto edit = std::find_if(edits.begin(), edits.end(),
+                                       [&](const Edit& e) { return std::get<0>(e) == row; });
+        if (edit != edits.end()) {
+          edited.assign(x, x + vocab);
+          apply(*edit, edited.data(), vocab);
+          x = edited.data();
+        }
         const Filters filters{at<const float>(temperature)[row], at<const int32_t>(top_k)[row],
                               at<const float>(top_p)[row], at<const float>(min_p)[row],
                               at<const double>(uniform)[row]};
@@ -82,6 +96,19 @@ struct Device {
     if (count <= 1) return choose_rows(0, count);
     const Pool::Awake awake(*pool);
     pool->run(count, 1, choose_rows);
+  }
+
+  void apply(const Edit& edit, float* x, int64_t vocab) const {
+    const auto& [row, tokens, addends, count, counts, seen, repetition, presence, frequency] = edit;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t token = at<const int64_t>(tokens)[i];
+      // An end of sequence that the model has no logit for needs no forbidding.
+      if (token >= 0 && token < vocab) x[token] += at<const float>(addends)[i];
+    }
+    if (counts == 0) return;
+    kernels->penalize(
+        x, vocab,
+        {at<const int32_t>(counts), at<const bool>(seen), repetition, presence, frequency});
   }
 
   // Operations, or bytes of `memory` read, a second on all threads: the best of several rounds.

@@ -78,6 +78,16 @@ bool enough(const Candidate* found, int64_t count, float cutoff, double sum, con
 
 }  // namespace
 
+void penalize(float* logits, int64_t vocab, const Penalty& p) {
+  for (int64_t i = 0; i < vocab; ++i) {
+    float x = logits[i];
+    if (p.seen[i]) x = x > 0.0f ? x / p.repetition : x * p.repetition;
+    x -= static_cast<float>(p.counts[i]) * p.frequency;
+    if (p.counts[i] > 0) x -= p.presence;
+    logits[i] = x;
+  }
+}
+
 int64_t argmax(const float* logits, int64_t vocab) {
   const Floats wanted = set1(largest(logits, vocab));
   for (int64_t i = 0; i < vocab; i += 16) {
