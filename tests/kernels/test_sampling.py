@@ -248,3 +248,25 @@ def test_native_and_torch_edit_the_same_rows_alike() -> None:
     assert found[0] == found[1]
     assert found[0][5] == 3
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 300},
+        {"min_p": 0.05},
+        {"top_k": 900, "top_p": 0.5, "min_p": 0.01},
+    ],
+    ids=str,
+)
+def test_native_and_torch_draw_alike_from_flat_distributions(filters: dict[str, float]) -> None:
+    """Thousands of likely tokens, so that the draw has to count far down."""
+    generator = torch.Generator().manual_seed(12)
+    logits = torch.randn(40, 5000, generator=generator)
+    if "top_k" not in filters:  # which of equals torch's topk keeps is not defined
+        logits[20:] = (logits[20:] * 4).round() / 4
+    settings = options(40, **filters)
+    found = [sample(logits, settings, choose).ids for choose in (torch_choose, native_chooser())]
+    assert found[0] == found[1]

@@ -1,6 +1,7 @@
-// Choosing a token from one row of logits. The draw walks down the kept tokens, best first, without
-// sorting the vocabulary: only tokens above a cutoff are sorted, and the cutoff is lowered until they
-// hold everything that the filters keep or the draw reaches.
+// Choosing a token from one row of logits. The draw counts down the kept tokens, best first, without
+// sorting them: only tokens above a cutoff are looked at, and the cutoff is lowered until they hold
+// everything that the filters keep or the draw reaches; among them a selection by mass finds the
+// place (quickselect, Hoare 1961).
 #include <algorithm>
 #include <limits>
 
@@ -65,6 +66,45 @@ int64_t collect(const float* weights, int64_t vocab, float cutoff, Candidate* fo
   return count;
 }
 
+bool better(const Candidate& a, const Candidate& b) {
+  return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
+}
+
+struct Prefix {
+  int64_t count;
+  double mass;
+};
+
+// Reorders the candidates so that the best `count` come first, the last of them in its place, where
+// `count` is the least whose mass is enough; all of them if there is none.
+template <class Enough>
+Prefix best_with(Candidate* found, int64_t count, const Enough& enough) {
+  constexpr int64_t kSorted = 32;
+  int64_t low = 0, high = count;
+  double before = 0.0;  // the mass of [0, low)
+  while (high - low > kSorted) {
+    Candidate sample[3] = {found[low], found[low + (high - low) / 2], found[high - 1]};
+    std::sort(sample, sample + 3, better);
+    const Candidate pivot = sample[1];  // one of the three is worse, so both sides get something
+    const Candidate* middle = std::partition(
+        found + low, found + high, [&](const Candidate& c) { return !better(pivot, c); });
+    double mass = 0.0;
+    for (const Candidate* c = found + low; c != middle; ++c) mass += c->weight;
+    if (enough(before + mass)) {
+      high = middle - found;
+    } else {
+      before += mass;
+      low = middle - found;
+    }
+  }
+  std::sort(found + low, found + high, better);
+  for (int64_t i = low; i < high; ++i) {
+    before += found[i].weight;
+    if (enough(before)) return {i + 1, before};
+  }
+  return {high, before};
+}
+
 // Whether the candidates above `cutoff` hold all that the filters keep, or that the draw reaches.
 bool enough(const Candidate* found, int64_t count, float cutoff, double sum, const Filters& f) {
   if (cutoff <= 0.0f) return true;
@@ -107,12 +147,15 @@ int64_t draw(const float* logits, int64_t vocab, const Filters& f, uint8_t* scra
     kept = collect(weights, vocab, cutoff, found);
     if (enough(found, kept, cutoff, sum, f)) break;
   }
-  std::sort(found, found + kept, [](const Candidate& a, const Candidate& b) {
-    return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
-  });
-  if (f.top_k > 0) kept = least(kept, f.top_k);
+  if (kept == 0) return argmax(logits, vocab);
+  if (f.top_k > 0 && kept > f.top_k) {
+    std::nth_element(found, found + f.top_k - 1, found + kept, better);
+    kept = f.top_k;
+  }
   if (f.min_p > 0.0f) {
-    while (kept > 1 && found[kept - 1].weight < f.min_p) --kept;
+    // The likeliest token weighs 1.
+    kept = std::partition(found, found + kept,
+                          [&](const Candidate& c) { return c.weight >= f.min_p; }) - found;
   }
   double total = sum;
   if (f.top_k > 0 || f.min_p > 0.0f) {
@@ -120,19 +163,14 @@ int64_t draw(const float* logits, int64_t vocab, const Filters& f, uint8_t* scra
     for (int64_t i = 0; i < kept; ++i) total += found[i].weight;
   }
   if (f.top_p < 1.0f) {
-    double mass = 0.0;
-    int64_t i = 0;
-    while (i < kept && mass < f.top_p * total) mass += found[i++].weight;
-    kept = most(i, 1);
-    total = mass;
+    const double wanted = f.top_p * total;
+    const Prefix nucleus = best_with(found, kept, [&](double mass) { return mass >= wanted; });
+    kept = nucleus.count;
+    total = nucleus.mass;
   }
   const double target = f.uniform * total;
-  double mass = 0.0;
-  for (int64_t i = 0; i < kept; ++i) {
-    mass += found[i].weight;
-    if (mass > target) return found[i].id;
-  }
-  return kept > 0 ? found[kept - 1].id : argmax(logits, vocab);
+  const Prefix drawn = best_with(found, kept, [&](double mass) { return mass > target; });
+  return found[drawn.count - 1].id;
 }
 
 }  // namespace RYZANSTEIN_ISA
