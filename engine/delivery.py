@@ -116,7 +116,7 @@ class Delivery:
         delta = Delta(index=active.offset + sequence.index, token_ids=[token])
         if active.first_token is None:
             active.first_token = self._clock.now()
-        if sequence.generated == 1 and sequence.wants_prompt_logprobs:
+        if sequence.wants_prompt_logprobs and sequence.generated == 1:
             delta.prompt_logprobs = sequence.prompt_logprobs
         if sampling.logprobs is not None:
             delta.logprobs = sequence.logprobs[active.scored[sequence.index] :]
@@ -125,7 +125,7 @@ class Delivery:
         stop: str | None = None
         # The token that ended the sequence is not part of the text, unless asked for.
         if sequence.finish_reason != "stop" or sampling.include_stop_str_in_output:
-            armed = sequence.generated >= sampling.min_tokens
+            armed = not sampling.min_tokens or sequence.generated >= sampling.min_tokens
             delta.text, stop = detokenizer.push(token, match=armed)
         if stop is not None:
             self._scheduler.finish(sequence, "stop")

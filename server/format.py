@@ -36,6 +36,11 @@ class Envelope(msgspec.Struct, frozen=True):
     model: str
     system_fingerprint: str
 
+    def around_choice(self, **more: Any) -> tuple[bytes, bytes]:
+        """The encoded bytes before and after the one choice of a chunk: they stay the same."""
+        before, found, after = msgspec.json.encode(self.body([], **more)).partition(b'"choices":[')
+        return before + found, after
+
     def body(self, choices: list[Any], **more: Any) -> dict[str, Any]:
         """A whole body, or one chunk."""
         return {

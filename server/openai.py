@@ -232,6 +232,7 @@ async def _frames(
 ) -> AsyncGenerator[bytes]:
     """Encoded chunks; with `include_usage` every chunk has a `usage`, the last one's is real."""
     more: dict[str, Any] = {"usage": None} if include_usage else {}
+    before, after = wrapper.around_choice(**more)
     usages = []
     async with aclosing(deltas_of(engine, stream)) as batches:
         async for batch in batches:
@@ -239,7 +240,7 @@ async def _frames(
                 if delta.usage is not None:
                     usages.append(delta.usage)
                 for choice in shape.chunk(delta):
-                    yield msgspec.json.encode(wrapper.body([choice], **more))
+                    yield before + msgspec.json.encode(choice) + after
     if include_usage:
         yield msgspec.json.encode(wrapper.body([], usage=usage_body(_shown(usages, shape))))
 

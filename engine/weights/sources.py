@@ -211,11 +211,13 @@ def _pip_download(
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue  # pip moved it between listing and looking
+    # Unlike a glob, a walk takes it calmly when a folder goes away: pip removes what it has unpacked.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += Path(parent, name).stat().st_size
+            except FileNotFoundError:
+                continue  # pip moved it between listing and looking
     return total
 
 
