@@ -211,7 +211,7 @@ def _pip_download(
 
 def _size(folder: Path) -> int:
     total = 0
-    # Unlike a glob, a walk takes it calmly when a folder goes away: pip removes what it has unpacked.
+    # Unlike a glob, a walk goes on when a folder goes away: pip removes what it has unpacked.
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
