@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.batch import Batch, Penalty, Samples, Sampling
+from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Handle, HeadNorms, Heads, Instruction, Rope, Tape
 from kernels.sampling import Rows, sample
 
@@ -198,16 +197,7 @@ class NativeProgram:
         return self._rotations[rope]
 
 
-@dataclass
-class Edit:
-    """What is changed about one row's logits: biases, and a history with its penalties."""
-
-    ids: npt.NDArray[np.int64]
-    addends: npt.NDArray[np.float32]
-    penalty: Penalty | None = None
-
-
-def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[Edit]]:
+def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[npt.NDArray[Any]]]:
     """The rows' edits as addresses, and the arrays that these lead to."""
     biases: dict[int, tuple[list[int], list[float]]] = {}
     for row, token, addend in zip(
@@ -217,17 +207,18 @@ def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[Edit]]:
         ids.append(token)
         addends.append(addend)
     penalties = {penalty.row: penalty for penalty in sampling.penalties}
-    edits, kept = [], []
+    edits: list[tuple[Any, ...]] = []
+    kept: list[npt.NDArray[Any]] = []
     for row in biases.keys() | penalties.keys():
         ids, addends = biases.get(row, ([], []))
-        edit = Edit(np.array(ids, np.int64), np.array(addends, np.float32), penalties.get(row))
-        kept.append(edit)
-        history = edit.penalty
+        tokens, values = np.array(ids, np.int64), np.array(addends, np.float32)
+        kept += [tokens, values]
+        history = penalties.get(row)
         edits.append(
             (
                 row,
-                _address(edit.ids),
-                _address(edit.addends),
+                _address(tokens),
+                _address(values),
                 len(ids),
                 _address(history.counts) if history else 0,
                 _address(history.seen) if history else 0,

@@ -31,18 +31,17 @@ constexpr Choice kChoices[] = {  // best first
 
 }  // namespace
 
-const Kernels* find_kernels(const char* name) {
+std::vector<const Kernels*> running_kernels() {
+  std::vector<const Kernels*> found;
   for (const Choice& choice : kChoices) {
-    if (std::strcmp(choice.kernels->name, name) == 0) {
-      return choice.runs() ? choice.kernels : nullptr;
-    }
+    if (choice.runs()) found.push_back(choice.kernels);
   }
-  return nullptr;
+  return found;
 }
 
-const Kernels* best_kernels() {
-  for (const Choice& choice : kChoices) {
-    if (choice.runs()) return choice.kernels;
+const Kernels* find_kernels(const char* name) {
+  for (const Kernels* kernels : running_kernels()) {
+    if (std::strcmp(kernels->name, name) == 0) return kernels;
   }
   return nullptr;
 }

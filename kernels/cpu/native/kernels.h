@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "weight.h"
 
@@ -119,8 +120,8 @@ constexpr int64_t kDrawBytes = 12;
 // Kernels by name, or null if there are none or this processor lacks the instructions:
 // `avx2` (with FMA and F16C), `avx512` (F, BW, VL, DQ, VNNI), `avx512bf16`.
 const Kernels* find_kernels(const char* name);
-// The best that this processor runs, or null.
-const Kernels* best_kernels();
+// All that this processor runs, best first.
+std::vector<const Kernels*> running_kernels();
 
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }

@@ -34,9 +34,6 @@ const Kernels* kernels_named(const std::string& name) {
   return kernels;
 }
 
-using PackBlocks = void (*)(const Weight&, int64_t, const uint8_t*, int64_t);
-using PackFloats = void (*)(const Weight&, int64_t, const float*, int64_t);
-
 void check_rows(const Weight& w, int64_t first, int64_t count) {
   if (first < 0 || count < 0 || first + count > w.rows) {
     throw std::invalid_argument("rows outside the weight");
@@ -166,9 +163,7 @@ NB_MODULE(_native, m) {
   // Names of the instruction sets that this processor runs, best first.
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
-    for (const char* name : {"avx512bf16", "avx512", "avx2"}) {
-      if (find_kernels(name) != nullptr) names.push_back(name);
-    }
+    for (const Kernels* kernels : running_kernels()) names.push_back(kernels->name);
     return names;
   });
   nb::class_<Device>(m, "Device")

@@ -20,6 +20,37 @@ uint16_t read16(const uint8_t* p) {
   return value;
 }
 
+// By hand, so that this file runs on any processor (F16C came with Ivy Bridge).
+float half_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t{bits} >> 15 << 31, exponent = bits >> 10 & 31, rest = bits & 1023;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(rest) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+  }
+  const uint32_t raw = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | rest << 13;
+  float value;
+  std::memcpy(&value, &raw, 4);
+  return value;
+}
+
+// To the nearest, ties to even.
+uint16_t float_to_half(float value) {
+  uint32_t raw;
+  std::memcpy(&raw, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>(raw >> 16 & 0x8000);
+  const uint32_t magnitude = raw & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;
+  if (magnitude < 0x38800000) {
+    // Below the smallest normal: counted in units of 2^-24.
+    float positive;
+    std::memcpy(&positive, &magnitude, 4);
+    return sign | static_cast<uint16_t>(std::nearbyint(positive * 0x1p24f));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return sign | static_cast<uint16_t>((rounded - (112u << 23)) >> 13);
+}
+
 uint16_t to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -59,37 +90,6 @@ void put_q8(const Weight& w, uint8_t* tile, int64_t lane, int64_t group, uint16_
 }
 
 }  // namespace
-
-// By hand, so that this file runs on any processor (F16C came with Ivy Bridge).
-float half_to_float(uint16_t bits) {
-  const uint32_t sign = uint32_t{bits} >> 15 << 31, exponent = bits >> 10 & 31, rest = bits & 1023;
-  if (exponent == 0) {
-    const float magnitude = static_cast<float>(rest) * 0x1p-24f;
-    return sign ? -magnitude : magnitude;
-  }
-  const uint32_t raw = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | rest << 13;
-  float value;
-  std::memcpy(&value, &raw, 4);
-  return value;
-}
-
-// To the nearest, ties to even.
-uint16_t float_to_half(float value) {
-  uint32_t raw;
-  std::memcpy(&raw, &value, 4);
-  const uint16_t sign = static_cast<uint16_t>(raw >> 16 & 0x8000);
-  const uint32_t magnitude = raw & 0x7fffffff;
-  if (magnitude > 0x7f800000) return sign | 0x7e00;
-  if (magnitude >= 0x477ff000) return sign | 0x7c00;
-  if (magnitude < 0x38800000) {
-    // Below the smallest normal: counted in units of 2^-24.
-    float positive;
-    std::memcpy(&positive, &magnitude, 4);
-    return sign | static_cast<uint16_t>(std::nearbyint(positive * 0x1p24f));
-  }
-  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
-  return sign | static_cast<uint16_t>((rounded - (112u << 23)) >> 13);
-}
 
 void* allocate_bytes(size_t bytes) {
   size_t alignment = bytes >= kHugePage ? kHugePage : 64;

@@ -95,7 +95,4 @@ void pack_f32(const Weight& w, int64_t first, const float* values, int64_t count
 // From signs -1, 0 and 1, row by row, and one scale.
 void pack_ternary(const Weight& w, int64_t first, const int8_t* signs, int64_t count, float scale);
 
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);
-
 }  // namespace ryzanstein
