@@ -10,13 +10,9 @@ namespace {
 
 constexpr int kBlock = 256;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-#if defined(__AVX512VNNI__)
 // Rows that share a pass over keys or values, and tiles of keys that one pass covers: every operand
 // that is loaded has to feed several products.
-constexpr int kPass = 6, kKeyTiles = 4;
-#else
-constexpr int kPass = 2, kKeyTiles = 1;
-#endif
+constexpr int kPass = kWide ? 6 : 2, kKeyTiles = kWide ? 4 : 1;
 
 // Rounds a row to int8 under one scale, which is returned; `out` has room for whole registers.
 float round_to_int8(const float* x, int64_t count, int8_t* out, int32_t* sum) {
@@ -325,7 +321,7 @@ void score_block(const Task& task, int64_t base, int64_t tokens, State<kFormat>*
 template <CacheFormat kFormat>
 void mix_block(const Task& task, int64_t base, int64_t tokens, State<kFormat>* state) {
   constexpr int n = kElements<kFormat>;
-  constexpr int kDims = kKeyTiles == 1 ? 1 : n == 4 ? 2 : 4;  // registers of values a pass
+  constexpr int kDims = !kWide ? 1 : n == 4 ? 2 : 4;  // registers of values a pass
   const LayerCache& cache = task.cache;
   Values values;
   values.count = 0;

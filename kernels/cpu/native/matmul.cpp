@@ -6,12 +6,6 @@ namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 namespace {
 
-#if defined(__AVX512VNNI__)
-constexpr bool kWide = true;  // 32 registers of 16 lanes; else 16 of 8
-#else
-constexpr bool kWide = false;
-#endif
-
 // The tiles that come after, fetched while these are computed: memory would idle otherwise, since all
 // rows but a pass's first find the weights in the cache.
 struct Ahead {

@@ -7,11 +7,7 @@ namespace RYZANSTEIN_ISA {
 namespace {
 
 constexpr int kRounds = 1 << 16;
-#if defined(__AVX512VNNI__)
-constexpr int kChains = 16;  // independent sums, enough to hide the latency
-#else
-constexpr int kChains = 4;
-#endif
+constexpr int kChains = kWide ? 16 : 4;  // independent sums, enough to hide the latency
 
 // Keep the compiler from seeing that all results are the same.
 template <class V>
@@ -27,21 +23,27 @@ inline void fresh(Bytes& x) {
 }
 #endif
 
+// Runs `product` on every chain's sum, again and again; each is `operations` a lane.
+template <class Sum, class Product>
+int64_t run_chains(Sum start, int64_t operations, const Product& product) {
+  Sum sum[kChains];
+  for (Sum& s : sum) s = start;
+  for (int n = 0; n < kRounds; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = product(sum[i]);
+  }
+  for (Sum& s : sum) opaque(s);
+  return int64_t{kRounds} * kChains * 16 * operations;
+}
+
 int64_t int8_dots() {
   Bytes weights = set1_int(0x01020304), x = set1_int(0x04030201);
   opaque(weights);
   opaque(x);
-  Ints sum[kChains];
-  for (Ints& s : sum) s = set1_int(0);
-  for (int n = 0; n < kRounds; ++n) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) {
-      fresh(x);
-      sum[i] = dot_small(sum[i], weights, x);
-    }
-  }
-  for (Ints& s : sum) opaque(s);
-  return int64_t{kRounds} * kChains * 16 * 4 * 2;
+  return run_chains(set1_int(0), 4 * 2, [&](Ints sum) {
+    fresh(x);
+    return dot_small(sum, weights, x);
+  });
 }
 
 int64_t bf16_dots() {
@@ -49,28 +51,14 @@ int64_t bf16_dots() {
   Pairs a = load_pairs(ones), b = a;
   opaque(a);
   opaque(b);
-  Floats sum[kChains];
-  for (Floats& s : sum) s = zero();
-  for (int n = 0; n < kRounds; ++n) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) sum[i] = dot_pairs(sum[i], a, b);
-  }
-  for (Floats& s : sum) opaque(s);
-  return int64_t{kRounds} * kChains * 16 * 2 * 2;
+  return run_chains(zero(), 2 * 2, [&](Floats sum) { return dot_pairs(sum, a, b); });
 }
 
 int64_t float_products() {
   Floats a = set1(0.5f), b = a;
   opaque(a);
   opaque(b);
-  Floats sum[kChains];
-  for (Floats& s : sum) s = zero();
-  for (int n = 0; n < kRounds; ++n) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) sum[i] = fma(a, b, sum[i]);
-  }
-  for (Floats& s : sum) opaque(s);
-  return int64_t{kRounds} * kChains * 16 * 2;
+  return run_chains(zero(), 2, [&](Floats sum) { return fma(a, b, sum); });
 }
 
 int64_t read(const uint8_t* memory, int64_t bytes) {

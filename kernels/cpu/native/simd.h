@@ -16,8 +16,10 @@ namespace RYZANSTEIN_ISA {
 
 #if defined(__AVX512VNNI__)
 #include "simd_avx512.h"
+constexpr bool kWide = true;  // 32 registers of 16 lanes
 #else
 #include "simd_avx2.h"
+constexpr bool kWide = false;  // 16 of 8
 #endif
 
 inline Pairs load_pairs(const void* p) { return as_pairs(load_bytes(p)); }
