@@ -27,6 +27,7 @@ from engine.errors import (
     Overloaded,
     RyzansteinError,
 )
+from engine.scheduling.tenants import Tenant
 from engine.streams import TokenStream
 from engine.types import (
     Decision,
@@ -34,6 +35,7 @@ from engine.types import (
     RequestStats,
     SamplingParams,
     StepStats,
+    Terms,
     TokenLogprob,
     Usage,
 )
@@ -52,6 +54,8 @@ __all__ = [
     "RyzansteinError",
     "SamplingParams",
     "StepStats",
+    "Tenant",
+    "Terms",
     "TokenLogprob",
     "TokenStream",
     "Usage",

@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
+PolicyName = Literal["lru", "lfu", "sieve", "cost", "adaptive"]
 
 
 class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,24 +30,38 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The paged KV cache. `tokens` 0 sizes it from `memory_fraction` of the free memory."""
+    """The paged KV cache. `tokens` 0 sizes it from `memory_fraction` of the free memory.
+
+    `cold_tokens` that were evicted are kept in a file in `cold_folder` (the cache folder if
+    empty).
+    """
 
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     tokens: NonNegative = 0
     memory_fraction: Annotated[float, Meta(gt=0, le=0.9)] = 0.25
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     prefix_caching: bool = True
+    eviction: PolicyName = "lru"
+    cold_tokens: NonNegative = 0
+    cold_folder: str = ""
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much runs at once. A step holds at most `max_batch_tokens` rows, and at most
-    `prefill_beside_decodes` of prefill while anybody is decoding."""
+    """What runs at once, and how long a step may take.
 
+    Beside sequences that decode, a step may be predicted to take `target_itl_ms`; 0 finds a time
+    that they hardly notice. No step is predicted to take more than `max_step_ms`.
+    """
+
+    target_itl_ms: Annotated[float, Meta(ge=0)] = 0.0
+    max_step_ms: Annotated[float, Meta(gt=0)] = 250.0
     max_batch_tokens: Positive = 512
-    prefill_beside_decodes: Positive = 24
     max_running: Annotated[int, Meta(ge=1, le=4096)] = 64
+    max_prefilling: Positive = 8
     max_waiting: Positive = 1024
     max_waiting_tokens: Positive = 2_000_000
+    patience_seconds: Annotated[float, Meta(gt=0)] = 30.0
+    look_ahead: bool = True
 
 
 class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,11 +74,13 @@ class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The network side. Empty `api_keys` serve everybody who can reach the port."""
+    """The network side. Without `api_keys` and tenants it serves everybody who reaches the port.
+    `tenants_file` says who has which key and which share (configs/tenants.toml)."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     api_keys: tuple[str, ...] = ()
+    tenants_file: str = ""
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: Positive = 8 * 1024 * 1024

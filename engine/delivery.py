@@ -79,11 +79,11 @@ class Delivery:
             scored=scored,
         )
 
-    def deliver(self, moved: Sequence[tuple[ScheduledSequence, bool]]) -> None:
-        """Push what a step gave to each sequence; ends those that finished or hit a stop string."""
-        for sequence, has_token in moved:
-            if has_token:
-                self._push(self._active[sequence.request.id], sequence)
+    def deliver(self, moved: Sequence[ScheduledSequence]) -> None:
+        """Push the new token of each sequence; ends those that finished or hit a stop string."""
+        active = self._active
+        for sequence in moved:
+            self._push(active[sequence.request.id], sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request at its owner's wish; unknown ids are ignored."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -14,13 +15,22 @@ import anyio
 
 from engine.config import Config, load_config
 from engine.delivery import Delivery
-from engine.errors import EngineFailed, InvalidRequest
+from engine.errors import DeadlineExceeded, EngineFailed, InvalidRequest
 from engine.loading import Parts, load
-from engine.scheduling import policy
-from engine.scheduling.scheduler import Plan
+from engine.scheduling.admission import Admission, check_ids, check_length, share_tokens
+from engine.scheduling.plan import Plan
 from engine.scheduling.sequence import Sequence as ScheduledSequence
+from engine.scheduling.tenants import Tenant
+from engine.stats import step_stats
 from engine.streams import TokenStream
-from engine.types import Delta, Listener, Request, SamplingParams, StepStats
+from engine.types import (
+    DEFAULT_TERMS,
+    Delta,
+    Listener,
+    Request,
+    SamplingParams,
+    Terms,
+)
 
 logger = logging.getLogger("ryzanstein.engine")
 
@@ -28,6 +38,9 @@ logger = logging.getLogger("ryzanstein.engine")
 LONG_TEXT = 16_384
 # After so many failed steps in a row the engine stops trying.
 MAX_FAILURES = 3
+# How long before a step's predicted end the next one is planned, and the share of its length that
+# predictions may be off.
+LEAD_SECONDS, LEAD_SHARE = 0.002, 0.1
 
 
 class AsyncEngine:
@@ -44,19 +57,28 @@ class AsyncEngine:
         *,
         seeds: Callable[[], int] = lambda: secrets.randbits(63),
         stall_seconds: float = 30.0,
+        look_ahead: bool = True,
     ) -> None:
         self._load_parts = load_parts
         self._seeds = seeds
         self._stall_seconds = stall_seconds
+        self._look_ahead = look_ahead
+        self._tenants: Mapping[str, Tenant] = {}
         self._stack = AsyncExitStack()
         self._parts: Parts | None = None
         self._delivery: Delivery
+        self._admission: Admission
+        self._plan_seconds = 0.0
         self._listeners: list[Listener] = []
         self._aborts: set[str] = set()
         self._wake = anyio.Event()
         self._stepped: asyncio.Future[None] | None = None
+        # Steps that have been submitted, oldest first, and when the oldest began to run.
+        self._flying: deque[tuple[Plan, float]] = deque()
         self._step_started: float | None = None
         self._failures = 0
+        # Steps in flight that were submitted before one ahead of them failed.
+        self._tainted = 0
         self._failed: EngineFailed | None = None
         self._draining = False
 
@@ -74,12 +96,18 @@ class AsyncEngine:
             values = {key.replace("__", "."): value for key, value in overrides.items()}
             config = load_config(values={"model.name": model, **values})
         chosen = config
-        return cls(lambda: load(chosen), stall_seconds=config.execution.stall_seconds)
+        return cls(
+            lambda: load(chosen),
+            stall_seconds=config.execution.stall_seconds,
+            look_ahead=config.scheduler.look_ahead,
+        )
 
     async def __aenter__(self) -> AsyncEngine:
         self._parts = await anyio.to_thread.run_sync(self._load_parts)
         parts = self.parts
         self._delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
+        self._admission = Admission(parts.scheduler, parts.limits)
+        parts.scheduler.queue.configure(self._tenants)
         loop, readable = asyncio.get_running_loop(), parts.stepper.fileno()
         # Registered once: adding and removing a reader a step would be two system calls more.
         loop.add_reader(readable, self._on_step_end)
@@ -106,6 +134,12 @@ class AsyncEngine:
     def add_listener(self, listener: Listener) -> None:
         """Have step and request statistics sent to `listener`."""
         self._listeners.append(listener)
+
+    def configure_tenants(self, tenants: Mapping[str, Tenant]) -> None:
+        """Set the limits of all tenants, now or while requests run; others have the defaults."""
+        self._tenants = tenants
+        if self._parts is not None:
+            self._parts.scheduler.queue.configure(tenants)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; long texts do not hold up the event loop."""
@@ -145,23 +179,26 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        tenant: str = "",
-        namespace: bytes = b"",
+        terms: Terms = DEFAULT_TERMS,
         stream: TokenStream | None = None,
     ) -> TokenStream:
         """Queue a prompt (text or token ids) and return the stream of its deltas.
 
-        Given a `stream`, the request's choices join those already there, after them.
+        `terms` say whose it is and when it is due. Given a `stream`, the request's choices join
+        those already there, after them.
 
         Raises InvalidRequest if it can never be served, Overloaded if there is no room now,
-        EngineFailed if the engine is shutting down or broken.
+        DeadlineExceeded if it cannot be in time, EngineFailed if the engine is shutting down or
+        broken.
         """
         params = params or SamplingParams()
         params.validate(self.parts.vocab_size)
+        arrival = self.parts.clock.now()
         ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        limits = self.parts.limits
-        max_tokens = policy.check_length(len(ids), params.max_tokens, limits)
+        scheduler, limits = self.parts.scheduler, self.parts.limits
+        tenant = scheduler.queue.tenant(terms.tenant)
+        room = share_tokens(tenant, scheduler.pool.total, scheduler.pool.page_size)
+        max_tokens = check_length(len(ids), params.max_tokens, limits, room)
         self.check_ids(ids)
         request = Request(
             id=request_id or uuid.uuid4().hex,
@@ -169,14 +206,17 @@ class AsyncEngine:
             sampling=params,
             max_tokens=max_tokens,
             seed=(self._seeds() if params.seed is None else params.seed) % 2**64,
-            arrival=self.parts.clock.now(),
-            priority=priority,
-            tenant=tenant,
-            namespace=namespace,
+            arrival=arrival,
+            priority=min(terms.priority, tenant.max_priority),
+            deadline=arrival + terms.deadline,
+            first_token_deadline=arrival + terms.first_token_deadline,
+            target_itl=terms.target_itl,
+            tenant=terms.tenant,
+            namespace=terms.namespace,
             eos_token_ids=self.parts.tokenizer.eos_token_ids,
         )
         self._check_open(request.id)
-        policy.admit(request, self.parts.scheduler.waiting, limits)
+        self._admission.admit(request, self.parts.clock.now())
         return self._enqueue(request, stream or TokenStream())
 
     async def generate(
@@ -219,13 +259,7 @@ class AsyncEngine:
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidRequest unless `ids` are tokens of the model, and at least one."""
-        if not ids:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= self.parts.vocab_size:
-            raise InvalidRequest(
-                f"the prompt holds a token id outside 0..{self.parts.vocab_size - 1}",
-                param="prompt",
-            )
+        check_ids(ids, self.parts.vocab_size)
 
     def abort(self, *request_ids: str) -> None:
         """End the requests that are still there; takes effect before the next step."""
@@ -267,14 +301,12 @@ class AsyncEngine:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
     def _enqueue(self, request: Request, stream: TokenStream) -> TokenStream:
-        leader: ScheduledSequence | None = None
-        sequences = []
-        for index in range(request.sampling.n):
-            sequence = ScheduledSequence(
-                request, index, fingerprint=self.parts.fingerprint, leader=leader
-            )
-            leader = leader or sequence
-            sequences.append(sequence)
+        fingerprint = self.parts.fingerprint
+        sequences = [
+            ScheduledSequence(request, index, fingerprint=fingerprint)
+            for index in range(request.sampling.n)
+        ]
+        for sequence in sequences:
             self.parts.scheduler.add(sequence)
         self._delivery.open(request, sequences, stream)
         self._wake.set()
@@ -291,43 +323,91 @@ class AsyncEngine:
                 self._fail_all(self._failed)
 
     async def _turn(self) -> None:
-        """Apply aborts, plan, step, commit, deliver; or wait until there is something to do."""
-        scheduler, clock = self.parts.scheduler, self.parts.clock
-        self._apply_aborts()
-        if not scheduler.has_work:
+        """One step's worth: see that a step runs and, shortly before it ends, that the next one is
+        ready behind it; then take its result. Waits if there is nothing to do."""
+        if not self._flying and not self._submit():
             await self._wake.wait()
             self._wake = anyio.Event()
             return
+        plan, begun = self._flying[0]
+        if self._look_ahead and len(self._flying) == 1:
+            # As late as it can be, so that arrivals and aborts are in it.
+            expected = begun + plan.predicted
+            await self._step_end(expected - LEAD_SECONDS - LEAD_SHARE * plan.predicted)
+            if not self.parts.stepper.ready():
+                self._submit()
+        await self._step_end()
+        self._take_result()
+
+    def _submit(self) -> bool:
+        """Plan a step and hand it over; False if there is nothing to do."""
+        scheduler, clock = self.parts.scheduler, self.parts.clock
+        self._apply_aborts()
         begin = clock.now()
+        for sequence in scheduler.deadlines.passed(begin):
+            error = DeadlineExceeded("the deadline passed before the answer was complete")
+            self._delivery.fail(sequence.request.id, error)
         plan = scheduler.plan()
-        planned = clock.now()
-        self._step_started = planned
+        if plan.is_empty:
+            return False
+        now = clock.now()
+        self._plan_seconds = now - begin
+        if not self._flying:
+            self._step_started = now
+        self._flying.append((plan, now))
+        self.parts.stepper.submit(plan)
+        return True
+
+    async def _step_end(self, until: float | None = None) -> None:
+        """Wait for the oldest step's end, or until a time of the clock."""
+        if self.parts.stepper.ready():
+            return
+        loop = asyncio.get_running_loop()
+        self._stepped = stepped = loop.create_future()
+        if until is None:
+            await stepped
+            return
+        delay = until - self.parts.clock.now()
+        if delay <= 0:
+            return
+        timer = loop.call_later(delay, _resolve, stepped)
         try:
-            self._stepped = asyncio.get_running_loop().create_future()
-            self.parts.stepper.submit(plan)
-            await self._stepped
+            await stepped
+        finally:
+            timer.cancel()
+
+    def _take_result(self) -> None:
+        """Commit the oldest step and deliver what it gave."""
+        scheduler, clock = self.parts.scheduler, self.parts.clock
+        plan, begun = self._flying.popleft()
+        arrived = clock.now()
+        if self._flying:
+            # The next one has run since this one ended.
+            self._flying[0] = (self._flying[0][0], arrived)
+        self._step_started = arrived if self._flying else None
+        try:
             result = self.parts.stepper.result()
         except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
             self._step_failed(plan, error)
             return
-        self._step_started = None
-        self._failures = 0
-        arrived = clock.now()
+        self._failures, self._tainted = (0, 0) if not self._tainted else (self._failures, 0)
         moved = scheduler.commit(plan, result)
+        scheduler.observe(plan, result, arrived - begun)
         committed = clock.now()
         self._delivery.deliver(moved)
         parts = {
             **result.seconds,
-            "plan": planned - begin,
-            "wait": arrived - planned,
+            "plan": self._plan_seconds,
+            "wait": arrived - begun,
             "commit": committed - arrived,
             "stream": clock.now() - committed,
         }
         self._emit(plan, parts)
 
     def _on_step_end(self) -> None:
-        if self._stepped is not None and not self._stepped.done():
-            self._stepped.set_result(None)
+        # A loop may call this once more after the result has been taken.
+        if self._stepped is not None and self.parts.stepper.ready():
+            _resolve(self._stepped)
 
     def _apply_aborts(self) -> None:
         aborts, self._aborts = self._aborts, set()
@@ -336,12 +416,17 @@ class AsyncEngine:
 
     def _step_failed(self, plan: Plan, error: Exception) -> None:
         """End the step's requests with one error; the others go on, unless it keeps happening."""
-        self._step_started = None
-        self._failures += 1
+        if self._tainted:
+            self._tainted -= 1  # it built on a step that had failed
+        else:
+            self._failures += 1
+            self._tainted = len(self._flying)
         logger.error("step %d failed: %s", plan.step, error, exc_info=error)
         failure = EngineFailed(f"the model's step failed: {type(error).__name__}")
-        for chunk in plan.chunks:
-            self._delivery.fail(chunk.sequence.request.id, failure)
+        self.parts.scheduler.discard(plan)
+        for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
+            if sequence not in plan.dropped:
+                self._delivery.fail(sequence.request.id, failure)
         if self._failures >= MAX_FAILURES:
             self._failed = EngineFailed(f"{MAX_FAILURES} steps in a row failed; restart the server")
             self._fail_all(self._failed)
@@ -352,25 +437,13 @@ class AsyncEngine:
                 self._delivery.fail(request_id, error)
 
     def _emit(self, plan: Plan, seconds: dict[str, float]) -> None:
-        if not self._listeners:
-            return
-        scheduler = self.parts.scheduler
-        decodes = sum(
-            1 for c in plan.chunks if c.count == 1 and c.start >= c.sequence.prompt_length
-        )
-        stats = StepStats(
-            step=plan.step,
-            at=self.parts.clock.now(),
-            prefill_tokens=sum(c.count for c in plan.chunks) - decodes,
-            decode_rows=decodes,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            pages_used=scheduler.pool.used,
-            pages_cached=scheduler.pool.cached,
-            pages_total=scheduler.pool.total,
-            preemptions=scheduler.preemptions,
-            seconds=seconds,
-            decisions=tuple(plan.decisions),
-        )
-        for listener in self._listeners:
-            listener.on_step(stats)
+        if self._listeners:
+            parts = self.parts
+            stats = step_stats(plan, parts.scheduler, parts.clock.now(), seconds)
+            for listener in self._listeners:
+                listener.on_step(stats)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

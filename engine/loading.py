@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version as package_version
 from pathlib import Path
 
 import numpy as np
 
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.execution.cache import Cache, ColdFile
 from engine.execution.memory import cache_pages
+from engine.execution.profile import Shape, load_or_measure
 from engine.execution.runner import Runner, StagingShape
 from engine.execution.stepper import Stepper, ThreadStepper
 from engine.models import Model, load_model
+from engine.scheduling.admission import Limits
+from engine.scheduling.budget import Pace
+from engine.scheduling.cold import ColdIndex
+from engine.scheduling.cost import CostModel
 from engine.scheduling.pages import PagePool
-from engine.scheduling.policy import Limits
-from engine.scheduling.scheduler import Chunk, Plan, Scheduler, SchedulerLimits
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.text.gguf_tokenizer import tokenizer_from_gguf
 from engine.text.tokenizer import Tokenizer, load_tokenizer
-from engine.types import Clock, MonotonicClock, Request, SamplingParams
+from engine.types import Clock, MonotonicClock
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.gguf import GGUFCheckpoint
 from engine.weights.sources import KNOWN_MODELS, Progress, cache_folder, resolve
-from kernels.backend import Backend, CacheDType, CacheLayout, select_backend
+from kernels.backend import (
+    Backend,
+    CacheDType,
+    CacheLayout,
+    available_cores,
+    build_identity,
+    select_backend,
+)
 from kernels.ops import Recorder
 
 
@@ -92,10 +105,18 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         tokenizer = open_tokenizer(checkpoint)
     with _stage(timeline, "weights"):
         model = load_model(checkpoint, backend, lambda done, total: progress("load", done, total))
-    parts, runner = _assemble(config, model, backend, tokenizer, kv_dtype)
-    parts.fingerprint = _fingerprint(path, f"{backend.describe()} {config.model.dtype}", kv_dtype)
-    with _stage(timeline, "warm-up"):
-        _warm_up(runner, parts, config, progress)
+    with _stage(timeline, "cache"):
+        runner, cold_slots, shape = _allocate(config, model, backend, kv_dtype)
+    fingerprint = _fingerprint(path, f"{backend.describe()} {config.model.dtype}", kv_dtype)
+    with _stage(timeline, "profile"):
+        profile = load_or_measure(
+            _profile_file(config, fingerprint, shape),
+            runner,
+            shape,
+            lambda done, total: progress("profile", done, total),
+        )
+    parts = _assemble(config, model, tokenizer, CostModel(profile), runner, cold_slots, shape)
+    parts.fingerprint = fingerprint
     parts.timeline = timeline
     size = backend.loaded_bytes() / 1e6
     parts.device = f"CPU, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"
@@ -118,10 +139,10 @@ def served_name(config: Config) -> str:
     return Path(config.model.name.split(":", 1)[-1]).name.removesuffix(".gguf")
 
 
-def _assemble(
-    config: Config, model: Model, backend: Backend, tokenizer: Tokenizer, kv_dtype: CacheDType
-) -> tuple[Parts, Runner]:
-    """Size the cache, record the model, and put scheduler and stepper together."""
+def _allocate(
+    config: Config, model: Model, backend: Backend, kv_dtype: CacheDType
+) -> tuple[Runner, int, Shape]:
+    """Size the cache, record the model, and make the runner; also the cold tier's slots."""
     shape, section, batch = model.config, config.cache, config.scheduler
     context = min(shape.max_context, config.model.max_context or shape.max_context)
     if context < 2:
@@ -129,61 +150,86 @@ def _assemble(
     layout = CacheLayout(shape.layers, shape.heads, section.page_size, kv_dtype, context)
     pages = cache_pages(section, layout, context, batch.max_running)
     try:
-        backend.allocate_cache(layout, pages)
+        # One page more, for what is written for nobody.
+        backend.allocate_cache(layout, pages + 1)
     except ValueError as error:
         raise ConfigError(f"{error}; execution.backend=torch takes any") from error
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
     program = backend.compile(tape, batch.max_batch_tokens)
     context = min(context, pages * section.page_size)
+    parts = backend.cache_parts()
+    cold_slots = section.cold_tokens // section.page_size
+    cold = None
+    if cold_slots:
+        folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
+        cold = ColdFile(folder, cold_slots, sum(part.shape[1] for part in parts))
     staging = StagingShape(
-        tokens=batch.max_batch_tokens,
         slots=batch.max_running,
+        pages=pages,
         pages_per_sequence=-(-context // section.page_size),
         page_size=section.page_size,
         vocab_size=shape.vocab_size,
     )
-    runner = Runner(backend, program, staging)
+    runner = Runner(backend, program, Cache(parts, cold), staging)
+    step = Shape(batch.max_batch_tokens, batch.max_running, context, section.page_size, pages)
+    return runner, cold_slots, step
+
+
+def _assemble(
+    config: Config,
+    model: Model,
+    tokenizer: Tokenizer,
+    cost: CostModel,
+    runner: Runner,
+    cold_slots: int,
+    shape: Shape,
+) -> Parts:
+    """Put scheduler and stepper together."""
+    section, batch = config.cache, config.scheduler
     clock = MonotonicClock()
     limits = SchedulerLimits(
-        batch.max_batch_tokens,
-        batch.max_running,
-        batch.prefill_beside_decodes,
-        section.prefix_caching,
+        max_batch_tokens=batch.max_batch_tokens,
+        max_running=batch.max_running,
+        pace=Pace(batch.target_itl_ms / 1e3, batch.max_step_ms / 1e3),
+        max_prefilling=batch.max_prefilling,
+        patience=batch.patience_seconds,
+        prefix_caching=section.prefix_caching,
     )
-    parts = Parts(
+    # A page of a prompt among many, as a restored page would spare it.
+    page_seconds = cost.token_seconds(batch.max_batch_tokens) * section.page_size
+    scheduler = Scheduler(
+        PagePool(shape.pages, section.page_size, section.eviction),
+        limits,
+        clock,
+        cost,
+        cold=ColdIndex(cold_slots, page_seconds),
+    )
+    return Parts(
         model_name=served_name(config),
         tokenizer=tokenizer,
-        vocab_size=shape.vocab_size,
-        scheduler=Scheduler(PagePool(pages, section.page_size), limits, clock),
+        vocab_size=model.config.vocab_size,
+        scheduler=scheduler,
         stepper=ThreadStepper(runner),
-        limits=Limits(context, batch.max_waiting, batch.max_waiting_tokens),
+        limits=Limits(shape.context, batch.max_waiting, batch.max_waiting_tokens),
         fingerprint=b"",
         clock=clock,
     )
-    return parts, runner
 
 
-def _warm_up(runner: Runner, parts: Parts, config: Config, progress: Progress) -> None:
-    """Run a full prefill and a decode, so that no user pays for first-call set-up."""
-    size = config.cache.page_size
-    count = min(config.scheduler.max_batch_tokens, parts.limits.context - 1)
-    request = Request(
-        id="warm-up",
-        prompt_ids=(0,) * count,
-        sampling=SamplingParams(temperature=1.0),
-        max_tokens=1,
-        seed=0,
-        arrival=0.0,
+def _profile_file(config: Config, fingerprint: bytes, shape: Shape) -> Path:
+    """Where the profile of this model on this machine and build is kept."""
+    processor = ""
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        lines = cpuinfo.read_text().splitlines()
+        processor = next((line for line in lines if line.startswith("model name")), "")
+    machine = (platform.machine(), platform.release(), processor, available_cores())
+    threads = config.execution.threads
+    text = repr(
+        (fingerprint, machine, threads, build_identity(), package_version("ryzanstein"), shape)
     )
-    sequence = Sequence(request, 0, fingerprint=b"")
-    sequence.pages = list(range(-(-(count + 1) // size)))
-    sequence.slot = 0
-    for number, (start, length) in enumerate(((0, count), (count - 1, 1))):
-        chunk = Chunk(sequence, start, length, 1, sample=True)
-        runner.fill(Plan(0, [chunk], [sequence]))
-        runner.run()
-        progress("warm-up", number + 1, 2)
+    name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return cache_folder() / "profiles" / f"{name}.json"
 
 
 def _fingerprint(path: Path, weights: str, kv_dtype: str) -> bytes:

@@ -108,8 +108,32 @@ def _in_range(name: str, value: float, low: float, high: float | None) -> None:
         raise InvalidRequest(f"{name} is {value}; it must be {span}", param=name)
 
 
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose a request is, and when it is due; times are seconds, counted from its arrival.
+
+    Higher `priority` runs first, within its tenant. A `deadline` that passes ends the request with
+    DeadlineExceeded: the whole answer's, or the first token's. `target_itl` is the time between
+    tokens that others' prompts may not exceed while it runs; 0 takes the engine's. Tenants with
+    different `namespace` share no pages of the cache.
+    """
+
+    tenant: str = ""
+    namespace: bytes = b""
+    priority: int = 0
+    deadline: float = math.inf
+    first_token_deadline: float = math.inf
+    target_itl: float = 0.0
+
+
+DEFAULT_TERMS = Terms()
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A prompt that has been tokenized and checked. Higher `priority` runs first."""
+    """A prompt that has been tokenized and checked. Higher `priority` runs first.
+
+    Deadlines are clock seconds: the whole answer's, and its first token's. `target_itl` is the
+    time between tokens that others' prompts may not exceed while it runs; 0 takes the engine's.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -118,6 +142,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     arrival: float
     priority: int = 0
+    deadline: float = math.inf
+    first_token_deadline: float = math.inf
+    target_itl: float = 0.0
     tenant: str = ""
     namespace: bytes = b""
     eos_token_ids: frozenset[int] = frozenset()
@@ -178,12 +205,14 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One step: what ran, what it took (seconds by part) and what the pool looks like after it."""
+    """One step: what ran, what it was predicted to take and took (seconds by part), and what the
+    pool looks like after it."""
 
     step: int
     at: float
     prefill_tokens: int
     decode_rows: int
+    predicted: float
     running: int
     waiting: int
     pages_used: int

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.batch import Batch, Samples, Sampling
@@ -109,7 +111,12 @@ class Backend(Protocol):
         ...
 
     def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
-        """Allocate the paged KV cache."""
+        """Allocate the paged KV cache. Its memory is only taken as pages are first written."""
+        ...
+
+    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
+        """The cache as it lies in host memory: uint8 `[pages, bytes]`, one part for each layer's
+        keys, values and scales; a page is the same row of each."""
         ...
 
     def compile(self, tape: Tape, max_rows: int) -> Program:
@@ -135,6 +142,17 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def build_identity() -> tuple[str, int, int]:
+    """Changes when the kernels do: torch's version, the native module's size and time."""
+    from kernels.cpu.native_backend import native_module
+
+    native = native_module()
+    if native is None or native.__file__ is None:
+        return torch.__version__, 0, 0
+    status = Path(native.__file__).stat()
+    return torch.__version__, status.st_size, status.st_mtime_ns
 
 
 def resolve_dtype(name: Literal["auto"] | DType) -> DType:

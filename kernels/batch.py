@@ -6,7 +6,7 @@ All arrays are numpy views into staging buffers that the runner fills and reuses
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,15 @@ class Sampling:
     bias_ids: Sequence[int] = ()
     bias_values: Sequence[float] = ()
     penalties: Sequence[Penalty] = ()
+
+    @property
+    def drawn(self) -> bool:
+        """Whether any row depends on `uniform`."""
+        return bool(self.temperature.any())
+
+    def with_uniform(self, uniform: npt.NDArray[np.float64]) -> Sampling:
+        """The same with other draws."""
+        return replace(self, uniform=uniform)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.backend import TORCH_DTYPES, CacheLayout, DType, HostTensor, TernaryTensor
@@ -25,7 +26,7 @@ class TorchBackend:
         self._dtype = TORCH_DTYPES[dtype]
         self._bytes = 0
         self._caches: list[LayerCache] = []
-        self._page_size = 0
+        self._page_size = self._pages = 0
 
     def describe(self) -> str:
         return f"{self.name} kernels"
@@ -50,11 +51,16 @@ class TorchBackend:
     def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
         shape = (pages * layout.page_size, layout.heads.kv, layout.heads.dim)
         dtype = TORCH_DTYPES[layout.dtype]
-        self._page_size = layout.page_size
+        self._page_size, self._pages = layout.page_size, pages
         self._caches = [
             LayerCache(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype))
             for _ in range(layout.layers)
         ]
+
+    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
+        tensors = [tensor for cache in self._caches for tensor in (cache.keys, cache.values)]
+        flat = [tensor.view(-1).view(torch.uint8).numpy() for tensor in tensors]
+        return [part.reshape(self._pages, -1) for part in flat]
 
     def compile(self, tape: Tape, max_rows: int) -> TorchProgram:
         return TorchProgram(tape, self._ops_class(self._caches, self._page_size))

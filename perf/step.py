@@ -44,7 +44,7 @@ class StepRecorder:
             self.steps.append(stats)
             self.loop_seconds.append(time.thread_time())
             # Copied, since the runner reuses its arrays.
-            now = self._runner._batch
+            now = self._runner._last.batch
             self.batch = Batch(**{f.name: getattr(now, f.name).copy() for f in fields(Batch)})
 
     def on_request(self, stats: RequestStats) -> None:
@@ -57,7 +57,7 @@ async def measure(
     """Medians over steady decode steps of `streams` sequences, in microseconds."""
     lags: list[float] = []
     # All prompts at once, so that all sequences decode together soon.
-    settings = {"scheduler__prefill_beside_decodes": 512} | settings
+    settings = {"scheduler__target_itl_ms": 250.0} | settings
     async with AsyncEngine.from_pretrained(model, **settings) as engine:
         runner: Any = engine.parts.stepper._executor  # type: ignore[attr-defined]
         recorder = StepRecorder(streams, runner)

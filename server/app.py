@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 from starlette.applications import Starlette
@@ -22,6 +23,7 @@ from server import health, openai, telemetry, websocket
 from server.errors import HTTPError, error_response
 from server.security import Guard
 from server.streams import ClientLeft
+from server.tenants import Directory
 
 logger = logging.getLogger("ryzanstein.server")
 
@@ -82,16 +84,23 @@ class Lifecycle:
 
 
 def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
-    """The application; it answers health checks at once and everything else when loaded."""
+    """The application; it answers health checks at once and everything else when loaded.
+
+    Raises ConfigError if the tenants' file is wrong.
+    """
+    file = Path(settings.tenants_file) if settings.tenants_file else None
+    directory = Directory(settings.api_keys, file)
+    lifecycle.engine.configure_tenants(directory.tenants)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with anyio.create_task_group() as group:
             group.start_soon(lifecycle.run)
+            group.start_soon(directory.watch, lifecycle.engine.configure_tenants)
             yield
             group.cancel_scope.cancel()
 
-    middleware = [Middleware(Guard, settings=settings)]
+    middleware = [Middleware(Guard, settings=settings, directory=directory)]
     if settings.allowed_origins:
         cors = Middleware(
             CORSMiddleware,

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -47,6 +47,13 @@ DTypeName = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"] | None,
     Parameter(help="How weights are stored; auto keeps a file's 4-bit and 8-bit weights."),
 ]
+TargetITL = Annotated[
+    float | None,
+    Parameter(
+        name="--target-itl-ms",
+        help="Milliseconds between tokens that new prompts may cause; 0 finds a time by itself.",
+    ),
+]
 AcceptTerms = Annotated[
     bool, Parameter(help="Accept the terms that come with some models.", negative="")
 ]
@@ -60,6 +67,8 @@ def serve(
     model: ModelName = None,
     host: Annotated[str | None, Parameter(help="Address to listen on.")] = None,
     port: Annotated[int | None, Parameter(help="Port to listen on; 0 picks a free one.")] = None,
+    tenants: Annotated[Path | None, Parameter(help="A file of tenants, keys and limits.")] = None,
+    target_itl_ms: TargetITL = None,
     config: ConfigFile = None,
     set_: Overrides = (),
     threads: Threads = None,
@@ -72,7 +81,13 @@ def serve(
     """
     from server.serving import serve as run
 
-    settings = _settings(config, set_, model, threads, dtype, host, port)
+    network = {
+        "server.host": host,
+        "server.port": port,
+        "server.tenants_file": None if tenants is None else str(tenants),
+        "scheduler.target_itl_ms": target_itl_ms,
+    }
+    settings = _settings(config, set_, model, threads, dtype, network)
     return run(settings, accept_terms=_consent(accept_terms), console=errors)
 
 
@@ -183,8 +198,7 @@ def _settings(
     model: str | None,
     threads: int | None,
     dtype: str | None,
-    host: str | None = None,
-    port: int | None = None,
+    more: Mapping[str, object] | None = None,
 ) -> Config:
     """The configuration with the command's own flags on top."""
 
@@ -192,8 +206,7 @@ def _settings(
         "model.name": model,
         "execution.threads": threads,
         "model.dtype": dtype,
-        "server.host": host,
-        "server.port": port,
+        **(more or {}),
     }
     config = load_config(file, overrides, {k: v for k, v in flags.items() if v is not None})
     if key := os.environ.get("RYZANSTEIN_API_KEY"):

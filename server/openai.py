@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, TokenStream, Usage
+from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream, Usage
 from server.errors import HTTPError, json_response
 from server.format import Envelope, envelope, usage_body
 from server.protocol import (
@@ -23,9 +23,10 @@ from server.protocol import (
     TokenizeRequest,
     decode,
 )
-from server.requests import Prompt, prompts_of, sampling_of, template_input
+from server.requests import Prompt, prompts_of, sampling_of, template_input, terms_of
 from server.shapes import ChatShape, CompletionShape, Echo, Shape
 from server.streams import EventStream, deltas_of, race_disconnect, submit_all
+from server.tenants import Client, client_of
 
 logger = logging.getLogger("ryzanstein.server")
 
@@ -38,14 +39,14 @@ class Generation(msgspec.Struct, frozen=True):
     prompts: Sequence[Prompt]
     params: SamplingParams
     shape: Shape
-    priority: int = 0
+    terms: Terms
     names: dict[str, str] = {}
 
     async def submit(self, engine: AsyncEngine, request_id: str) -> TokenStream:
         """Queue it; errors name the client's own fields."""
         try:
             return await submit_all(
-                engine, self.prompts, self.params, request_id=request_id, priority=self.priority
+                engine, self.prompts, self.params, request_id=request_id, terms=self.terms
             )
         except InvalidRequest as error:
             name = self.names.get(error.param or "")
@@ -58,14 +59,16 @@ async def chat_completions(request: Request) -> ASGIApp:
     """`POST /v1/chat/completions`."""
     engine = ready_engine(request)
     body, headers = await read_body(request, ChatRequest)
-    return await _answer(request, engine, body, await prepare_chat(engine, body), headers)
+    generation = await prepare_chat(engine, body, client_of(request))
+    return await _answer(request, engine, body, generation, headers)
 
 
 async def completions(request: Request) -> ASGIApp:
     """`POST /v1/completions`."""
     engine = ready_engine(request)
     body, headers = await read_body(request, CompletionRequest)
-    return await _answer(request, engine, body, await prepare_completion(engine, body), headers)
+    generation = await prepare_completion(engine, body, client_of(request))
+    return await _answer(request, engine, body, generation, headers)
 
 
 async def list_models(request: Request) -> ASGIApp:
@@ -151,7 +154,7 @@ def check_model(engine: AsyncEngine, model: str | None) -> None:
         )
 
 
-async def prepare_chat(engine: AsyncEngine, body: ChatRequest) -> Generation:
+async def prepare_chat(engine: AsyncEngine, body: ChatRequest, client: Client) -> Generation:
     """Check a chat request and make its prompt."""
     _check_generation(engine, body)
     params = sampling_of(body)
@@ -164,10 +167,12 @@ async def prepare_chat(engine: AsyncEngine, body: ChatRequest) -> Generation:
     names = {"prompt": "messages", "logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    return Generation([ids], params, shape, body.priority or 0, names)
+    return Generation([ids], params, shape, terms_of(client, body), names)
 
 
-async def prepare_completion(engine: AsyncEngine, body: CompletionRequest) -> Generation:
+async def prepare_completion(
+    engine: AsyncEngine, body: CompletionRequest, client: Client
+) -> Generation:
     """Check a plain completion request and its prompts."""
     _check_generation(engine, body)
     params = sampling_of(body)
@@ -191,7 +196,7 @@ async def prepare_completion(engine: AsyncEngine, body: CompletionRequest) -> Ge
         prompt_only=bool(body.echo) and body.max_tokens == 0,
         prompt_logprobs=body.prompt_logprobs is not None,
     )
-    return Generation(ids, params, shape, body.priority or 0)
+    return Generation(ids, params, shape, terms_of(client, body))
 
 
 def _check_generation(engine: AsyncEngine, body: GenerationRequest) -> None:

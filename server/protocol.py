@@ -98,6 +98,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
+    # Extensions of this server.
+    deadline_ms: float | None = None
+    target_itl_ms: float | None = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from engine import InvalidRequest, SamplingParams
+from engine import InvalidRequest, SamplingParams, Terms
 from server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from server.tenants import Client
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for plain completions
 MAX_PROMPTS = 256
+DAY_MS = 86_400_000
 
 Prompt = str | list[int]
 
@@ -57,6 +60,37 @@ def sampling_of(request: ChatRequest | CompletionRequest) -> SamplingParams:
     if request.echo and request.logprobs is not None:
         shared["prompt_logprobs"] = request.logprobs
     return SamplingParams(**shared)
+
+
+def terms_of(client: Client, body: GenerationRequest) -> Terms:
+    """Whose a request is and when it is due, from its key, its headers and its body.
+
+    Raises InvalidRequest naming the field or header.
+    """
+    target = body.target_itl_ms
+    return Terms(
+        tenant=client.tenant,
+        # Derived here, from the key alone, so that no request can look into another's cache.
+        namespace=client.tenant.encode(),
+        priority=body.priority or 0,
+        deadline=_seconds("deadline_ms", body.deadline_ms),
+        first_token_deadline=_seconds("x-slo-ttft-ms", client.headers.get("x-slo-ttft-ms")),
+        target_itl=0.0 if target is None else _seconds("target_itl_ms", target),
+    )
+
+
+def _seconds(name: str, milliseconds: float | str | None) -> float:
+    if milliseconds is None:
+        return math.inf
+    try:
+        value = float(milliseconds)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= DAY_MS:
+        raise InvalidRequest(
+            f"{name} must be a number of milliseconds above 0, at most a day", param=name
+        )
+    return value / 1e3
 
 
 def _shared(request: GenerationRequest) -> dict[str, Any]:

@@ -65,13 +65,14 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
         engine = AsyncEngine(
             lambda: load(config, progress=report, accept_terms=accept_terms),
             stall_seconds=config.execution.stall_seconds,
+            look_ahead=config.scheduler.look_ahead,
         )
 
         def loaded() -> None:
             bars.close()
             port = listener.getsockname()[1]
             seconds = time.perf_counter() - started
-            keys = bool(settings.api_keys)
+            keys = bool(settings.api_keys or settings.tenants_file)
             print_summary(console, engine.parts, settings.host, port, seconds, keys=keys)
 
         lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
@@ -120,10 +121,10 @@ def _uvicorn_config(app: Starlette, settings: ServerSection) -> uvicorn.Config:
 
 
 def _warn_if_open(settings: ServerSection) -> None:
-    if not is_local(settings.host) and not settings.api_keys:
+    if not is_local(settings.host) and not (settings.api_keys or settings.tenants_file):
         logger.warning(
             "ANYBODY who can reach %s:%d can use this server: it listens beyond this machine and "
-            "has no API keys. Set server.api_keys, or listen on 127.0.0.1.",
+            "has no API keys. Set server.api_keys or server.tenants_file, or listen on 127.0.0.1.",
             settings.host,
             settings.port,
         )

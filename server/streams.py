@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, TokenStream
+from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream
 from server.errors import describe
 from server.requests import Prompt
 
@@ -28,7 +28,7 @@ async def submit_all(
     params: SamplingParams,
     *,
     request_id: str,
-    priority: int = 0,
+    terms: Terms,
 ) -> TokenStream:
     """Queue several prompts into one stream, in order; all or none."""
     sequences, room = len(prompts) * params.n, engine.parts.limits.max_waiting
@@ -45,7 +45,7 @@ async def submit_all(
                 prompt,
                 params,
                 request_id=f"{request_id}-{number}" if number else request_id,
-                priority=priority,
+                terms=terms,
                 stream=stream,
             )
     except BaseException:

@@ -34,7 +34,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._engine = engine
         self._gauge("requests_running", "Sequences in the batch", lambda s: len(s.running))
-        self._gauge("requests_waiting", "Sequences in the queue", lambda s: len(s.waiting))
+        self._gauge("requests_waiting", "Sequences in the queue", lambda s: len(s.queue))
         self._gauge("kv_pages_used", "KV pages that sequences hold", lambda s: s.pool.used)
         self._gauge("kv_pages_cached", "Free pages with content", lambda s: s.pool.cached)
         self._gauge("kv_pages_total", "KV pages of the pool", lambda s: s.pool.total)

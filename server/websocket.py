@@ -22,6 +22,7 @@ from server.format import usage_body
 from server.openai import Generation, prepare_chat, prepare_completion
 from server.protocol import ChatRequest, CompletionRequest, decode
 from server.streams import deltas_of, logger
+from server.tenants import client_of
 
 # Requests that may wait on a connection behind the one being answered.
 QUEUE = 8
@@ -124,11 +125,11 @@ class Connection:
             chat, _ = decode(body, ChatRequest)
             _refuse(chat)
             chat = msgspec.structs.replace(chat, model=chat.model or model, stream_options=None)
-            return await prepare_chat(self._engine, chat)
+            return await prepare_chat(self._engine, chat, client_of(self._socket))
         plain, _ = decode(body, CompletionRequest)
         _refuse(plain)
         plain = msgspec.structs.replace(plain, model=plain.model or model, stream_options=None)
-        return await prepare_completion(self._engine, plain)
+        return await prepare_completion(self._engine, plain, client_of(self._socket))
 
     async def _fail(self, error: Exception) -> None:
         status, body, _ = describe(error)

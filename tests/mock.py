@@ -5,19 +5,25 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from engine.config import PolicyName
 from engine.engine import AsyncEngine
 from engine.execution.stepper import ThreadStepper
 from engine.loading import Parts
+from engine.scheduling.admission import Limits
+from engine.scheduling.cold import ColdIndex
+from engine.scheduling.cost import FLAT, CostModel, Profile
 from engine.scheduling.pages import PagePool
-from engine.scheduling.policy import Limits
-from engine.scheduling.scheduler import Plan, Scheduler, SchedulerLimits, StepResult
+from engine.scheduling.plan import Chunk, Move, Plan, StepResult
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.text.tokenizer import Tokenizer, byte_alphabet
-from engine.types import MonotonicClock
+from engine.types import Clock, MonotonicClock
 
 EOS = 256
 VOCAB = 257
@@ -53,47 +59,107 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@dataclass
+class MockFilled:
+    """What a step needs that the plan may not say any more when it runs."""
+
+    plan: Plan
+    decodes: list[tuple[int, list[int], int]]
+    chunks: list[tuple[int, list[int], list[int], Chunk]]
+
+
 class MockExecutor:
     """Keeps token ids where a model keeps keys and values, and reads its context from there."""
 
     def __init__(self, pages: int, page_size: int, choose: Callable[[list[int]], int]) -> None:
         self.page_size = page_size
         self.kv = np.full((pages, page_size), -1, np.int64)
+        self.cold: dict[int, np.ndarray[Any, Any]] = {}
         self.choose = choose
         self.delay = 0.0
         self.error: Exception | None = None
         self.plans: list[Plan] = []
-        self._rows: list[list[int] | int] = []
+        self._last: dict[int, int] = {}
 
-    def fill(self, plan: Plan) -> None:
+    def fill(self, plan: Plan) -> MockFilled:
         self.plans.append(plan)
-        self._rows = []
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            for position in range(chunk.start, chunk.start + chunk.count):
-                page, offset = divmod(position, self.page_size)
-                self.kv[sequence.pages[page], offset] = sequence.tokens[position]
-            end = chunk.start + chunk.count
-            context = [
-                int(self.kv[sequence.pages[i // self.page_size], i % self.page_size])
-                for i in range(end)
-            ]
-            for position in range(end - chunk.rows, end):
-                last = position == end - 1 and chunk.sample
-                self._rows.append(context if last else sequence.tokens[position + 1])
+        decodes = [(s.slot, list(s.pages), s.scheduled - 1) for s in plan.decodes]
+        chunks = [
+            (c.sequence.slot, list(c.sequence.pages), list(c.sequence.tokens), c)
+            for c in plan.chunks
+        ]
+        return MockFilled(plan, decodes, chunks)
 
-    def run(self) -> StepResult:
+    def run(self, filled: MockFilled) -> StepResult:
         time.sleep(self.delay)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        ids = [row if isinstance(row, int) else self.choose(row) for row in self._rows]
+        for kind, source, target in filled.plan.moves:
+            self._move(kind, source, target)
+        # All is written before anything is read, as in a model's layer.
+        for slot, pages, position in filled.decodes:
+            self._write(pages, position, self._last[slot])
+        for _, pages, tokens, chunk in filled.chunks:
+            if chunk.write:
+                for position in range(chunk.start, chunk.start + chunk.count):
+                    self._write(pages, position, tokens[position])
+        ids = []
+        for slot, pages, position in filled.decodes:
+            ids.append(self._draw(slot, pages, position + 1))
+        for slot, pages, tokens, chunk in filled.chunks:
+            end = chunk.start + chunk.count
+            for position in range(end - chunk.rows, end):
+                last = position == end - 1 and chunk.sample
+                ids.append(self._draw(slot, pages, end) if last else tokens[position + 1])
         logprobs: list[float | None] = [-0.5] * len(ids)
         top = [[(i, -0.5), (0, -1.5)] for i in ids]
-        return StepResult(ids, logprobs, top, {"forward": 0.0, "sample": 0.0})
+        return StepResult(ids, logprobs, top, {"forward": 0.0, "sample": 0.0, "move": 0.0})
 
     def close(self) -> None:
         pass
+
+    def _draw(self, slot: int, pages: list[int], end: int) -> int:
+        whole = self.kv[pages[: -(-end // self.page_size)]].reshape(-1)[:end].tolist()
+        assert min(whole) >= 0, "a position is read that nobody wrote"
+        self._last[slot] = self.choose(whole)
+        return self._last[slot]
+
+    def _write(self, pages: list[int], position: int, token: int) -> None:
+        page, offset = divmod(position, self.page_size)
+        self.kv[pages[page], offset] = token
+
+    def _move(self, kind: Move, source: int, target: int) -> None:
+        if kind is Move.COPY:
+            self.kv[target] = self.kv[source]
+        elif kind is Move.DEMOTE:
+            self.cold[target] = self.kv[source].copy()
+        elif kind is Move.RESTORE:
+            self.kv[target] = self.cold[source]
+        else:
+            self.kv[source] = -1
+
+
+def mock_scheduler(
+    pages: int,
+    page_size: int,
+    clock: Clock,
+    *,
+    step_tokens: int = 32,
+    running: int = 8,
+    cold_slots: int = 0,
+    eviction: PolicyName = "lru",
+    profile: Profile = FLAT,
+    **limits: Any,
+) -> Scheduler:
+    """The real scheduler over a small pool."""
+    return Scheduler(
+        PagePool(pages, page_size, eviction),
+        SchedulerLimits(step_tokens, running, **limits),
+        clock,
+        CostModel(profile),
+        cold=ColdIndex(cold_slots, 1.0),
+    )
 
 
 def mock_engine(
@@ -108,22 +174,25 @@ def mock_engine(
     choose: Callable[[list[int]], int] = next_token,
     chat_template: str | None = CHAT,
     stall_seconds: float = 30.0,
+    look_ahead: bool = True,
 ) -> tuple[AsyncEngine, MockExecutor]:
     """An engine around the mock model; the real loop, scheduler, pages and streams."""
     executor = MockExecutor(pages, page_size, choose)
 
     def parts() -> Parts:
         clock = MonotonicClock()
-        limits = SchedulerLimits(max_batch_tokens, max_running, max_batch_tokens)
         return Parts(
             model_name="mock",
             tokenizer=byte_tokenizer(chat_template),
             vocab_size=VOCAB,
-            scheduler=Scheduler(PagePool(pages, page_size), limits, clock),
+            scheduler=mock_scheduler(
+                pages, page_size, clock, step_tokens=max_batch_tokens, running=max_running
+            ),
             stepper=ThreadStepper(executor),
             limits=Limits(min(context, pages * page_size), max_waiting, max_waiting_tokens),
             fingerprint=b"mock",
             clock=clock,
         )
 
-    return AsyncEngine(parts, seeds=lambda: 7, stall_seconds=stall_seconds), executor
+    engine = AsyncEngine(parts, seeds=lambda: 7, stall_seconds=stall_seconds, look_ahead=look_ahead)
+    return engine, executor

@@ -1,4 +1,4 @@
-"""Token histories for penalties, kept up to date as sequences grow."""
+"""Token histories for penalties, kept where tokens are drawn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ class Histories:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._slots: dict[int, tuple[Int32, Bool]] = {}
-        self._counted: dict[int, int] = {}
 
     def enter(self, sequence: Sequence) -> None:
         """Start over at the sequence's slot; whatever it held before is forgotten."""
@@ -22,18 +21,22 @@ class Histories:
         if sequence.request.sampling.has_penalties:
             counts = np.zeros(self._vocab_size, np.int32)
             seen = np.zeros(self._vocab_size, np.bool_)
-            seen[sequence.tokens[: sequence.prompt_length]] = True
+            seen[sequence.tokens] = True
+            for token in sequence.tokens[sequence.prompt_length :]:
+                counts[token] += 1
             self._slots[sequence.slot] = (counts, seen)
-            self._counted[sequence.slot] = sequence.prompt_length
 
-    def penalty(self, sequence: Sequence, row: int) -> Penalty | None:
-        """The history of the sequence up to now, for logits row `row`; None without penalties."""
-        held = self._slots.get(sequence.slot)
-        if held is None:
-            return None
-        counts, seen = held
-        for token in sequence.tokens[self._counted[sequence.slot] :]:
-            counts[token] += 1
-            seen[token] = True
-        self._counted[sequence.slot] = len(sequence.tokens)
-        return Penalty(row, counts, seen)
+    def penalty(self, slot: int, row: int) -> Penalty | None:
+        """The history at a slot, for logits row `row`; None without penalties."""
+        held = self._slots.get(slot)
+        return None if held is None else Penalty(row, *held)
+
+    def add(self, slots: list[int], tokens: list[int]) -> None:
+        """Note the tokens that a step drew."""
+        if not self._slots:
+            return
+        for slot, token in zip(slots, tokens, strict=True):
+            held = self._slots.get(slot)
+            if held is not None:
+                held[0][token] += 1
+                held[1][token] = True

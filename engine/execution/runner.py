@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.execution.cache import Cache
 from engine.execution.history import Histories
-from engine.scheduling.scheduler import Plan, StepResult
+from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from kernels.backend import Backend, Program
 from kernels.batch import Batch, Sampling, counter_uniform
@@ -28,102 +29,211 @@ INTS = ("top_k", "logprobs", "prompt_logprobs")
 
 @dataclass(frozen=True)
 class StagingShape:
-    """What the staging buffers hold at most."""
+    """What the staging buffers hold at most. The page behind the pool's last one takes what is
+    written for nobody."""
 
-    tokens: int
     slots: int
+    pages: int
     pages_per_sequence: int
     page_size: int
     vocab_size: int
 
 
-class Runner:
-    """Fills staging buffers that are allocated once; per-sequence values live at its slot."""
+@dataclass(slots=True)
+class Filled:
+    """A step that is ready to run. The tokens of the first `fed` rows are those last drawn at
+    their slots; `drawn` are the logits rows that draw, for `slots`."""
 
-    def __init__(self, backend: Backend, program: Program, shape: StagingShape) -> None:
+    batch: Batch
+    sampling: Sampling
+    fed: int
+    drawn: list[int]
+    slots: list[int]
+    moves: list[tuple[Move, int, int]]
+
+
+class Runner:
+    """Per-sequence values live at its slot; a step's arrays are its own, so that the next step can
+    be filled while it runs."""
+
+    def __init__(
+        self, backend: Backend, program: Program, cache: Cache, shape: StagingShape
+    ) -> None:
         self._backend = backend
         self._program = program
+        self._cache = cache
         self._shape = shape
         slots = shape.slots
         self._page_table = np.zeros((slots, shape.pages_per_sequence), np.int32)
         self._pages_written = [0] * slots
         self._seed = np.zeros(slots, np.uint64)
+        # The token last drawn at each slot: the next step's input, also if nobody has seen it yet.
+        self._last_ids = np.zeros(slots, np.int64)
         # One gather a matrix picks the parameters of a step's rows: `[parameter, slot]`.
         self._floats = np.zeros((len(FLOATS), slots), np.float32)
         self._ints = np.zeros((len(INTS), slots), np.int32)
         self._edits = [False] * slots
         self._histories = Histories(shape.vocab_size)
-        self._batch: Batch
-        self._sampling: Sampling
-        # The last step's sequences, if each of them only decoded, with nothing that changes.
+        # The last step, if it only decoded and nothing but positions changes in the next.
         self._decoding: list[Sequence] = []
+        self._last: Filled | None = None
 
-    def fill(self, plan: Plan) -> None:
+    def fill(self, plan: Plan) -> Filled:
         """Copy everything the step needs out of the plan; the plan may change afterwards."""
         for sequence in plan.admitted:
             self._enter(sequence)
-        if not plan.admitted and self._advance(plan):
-            return
-        self._decoding = []
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts = [0]
-        for chunk in plan.chunks:
-            sequence, end = chunk.sequence, chunk.start + chunk.count
-            tokens += sequence.tokens[chunk.start : end]
-            positions += range(chunk.start, end)
-            starts.append(len(tokens))
-            slots.append(sequence.slot)
+        for sequence in plan.grown:
             self._write_pages(sequence)
-        self._batch = self._make_batch(tokens, positions, slots, starts, plan)
-        self._sampling = self._make_sampling(plan)
-        if self._is_plain(plan):
-            self._decoding = [c.sequence for c in plan.chunks]
+        decodes = plan.decodes
+        if self._last is not None and not plan.chunks and decodes == self._decoding:
+            filled = self._advance(self._last, plan)
+        else:
+            filled = self._fill(plan)
+        plain = not plan.chunks and not any(self._edits[s.slot] for s in decodes)
+        self._last, self._decoding = (filled, decodes) if plain else (None, [])
+        return filled
 
-    def run(self) -> StepResult:
-        """Execute the filled step."""
+    def run(self, filled: Filled) -> StepResult:
+        """Execute a filled step."""
+        batch, fed = filled.batch, filled.fed
         start = time.perf_counter()
-        self._program.forward(self._batch)
+        seconds = {}
+        if filled.moves:
+            self._cache.move(filled.moves)
+            begin, start = start, time.perf_counter()
+            seconds["move"] = start - begin
+        batch.token_ids[:fed] = self._last_ids[batch.table_rows[:fed]]
+        self._program.forward(batch)
         middle = time.perf_counter()
-        samples = self._program.sample(self._sampling)
+        samples = self._program.sample(filled.sampling)
+        ids = samples.ids
+        drawn = ids if len(ids) == len(filled.slots) else [ids[row] for row in filled.drawn]
+        self._last_ids[filled.slots] = drawn
+        self._histories.add(filled.slots, drawn)
         end = time.perf_counter()
-        seconds = {"forward": middle - start, "sample": end - middle}
-        return StepResult(samples.ids, samples.logprobs, samples.top, seconds)
+        seconds["forward"], seconds["sample"] = middle - start, end - middle
+        return StepResult(ids, samples.logprobs, samples.top, seconds)
 
     def close(self) -> None:
         """Release the device."""
+        self._cache.close()
         self._backend.close()
 
-    def _is_plain(self, plan: Plan) -> bool:
-        """Whether all chunks decode one token, without biases or histories."""
-        return all(
-            c.count == 1 and c.sample and not self._edits[c.sequence.slot]
-            and not c.sequence.request.sampling.has_penalties
-            for c in plan.chunks
-        )  # fmt: skip
+    def _advance(self, last: Filled, plan: Plan) -> Filled:
+        """The last step again, one token further: most steps are that."""
+        before, size = last.batch, self._shape.page_size
+        place = before.positions + 1
+        pages = self._page_table[before.table_rows, place // size]
+        batch = Batch(
+            token_ids=np.empty_like(before.token_ids),
+            positions=place,
+            kv_slots=pages * np.int64(size) + place % size,
+            query_starts=before.query_starts,
+            context_lengths=before.context_lengths + np.int32(1),
+            table_rows=before.table_rows,
+            page_table=self._page_table,
+            sample_rows=before.sample_rows,
+        )
+        sampling = last.sampling
+        if sampling.drawn:
+            uniform = counter_uniform(self._seed[before.table_rows], place + 1)
+            sampling = sampling.with_uniform(uniform)
+        return Filled(batch, sampling, last.fed, last.drawn, last.slots, plan.moves)
 
-    def _advance(self, plan: Plan) -> bool:
-        """Fill a step of the last one's sequences, one token further: most steps are that."""
-        chunks, decoding = plan.chunks, self._decoding
-        if not decoding or len(chunks) != len(decoding):
-            return False
-        for chunk, sequence in zip(chunks, decoding, strict=True):
-            if chunk.sequence is not sequence:
-                return False
-        batch, size = self._batch, self._shape.page_size
-        for sequence in decoding:
+    def _fill(self, plan: Plan) -> Filled:
+        size, decodes = self._shape.page_size, plan.decodes
+        fed = len(decodes)
+        slots = [s.slot for s in decodes]
+        positions = [s.scheduled - 1 for s in decodes]
+        tokens = [0] * fed
+        lengths = [s.scheduled for s in decodes]
+        starts = list(range(fed + 1))
+        sample_rows = list(range(fed))
+        unwritten: list[int] = []
+        for chunk in plan.chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.count
             self._write_pages(sequence)
-        batch.token_ids[:] = [sequence.tokens[-1] for sequence in decoding]
-        place = batch.positions
-        place += 1
-        np.add(batch.context_lengths, 1, out=batch.context_lengths)
-        pages = self._page_table[batch.table_rows, place // size]
-        np.add(pages * size, place % size, out=batch.kv_slots)
-        sampling = self._sampling
-        if sampling.temperature.any():
-            sampling.uniform = counter_uniform(self._seed[batch.table_rows], place + 1)
-        return True
+            if not chunk.write:
+                unwritten += range(len(tokens), len(tokens) + chunk.count)
+            tokens += sequence.tokens[chunk.start : end]
+            positions += range(chunk.start, end)
+            starts.append(len(tokens))
+            sample_rows += range(len(tokens) - chunk.rows, len(tokens))
+            slots.append(sequence.slot)
+            lengths.append(end)
+        place = np.array(positions, np.int64)
+        query_starts = np.array(starts, np.int32)
+        table_rows = np.array(slots, np.int32)
+        row_slots = table_rows if not plan.chunks else np.repeat(table_rows, np.diff(query_starts))
+        pages = self._page_table[row_slots, place // size].astype(np.int64)
+        kv_slots = pages * size + place % size
+        if unwritten:
+            kv_slots[unwritten] = self._shape.pages * size
+        batch = Batch(
+            token_ids=np.array(tokens, np.int64),
+            positions=place,
+            kv_slots=kv_slots,
+            query_starts=query_starts,
+            context_lengths=np.array(lengths, np.int32),
+            table_rows=table_rows,
+            page_table=self._page_table,
+            sample_rows=np.array(sample_rows, np.int64),
+        )
+        return self._with_sampling(batch, plan)
+
+    def _with_sampling(self, batch: Batch, plan: Plan) -> Filled:
+        """Parameters of every logits row: of those that draw, and those that score a prompt."""
+        decodes = plan.decodes
+        fed = len(decodes)
+        targets = [-1] * fed
+        places = [s.scheduled for s in decodes]
+        slots = [s.slot for s in decodes]
+        drawn, scored = list(range(fed)), list[int]()
+        drawing = [(row, s, s.scheduled) for row, s in enumerate(decodes)]
+        drawn_slots = list(slots)
+        for chunk in plan.chunks:
+            if not chunk.rows:
+                continue
+            sequence, end = chunk.sequence, chunk.start + chunk.count
+            first, row = end - chunk.rows + 1, len(targets)
+            targets += sequence.tokens[first : end + 1 - chunk.sample]
+            scored += range(row, len(targets))
+            if chunk.sample:
+                drawn.append(len(targets))
+                drawn_slots.append(sequence.slot)
+                drawing.append((len(targets), sequence, end))
+                targets.append(-1)
+            places += range(first, end + 1)
+            slots += [sequence.slot] * chunk.rows
+        bias: tuple[list[int], list[int], list[float]] = ([], [], [])
+        penalties = []
+        for row, sequence, place in drawing:
+            if self._edits[sequence.slot]:
+                _add_bias(sequence, row, place - sequence.prompt_length, bias)
+            if (penalty := self._histories.penalty(sequence.slot, row)) is not None:
+                penalties.append(penalty)
+        rows = np.array(slots, np.int64)
+        floats, ints = self._floats.take(rows, axis=1), self._ints.take(rows, axis=1)
+        top_k, top_logprobs, prompt_logprobs = ints
+        if scored:
+            top_logprobs[scored] = prompt_logprobs[scored]
+        draws = bool(floats[0].any())
+        sampling = Sampling(
+            targets=np.array(targets, np.int64),
+            **dict(zip(FLOATS, floats, strict=True)),
+            top_k=top_k,
+            uniform=(
+                counter_uniform(self._seed[rows], np.array(places, np.int64))
+                if draws
+                else np.zeros(len(rows))
+            ),
+            top_logprobs=top_logprobs,
+            bias_rows=bias[0],
+            bias_ids=bias[1],
+            bias_values=bias[2],
+            penalties=penalties,
+        )
+        return Filled(batch, sampling, fed, drawn, drawn_slots, plan.moves)
 
     def _enter(self, sequence: Sequence) -> None:
         """Write what stays the same while a sequence holds its slot."""
@@ -156,91 +266,17 @@ class Runner:
             self._page_table[slot, written:count] = sequence.pages[written:]
             self._pages_written[slot] = count
 
-    def _make_batch(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        slots: list[int],
-        starts: list[int],
-        plan: Plan,
-    ) -> Batch:
-        size = self._shape.page_size
-        place = np.array(positions, np.int64)
-        query_starts = np.array(starts, np.int32)
-        table_rows = np.array(slots, np.int32)
-        decodes_only = len(positions) == len(slots)
-        row_slots = table_rows if decodes_only else np.repeat(table_rows, np.diff(query_starts))
-        pages = self._page_table[row_slots, place // size].astype(np.int64)
-        lengths = [chunk.start + chunk.count for chunk in plan.chunks]
-        sample_rows: list[int] = []
-        for chunk, end in zip(plan.chunks, starts[1:], strict=True):
-            if chunk.rows == 1:
-                sample_rows.append(end - 1)
-            elif chunk.rows:
-                sample_rows += range(end - chunk.rows, end)
-        return Batch(
-            token_ids=np.array(tokens, np.int64),
-            positions=place,
-            kv_slots=pages * size + place % size,
-            query_starts=query_starts,
-            context_lengths=np.array(lengths, np.int32),
-            table_rows=table_rows,
-            page_table=self._page_table,
-            sample_rows=np.array(sample_rows, np.int64),
-        )
 
-    def _make_sampling(self, plan: Plan) -> Sampling:
-        targets: list[int] = []
-        places: list[int] = []
-        slots: list[int] = []
-        scored: list[int] = []
-        bias: tuple[list[int], list[int], list[float]] = ([], [], [])
-        penalties = []
-        for chunk in plan.chunks:
-            if not chunk.rows:
-                continue
-            sequence, slot = chunk.sequence, chunk.sequence.slot
-            end = chunk.start + chunk.count
-            first = end - chunk.rows + 1
-            if chunk.rows > 1 or not chunk.sample:
-                scored += range(len(targets), len(targets) + chunk.rows - chunk.sample)
-            targets += sequence.tokens[first : end + 1]
-            if chunk.sample:
-                if self._edits[slot]:
-                    _add_bias(sequence, len(targets), bias)
-                if (penalty := self._histories.penalty(sequence, len(targets))) is not None:
-                    penalties.append(penalty)
-                targets.append(-1)
-            places += range(first, end + 1)
-            slots += [slot] * chunk.rows
-        rows = np.array(slots, np.int64)
-        floats, ints = self._floats.take(rows, axis=1), self._ints.take(rows, axis=1)
-        top_k, top_logprobs, prompt_logprobs = ints
-        if scored:
-            top_logprobs[scored] = prompt_logprobs[scored]
-        drawn = bool(floats[0].any())
-        return Sampling(
-            targets=np.array(targets, np.int64),
-            **dict(zip(FLOATS, floats, strict=True)),
-            top_k=top_k,
-            uniform=(
-                counter_uniform(self._seed[rows], np.array(places, np.int64))
-                if drawn
-                else np.zeros(len(rows))
-            ),
-            top_logprobs=top_logprobs,
-            bias_rows=bias[0],
-            bias_ids=bias[1],
-            bias_values=bias[2],
-            penalties=penalties,
-        )
-
-
-def _add_bias(sequence: Sequence, row: int, bias: tuple[list[int], list[int], list[float]]) -> None:
+def _add_bias(
+    sequence: Sequence,
+    row: int,
+    generated: int,
+    bias: tuple[list[int], list[int], list[float]],
+) -> None:
     """The request's logit bias, and no end of sequence before `min_tokens`."""
     sampling = sequence.request.sampling
     addends = dict(sampling.logit_bias)
-    if sequence.generated < sampling.min_tokens:
+    if generated < sampling.min_tokens:
         ends = {*sampling.stop_token_ids, *sequence.request.eos_token_ids}
         addends.update(dict.fromkeys(ends, float("-inf")))
     bias[0].extend([row] * len(addends))

@@ -1,4 +1,4 @@
-"""Runs steps away from the event loop, one at a time.
+"""Runs steps away from the event loop, in the order in which they were submitted.
 
 A `Stepper` is the seam between the loop and whatever executes: a thread in this process, ranks in
 others, a simulator. It never blocks the loop: `fileno()` becomes readable when a result is there.
@@ -10,24 +10,32 @@ import os
 import queue
 import threading
 import time
-from typing import Protocol
+from collections import deque
+from typing import Generic, Protocol, TypeVar
 
 from engine.errors import EngineFailed
-from engine.scheduling.scheduler import Plan, StepResult
+from engine.scheduling.plan import Plan, StepResult
 
 # How long closing waits for the step under way.
 CLOSE_SECONDS = 10.0
 
+F = TypeVar("F")
+
 
 class Stepper(Protocol):
-    """At most one step is under way."""
+    """One step runs at a time; others may wait behind it."""
 
     def submit(self, plan: Plan) -> None:
-        """Take what the plan needs, start the step, return at once."""
+        """Take what the plan needs, start the step when those before it have ended, return at
+        once."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether a step has finished whose result was not taken yet."""
         ...
 
     def result(self) -> StepResult:
-        """The finished step's result, or the exception that it raised."""
+        """The oldest finished step's result, or the exception that it raised."""
         ...
 
     def fileno(self) -> int:
@@ -35,28 +43,27 @@ class Stepper(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for the step under way and release everything. EngineFailed if it hangs."""
+        """Wait for the steps under way and release everything. EngineFailed if one hangs."""
         ...
 
 
-class Executor(Protocol):
+class Executor(Protocol[F]):
     """What a `ThreadStepper` drives: `fill` on the caller's thread, `run` on the step thread."""
 
-    def fill(self, plan: Plan) -> None: ...
+    def fill(self, plan: Plan) -> F: ...
 
-    def run(self) -> StepResult: ...
+    def run(self, filled: F) -> StepResult: ...
 
     def close(self) -> None: ...
 
 
-class ThreadStepper:
+class ThreadStepper(Generic[F]):
     """Steps an executor on a dedicated thread; a pipe wakes the loop."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor[F]) -> None:
         self._executor = executor
-        self._work: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._outcome: StepResult | BaseException | None = None
-        self._fill_seconds = 0.0
+        self._work: queue.SimpleQueue[tuple[F, float] | None] = queue.SimpleQueue()
+        self._outcomes: deque[StepResult | BaseException] = deque()
         self._read, self._write = os.pipe()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="ryzanstein-step", daemon=True)
@@ -64,17 +71,17 @@ class ThreadStepper:
 
     def submit(self, plan: Plan) -> None:
         start = time.perf_counter()
-        self._executor.fill(plan)
-        self._fill_seconds = time.perf_counter() - start
-        self._work.put(True)
+        filled = self._executor.fill(plan)
+        self._work.put((filled, time.perf_counter() - start))
+
+    def ready(self) -> bool:
+        return bool(self._outcomes)
 
     def result(self) -> StepResult:
         os.read(self._read, 1)
-        outcome, self._outcome = self._outcome, None
+        outcome = self._outcomes.popleft()
         if isinstance(outcome, BaseException):
             raise outcome
-        assert outcome is not None
-        outcome.seconds["fill"] = self._fill_seconds
         return outcome
 
     def fileno(self) -> int:
@@ -84,7 +91,7 @@ class ThreadStepper:
         if self._closed:
             return
         self._closed = True
-        self._work.put(False)
+        self._work.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             raise EngineFailed("the step under way hangs; it was left behind")
@@ -93,9 +100,12 @@ class ThreadStepper:
         self._executor.close()
 
     def _loop(self) -> None:
-        while self._work.get():
+        while (work := self._work.get()) is not None:
+            filled, fill_seconds = work
             try:
-                self._outcome = self._executor.run()
+                result = self._executor.run(filled)
+                result.seconds["fill"] = fill_seconds
+                self._outcomes.append(result)
             except BaseException as error:  # noqa: BLE001  (handed to the loop, which raises it)
-                self._outcome = error
+                self._outcomes.append(error)
             os.write(self._write, b"\0")

@@ -1,16 +1,19 @@
 """KV pages and the prefix cache, as one structure.
 
 A page's content is named by a hash chain, so a prefix is found by looking up its pages' hashes. A
-freed page keeps its hash until it is reused: the free list, in order of release, is the cache.
-The idea of hashing full pages comes from vLLM's prefix caching (arXiv 2309.06180).
+freed page keeps its names until it is reused: the free pages, in the order of eviction, are the
+cache. The idea of hashing full pages comes from vLLM's prefix caching (arXiv 2309.06180). The page
+that a prompt ends in has a name too, so that whoever repeats the prompt can copy it.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
+
+from engine.config import PolicyName
+from engine.scheduling.eviction import Adaptive, Order, Record
 
 
 def chain_root(namespace: bytes, fingerprint: bytes) -> bytes:
@@ -20,79 +23,109 @@ def chain_root(namespace: bytes, fingerprint: bytes) -> bytes:
 
 
 def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The hash of one full page of `tokens` that follows `parent`."""
+    """The hash of one page of `tokens` that follows `parent`; the last one may be short."""
     return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
 
 
 class PagePool:
-    """Reference-counted pages. A page is held, or free; a free one may still be cached."""
+    """Reference-counted pages. A page is held, or free, or parked (its memory given back); a free
+    one may still be cached."""
 
-    def __init__(self, pages: int, page_size: int) -> None:
+    def __init__(self, pages: int, page_size: int, policy: PolicyName = "lru") -> None:
         self.total = pages
         self.page_size = page_size
         self.evictions = 0
+        # Called with (page, names, depth) when content that can still be found is about to go.
+        self.on_evict: Callable[[int, tuple[bytes, ...], int], None] = lambda *_: None
         self._references = [0] * pages
-        self._hashes: list[bytes | None] = [None] * pages
-        self._by_hash: dict[bytes, int] = {}
-        # Oldest release first: the order in which pages are reused.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
-        self._cached = 0
+        self._names: list[tuple[bytes, ...]] = [()] * pages
+        self._records = [Record() for _ in range(pages)]
+        self._by_name: dict[bytes, int] = {}
+        # Free pages without content; low numbers are handed out first.
+        self._blank = list(range(pages - 1, -1, -1))
+        self._adaptive = Adaptive(pages) if policy == "adaptive" else None
+        self._order = Order("lru" if policy == "adaptive" else policy)
+        self._parked: set[int] = set()
+        self._clock = 0
 
     @property
     def free(self) -> int:
         """Pages that can be allocated, cached ones included."""
-        return len(self._free)
+        return len(self._blank) + len(self._order)
 
     @property
     def used(self) -> int:
         """Pages that some sequence holds."""
-        return self.total - len(self._free)
+        return self.total - len(self._parked) - self.free
 
     @property
     def cached(self) -> int:
         """Free pages whose content can still be found."""
-        return self._cached
+        return len(self._order)
+
+    @property
+    def available(self) -> int:
+        """Pages that are not parked."""
+        return self.total - len(self._parked)
+
+    @property
+    def policy(self) -> str:
+        """The policy that decides just now."""
+        return self._order.policy
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether content of this name is here."""
+        return digest in self._by_name
+
+    def acquire(self, digest: bytes) -> int | None:
+        """The page of this name with a reference taken, or None."""
+        page = self._by_name.get(digest)
+        if page is None:
+            return None
+        if self._references[page] == 0:
+            self._order.remove(page)
+        self._references[page] += 1
+        record = self._records[page]
+        record.hits += 1
+        record.visited = True
+        if self._adaptive is not None:
+            self._follow(digest, record.depth)
+        return page
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The longest run of published pages for `hashes`, each with a reference taken."""
+        """The longest run of pages with these names, each with a reference taken."""
         matched = []
         for digest in hashes:
-            page = self._by_hash.get(digest)
+            page = self.acquire(digest)
             if page is None:
                 break
-            if self._references[page] == 0:
-                del self._free[page]
-                self._cached -= 1
-            self._references[page] += 1
             matched.append(page)
         return matched
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, forgetting the longest unused cached content; None if too few."""
-        if count > len(self._free):
+        """`count` pages, forgetting the cached content that is worth least; None if too few."""
+        if count > self.free:
             return None
         pages = []
         for _ in range(count):
-            page, _ = self._free.popitem(last=False)
-            digest = self._hashes[page]
-            if digest is not None:
-                del self._by_hash[digest]
-                self._hashes[page] = None
-                self._cached -= 1
-                self.evictions += 1
+            page = self._blank.pop() if self._blank else self._evict()
             self._references[page] = 1
             pages.append(page)
         return pages
 
-    def publish(self, page: int, digest: bytes) -> None:
-        """Make a held page's content findable, once it has been computed.
-
-        If the same content is already published elsewhere, that page stays the findable one.
+    def publish(self, page: int, digest: bytes, depth: int = 0) -> None:
+        """Make a held page's content findable, once it has been computed; a page can have several
+        names. If the same content is already published elsewhere, that page stays the one found.
         """
         assert self._references[page] > 0
-        if digest not in self._by_hash and self._hashes[page] is None:
-            self._by_hash[digest] = page
-            self._hashes[page] = digest
+        if digest in self._by_name:
+            return
+        if not self._names[page]:
+            self._records[page] = Record(depth=depth, born=self._tick())
+            if self._adaptive is not None:
+                self._follow(digest, depth)
+        self._by_name[digest] = page
+        self._names[page] += (digest,)
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one reference to each page. Later pages of a chain are reused first, since a
@@ -101,12 +134,35 @@ class PagePool:
             self._references[page] -= 1
             assert self._references[page] >= 0
             if self._references[page] == 0:
-                self._free[page] = None
-                if self._hashes[page] is None:
-                    # Nothing is lost by reusing it at once.
-                    self._free.move_to_end(page, last=False)
+                if self._names[page]:
+                    record = self._records[page]
+                    record.used = self._tick()
+                    self._order.add(page, record)
                 else:
-                    self._cached += 1
+                    self._blank.append(page)
+
+    def park(self, pages: Iterable[int]) -> list[int]:
+        """Take those of `pages` that are free out of use, forgetting what they hold."""
+        blank, parked = set(self._blank), []
+        for page in pages:
+            if page in self._order:
+                self._order.remove(page)
+                self._forget(page)
+            elif page in blank:
+                blank.discard(page)
+            else:
+                continue
+            parked.append(page)
+        self._parked.update(parked)
+        self._blank = [page for page in self._blank if page in blank]
+        return parked
+
+    def unpark(self, count: int) -> list[int]:
+        """Take up to `count` parked pages into use again, lowest first."""
+        pages = sorted(self._parked)[:count]
+        self._parked.difference_update(pages)
+        self._blank = sorted([*self._blank, *pages], reverse=True)
+        return pages
 
     def audit(self, holders: Iterable[Sequence[int]]) -> None:
         """Check every invariant against the page lists of all holders; for tests.
@@ -119,10 +175,36 @@ class PagePool:
             for page in pages:
                 expected[page] += 1
         assert self._references == expected, "reference counts differ from what is held"
-        free = {page for page, count in enumerate(expected) if count == 0}
-        assert set(self._free) == free, "the free list differs from the unreferenced pages"
-        for digest, page in self._by_hash.items():
-            assert self._hashes[page] == digest, "a hash leads to a page with another"
-        cached = sum(1 for page in free if self._hashes[page] is not None)
-        assert self._cached == cached, "the count of cached pages is off"
-        assert sum(h is not None for h in self._hashes) == len(self._by_hash), "a hash is lost"
+        free = set(self._blank) | {p for p in range(self.total) if p in self._order}
+        assert len(free) == self.free, "a page is free twice"
+        assert not free & self._parked, "a parked page is free"
+        unused = {page for page, count in enumerate(expected) if count == 0}
+        assert free | self._parked == unused, "the free pages differ from the unreferenced ones"
+        for digest, page in self._by_name.items():
+            assert digest in self._names[page], "a name leads to a page with others"
+        for page in (*self._blank, *self._parked):
+            assert not self._names[page], "a blank page has a name"
+        assert sum(map(len, self._names)) == len(self._by_name), "a name is lost"
+
+    def _evict(self) -> int:
+        page = self._order.pop()
+        assert isinstance(page, int)
+        self.evictions += 1
+        self._forget(page)
+        return page
+
+    def _forget(self, page: int) -> None:
+        names = self._names[page]
+        self.on_evict(page, names, self._records[page].depth)
+        for digest in names:
+            del self._by_name[digest]
+        self._names[page] = ()
+
+    def _follow(self, digest: bytes, depth: int) -> None:
+        assert self._adaptive is not None
+        self._adaptive.access(digest, depth)
+        self._order.follow(self._adaptive.choice)
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock

@@ -1,66 +1,67 @@
-"""Who may enter, who runs next, and who makes room: key functions and admission rules."""
+"""Who runs next, who makes way, and how much room everybody is going to need."""
 
 from __future__ import annotations
 
+import bisect
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from engine.errors import InvalidRequest, Overloaded
 from engine.scheduling.sequence import Sequence
-from engine.types import Request
+
+# Finished outputs whose lengths say how long the next ones will be, and how many it takes.
+LENGTHS, ENOUGH_LENGTHS = 512, 16
+# The share of observed outputs that an expected length covers.
+COVERED = 0.9
+# How much a second of waiting moves a prompt ahead, in seconds of computing.
+AGEING = 0.25
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one engine holds. `context` bounds prompt plus output, and always fits the pool."""
-
-    context: int
-    max_waiting: int
-    max_waiting_tokens: int
+def prefill_key(sequence: Sequence, now: float, token_seconds: float) -> float:
+    """Order of partial prefills: shortest remaining time first, and whoever waits ages."""
+    remaining = (len(sequence.tokens) - sequence.scheduled) * token_seconds
+    return remaining - AGEING * (now - sequence.request.arrival)
 
 
-def waiting_key(sequence: Sequence) -> tuple[int, float]:
-    """Order of admission: higher priority first, then first come, first served."""
-    return (-sequence.request.priority, sequence.request.arrival)
+def victim_key(sequence: Sequence, page_size: int) -> tuple[float, ...]:
+    """Order of preemption, least first: lowest priority, then who loses least work.
+
+    Pages that were found in the cache are likely to be found again.
+    """
+    lost = sequence.computed - sequence.shared * page_size
+    return (sequence.request.priority, lost, -sequence.request.arrival, -sequence.index)
 
 
-def victim_key(sequence: Sequence) -> tuple[int, float, int]:
-    """Order of preemption, least first: lowest priority, then the latest arrival."""
-    return (sequence.request.priority, -sequence.request.arrival, -sequence.index)
+class OutputLengths:
+    """How long recent outputs were, to discount `max_tokens`."""
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+
+    def record(self, length: int) -> None:
+        """Note a finished output's tokens."""
+        self._recent.append(length)
+        bisect.insort(self._sorted, length)
+        if len(self._recent) > LENGTHS:
+            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
+
+    def expected(self, generated: int, max_tokens: int) -> int:
+        """What an output of `generated` tokens so far is expected to reach in the end."""
+        first = bisect.bisect_right(self._sorted, generated)
+        longer = len(self._sorted) - first
+        if longer < ENOUGH_LENGTHS:
+            return max_tokens
+        return min(max_tokens, self._sorted[first + int(COVERED * longer)])
 
 
-def check_length(prompt_tokens: int, max_tokens: int | None, limits: Limits) -> int:
-    """The request's output budget. Raises InvalidRequest if it can never fit."""
-    if prompt_tokens >= limits.context:
-        raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens, but the context holds {limits.context} "
-            "including at least one token of output; shorten the prompt",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-    room = limits.context - prompt_tokens
-    if max_tokens is not None and max_tokens > room:
-        raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, but the "
-            f"context holds {limits.context}; ask for at most {room}",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
-    return room if max_tokens is None else max_tokens
+def peak_pages(needs: Iterable[tuple[int, int]]) -> int:
+    """The most pages that sequences will hold together, given (held now, still to come) of each.
 
-
-def admit(request: Request, waiting: Iterable[Sequence], limits: Limits) -> None:
-    """Raises Overloaded if the queue is full."""
-    queued = list(waiting)
-    if len(queued) + request.sampling.n > limits.max_waiting:
-        raise Overloaded(
-            f"{len(queued)} sequences are waiting, the limit is {limits.max_waiting}; retry later",
-            retry_after=1.0,
-        )
-    tokens = sum(len(s.tokens) for s in queued) + len(request.prompt_ids) * request.sampling.n
-    if queued and tokens > limits.max_waiting_tokens:
-        raise Overloaded(
-            f"{tokens} tokens would be waiting, the limit is {limits.max_waiting_tokens}; "
-            "retry later",
-            retry_after=1.0,
-        )
+    In the order of who has most to come, the i-th to finish last does so when i are left, each
+    having grown as much (the "past-future" rule of LightLLM, arXiv 2507.10150).
+    """
+    peak = held = 0
+    for rank, (now, remaining) in enumerate(sorted(needs, key=lambda n: -n[1]), start=1):
+        held += now
+        peak = max(peak, held + remaining * rank)
+    return peak

@@ -1,306 +1,401 @@
 """The iteration-level scheduler (Orca, OSDI 2022): what runs in each step, in pure Python.
 
-There are no phases. Every running sequence's `computed` chases its tokens under one budget of rows
-per step, so chunked prefill, prefix hits and recomputation after preemption are the same rule.
+There are no phases. Every running sequence's `scheduled` chases its tokens, under one budget of
+time a step, so chunked prefill, prefix hits and recomputation after preemption are the same rule. A
+step can be planned while the one before it runs; what a step names is given back when it retires.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from engine.errors import ConfigError
+from engine.scheduling.budget import Budget, Pace
+from engine.scheduling.cold import ColdIndex
+from engine.scheduling.cost import CostModel
+from engine.scheduling.deadlines import Deadlines
 from engine.scheduling.pages import PagePool
-from engine.scheduling.policy import victim_key, waiting_key
+from engine.scheduling.plan import Chunk, Move, Plan, StepResult
+from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
+from engine.scheduling.prefixes import Prefixes
+from engine.scheduling.room import Room
 from engine.scheduling.sequence import Sequence, State
+from engine.scheduling.tenants import Account, FairQueue, order_key
 from engine.types import Clock, Decision, TokenLogprob
-
-# Logits of every row are large (a vocabulary each), so a step scores few rows of prompts.
-MAX_SCORED_ROWS = 64
-
-
-@dataclass(slots=True)
-class Chunk:
-    """`count` tokens of a sequence from position `start`; the last `rows` of them give logits.
-
-    `sample` says that the last row draws the next token; other rows score the prompt.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    rows: int
-    sample: bool
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step: chunks in batch order, and the sequences that (re)entered their slots."""
-
-    step: int
-    chunks: list[Chunk] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step gave, one entry per logits row in the plan's order; `seconds` by part."""
-
-    ids: list[int]
-    logprobs: list[float | None]
-    top: list[list[tuple[int, float]]]
-    seconds: dict[str, float]
-
-
-@dataclass(slots=True)
-class Budget:
-    """What is left of a step: rows, rows of prefill, and rows whose logits only score a prompt."""
-
-    rows: int
-    prefill: int
-    scored: int
-
-    def chunk(self, sequence: Sequence, computed: int) -> int:
-        """How many tokens of a sequence the step can still take."""
-        count = len(sequence.tokens) - computed
-        if count > 1:
-            count = min(count, self.rows, self.prefill)
-        elif not self.rows:
-            return 0
-        scoring = sequence.wants_prompt_logprobs and computed < sequence.prompt_length - 1
-        return min(count, self.scored) if scoring else count
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """`max_batch_tokens` rows and `max_running` sequences a step; beside sequences that are
-    decoding, at most `prefill_beside_decodes` rows of prefill, so that their tokens keep coming."""
+    """`max_batch_tokens` rows and `max_running` sequences a step, `max_prefilling` of them still in
+    their prompts; `patience` is the seconds after which a request without a deadline is due."""
 
     max_batch_tokens: int
     max_running: int
-    prefill_beside_decodes: int
+    pace: Pace = field(default_factory=Pace)
+    max_prefilling: int = 8
+    patience: float = 30.0
     prefix_caching: bool = True
+
+
+def _order(sequence: Sequence) -> tuple[float, ...]:
+    return sequence.order
 
 
 class Scheduler:
     """Owns every sequence that is waiting or running, and the pages they hold."""
 
-    def __init__(self, pool: PagePool, limits: SchedulerLimits, clock: Clock) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        limits: SchedulerLimits,
+        clock: Clock,
+        cost: CostModel,
+        *,
+        queue: FairQueue | None = None,
+        cold: ColdIndex | None = None,
+    ) -> None:
+        if limits.max_batch_tokens < limits.max_running + pool.page_size:
+            raise ConfigError(
+                f"scheduler.max_batch_tokens is {limits.max_batch_tokens}; it must hold a row for "
+                f"each of {limits.max_running} sequences and {pool.page_size} prompt tokens"
+            )
         self.pool = pool
         self.limits = limits
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.cost = cost
+        self.queue = queue or FairQueue()
+        self.cold = cold or ColdIndex()
+        self.lengths = OutputLengths()
+        self.deadlines = Deadlines()
+        # Both in order of importance; a sequence decodes once its first token is planned.
+        self.decoding: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.in_flight: deque[Plan] = deque()
         self.preemptions = 0
+        self._prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
+        self._room = Room(self._prefixes, self.queue, self.lengths, limits.max_running)
         self._clock = clock
         self._steps = 0
         self._slots = list(range(limits.max_running - 1, -1, -1))
-        self._blocked: tuple[Sequence, str] | None = None
+        self._entered: set[Sequence] = set()
+        self._making_way: list[Sequence] = []
+        self._freed = 0
+        self._blocked: tuple[Sequence, str, int] | None = None
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return bool(self.waiting or self.running)
+        """Whether a step would do anything, now or when those in flight have retired."""
+        return bool(self.decoding or self.prefilling or len(self.queue) or self.in_flight)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """All that hold a slot."""
+        return [*self.decoding, *self.prefilling]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        bisect.insort(self.waiting, sequence, key=waiting_key)
+        now = self._clock.now()
+        seconds = self.cost.prefill_seconds(sequence.prompt_length, self.limits.max_batch_tokens)
+        sequence.order = order_key(sequence, seconds, self.limits.patience)
+        self.queue.add(sequence, now)
+        self.deadlines.add(sequence)
 
     def plan(self) -> Plan:
-        """Choose the next step: running sequences first, then as many waiting ones as fit."""
+        """Choose the next step: whoever decodes, then prompts as far as time allows. An empty plan
+        means that there is nothing to do before the steps in flight have retired."""
         plan = Plan(self._steps)
+        for sequence in self._making_way:
+            if sequence.state is State.RUNNING:
+                self._preempt(sequence, plan, "its tenant is above its share")
+        self._making_way = []
+        self._plan_decodes(plan)
+        if len(self.queue):
+            self._admit(plan)
+        if self.prefilling:
+            self._plan_prefills(plan)
+        if plan.is_empty:
+            return plan
         self._steps += 1
-        rows = self.limits.max_batch_tokens
-        decoding = sum(len(s.tokens) - s.computed == 1 for s in self.running)
-        prefill = rows
-        if decoding:
-            # Who decodes keeps a row, whatever comes before it.
-            prefill = max(1, min(self.limits.prefill_beside_decodes, rows - decoding))
-        budget = Budget(rows, prefill, MAX_SCORED_ROWS)
-        # In order of importance: who is planned first is safe from making room for later ones.
-        for sequence in list(self.running):
-            if sequence.state is not State.RUNNING:
-                continue  # made room for an earlier one
-            count = budget.chunk(sequence, sequence.computed)
-            if count > 0 and self._grow(sequence, count, plan):
-                self._take(plan, budget, sequence, count)
-        self._admit(plan, budget)
+        prefixes = self._prefixes
+        if prefixes.moves:
+            plan.moves, prefixes.moves = prefixes.moves, []
+            plan.retired_pages += prefixes.sources
+            prefixes.sources = []
+        plan.predicted = self.cost.predict(plan.work)
+        self.in_flight.append(plan)
         return plan
 
-    def commit(self, plan: Plan, result: StepResult) -> list[tuple[Sequence, bool]]:
-        """Apply a step's result. Returns the live sequences it moved, and whether each has a new
+    def commit(self, plan: Plan, result: StepResult) -> list[Sequence]:
+        """Apply the result of the oldest step in flight. Returns the live sequences that have a new
         token. Finished ones have given up their pages and slot."""
-        moved = []
-        row = 0
+        assert plan is self.in_flight[0], "steps retire in order"
+        self.in_flight.popleft()
+        moved = self._commit_decodes(plan, result)
+        row = len(plan.decodes)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             first, row = row, row + chunk.rows
-            if sequence.state is not State.RUNNING:
-                continue  # aborted while the step ran
-            sequence.computed += chunk.count
-            self._publish(sequence)
+            if sequence in plan.dropped:
+                continue
+            sequence.computed = chunk.start + chunk.count
+            self._prefixes.publish(sequence)
             if sequence.wants_prompt_logprobs:
                 self._score_prompt(chunk, result, first)
             if chunk.sample:
+                self._prefixes.publish_tail(sequence)
                 self._append(sequence, result, row - 1)
-            moved.append((sequence, chunk.sample))
+                moved.append(sequence)
+        self._retire(plan)
         return moved
+
+    def observe(self, plan: Plan, result: StepResult, seconds: float) -> None:
+        """Learn from what a step took."""
+        moves = sum(move[0] in (Move.RESTORE, Move.DEMOTE) for move in plan.moves)
+        if moves:
+            self.cold.observe(result.seconds["move"], moves)
+            seconds -= result.seconds["move"]
+        self.cost.observe(plan.work, seconds)
+
+    def discard(self, plan: Plan) -> None:
+        """The oldest step in flight has failed; its sequences have to be ended by the caller."""
+        assert plan is self.in_flight[0], "steps retire in order"
+        self.in_flight.popleft()
+        self.cold.clear()
+        self._retire(plan)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """End a sequence in any state and give back what it holds; a second call does nothing."""
         if sequence.state is State.FINISHED:
             return
         if sequence.state is State.RUNNING:
-            self.running.remove(sequence)
             self._vacate(sequence)
+            if reason in ("stop", "length"):
+                self.lengths.record(sequence.generated)
         else:
-            self.waiting.remove(sequence)
+            self.queue.remove(sequence)
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
+        self.queue.note_idle(sequence.account)
 
     def sequences(self) -> Iterator[Sequence]:
         """Everything that is not finished."""
-        yield from self.running
-        yield from self.waiting
+        yield from self.decoding
+        yield from self.prefilling
+        yield from self.queue
 
-    def audit(self) -> None:
-        """Check every invariant; for tests. Raises AssertionError."""
-        self.pool.audit([s.pages for s in self.running])
-        held = [s.slot for s in self.running]
-        assert sorted(held + self._slots) == list(range(self.limits.max_running)), "a slot is lost"
-        assert all(s.state is State.RUNNING for s in self.running)
-        assert all(s.state is State.WAITING and not s.pages for s in self.waiting)
-        for sequence in self.running:
-            assert sequence.computed < len(sequence.tokens), "a running sequence has nothing to do"
-            assert sequence.computed <= len(sequence.pages) * self.pool.page_size
+    # Planning
 
-    def _admit(self, plan: Plan, budget: Budget) -> None:
-        """Move waiting sequences in, in order, until something does not fit."""
+    def _plan_decodes(self, plan: Plan) -> None:
+        """One row for each sequence that decodes; those that cannot get a page sit out or go."""
+        decodes, context = plan.decodes, 0
+        for sequence in (
+            list(self.decoding) if self.pool.free < len(self.decoding) else self.decoding
+        ):
+            at = sequence.scheduled
+            if at >= sequence.horizon and not self._extend(sequence, plan):
+                continue
+            sequence.scheduled = at + 1
+            context += at
+            decodes.append(sequence)
+        work = plan.work
+        work.decodes = len(decodes)
+        work.pages = context // self.pool.page_size + len(decodes)
+
+    def _extend(self, sequence: Sequence, plan: Plan) -> bool:
+        """Let a sequence that decodes go on, if it has tokens left to draw."""
+        if not sequence.decoding or sequence.scheduled >= sequence.final_length - 1:
+            return False
+        return self._grow(sequence, 1, plan)
+
+    def _plan_prefills(self, plan: Plan) -> None:
+        """Prompts share what is left of the step, shortest remaining first."""
         now = self._clock.now()
-        position = 0
-        while position < len(self.waiting):
-            sequence = self.waiting[position]
-            if (leader := sequence.leader) is not None:
-                if leader.state is State.WAITING or self._computes_prompt(leader):
-                    position += 1
-                    continue
-                sequence.leader = None
-            reason = self._try_admit(sequence, plan, budget)
-            if reason is not None:
-                if self._blocked != (sequence, reason):
-                    self._blocked = (sequence, reason)
-                    plan.decisions.append(Decision("wait", sequence.request.id, reason, now))
+        budget = Budget(self.cost, plan.work, self.limits.pace, self.pool.page_size)
+        budget.begin(self.limits.max_batch_tokens - len(plan.decodes), plan.decodes)
+        token_seconds = self.cost.token_seconds(self.limits.max_batch_tokens)
+        for sequence in sorted(self.prefilling, key=lambda s: prefill_key(s, now, token_seconds)):
+            if sequence.state is not State.RUNNING:
+                continue  # made room for an earlier one
+            if not self._prefixes.catch_up(sequence):
+                continue
+            count = budget.chunk(sequence)
+            if count > 0 and self._grow(sequence, count, plan):
+                self._take(plan, budget, sequence, count)
+
+    def _take(self, plan: Plan, budget: Budget, sequence: Sequence, count: int) -> None:
+        """Put a sequence's next tokens into the plan."""
+        start, length = sequence.scheduled, len(sequence.tokens)
+        sample = start + count == length
+        rows = int(sample)
+        if sequence.wants_prompt_logprobs and start < sequence.prompt_length - 1:
+            rows = count
+        write = start >= sequence.shared * self.pool.page_size
+        chunk = Chunk(sequence, start, count, rows, sample, write)
+        self._prefixes.claim(chunk)
+        plan.chunks.append(chunk)
+        budget.take(chunk)
+        sequence.scheduled = start + count
+        if sequence in self._entered:
+            self._entered.discard(sequence)
+            plan.admitted.append(sequence)
+        if start < sequence.prompt_length and not sequence.preemptions:
+            sequence.account.take_input(count)
+            sequence.account.spend(count)
+        if sample:
+            self.prefilling.remove(sequence)
+            sequence.decoding = True
+            bisect.insort(self.decoding, sequence, key=_order)
+
+    # Admission
+
+    def _admit(self, plan: Plan) -> None:
+        """Move waiting sequences in, the fairest first, until something does not fit."""
+        while len(self.prefilling) < self.limits.max_prefilling:
+            sequence = self.queue.head(_may_run)
+            if sequence is None:
                 return
-            del self.waiting[position]
-            plan.decisions.append(
-                Decision("admit", sequence.request.id, f"{sequence.computed} cached tokens", now)
-            )
+            blocked = self._blocked
+            if blocked is not None and blocked[0] is sequence and blocked[2] == self._freed:
+                return
+            reason = self._room.lacking(sequence, self.running) if self._slots else "batch full"
+            if reason is not None:
+                self._wait(sequence, reason, plan)
+                return
+            self._enter(sequence, plan)
 
-    def _computes_prompt(self, leader: Sequence) -> bool:
-        """Whether a leader is still on its way through the prompt that its followers share."""
-        return leader.state is State.RUNNING and leader.computed < leader.prompt_length
+    def _wait(self, sequence: Sequence, reason: str, plan: Plan) -> None:
+        """Note why the head of the queue waits, and see that its tenant gets its share."""
+        if self._blocked is None or self._blocked[:2] != (sequence, reason):
+            now = self._clock.now()
+            plan.decisions.append(Decision("wait", sequence.request.id, reason, now))
+        self._blocked = (sequence, reason, self._freed)
+        if reason in ("batch full", "no free pages") and not self._is_freeing():
+            victim = self._room.above_share(sequence.account, self.running)
+            if victim is not None:
+                # Not at once: it may be in this plan already.
+                self._making_way.append(victim)
 
-    def _try_admit(self, sequence: Sequence, plan: Plan, budget: Budget) -> str | None:
-        """Give a sequence its slot and pages, or say what is lacking."""
-        if budget.chunk(sequence, 0) <= 0:
-            return "step budget"
-        if not self._slots:
-            return "batch full"
-        size = self.pool.page_size
-        matched: list[int] = []
-        if self.limits.prefix_caching and not sequence.wants_prompt_logprobs:
-            # The last token is always computed: its logits are what the step is for.
-            reusable = (len(sequence.tokens) - 1) // size
-            matched = self.pool.match(sequence.page_hashes(reusable, size))
-        cached = len(matched) * size
-        count = budget.chunk(sequence, cached)
-        # Pages for the whole of it now, not chunk by chunk, or two long prompts could each
-        # hold half the pool and wait for the other.
-        needed = -(-len(sequence.tokens) // size) - len(matched)
-        # A page for each running sequence stays free, or the newcomer would be preempted at once.
-        fits = needed + len(self.running) <= self.pool.free or not self.running
-        fresh = self.pool.allocate(needed) if fits else None
-        if fresh is None:
-            self.pool.release(matched)
-            return "no free pages"
-        sequence.pages = matched + fresh
-        sequence.published = len(matched)
-        sequence.computed = cached
-        if sequence.preemptions == 0:
-            sequence.cached = cached
-            sequence.admitted_at = self._clock.now()
-        sequence.slot = self._slots.pop()
+    def _is_freeing(self) -> bool:
+        return bool(self._making_way) or any(plan.retired_slots for plan in self.in_flight)
+
+    def _enter(self, sequence: Sequence, plan: Plan) -> None:
+        self.queue.remove(sequence)
+        sequence.account.running += 1
         sequence.state = State.RUNNING
-        bisect.insort(self.running, sequence, key=waiting_key)
-        plan.admitted.append(sequence)
-        self._take(plan, budget, sequence, count)
-        return None
+        sequence.slot = self._slots.pop()
+        now = self._clock.now()
+        if sequence.admitted_at is None:
+            sequence.admitted_at = now
+        bisect.insort(self.prefilling, sequence, key=_order)
+        self._entered.add(sequence)
+        self._blocked = None
+        reason = f"{self._prefixes.known_pages(sequence)} pages known"
+        plan.decisions.append(Decision("admit", sequence.request.id, reason, now))
+
+    # Room
 
     def _grow(self, sequence: Sequence, count: int, plan: Plan) -> bool:
         """Make sure pages for `count` more tokens, preempting others if need be.
 
-        Returns False if the sequence itself had to make way.
+        Returns False if the sequence has to sit out: for pages that a step in flight still names,
+        or because it had to make way itself.
         """
-        needed = -(-(sequence.computed + count) // self.pool.page_size) - len(sequence.pages)
-        if needed <= 0:
-            return True
-        while (fresh := self.pool.allocate(needed)) is None:
+        size = self.pool.page_size
+        needed = -(-(sequence.scheduled + count) // size) - len(sequence.pages)
+        while needed > 0 and (fresh := self.pool.allocate(needed)) is None:
+            if sum(len(p) for flying in self.in_flight for p in flying.retired_pages) >= needed:
+                return False
             # Those already in this plan are safe: a victim comes from behind, or is this one.
-            planned = {id(chunk.sequence) for chunk in plan.chunks}
-            candidates = [s for s in self.running if id(s) not in planned]
-            victim = min(candidates, key=victim_key)
-            self._preempt(victim, plan)
+            planned = {*plan.decodes, *(chunk.sequence for chunk in plan.chunks)}
+            candidates = [s for s in self.running if s not in planned]
+            victim = min(candidates, key=lambda s: victim_key(s, size))
+            self._preempt(victim, plan, "no free pages")
             if victim is sequence:
                 return False
-        sequence.pages += fresh
+        if needed > 0:
+            assert fresh is not None
+            sequence.pages += fresh
+            if sequence.decoding:
+                plan.grown.append(sequence)
+        sequence.horizon = min(len(sequence.pages) * size, sequence.final_length - 1)
         return True
 
-    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
+    def _preempt(self, sequence: Sequence, plan: Plan, reason: str) -> None:
         """Send a sequence back to the queue; its published pages may survive until it returns."""
-        self.running.remove(sequence)
         self._vacate(sequence)
         sequence.state = State.WAITING
-        sequence.computed = 0
         sequence.preemptions += 1
         self.preemptions += 1
-        bisect.insort_left(self.waiting, sequence, key=waiting_key)
+        self.queue.put_back(sequence)
         now = self._clock.now()
-        plan.decisions.append(Decision("preempt", sequence.request.id, "no free pages", now))
+        plan.decisions.append(Decision("preempt", sequence.request.id, reason, now))
 
     def _vacate(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages = []
-        sequence.published = 0
-        self._slots.append(sequence.slot)
+        """Take slot and pages; while a step is in flight that may name them, when it retires."""
+        if sequence.decoding:
+            place = bisect.bisect_left(self.decoding, sequence.order, key=_order)
+            while self.decoding[place] is not sequence:
+                place += 1
+            del self.decoding[place]
+        else:
+            self.prefilling.remove(sequence)
+        if self.in_flight:
+            for plan in self.in_flight:
+                plan.dropped.add(sequence)
+            self.in_flight[-1].retired_pages.append(sequence.pages)
+            self.in_flight[-1].retired_slots.append(sequence.slot)
+        else:
+            self.pool.release(sequence.pages)
+            self._slots.append(sequence.slot)
+        self._freed += 1
+        self._entered.discard(sequence)
+        sequence.account.running -= 1
         sequence.slot = -1
+        sequence.pages = []
+        sequence.decoding = False
+        sequence.computed = sequence.scheduled = sequence.horizon = 0
+        sequence.published = sequence.shared = 0
 
-    def _take(self, plan: Plan, budget: Budget, sequence: Sequence, count: int) -> None:
-        """Put a sequence's next tokens into the plan."""
-        chunk = self._chunk(sequence, count)
-        plan.chunks.append(chunk)
-        budget.rows -= count
-        if len(sequence.tokens) - sequence.computed > 1:
-            budget.prefill -= count
-        budget.scored -= chunk.rows - chunk.sample
+    def _retire(self, plan: Plan) -> None:
+        """Give back what only this step still named."""
+        for chunk in plan.chunks:
+            if chunk.claims:
+                self._prefixes.unclaim(chunk)
+        if plan.retired_pages or plan.retired_slots:
+            for pages in plan.retired_pages:
+                self.pool.release(pages)
+            self._slots += plan.retired_slots
+            self._freed += 1
 
-    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
-        start = sequence.computed
-        sample = start + count == len(sequence.tokens)
-        if sequence.wants_prompt_logprobs and start < sequence.prompt_length - 1:
-            return Chunk(sequence, start, count, count, sample)
-        return Chunk(sequence, start, count, int(sample), sample)
+    # Results
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Make pages findable whose every token has now been computed."""
-        full = sequence.computed // self.pool.page_size
-        if full == sequence.published:
-            return
-        if self.limits.prefix_caching:
-            hashes = sequence.page_hashes(full, self.pool.page_size)
-            for number in range(sequence.published, full):
-                self.pool.publish(sequence.pages[number], hashes[number])
-        sequence.published = full
+    def _commit_decodes(self, plan: Plan, result: StepResult) -> list[Sequence]:
+        size, dropped, ids = self.pool.page_size, plan.dropped, result.ids
+        moved = []
+        for row, sequence in enumerate(plan.decodes):
+            if dropped and sequence in dropped:
+                continue
+            token, tokens = ids[row], sequence.tokens
+            length = len(tokens)
+            sequence.computed = length
+            if not length % size:
+                self._prefixes.publish(sequence)
+            moved.append(sequence)
+            if (
+                token in sequence.ends
+                or length + 1 >= sequence.final_length
+                or sequence.wants_logprobs
+            ):
+                self._append(sequence, result, row)
+            else:
+                tokens.append(token)
+                account = sequence.account
+                account.counter += account.charge
+                account.level -= 1
+        return moved
 
     def _score_prompt(self, chunk: Chunk, result: StepResult, first: int) -> None:
         """Keep the logprobs of prompt tokens; the row of position p scores token p + 1."""
@@ -315,8 +410,10 @@ class Scheduler:
     def _append(self, sequence: Sequence, result: StepResult, row: int) -> None:
         """Add a drawn token, and finish the sequence if it ends there."""
         token, request = result.ids[row], sequence.request
-        sampling = request.sampling
+        sampling, account = request.sampling, sequence.account
         sequence.tokens.append(token)
+        account.counter += account.charge
+        account.level -= 1
         generated = len(sequence.tokens) - sequence.prompt_length
         if sampling.logprobs is not None:
             sequence.logprobs.append(_logprob(result, row))
@@ -328,6 +425,11 @@ class Scheduler:
         if generated >= request.max_tokens:
             self.finish(sequence, "length")
         return None
+
+
+def _may_run(account: Account) -> bool:
+    """Whether a tenant's cap on running sequences allows another."""
+    return not account.tenant.max_running or account.running < account.tenant.max_running
 
 
 def _logprob(result: StepResult, row: int) -> TokenLogprob:

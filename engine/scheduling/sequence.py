@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from engine.scheduling.pages import chain, chain_root
 from engine.types import Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from engine.scheduling.tenants import Account
 
 
 class State(Enum):
@@ -17,17 +21,28 @@ class State(Enum):
 
 
 class Sequence:
-    """Mutable state of one choice. `computed` chases `len(tokens)`; there are no phases."""
+    """Mutable state of one choice; there are no phases.
+
+    `computed` positions are in the cache; `scheduled` runs ahead of it while steps are under way;
+    both chase `len(tokens)`. A `decoding` sequence has one position left to compute, and its token
+    may still be on its way: the device knows it before `tokens` does. `horizon` is the position at
+    which it needs another page, or has drawn its last token.
+    """
 
     __slots__ = (
+        "account",
         "admitted_at",
         "cached",
         "computed",
+        "decoding",
+        "ends",
+        "final_length",
         "finish_reason",
         "hashes",
+        "horizon",
         "index",
-        "leader",
         "logprobs",
+        "order",
         "pages",
         "preemptions",
         "prompt_length",
@@ -35,29 +50,43 @@ class Sequence:
         "published",
         "request",
         "root",
+        "scheduled",
         "seed",
+        "shared",
         "slot",
         "state",
         "stop_reason",
         "tokens",
+        "wants_logprobs",
         "wants_prompt_logprobs",
     )
 
-    def __init__(
-        self, request: Request, index: int, *, fingerprint: bytes, leader: Sequence | None = None
-    ) -> None:
+    def __init__(self, request: Request, index: int, *, fingerprint: bytes) -> None:
         self.request = request
         self.index = index
         self.seed = (request.seed + index) % 2**64
-        # The first choice computes the prompt; the others wait to find its pages.
-        self.leader = leader
+        sampling = request.sampling
+        self.wants_logprobs = sampling.logprobs is not None
         # Whether every prompt position has to be computed and scored.
-        self.wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
+        self.wants_prompt_logprobs = sampling.prompt_logprobs is not None
         self.tokens = list(request.prompt_ids)
         self.prompt_length = len(self.tokens)
+        self.final_length = self.prompt_length + request.max_tokens
+        # Tokens at which the sequence may end.
+        self.ends = frozenset(sampling.stop_token_ids) | (
+            frozenset() if sampling.ignore_eos else request.eos_token_ids
+        )
+        self.account: Account
+        # Where it stands among its tenant's, least first; set when it is queued.
+        self.order: tuple[float, ...] = ()
         self.computed = 0
+        self.scheduled = 0
+        self.decoding = False
+        self.horizon = 0
         self.cached = 0
         self.pages: list[int] = []
+        # Leading pages that were found, not computed.
+        self.shared = 0
         self.root = chain_root(request.namespace, fingerprint)
         self.hashes: list[bytes] = []
         self.published = 0
@@ -75,10 +104,17 @@ class Sequence:
         """Tokens made so far."""
         return len(self.tokens) - self.prompt_length
 
-    def page_hashes(self, count: int, page_size: int) -> list[bytes]:
-        """Hashes of the first `count` full pages, extended as tokens arrive."""
-        while len(self.hashes) < count:
+    def page_hash(self, number: int, page_size: int) -> bytes:
+        """The name of full page `number`."""
+        while len(self.hashes) <= number:
             start = len(self.hashes) * page_size
             parent = self.hashes[-1] if self.hashes else self.root
             self.hashes.append(chain(parent, self.tokens[start : start + page_size]))
-        return self.hashes[:count]
+        return self.hashes[number]
+
+    def name_of(self, number: int, length: int, page_size: int) -> bytes:
+        """The name of page `number` of the first `length` tokens, which may end within it."""
+        if (number + 1) * page_size <= length:
+            return self.page_hash(number, page_size)
+        parent = self.page_hash(number - 1, page_size) if number else self.root
+        return chain(parent, self.tokens[number * page_size : length])

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.backend import (
@@ -176,6 +177,23 @@ class NativeBackend:
             )
             for _ in range(layout.layers)
         ]
+
+    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
+        layout = self._layout
+        vectors = layout.page_size * layout.heads.kv
+        element = vectors * layout.heads.dim * ITEM_BYTES[layout.dtype]
+        parts = []
+        for layer in self._cache:
+            for tensor, size in (
+                (layer.keys, element),
+                (layer.values, element),
+                (layer.key_scales, vectors * 4),
+                (layer.value_scales, vectors * 4),
+            ):
+                if tensor is not None:
+                    pages = tensor.numel() // size
+                    parts.append(tensor.numpy()[: pages * size].reshape(pages, size))
+        return parts
 
     def compile(self, tape: Tape, max_rows: int) -> NativeProgram:
         if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:

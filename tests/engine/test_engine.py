@@ -52,7 +52,7 @@ async def test_text_streams_token_by_token_and_ends_with_usage() -> None:
 
 
 async def test_requests_share_steps_and_get_what_they_would_alone() -> None:
-    engine, executor = mock_engine(pages=24, max_running=4)
+    engine, executor = mock_engine(pages=40, max_running=4)
     prompts = [f"prompt number {i}" for i in range(10)]
     results: dict[str, str] = {}
 
@@ -63,7 +63,7 @@ async def test_requests_share_steps_and_get_what_they_would_alone() -> None:
         for prompt in prompts:
             group.start_soon(one, prompt)
     assert results == {p: text_of(p, 12) for p in prompts}
-    assert max(len(plan.chunks) for plan in executor.plans) == 4
+    assert max(len(plan.decodes) for plan in executor.plans) == 4
     assert engine.parts.scheduler.pool.used == 0
 
 

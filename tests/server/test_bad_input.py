@@ -62,6 +62,8 @@ WRONG: dict[str, list[Any]] = {
     "stream": ["yes", 1, []],
     "stream_options": [1, {"include_usage": True}, {"include_usage": 1}],
     "max_tokens": [*WRONG_INTEGERS, -1],
+    "deadline_ms": [*WRONG_NUMBERS, 0],
+    "target_itl_ms": [*WRONG_NUMBERS, 0],
     "max_completion_tokens": [*WRONG_INTEGERS, 0, -1],
     "temperature": [*WRONG_NUMBERS, -0.1, 2.1],
     "top_p": [*WRONG_NUMBERS, 0, -0.1, 1.1],

@@ -124,7 +124,7 @@ def test_everything_waits_politely_while_the_model_loads(tmp_path: Path) -> None
     assert seen == {"loading": 503, "model_loading": 503, "ok": 200}
     assert process.returncode == 0
     assert f"curl -N {url}/v1/chat/completions" in log
-    for word in ("load", "warm-up", "Ready in", "KV cache", "context 512 tokens"):
+    for word in ("load", "profile", "Ready in", "KV cache", "context 512 tokens"):
         assert word in log
 
 

@@ -73,8 +73,11 @@ async def test_prompt_logprobs_are_the_same_in_chunks_and_agree_with_generation(
     folder: str,
 ) -> None:
     results = []
-    for budget in (512, 5):
-        settings = SETTINGS | {"scheduler__max_batch_tokens": budget}
+    for budget in (512, 18):
+        settings = SETTINGS | {
+            "scheduler__max_batch_tokens": budget,
+            "scheduler__max_running": 2,
+        }
         async with AsyncEngine.from_pretrained(folder, **settings) as engine:
             generated = await run(engine, logprobs=2)
             text = [*b"Hello", *generated.token_ids]
@@ -103,6 +106,8 @@ async def test_penalties_survive_preemption(folder: str) -> None:
     together: dict[str, list[int]] = {}
     small = SETTINGS | {"cache__tokens": 160}
     async with AsyncEngine.from_pretrained(folder, **small) as engine:
+        for _ in range(20):
+            engine.parts.scheduler.lengths.record(1)  # what is expected is too little
 
         async def one(prompt: str) -> None:
             together[prompt] = (await run(engine, prompt, **params)).token_ids

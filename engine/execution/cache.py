@@ -1,0 +1,106 @@
+"""Pages of the KV cache as bytes: copies, the cold tier's file, and memory that is given back."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.scheduling.plan import Move
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class ColdFile:
+    """A memory-mapped file of pages, as stored, without a name: it goes with the process.
+
+    `slots` pages of `page_bytes` each.
+    """
+
+    def __init__(self, folder: Path, slots: int, page_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        size = slots * page_bytes
+        with tempfile.TemporaryFile(dir=folder, prefix="cold-") as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not later
+            self._map = mmap.mmap(file.fileno(), size)
+        self.pages: Bytes = np.frombuffer(self._map, np.uint8).reshape(slots, page_bytes)
+
+
+class Cache:
+    """All that holds KV pages: `parts` are uint8 `[pages, bytes]`, one for each layer's keys,
+    values and scales; a page is the same row of each. Addresses never change."""
+
+    def __init__(self, parts: Sequence[Bytes], cold: ColdFile | None = None) -> None:
+        self._parts = list(parts)
+        self._cold = cold
+        ends = np.cumsum([part.shape[1] for part in self._parts]).tolist()
+        # Where each part lies in a cold page.
+        self._spans = [slice(e - p.shape[1], e) for p, e in zip(self._parts, ends, strict=True)]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all parts."""
+        return sum(part.shape[1] for part in self._parts)
+
+    def move(self, moves: Sequence[tuple[Move, int, int]]) -> None:
+        """Make a step's moves, in order."""
+        discarded = []
+        for kind, source, target in moves:
+            if kind is Move.COPY:
+                for part in self._parts:
+                    part[target] = part[source]
+            elif kind is Move.DISCARD:
+                discarded.append(source)
+            else:
+                assert self._cold is not None
+                for part, span in zip(self._parts, self._spans, strict=True):
+                    if kind is Move.DEMOTE:
+                        self._cold.pages[target, span] = part[source]
+                    else:
+                        part[target] = self._cold.pages[source, span]
+        if discarded:
+            self.discard(discarded)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give the memory of pages back to the system; they read as zeros afterwards."""
+        for first, last in _runs(sorted(pages)):
+            for part in self._parts:
+                give_back(part[first:last])
+
+    def close(self) -> None:
+        """Forget all pages."""
+        self._parts, self._cold = [], None
+
+
+def give_back(memory: Bytes) -> None:
+    """Return the whole system pages within `memory` (contiguous); addresses stay."""
+    size = mmap.PAGESIZE
+    start = memory.ctypes.data
+    first, last = -(-start // size) * size, (start + memory.nbytes) // size * size
+    if last > first:
+        _madvise(first, last - first)
+
+
+def _madvise(address: int, length: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if libc.madvise(address, length, mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise failed")
+
+
+def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring pages together, as (first, behind the last)."""
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], page + 1)
+        else:
+            runs.append((page, page + 1))
+    return runs

@@ -1,0 +1,120 @@
+"""The profile of a machine: what steps of some shapes take, measured at start and kept on disk."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from engine.execution.runner import Runner
+from engine.scheduling.cost import Profile
+from engine.scheduling.plan import Chunk, Plan
+from engine.scheduling.sequence import Sequence
+from engine.types import Request, SamplingParams
+
+REPEATS = 3
+# Rows of decodes that are timed with short and with long contexts, and rows of a later chunk.
+DECODES, CHUNK = 16, 64
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """What steps can be made of."""
+
+    step_tokens: int
+    slots: int
+    context: int
+    page_size: int
+    pages: int
+
+
+class Profiler:
+    """Times steps of made-up sequences; what they write to the cache is never published."""
+
+    def __init__(self, runner: Runner, shape: Shape) -> None:
+        self._runner = runner
+        self._shape = shape
+        self._longest = min(shape.context - 1, (shape.pages - 1) * shape.page_size)
+        self._next_page = itertools.cycle(range(shape.pages))
+
+    def measure(self, progress: Callable[[int, int], None]) -> Profile:
+        """Median seconds of every shape of step."""
+        shape = self._shape
+        most = min(shape.step_tokens, self._longest)
+        counts = sorted({min(most, 2**k) for k in range(most.bit_length() + 1)}, reverse=True)
+        done, total = 0, len(counts) + 3
+
+        def median(make: Callable[[], Plan]) -> float:
+            nonlocal done
+            times = [self._time(make()) for _ in range(REPEATS)]
+            done += 1
+            progress(done, total)
+            return statistics.median(times)
+
+        # Full prompts first: they fill the pages that others read.
+        table = [(count, median(partial(self._prefill, count, 0))) for count in counts]
+        by_rows = dict(table)
+        rows = max(n for n in counts if n <= min(DECODES, shape.slots))
+        pages = max(1, min(64, (self._longest - 1) // shape.page_size))
+        short = median(lambda: self._decodes(rows, 1))
+        sample = (short - by_rows[rows]) / max(1, rows - 1)
+        long = median(lambda: self._decodes(rows, pages))
+        page = (long - short) / (rows * max(1, pages - 1))
+        chunk = max(n for n in counts if n <= CHUNK)
+        before = max(0, min(64, (self._longest - chunk) // shape.page_size))
+        later = median(lambda: self._prefill(chunk, before))
+        prefill_page = (later - by_rows[chunk]) / (chunk * max(1, before))
+        return Profile.measured(table, sample, page, prefill_page)
+
+    def _time(self, plan: Plan) -> float:
+        start = time.perf_counter()
+        self._runner.run(self._runner.fill(plan))
+        return time.perf_counter() - start
+
+    def _sequence(self, slot: int, tokens: int) -> Sequence:
+        request = Request(
+            id="profile",
+            prompt_ids=(0,) * tokens,
+            sampling=SamplingParams(temperature=0.0),
+            max_tokens=1,
+            seed=0,
+            arrival=0.0,
+        )
+        sequence = Sequence(request, 0, fingerprint=b"")
+        pages = -(-(tokens + 1) // self._shape.page_size)
+        sequence.pages = [next(self._next_page) for _ in range(pages)]
+        sequence.slot = slot
+        return sequence
+
+    def _prefill(self, count: int, pages_before: int) -> Plan:
+        start = pages_before * self._shape.page_size
+        sequence = self._sequence(0, start + count)
+        return Plan(0, chunks=[Chunk(sequence, start, count, 1, True)], admitted=[sequence])
+
+    def _decodes(self, rows: int, pages: int) -> Plan:
+        length = min(pages * self._shape.page_size, self._longest) - 1
+        sequences = [self._sequence(slot, max(1, length)) for slot in range(rows)]
+        chunks = [Chunk(s, len(s.tokens) - 1, 1, 1, True) for s in sequences]
+        return Plan(0, chunks=chunks, admitted=sequences)
+
+
+def load_or_measure(
+    file: Path | None, runner: Runner, shape: Shape, progress: Callable[[int, int], None]
+) -> Profile:
+    """The profile that an earlier start on this machine and build has kept, or a new one."""
+    if file is not None and file.exists():
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=Profile)
+        except msgspec.DecodeError:
+            file.unlink()  # cut short, or of an older version: measured again below
+    profile = Profiler(runner, shape).measure(progress)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_bytes(msgspec.json.encode(profile))
+        part.replace(file)
+    return profile

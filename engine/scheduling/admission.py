@@ -1,0 +1,144 @@
+"""Who may enter the queue: lengths, caps, quotas, and deadlines that can be met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence as Waiting
+from engine.scheduling.tenants import Tenant
+from engine.types import Request
+
+# Tokens of an output of which nothing is known yet.
+USUAL_OUTPUT = 128
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one engine holds. `context` bounds prompt plus output, and always fits the pool."""
+
+    context: int
+    max_waiting: int
+    max_waiting_tokens: int
+
+
+def check_length(
+    prompt_tokens: int, max_tokens: int | None, limits: Limits, room_for: int | None = None
+) -> int:
+    """The request's output budget. Raises InvalidRequest if it can never fit: into the context, or
+    into the `room_for` tokens that its tenant's share of the cache has."""
+    holds, what = limits.context, "the context"
+    if room_for is not None and room_for < holds:
+        holds, what = room_for, "this tenant's share of the KV cache"
+    if prompt_tokens >= holds:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens, but {what} holds {holds} "
+            "including at least one token of output; shorten the prompt",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    room = holds - prompt_tokens
+    if max_tokens is not None and max_tokens > room:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, but "
+            f"{what} holds {holds}; ask for at most {room}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return room if max_tokens is None else max_tokens
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequest unless `ids` are tokens below `vocab_size`, and at least one."""
+    if not ids:
+        raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise InvalidRequest(
+            f"the prompt holds a token id outside 0..{vocab_size - 1}", param="prompt"
+        )
+
+
+def share_tokens(tenant: Tenant, pages: int, page_size: int) -> int | None:
+    """Tokens that a tenant's share of the pool holds; None if it may have all of it."""
+    if tenant.page_share >= 1:
+        return None
+    return max(1, int(tenant.page_share * pages)) * page_size
+
+
+class Admission:
+    """Decides at the door, by the queue and by what the cost model says of it."""
+
+    def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
+        self._scheduler = scheduler
+        self._limits = limits
+
+    def admit(self, request: Request, now: float) -> None:
+        """Raises Overloaded if the queue is full, the tenant's quota is used up, or the deadline
+        cannot be met for those who wait; DeadlineExceeded if it could not be met even alone."""
+        queue, limits = self._scheduler.queue, self._limits
+        account = queue.account(request.tenant, now)
+        wait = account.wait_for_quota(now)
+        if wait > 0:
+            rate = account.tenant.tokens_per_second
+            raise Overloaded(
+                f"the tenant's rate of {rate:g} tokens/s is used up; retry later", retry_after=wait
+            )
+        queued, n = len(queue), request.sampling.n
+        tokens = queue.tokens + len(request.prompt_ids) * n
+        if queued + n > limits.max_waiting:
+            self._refuse(f"{queued} sequences are waiting, the limit is {limits.max_waiting}")
+        if queued and tokens > limits.max_waiting_tokens:
+            self._refuse(
+                f"{tokens} tokens would be waiting, the limit is {limits.max_waiting_tokens}"
+            )
+        self._check_deadline(request, account.waiting, now)
+
+    def queue_seconds(self) -> float:
+        """How long the queued work takes: prompts in full steps, outputs of the usual length in
+        full batches."""
+        scheduler = self._scheduler
+        queued = len(scheduler.queue)
+        if not queued:
+            return 0.0
+        rows = min(queued, scheduler.limits.max_running)
+        steps = queued * scheduler.lengths.expected(0, USUAL_OUTPUT) / rows
+        prefill = self._prefill_seconds(scheduler.queue.tokens)
+        return prefill + steps * scheduler.cost.decode_seconds(rows, 0)
+
+    def _refuse(self, reason: str) -> None:
+        # When half of the queue has gone there is room for those who were told to come back.
+        raise Overloaded(f"{reason}; retry later", retry_after=self.queue_seconds() / 2)
+
+    def _check_deadline(self, request: Request, waiting: list[Waiting], now: float) -> None:
+        """Refuse at once what cannot be in time."""
+        due = _due(request)
+        if math.isinf(due):
+            return
+        alone = self._prefill_seconds(len(request.prompt_ids))
+        if now + alone > due:
+            raise DeadlineExceeded(
+                f"the prompt alone takes about {alone * 1e3:.0f} ms, longer than the deadline "
+                "allows; shorten the prompt or give it more time"
+            )
+        # Its tenant's more urgent requests come first; others share the time with it.
+        ahead = [
+            s for s in waiting if s.request.priority >= request.priority and _due(s.request) <= due
+        ]
+        wait = self._prefill_seconds(sum(len(s.tokens) for s in ahead))
+        if ahead and now + wait + alone > due:
+            raise Overloaded(
+                f"the deadline cannot be met: prompts that take {wait * 1e3:.0f} ms come first; "
+                "retry later or give it more time",
+                retry_after=wait,
+            )
+
+    def _prefill_seconds(self, tokens: int) -> float:
+        scheduler = self._scheduler
+        return scheduler.cost.prefill_seconds(tokens, scheduler.limits.max_batch_tokens)
+
+
+def _due(request: Request) -> float:
+    return min(request.deadline, request.first_token_deadline)

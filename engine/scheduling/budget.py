@@ -1,0 +1,95 @@
+"""How much of the prompts fits into a step: a budget of time beside those who decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engine.scheduling.cost import CostModel, Work
+from engine.scheduling.plan import Chunk
+from engine.scheduling.sequence import Sequence
+
+# Logits of every row are large (a vocabulary each), so a step scores few rows of prompts.
+MAX_SCORED_ROWS = 64
+# Without a target of one's own a step beside decodes may take this, or so many times what the
+# decodes take alone.
+EASY_SECONDS, EASY_FACTOR = 0.020, 1.4
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a step may be predicted to take: `target` beside sequences that decode (0 finds
+    one that they hardly notice), `longest` ever."""
+
+    target: float = 0.0
+    longest: float = 0.25
+
+
+class Budget:
+    """What is left of one step, and the work that is in it so far."""
+
+    def __init__(self, cost: CostModel, work: Work, pace: Pace, page_size: int) -> None:
+        self._cost = cost
+        self._work = work
+        self._pace = pace
+        self._size = page_size
+        self._rows = 0
+        self._scored = max(MAX_SCORED_ROWS, page_size)
+        self._limit = pace.longest
+        self._begun = False
+
+    def begin(self, rows: int, decodes: list[Sequence]) -> None:
+        """`rows` are left beside `decodes`."""
+        self._rows = rows
+        if not decodes:
+            return
+        alone = self._cost.predict(self._work)
+        target = self._pace.target or max(EASY_SECONDS, EASY_FACTOR * alone)
+        wanted = [s.request.target_itl for s in decodes if s.request.target_itl]
+        self._limit = min([target, self._pace.longest, *wanted])
+
+    def chunk(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt the step can still take: whole pages, or all that is left of
+        it. The first prompt of a step gets on by a page, whatever that takes."""
+        size, start = self._size, sequence.scheduled
+        remaining = len(sequence.tokens) - start
+        most = min(remaining, self._rows)
+        scoring = sequence.wants_prompt_logprobs and start < sequence.prompt_length - 1
+        if scoring:
+            most = min(most, self._scored)
+        if most < remaining:
+            most -= (start + most) % size
+        if most <= 0:
+            return 0
+        least = min(most, size - start % size)
+        if self._fits(sequence, most):
+            return most
+        # The largest number of whole pages within the limit.
+        low, high = 0, (most - least + size - 1) // size
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._fits(sequence, least + middle * size):
+                low = middle
+            else:
+                high = middle
+        count = least + low * size
+        if low == 0 and self._begun and not self._fits(sequence, least):
+            return 0
+        return count
+
+    def take(self, chunk: Chunk) -> None:
+        """Count a chunk that is in the plan."""
+        self._begun = True
+        self._rows -= chunk.count
+        self._scored -= chunk.rows - chunk.sample
+        self._add(self._work, chunk.sequence, chunk.count, chunk.rows)
+
+    def _fits(self, sequence: Sequence, count: int) -> bool:
+        work = replace(self._work)
+        sample = sequence.scheduled + count == len(sequence.tokens)
+        self._add(work, sequence, count, int(sample))
+        return self._cost.predict(work) <= self._limit
+
+    def _add(self, work: Work, sequence: Sequence, count: int, rows: int) -> None:
+        work.prefill += count
+        work.sampled += rows
+        work.prefill_pages += count * (sequence.scheduled // self._size)

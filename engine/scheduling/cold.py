@@ -1,0 +1,68 @@
+"""What lies in the cold tier: pages evicted from the pool, the longest unused out first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+# Seconds assumed for restoring a page until it has been measured.
+ASSUMED_SECONDS = 0.001
+
+
+class ColdIndex:
+    """Names of contents and the slots that they lie in; `slots` of 0 is no cold tier.
+
+    Contents stay when they are restored. `recompute_seconds` is what a page costs to compute.
+    """
+
+    def __init__(self, slots: int = 0, recompute_seconds: float = float("inf")) -> None:
+        self.slots = slots
+        self.hits = 0
+        self._recompute_seconds = recompute_seconds
+        self._restore_seconds = ASSUMED_SECONDS
+        self._by_name: dict[bytes, int] = {}
+        self._names: OrderedDict[int, tuple[bytes, ...]] = OrderedDict()
+        self._free = list(range(slots - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def put(self, names: tuple[bytes, ...], depth: int) -> int | None:
+        """The slot to write a content to; None if it has no place or is there already."""
+        if not self.slots or not names:
+            return None
+        if all(name in self._by_name for name in names):
+            self._names.move_to_end(self._by_name[names[0]])
+            return None
+        if not self._free:
+            self._drop(next(iter(self._names)))
+        slot = self._free.pop()
+        fresh = tuple(name for name in names if name not in self._by_name)
+        self._names[slot] = fresh
+        self._by_name.update(dict.fromkeys(fresh, slot))
+        return slot
+
+    def worth_restoring(self, name: bytes) -> bool:
+        """Whether the content is here and reading it beats computing it."""
+        return name in self._by_name and self._restore_seconds < self._recompute_seconds
+
+    def take(self, name: bytes) -> int | None:
+        """The slot of a content, which is used now."""
+        slot = self._by_name.get(name)
+        if slot is not None:
+            self.hits += 1
+            self._names.move_to_end(slot)
+        return slot
+
+    def observe(self, seconds: float, pages: int) -> None:
+        """Learn what a move of a page takes."""
+        self._restore_seconds += 0.2 * (seconds / pages - self._restore_seconds)
+
+    def clear(self) -> None:
+        """Forget everything: what a failed step wrote cannot be trusted."""
+        for slot in list(self._names):
+            self._drop(slot)
+
+    def _drop(self, slot: int) -> None:
+        for name in self._names.pop(slot):
+            del self._by_name[name]
+        self._free.append(slot)

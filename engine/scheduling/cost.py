@@ -1,0 +1,142 @@
+"""What a step will take: a profile measured at start, corrected by what steps have taken since."""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# How far corrections may lead away from the profile.
+LOWEST, HIGHEST = 0.5, 2.0
+# Steps of one kind whose median corrects the profile, and how many it takes to begin.
+WINDOW, ENOUGH = 15, 5
+ERRORS = 256
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds. `rows` and `row_seconds` are a table by total rows, one of them sampled;
+    `sample_seconds` for each further sampled row, `page_seconds` for each page that a decode reads,
+    `prefill_page_seconds` for each pair of a prefill token and a page before its chunk."""
+
+    rows: tuple[int, ...]
+    row_seconds: tuple[float, ...]
+    sample_seconds: float
+    page_seconds: float
+    prefill_page_seconds: float
+
+    @staticmethod
+    def measured(
+        table: Sequence[tuple[int, float]], sample: float, page: float, prefill_page: float
+    ) -> Profile:
+        """From medians, forced monotone: more rows never take less."""
+        rows, seconds = [], []
+        highest = 0.0
+        for count, value in sorted(table):
+            highest = max(highest, value)
+            rows.append(count)
+            seconds.append(highest)
+        slopes = (max(0.0, value) for value in (sample, page, prefill_page))
+        return Profile(tuple(rows), tuple(seconds), *slopes)
+
+
+# Of no machine: what is assumed where nothing was measured (a test, a simulation).
+FLAT = Profile((1, 512), (0.002, 0.1), 0.0, 0.0, 0.0)
+
+
+@dataclass(slots=True)
+class Work:
+    """What a step does, as far as its time depends on it."""
+
+    decodes: int = 0
+    pages: int = 0
+    """That decodes read."""
+    prefill: int = 0
+    """Tokens of prompts."""
+    sampled: int = 0
+    """Rows of prompts that give logits."""
+    prefill_pages: int = 0
+    """Sum over prefill tokens of the pages before their chunk."""
+
+
+class CostModel:
+    """Predicts seconds a step. Corrections are medians of recent ratios by kind of step, within
+    0.5 to 2 of the profile, so that one slow step moves nothing."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._ratios: dict[tuple[int, int], deque[float]] = {}
+        self._corrections: dict[tuple[int, int], float] = {}
+        self._overall = 1.0
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._errors: deque[float] = deque(maxlen=ERRORS)
+
+    def predict(self, work: Work) -> float:
+        """Seconds of a step that does `work`."""
+        kind = (work.prefill.bit_length(), work.decodes.bit_length())
+        return self._raw(work) * self._corrections.get(kind, self._overall)
+
+    def decode_seconds(self, rows: int, pages: int) -> float:
+        """Seconds of a step of `rows` decodes that read `pages`, and nothing else."""
+        return self.predict(Work(decodes=rows, pages=pages))
+
+    def prefill_seconds(self, tokens: int, step_tokens: int) -> float:
+        """Seconds to compute a prompt alone, in steps of `step_tokens`."""
+        whole, rest = divmod(tokens, step_tokens)
+        seconds = whole * self.predict(Work(prefill=step_tokens))
+        return seconds + (self.predict(Work(prefill=rest, sampled=1)) if rest else 0.0)
+
+    def token_seconds(self, step_tokens: int) -> float:
+        """Seconds for each token of a prompt, in steps of `step_tokens`."""
+        return self.predict(Work(prefill=step_tokens)) / step_tokens
+
+    def observe(self, work: Work, seconds: float) -> None:
+        """Learn from a step that has been run."""
+        raw = self._raw(work)
+        if raw <= 0 or seconds <= 0:
+            return
+        kind = (work.prefill.bit_length(), work.decodes.bit_length())
+        predicted = raw * self._corrections.get(kind, self._overall)
+        self._errors.append(abs(predicted - seconds) / seconds)
+        ratio = seconds / raw
+        ratios = self._ratios.get(kind)
+        if ratios is None:
+            ratios = self._ratios[kind] = deque(maxlen=WINDOW)
+        ratios.append(ratio)
+        self._recent.append(ratio)
+        if len(ratios) >= ENOUGH:
+            self._corrections[kind] = _clamp(statistics.median(ratios))
+        if len(self._recent) >= ENOUGH:
+            self._overall = _clamp(statistics.median(self._recent))
+
+    @property
+    def median_error(self) -> float:
+        """Median of |predicted - taken| / taken over recent steps."""
+        return statistics.median(self._errors) if self._errors else 0.0
+
+    def _raw(self, work: Work) -> float:
+        profile = self.profile
+        rows = work.decodes + work.prefill
+        if rows == 0:
+            return 0.0
+        sampled = work.decodes + work.sampled
+        return (
+            self._table(rows)
+            + profile.sample_seconds * max(0, sampled - 1)
+            + profile.page_seconds * work.pages
+            + profile.prefill_page_seconds * work.prefill_pages
+        )
+
+    def _table(self, rows: int) -> float:
+        """Between measured points, and on from the last ones, in straight lines."""
+        counts, seconds = self.profile.rows, self.profile.row_seconds
+        high = min(max(1, bisect.bisect_left(counts, rows)), len(counts) - 1)
+        low = high - 1
+        slope = (seconds[high] - seconds[low]) / (counts[high] - counts[low])
+        return max(seconds[0], seconds[low] + slope * (rows - counts[low]))
+
+
+def _clamp(ratio: float) -> float:
+    return min(max(ratio, LOWEST), HIGHEST)

@@ -1,0 +1,76 @@
+"""What the scheduler asks of a step, and what a step gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from engine.scheduling.cost import Work
+from engine.scheduling.sequence import Sequence
+from engine.types import Decision
+
+
+class Move(IntEnum):
+    """What happens to pages before a step computes; see `Plan.moves`."""
+
+    COPY = 0  # page -> page
+    DEMOTE = 1  # page -> cold slot
+    RESTORE = 2  # cold slot -> page
+    DISCARD = 3  # page: its memory is given back
+
+
+@dataclass(slots=True)
+class Chunk:
+    """`count` tokens of a sequence from position `start`; the last `rows` of them give logits.
+
+    `sample` says that the last row draws the next token; other rows score the prompt. Without
+    `write` its keys and values are there already, in a page that is shared. `claims` names the
+    pages that it computes.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    rows: int
+    sample: bool
+    write: bool = True
+    claims: tuple[bytes, ...] = ()
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. Its rows are the `decodes`, one each, whose input is the token last drawn at their
+    slot (the device has it, whether or not it has been committed), then the `chunks`.
+
+    `admitted` (re)entered their slots, `grown` are decodes with new pages. `moves` are (kind, from,
+    to), done in order before anything is computed. The rest is the scheduler's own: who has been
+    `dropped` since, and what is given back when the step has retired.
+    """
+
+    step: int
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    grown: list[Sequence] = field(default_factory=list)
+    moves: list[tuple[Move, int, int]] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+    predicted: float = 0.0
+    dropped: set[Sequence] = field(default_factory=set)
+    retired_pages: list[list[int]] = field(default_factory=list)
+    retired_slots: list[int] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.decodes and not self.chunks
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gave, one entry per logits row in the plan's order; `seconds` by part."""
+
+    ids: list[int]
+    logprobs: list[float | None]
+    top: list[list[tuple[int, float]]]
+    seconds: dict[str, float]

@@ -1,0 +1,131 @@
+"""Sharing of computed pages: what a sequence can take over instead of computing it.
+
+Nobody computes a page that another is computing or has computed: at every page boundary a prompt
+looks for its next page, and waits a step if that is on its way. So requests that arrive together
+with the same beginning, and the choices of one request, compute it once.
+"""
+
+from __future__ import annotations
+
+from engine.scheduling.cold import ColdIndex
+from engine.scheduling.pages import PagePool
+from engine.scheduling.plan import Chunk, Move
+from engine.scheduling.sequence import Sequence
+
+
+class Prefixes:
+    """Finds, claims and publishes pages. `moves` are those that the next step has to make, and
+    `sources` the pages that have to stay until it has."""
+
+    def __init__(self, pool: PagePool, cold: ColdIndex, *, enabled: bool) -> None:
+        self.pool = pool
+        self.cold = cold
+        self.enabled = enabled
+        self.moves: list[tuple[Move, int, int]] = []
+        self.sources: list[list[int]] = []
+        self._claims: set[bytes] = set()
+        pool.on_evict = self._evicted
+
+    def known_pages(self, sequence: Sequence) -> int:
+        """How many leading pages are in the pool just now."""
+        if not self.shares(sequence):
+            return 0
+        size = self.pool.page_size
+        count, most = 0, (len(sequence.tokens) - 1) // size
+        while count < most and self.pool.holds(sequence.page_hash(count, size)):
+            count += 1
+        return count
+
+    def shares(self, sequence: Sequence) -> bool:
+        """Whether the sequence may use what others computed."""
+        return self.enabled and not sequence.wants_prompt_logprobs
+
+    def catch_up(self, sequence: Sequence) -> bool:
+        """Take over pages from where the sequence stands. False if its next page is being computed
+        by another, for which it should wait."""
+        size, length = self.pool.page_size, len(sequence.tokens)
+        if not self.shares(sequence):
+            return True
+        while sequence.scheduled % size == 0 and sequence.scheduled < length - 1:
+            number = sequence.scheduled // size
+            name = sequence.name_of(number, length, size)
+            if name in self._claims:
+                return False
+            end = min((number + 1) * size, length)
+            page = self.pool.acquire(name)
+            if page is not None and end % size:
+                page = self._copy(page)  # it will go on in this page by itself
+            elif page is not None:
+                sequence.shared = number + 1
+            else:
+                page = self._restore(name)
+            if page is None:
+                return True
+            sequence.pages.append(page)
+            # The last token is always computed: its logits are what the step is for.
+            skipped = min(end, length - 1) - sequence.scheduled
+            sequence.scheduled += skipped
+            if not sequence.preemptions:
+                sequence.cached += skipped
+        return True
+
+    def claim(self, chunk: Chunk) -> None:
+        """Let others wait for the pages that a chunk computes."""
+        sequence, size = chunk.sequence, self.pool.page_size
+        if not self.shares(sequence) or not chunk.write:
+            return
+        end, length = chunk.start + chunk.count, len(sequence.tokens)
+        pages = range(chunk.start // size, -(-end // size))
+        names = (sequence.name_of(number, length, size) for number in pages)
+        chunk.claims = tuple(name for name in names if not self.pool.holds(name))
+        self._claims.update(chunk.claims)
+
+    def unclaim(self, chunk: Chunk) -> None:
+        """The step has ended, one way or another."""
+        self._claims.difference_update(chunk.claims)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make pages findable whose every token has now been computed."""
+        size = self.pool.page_size
+        full = sequence.computed // size
+        if self.enabled:
+            for number in range(sequence.published, full):
+                digest = sequence.page_hash(number, size)
+                self.pool.publish(sequence.pages[number], digest, number)
+        sequence.published = full
+
+    def publish_tail(self, sequence: Sequence) -> None:
+        """Name the page in which a prompt ends, as far as the prompt."""
+        size, length = self.pool.page_size, sequence.computed
+        if self.enabled and length % size:
+            number = length // size
+            name = sequence.name_of(number, length, size)
+            self.pool.publish(sequence.pages[number], name, number)
+
+    def _copy(self, page: int) -> int | None:
+        """A page of one's own with the same content; None if there is none free."""
+        fresh = self.pool.allocate(1)
+        if fresh is None:
+            self.pool.release([page])
+            return None
+        self.moves.append((Move.COPY, page, fresh[0]))
+        self.sources.append([page])
+        return fresh[0]
+
+    def _restore(self, name: bytes) -> int | None:
+        """A page that is filled from the cold tier, if it lies there and that is worth it."""
+        if not self.cold.worth_restoring(name):
+            return None
+        fresh = self.pool.allocate(1)
+        # Making room may have pushed it out.
+        slot = self.cold.take(name)
+        if fresh is None or slot is None:
+            self.pool.release(fresh or [])
+            return None
+        self.moves.append((Move.RESTORE, slot, fresh[0]))
+        return fresh[0]
+
+    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> None:
+        slot = self.cold.put(names, depth)
+        if slot is not None:
+            self.moves.append((Move.DEMOTE, page, slot))

@@ -1,0 +1,187 @@
+"""Tenants, and the queue that is fair between them.
+
+Fairness is by virtual token counters (VTC, Sheng et al., OSDI 2024, arXiv 2401.00588): a tenant's
+counter rises with the service it gets, divided by its weight, and the least counter is served next.
+Whoever was idle starts at the least counter of those that are not, so nobody saves up service. The
+service of two backlogged tenants never differs by more than the paper's bound.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+
+from engine.scheduling.sequence import Sequence
+
+# Service of a token of input and of output, as in the paper.
+INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+# Idle tenants that nobody has configured are forgotten beyond so many.
+MAX_STRANGERS = 4096
+# Seconds of quota that a tenant may use at once.
+BURST_SECONDS = 10.0
+
+
+class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one tenant may have. 0 means no limit.
+
+    `weight` is its share of the service beside others; `tokens_per_second` of prompt and output
+    together, with a burst of ten seconds' worth; `max_running` sequences at once; `page_share` of
+    the KV cache; requests ask for at most `max_priority`.
+    """
+
+    id: str = ""
+    weight: float = 1.0
+    tokens_per_second: float = 0.0
+    max_running: int = 0
+    page_share: float = 1.0
+    max_priority: int = 1000
+
+
+class Account:
+    """One tenant's queue and what it has been served."""
+
+    __slots__ = ("charge", "counter", "level", "running", "tenant", "updated", "waiting")
+
+    def __init__(self, tenant: Tenant, now: float) -> None:
+        self.counter = 0.0
+        self.waiting: list[Sequence] = []
+        self.running = 0
+        self.updated = now
+        self.configure(tenant)
+        self.level = BURST_SECONDS * tenant.tokens_per_second
+
+    def configure(self, tenant: Tenant) -> None:
+        """Take over changed limits; what has been served stays."""
+        self.tenant = tenant
+        # What a token of output adds to the counter.
+        self.charge = OUTPUT_WEIGHT / tenant.weight
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has anything queued or running."""
+        return bool(self.waiting or self.running)
+
+    def take_input(self, tokens: int) -> None:
+        """Charge prompt tokens that are computed for it."""
+        self.counter += INPUT_WEIGHT * tokens / self.tenant.weight
+
+    def wait_for_quota(self, now: float) -> float:
+        """Seconds until the tenant's rate allows another request; 0 if it does."""
+        rate = self.tenant.tokens_per_second
+        if not rate:
+            return 0.0
+        self.level = min(self.level + (now - self.updated) * rate, BURST_SECONDS * rate)
+        self.updated = now
+        return 0.0 if self.level > 0 else (1 - self.level) / rate
+
+    def spend(self, tokens: int) -> None:
+        """Count tokens against the quota; a request that began may overdraw it."""
+        if self.tenant.tokens_per_second:
+            self.level -= tokens
+
+
+def order_key(sequence: Sequence, prefill_seconds: float, patience: float) -> tuple[float, ...]:
+    """Order within a tenant: higher priority, then least slack, then first come.
+
+    Slack is the time to the deadline less what the prompt takes. Requests without a deadline are
+    taken as due after `patience` seconds, so that those with one cannot hold them back for ever.
+    """
+    request = sequence.request
+    due = min(request.deadline, request.first_token_deadline)
+    last = request.arrival + patience
+    due = last if due >= last else due - prefill_seconds
+    return (-request.priority, due, request.arrival, sequence.index)
+
+
+def _order(sequence: Sequence) -> tuple[float, ...]:
+    return sequence.order
+
+
+class FairQueue:
+    """All waiting sequences, by tenant; `head` is the next to be served."""
+
+    def __init__(self, tenants: Mapping[str, Tenant] | None = None) -> None:
+        self._tenants = dict(tenants or {})
+        self.accounts: dict[str, Account] = {}
+        self.tokens = 0
+        self._count = 0
+        self._floor = 0.0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for account in self.accounts.values():
+            yield from account.waiting
+
+    def configure(self, tenants: Mapping[str, Tenant]) -> None:
+        """Replace the limits of all tenants; nothing that is queued or running is lost."""
+        self._tenants = dict(tenants)
+        for name, account in self.accounts.items():
+            account.configure(self.tenant(name))
+
+    def tenant(self, name: str) -> Tenant:
+        """The limits of a tenant; an unknown one has the defaults."""
+        return self._tenants.get(name) or Tenant(id=name)
+
+    def account(self, name: str, now: float) -> Account:
+        """The tenant's account, opened if it is new."""
+        account = self.accounts.get(name)
+        if account is None:
+            if len(self.accounts) > len(self._tenants) + MAX_STRANGERS:
+                self._forget_strangers()
+            account = self.accounts[name] = Account(self.tenant(name), now)
+        return account
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """Queue a sequence that has its `order`; lifts the counter of a tenant that was idle."""
+        account = self.account(sequence.request.tenant, now)
+        if not account.busy:
+            others = [a.counter for a in self.accounts.values() if a.busy]
+            account.counter = max(account.counter, min(others, default=self._floor))
+        sequence.account = account
+        self._insert(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a sequence that had to make way, where it was."""
+        self._insert(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, admitted or ended."""
+        waiting = sequence.account.waiting
+        place = bisect.bisect_left(waiting, sequence.order, key=_order)
+        while waiting[place] is not sequence:
+            place += 1
+        del waiting[place]
+        self._count -= 1
+        self.tokens -= len(sequence.tokens)
+        self.note_idle(sequence.account)
+
+    def head(self, allowed: Callable[[Account], bool]) -> Sequence | None:
+        """The first of the tenant that has been served least, among those `allowed` to run more."""
+        best: Account | None = None
+        for account in self.accounts.values():
+            if (
+                account.waiting
+                and (best is None or account.counter < best.counter)
+                and allowed(account)
+            ):
+                best = account
+        return best.waiting[0] if best is not None else None
+
+    def note_idle(self, account: Account) -> None:
+        """Remember where the last one stood, for whoever comes to an empty house."""
+        if not account.busy:
+            self._floor = max(self._floor, account.counter)
+
+    def _insert(self, sequence: Sequence) -> None:
+        bisect.insort(sequence.account.waiting, sequence, key=_order)
+        self._count += 1
+        self.tokens += len(sequence.tokens)
+
+    def _forget_strangers(self) -> None:
+        for name, account in list(self.accounts.items()):
+            if name not in self._tenants and not account.busy:
+                del self.accounts[name]

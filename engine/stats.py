@@ -1,0 +1,29 @@
+"""What listeners are told of a step."""
+
+from __future__ import annotations
+
+from engine.scheduling.plan import Plan
+from engine.scheduling.scheduler import Scheduler
+from engine.types import StepStats
+
+
+def step_stats(
+    plan: Plan, scheduler: Scheduler, now: float, seconds: dict[str, float]
+) -> StepStats:
+    """The statistics of a step that has been committed at `now`."""
+    pool = scheduler.pool
+    return StepStats(
+        step=plan.step,
+        at=now,
+        prefill_tokens=plan.work.prefill,
+        decode_rows=plan.work.decodes,
+        predicted=plan.predicted,
+        running=len(scheduler.decoding) + len(scheduler.prefilling),
+        waiting=len(scheduler.queue),
+        pages_used=pool.used,
+        pages_cached=pool.cached,
+        pages_total=pool.total,
+        preemptions=scheduler.preemptions,
+        seconds=seconds,
+        decisions=tuple(plan.decisions),
+    )

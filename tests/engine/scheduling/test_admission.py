@@ -1,0 +1,110 @@
+"""Who may enter: lengths, caps, quotas and deadlines; and how room is reckoned."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from engine.scheduling.admission import Admission, Limits, check_length, share_tokens
+from engine.scheduling.policy import OutputLengths, peak_pages
+from engine.scheduling.tenants import Tenant
+from engine.types import Request, SamplingParams
+from tests.engine.scheduling.test_scheduler import LINEAR, Bench
+
+ROOMY = Limits(1000, 100, 10_000)
+
+
+def make(prompt: int, *, n: int = 1, **fields: float) -> Request:
+    return Request(
+        id="new",
+        prompt_ids=(0,) * prompt,
+        sampling=SamplingParams(n=n),
+        max_tokens=10,
+        seed=0,
+        arrival=0.0,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def test_length_rules() -> None:
+    limits = Limits(context=10, max_waiting=2, max_waiting_tokens=100)
+    assert check_length(4, None, limits) == 6
+    assert check_length(4, 6, limits) == 6
+    for prompt, tokens, param in ((10, None, "prompt"), (4, 7, "max_tokens")):
+        with pytest.raises(InvalidRequest) as error:
+            check_length(prompt, tokens, limits)
+        assert (error.value.param, error.value.code) == (param, "context_length_exceeded")
+
+
+def test_what_a_tenants_share_can_never_hold_is_refused() -> None:
+    room = share_tokens(Tenant(page_share=0.25), pages=8, page_size=4)
+    assert room == 8
+    assert share_tokens(Tenant(), pages=8, page_size=4) is None
+    with pytest.raises(InvalidRequest, match="tenant's share of the KV cache holds 8"):
+        check_length(5, 6, ROOMY, room)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    bench = Bench(pages=64, budget=64, profile=LINEAR)
+    bench.add([1] * 60)
+    bench.add([2] * 30)
+    with pytest.raises(Overloaded, match="2 sequences"):
+        Admission(bench.scheduler, Limits(100, 2, 1000)).admit(make(5), 0.0)
+    with pytest.raises(Overloaded, match="150 tokens") as error:
+        Admission(bench.scheduler, Limits(100, 9, 140)).admit(make(60), 0.0)
+    # 90 rows of prompts, and 128 steps of two: 90 + 256 ms, and half of it is gone by then.
+    assert error.value.retry_after == pytest.approx(0.173, abs=0.005)
+
+
+def test_a_quota_that_is_used_up_names_the_time_it_takes() -> None:
+    bench = Bench(pages=64, budget=64)
+    bench.scheduler.queue.configure({"t": Tenant(id="t", tokens_per_second=2.0)})
+    bench.add([1] * 30, max_tokens=2, tenant="t")
+    bench.drain()
+    admission = Admission(bench.scheduler, ROOMY)
+    with pytest.raises(Overloaded, match="2 tokens/s") as error:
+        admission.admit(make(5, tenant="t"), 0.0)  # type: ignore[arg-type]
+    assert error.value.retry_after == pytest.approx((32 - 20 + 1) / 2)
+    admission.admit(make(5, tenant="t"), 7.0)  # type: ignore[arg-type]
+    admission.admit(make(5), 0.0)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    bench = Bench(pages=64, budget=64, profile=LINEAR)
+    admission = Admission(bench.scheduler, ROOMY)
+    admission.admit(make(50, first_token_deadline=0.060), 0.0)
+    with pytest.raises(DeadlineExceeded, match="about 50 ms"):
+        admission.admit(make(50, first_token_deadline=0.040), 0.0)
+    bench.add([1] * 40, deadline=0.050)
+    with pytest.raises(Overloaded, match="40 ms come first"):
+        admission.admit(make(50, deadline=0.060), 0.0)
+    admission.admit(make(50, deadline=0.100), 0.0)
+
+
+def test_those_who_are_too_late_are_named_once() -> None:
+    bench = Bench()
+    (first,) = bench.add([1], first_token_deadline=5.0, deadline=9.0)
+    (second,) = bench.add([2], first_token_deadline=5.0)
+    assert list(bench.scheduler.deadlines.passed(4.0)) == []
+    first.tokens.append(7)
+    assert list(bench.scheduler.deadlines.passed(5.0)) == [second]
+    assert list(bench.scheduler.deadlines.passed(5.0)) == []
+    assert list(bench.scheduler.deadlines.passed(9.0)) == [first]
+
+
+def test_expected_lengths_follow_what_was_seen() -> None:
+    lengths = OutputLengths()
+    assert lengths.expected(0, 500) == 500
+    for length in range(1, 101):
+        lengths.record(length)
+    assert lengths.expected(0, 500) == 91
+    assert lengths.expected(50, 500) == 96
+    assert lengths.expected(0, 20) == 20
+    assert lengths.expected(90, 500) == 500  # too few were longer to say
+
+
+def test_the_peak_is_where_somebody_finishes() -> None:
+    # All at once: 2+1, then 4 more of the longer one's alone.
+    assert peak_pages([(2, 4), (1, 1)]) == 6
+    assert peak_pages([(2, 2), (1, 2)]) == 7
+    assert peak_pages([]) == 0
