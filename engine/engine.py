@@ -423,10 +423,8 @@ class AsyncEngine:
             self._tainted = len(self._flying)
         logger.error("step %d failed: %s", plan.step, error, exc_info=error)
         failure = EngineFailed(f"the model's step failed: {type(error).__name__}")
-        self.parts.scheduler.discard(plan)
-        for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
-            if sequence not in plan.dropped:
-                self._delivery.fail(sequence.request.id, failure)
+        for sequence in self.parts.scheduler.discard(plan):
+            self._delivery.fail(sequence.request.id, failure)
         if self._failures >= MAX_FAILURES:
             self._failed = EngineFailed(f"{MAX_FAILURES} steps in a row failed; restart the server")
             self._fail_all(self._failed)

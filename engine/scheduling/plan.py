@@ -65,6 +65,15 @@ class Plan:
         """Whether there is nothing to compute."""
         return not self.decodes and not self.chunks
 
+    def live_sequences(self) -> list[Sequence]:
+        """Its sequences that still hold what they held when it was planned."""
+        every = [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
+        return [sequence for sequence in every if sequence not in self.dropped]
+
+    def moves_any(self, kind: Move) -> bool:
+        """Whether it has moves of a kind."""
+        return any(move[0] is kind for move in self.moves)
+
 
 @dataclass(slots=True)
 class StepResult:

@@ -152,18 +152,26 @@ class Scheduler:
 
     def observe(self, plan: Plan, result: StepResult, seconds: float) -> None:
         """Learn from what a step took."""
-        moves = sum(move[0] in (Move.RESTORE, Move.DEMOTE) for move in plan.moves)
+        moves = sum(kind in (Move.RESTORE, Move.DEMOTE) for kind, _, _ in plan.moves)
         if moves:
             self.cold.observe(result.seconds["move"], moves)
             seconds -= result.seconds["move"]
         self.cost.observe(plan.work, seconds)
 
-    def discard(self, plan: Plan) -> None:
-        """The oldest step in flight has failed; its sequences have to be ended by the caller."""
+    def discard(self, plan: Plan) -> list[Sequence]:
+        """The oldest step in flight has failed. Returns the live sequences that the caller has to
+        end: its own, and those that were to read from the cold tier what it should have put there.
+        """
         assert plan is self.in_flight[0], "steps retire in order"
         self.in_flight.popleft()
+        lost = plan.live_sequences()
+        if plan.moves_any(Move.DEMOTE):
+            for later in self.in_flight:
+                if later.moves_any(Move.RESTORE):
+                    lost += later.live_sequences()
         self.cold.clear()
         self._retire(plan)
+        return lost
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """End a sequence in any state and give back what it holds; a second call does nothing."""
@@ -178,7 +186,6 @@ class Scheduler:
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
-        self.queue.note_idle(sequence.account)
 
     def sequences(self) -> Iterator[Sequence]:
         """Everything that is not finished."""

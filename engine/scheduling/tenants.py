@@ -2,8 +2,8 @@
 
 Fairness is by virtual token counters (VTC, Sheng et al., OSDI 2024, arXiv 2401.00588): a tenant's
 counter rises with the service it gets, divided by its weight, and the least counter is served next.
-Whoever was idle starts at the least counter of those that are not, so nobody saves up service. The
-service of two backlogged tenants never differs by more than the paper's bound.
+Whoever had nothing queued starts at the least counter of those who had, so nobody saves up service.
+The service of two backlogged tenants never differs by more than the paper's bound.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class FairQueue:
         self.accounts: dict[str, Account] = {}
         self.tokens = 0
         self._count = 0
-        self._floor = 0.0
+        # The tenant whose queue was emptied last: where whoever comes to an empty house begins.
+        self._last: Account | None = None
 
     def __len__(self) -> int:
         return self._count
@@ -136,17 +137,21 @@ class FairQueue:
         return account
 
     def add(self, sequence: Sequence, now: float) -> None:
-        """Queue a sequence that has its `order`; lifts the counter of a tenant that was idle."""
-        account = self.account(sequence.request.tenant, now)
-        if not account.busy:
-            others = [a.counter for a in self.accounts.values() if a.busy]
-            account.counter = max(account.counter, min(others, default=self._floor))
-        sequence.account = account
-        self._insert(sequence)
+        """Queue a new sequence that has its `order`."""
+        sequence.account = self.account(sequence.request.tenant, now)
+        self.put_back(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Queue a sequence that had to make way, where it was."""
-        self._insert(sequence)
+        """Queue a sequence in its place: a new one, or one that had to make way. Lifts the counter
+        of a tenant that had none queued."""
+        account = sequence.account
+        if not account.waiting:
+            queued = [a.counter for a in self.accounts.values() if a.waiting]
+            floor = self._last.counter if self._last is not None else 0.0
+            account.counter = max(account.counter, min(queued, default=floor))
+        bisect.insort(account.waiting, sequence, key=_order)
+        self._count += 1
+        self.tokens += len(sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, admitted or ended."""
@@ -157,7 +162,8 @@ class FairQueue:
         del waiting[place]
         self._count -= 1
         self.tokens -= len(sequence.tokens)
-        self.note_idle(sequence.account)
+        if not waiting:
+            self._last = sequence.account
 
     def head(self, allowed: Callable[[Account], bool]) -> Sequence | None:
         """The first of the tenant that has been served least, among those `allowed` to run more."""
@@ -170,16 +176,6 @@ class FairQueue:
             ):
                 best = account
         return best.waiting[0] if best is not None else None
-
-    def note_idle(self, account: Account) -> None:
-        """Remember where the last one stood, for whoever comes to an empty house."""
-        if not account.busy:
-            self._floor = max(self._floor, account.counter)
-
-    def _insert(self, sequence: Sequence) -> None:
-        bisect.insort(sequence.account.waiting, sequence, key=_order)
-        self._count += 1
-        self.tokens += len(sequence.tokens)
 
     def _forget_strangers(self) -> None:
         for name, account in list(self.accounts.items()):

@@ -1,0 +1,168 @@
+"""A fake model behind the engine's stepper: it keeps (namespace, token) where a model keeps KV."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import deque
+
+from engine.scheduling.plan import Chunk, Move, Plan, StepResult
+from engine.scheduling.sequence import Sequence
+from tests.simulation.clock import VirtualLoop
+
+BASE = 26
+
+
+def fold(digest: int, token: int) -> int:
+    """The digest of one token more."""
+    return (digest * 1_000_003 + token + 1) & 0xFFFFFFFFFFFF
+
+
+def token_after(digest: int) -> int:
+    """What the model says after a text: it depends on every token."""
+    return 97 + (digest >> 7) % BASE
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    """What a request is to get."""
+    digest = 0
+    for token in prompt:
+        digest = fold(digest, token)
+    made = []
+    for _ in range(count):
+        made.append(token_after(digest))
+        digest = fold(digest, made[-1])
+    return made
+
+
+class FakeStepper:
+    """Runs steps in virtual time, one after another, and fails now and then.
+
+    A position of the cache holds the digest of all tokens up to it, and whose it is; reading a
+    position that another namespace wrote, or one that is not what comes next, ends the simulation.
+    """
+
+    def __init__(
+        self, loop: VirtualLoop, chance: random.Random, pages: int, page_size: int, failures: float
+    ) -> None:
+        self._loop = loop
+        self._chance = chance
+        self._size = page_size
+        self._failures = failures
+        self._kv: list[tuple[bytes, int] | None] = [None] * (pages * page_size)
+        self._cold: dict[int, list[tuple[bytes, int] | None]] = {}
+        self._last: dict[int, int] = {}
+        self._ready: deque[StepResult | Exception] = deque()
+        self._read, self._write = os.pipe()
+        self._free_at = 0.0
+        # Of failed steps: what they should have written is not there.
+        self._lost: set[Sequence] = set()
+
+    def submit(self, plan: Plan) -> None:
+        seconds = (0.002 + 0.0004 * (plan.work.decodes + plan.work.prefill)) * (
+            self._chance.uniform(0.7, 1.5) if self._chance.random() < 0.95 else 8.0
+        )
+        self._free_at = max(self._free_at, self._loop.time()) + seconds
+        outcome: StepResult | Exception
+        self._lost.difference_update(plan.admitted)
+        if self._chance.random() < self._failures:
+            outcome = RuntimeError("device lost")
+            self._lost = {*plan.decodes, *(chunk.sequence for chunk in plan.chunks)}
+        else:
+            outcome = self._run(plan)
+        self._loop.call_at(self._free_at, self._finish, outcome)
+
+    def ready(self) -> bool:
+        return bool(self._ready)
+
+    def result(self) -> StepResult:
+        os.read(self._read, 1)
+        outcome = self._ready.popleft()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def fileno(self) -> int:
+        return self._read
+
+    def close(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+    def _finish(self, outcome: StepResult | Exception) -> None:
+        self._ready.append(outcome)
+        os.write(self._write, b"\0")
+
+    def _run(self, plan: Plan) -> StepResult:
+        for move in plan.moves:
+            self._move(*move)
+        ids = []
+        for sequence in plan.decodes:
+            at = sequence.scheduled - 1
+            ids.append(self._compute(sequence, at, [self._last[sequence.slot]], write=True))
+        for chunk in plan.chunks:
+            ids += self._chunk(chunk)
+        count = len(ids)
+        return StepResult(ids, [-0.5] * count, [[]] * count, {"forward": 0.0, "move": 0.0})
+
+    def _chunk(self, chunk: Chunk) -> list[int]:
+        sequence, end = chunk.sequence, chunk.start + chunk.count
+        tokens = sequence.tokens[chunk.start : end]
+        drawn = self._compute(sequence, chunk.start, tokens, write=chunk.write, keep=chunk.sample)
+        scored = sequence.tokens[end - chunk.rows + 1 : end + 1 - chunk.sample]
+        return [*scored, drawn] if chunk.sample else scored if chunk.rows else []
+
+    def _compute(
+        self,
+        sequence: Sequence,
+        start: int,
+        tokens: list[int],
+        *,
+        write: bool,
+        keep: bool = True,
+    ) -> int:
+        """Write positions from `start` on, each after the one before it; returns the next token."""
+        mine, digest = sequence.request.namespace, 0
+        if sequence in self._lost:
+            return 0  # nobody will see it
+        if self._chance.random() < 0.02:
+            self._check_all(sequence, start)
+        if start:
+            held = self._kv[self._slot(sequence, start - 1)]
+            assert held is not None, "a position is read that nobody wrote"
+            assert held[0] == mine, "a page of another namespace is seen"
+            digest = held[1]
+        for position, token in enumerate(tokens, start=start):
+            digest = fold(digest, token)
+            if write:
+                self._kv[self._slot(sequence, position)] = (mine, digest)
+            else:
+                assert self._kv[self._slot(sequence, position)] == (mine, digest), "not the same"
+        if keep:
+            self._last[sequence.slot] = token_after(digest)
+        return token_after(digest)
+
+    def _check_all(self, sequence: Sequence, count: int) -> None:
+        """Every position that will be read is what the sequence's own tokens made."""
+        digest, mine = 0, sequence.request.namespace
+        for position, token in enumerate(sequence.tokens[:count]):
+            digest = fold(digest, token)
+            held = self._kv[self._slot(sequence, position)]
+            assert held == (mine, digest), f"position {position} holds something else"
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        page, offset = divmod(position, self._size)
+        return sequence.pages[page] * self._size + offset
+
+    def _move(self, kind: Move, source: int, target: int) -> None:
+        size = self._size
+        page = slice(source * size, (source + 1) * size)
+        into = slice(target * size, (target + 1) * size)
+        if kind is Move.COPY:
+            self._kv[into] = self._kv[page]
+        elif kind is Move.DEMOTE:
+            self._cold[target] = self._kv[page]
+        elif kind is Move.RESTORE:
+            self._kv[into] = self._cold.get(source, [None] * size)
+        else:
+            self._kv[page] = [None] * size

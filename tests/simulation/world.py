@@ -1,0 +1,263 @@
+"""One episode: a random house, random guests, and everything that must hold after every step."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from engine.config import PolicyName
+from engine.engine import AsyncEngine
+from engine.errors import DeadlineExceeded, EngineFailed, InvalidRequest, Overloaded
+from engine.loading import Parts
+from engine.scheduling.admission import Limits
+from engine.scheduling.budget import Pace
+from engine.scheduling.cost import Profile
+from engine.scheduling.tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenant
+from engine.streams import TokenStream
+from engine.text.tokenizer import Tokenizer
+from engine.types import RequestStats, SamplingParams, StepStats, Terms
+from tests.audit import audit
+from tests.mock import VOCAB, mock_scheduler
+from tests.simulation.clock import VirtualLoop
+from tests.simulation.model import FakeStepper, expected
+
+# Virtual seconds within which everybody has to be served once nobody comes any more.
+PATIENCE = 3600.0
+PAGE = 4
+PROFILE = Profile((1, 1001), (0.0024, 0.4024), 0.0, 0.0, 0.0)
+POLICIES: list[PolicyName] = ["lru", "lfu", "sieve", "cost", "adaptive"]
+
+
+@dataclass
+class World:
+    """What one episode is made of, all drawn from its seed."""
+
+    chance: random.Random
+    pages: int = 0
+    context: int = 0
+    running: int = 0
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    capped: bool = False
+    failures: float = 0.0
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        chance = self.chance
+        self.pages = chance.choice([12, 20, 40])
+        self.context = min(self.pages * PAGE, chance.choice([40, 60]))
+        self.running = chance.choice([2, 4, 8])
+        self.capped = chance.random() < 0.3
+        self.failures = chance.choice([0.0, 0.0, 0.002])
+        for name in "abc"[: chance.randint(1, 3)]:
+            self.tenants[name] = Tenant(
+                id=name,
+                weight=chance.choice([1.0, 1.0, 3.0]),
+                max_running=chance.choice([0, 1, 3]) if self.capped else 0,
+                page_share=chance.choice([1.0, 0.7]) if self.capped else 1.0,
+            )
+        # Beginnings that many prompts share.
+        self.beginnings = [
+            [chance.randrange(97) for _ in range(chance.choice([3, 8, 13, 20]))] for _ in range(4)
+        ]
+
+    def engine(self, loop: VirtualLoop, tokenizer: Tokenizer) -> AsyncEngine:
+        """The real engine around the fake model."""
+        chance = self.chance
+
+        def parts() -> Parts:
+            scheduler = mock_scheduler(
+                self.pages,
+                PAGE,
+                loop,
+                step_tokens=self.running + chance.choice([4, 8, 24]),
+                running=self.running,
+                cold_slots=chance.choice([0, 0, 10]),
+                eviction=chance.choice(POLICIES),
+                profile=PROFILE,
+                pace=Pace(chance.choice([0.0, 0.004, 0.02])),
+                max_prefilling=chance.choice([1, 3, 8]),
+                prefix_caching=chance.random() < 0.85,
+            )
+            if chance.random() < 0.5:
+                for _ in range(20):
+                    scheduler.lengths.record(chance.randint(1, 6))  # too few: let too many in
+            return Parts(
+                model_name="simulated",
+                tokenizer=tokenizer,
+                vocab_size=VOCAB,
+                scheduler=scheduler,
+                stepper=FakeStepper(loop, chance, self.pages, PAGE, self.failures),
+                limits=Limits(self.context, 60, 1500),
+                fingerprint=b"simulated",
+                clock=loop,
+            )
+
+        look_ahead = chance.random() < 0.7
+        engine = AsyncEngine(parts, seeds=lambda: 1, stall_seconds=1e9, look_ahead=look_ahead)
+        engine.configure_tenants(self.tenants)
+        return engine
+
+
+class Watcher:
+    """A listener that checks every invariant after every step."""
+
+    def __init__(self, engine: AsyncEngine, world: World) -> None:
+        self._engine = engine
+        self._world = world
+        self.steps = 0
+        self.failure: AssertionError | None = None
+
+    def on_step(self, stats: StepStats) -> None:
+        self.steps += 1
+        if self.failure is None:
+            try:
+                scheduler = self._engine.parts.scheduler
+                audit(scheduler)
+                pool = scheduler.pool
+                assert pool.used + pool.free == pool.total, "a page is lost"
+                if not self._world.capped:
+                    self._check_fairness()
+            except AssertionError as error:
+                self.failure = error
+
+    def on_request(self, stats: RequestStats) -> None:
+        pass
+
+    def _check_fairness(self) -> None:
+        """VTC, lemma 4.3: the counters of the backlogged stay within what can be under way."""
+        world = self._world
+        accounts = self._engine.parts.scheduler.queue.accounts.values()
+        waiting = [a for a in accounts if a.waiting]
+        if len(waiting) > 1:
+            counters = [a.counter for a in waiting]
+            # A sequence's last token is served, but never lies in the cache.
+            held = world.pages * PAGE + world.running
+            most = max(INPUT_WEIGHT * world.context, OUTPUT_WEIGHT * held)
+            bound = most / min(a.tenant.weight for a in waiting)
+            gap = max(counters) - min(counters)
+            assert gap <= bound, f"service differs by {gap}, the bound is {bound}"
+
+
+class Guests:
+    """Clients that come at random, read at their own pace, and check what they get."""
+
+    def __init__(self, engine: AsyncEngine, world: World, loop: VirtualLoop) -> None:
+        self._engine = engine
+        self._world = world
+        self._loop = loop
+        self._number = itertools.count()
+        self.open = True
+        self.failure: AssertionError | None = None
+
+    async def keep_coming(self, group: Any) -> None:
+        """Start clients, in calm times and in crowds, until the house is closed."""
+        chance = self._world.chance
+        while self.open:
+            calm = chance.random() < 0.9
+            await anyio.sleep(chance.expovariate(20 if calm else 1))
+            for _ in range(1 if calm else chance.randint(3, 15)):
+                group.start_soon(self._one)
+
+    async def _one(self) -> None:
+        try:
+            outcome = await self._ask()
+        except (Overloaded, DeadlineExceeded, EngineFailed, InvalidRequest) as error:
+            outcome = type(error).__name__
+        except AssertionError as error:
+            self.failure = error
+            outcome = "wrong"
+        self._world.outcomes[outcome] += 1
+
+    async def _ask(self) -> str:
+        world, chance = self._world, self._world.chance
+        prompt = list(chance.choice(world.beginnings))
+        prompt += [chance.randrange(97) for _ in range(chance.choice([0, 0, 1, 2, 5, 9]))]
+        n = chance.choice([1, 1, 1, 2, 4])
+        count = chance.randint(1, max(1, min(18, world.context - len(prompt))))
+        scored = chance.random() < 0.05
+        params = SamplingParams(
+            max_tokens=count, n=n, ignore_eos=True, prompt_logprobs=0 if scored else None
+        )
+        tenant = chance.choice([*world.tenants])
+        deadline = chance.choice([None, None, None, 0.2, 2.0])
+        terms = Terms(
+            tenant=tenant,
+            namespace=tenant.encode(),
+            priority=chance.choice([0, 0, 0, -1, 2]),
+            **({} if deadline is None else {"deadline": deadline}),
+        )
+        begun = self._loop.time()
+        stream = await self._engine.submit(
+            prompt, params, terms=terms, request_id=f"r{next(self._number)}"
+        )
+        aborts = chance.randint(0, count * n) if chance.random() < 0.15 else None
+        slow = chance.random() < 0.1
+        try:
+            return await self._read(stream, expected(prompt, count), n, aborts, slow=slow)
+        except DeadlineExceeded:
+            assert deadline is not None, "a deadline that nobody set"
+            assert self._loop.time() >= begun + deadline, "too early for the deadline"
+            raise
+        except EngineFailed:
+            assert world.failures, "the engine failed by itself"
+            raise
+
+    async def _read(
+        self, stream: TokenStream, wanted: list[int], n: int, aborts: int | None, *, slow: bool
+    ) -> str:
+        """Collect every choice's tokens; they are the model's, each once, in order."""
+        got: dict[int, list[int]] = {index: [] for index in range(n)}
+        reasons: dict[int, str] = {}
+        while deltas := await stream.receive():
+            for delta in deltas:
+                got[delta.index] += delta.token_ids
+                assert got[delta.index] == wanted[: len(got[delta.index])], "another's token"
+                assert delta.index not in reasons, "a choice goes on after its end"
+                if delta.finish_reason is not None:
+                    reasons[delta.index] = delta.finish_reason
+            if aborts is not None and sum(map(len, got.values())) >= aborts:
+                self._engine.abort(*stream.request_ids)
+                aborts = None
+            if slow:
+                await anyio.sleep(self._world.chance.expovariate(10))
+        assert len(reasons) == n, "a choice has no end"
+        for index, reason in reasons.items():
+            if reason == "length":
+                assert got[index] == wanted, "tokens are missing"
+            else:
+                assert reason == "abort"
+        return "served"
+
+
+async def live(loop: VirtualLoop, world: World, tokenizer: Tokenizer, steps: int) -> int:
+    """Run an episode of about `steps` steps; returns how many it were. Raises AssertionError."""
+    logging.getLogger("ryzanstein").setLevel(logging.CRITICAL)  # failures are part of the plan
+    engine = world.engine(loop, tokenizer)
+    watcher, guests = Watcher(engine, world), Guests(engine, world, loop)
+    engine.add_listener(watcher)
+    async with engine:
+        with anyio.move_on_after(PATIENCE + steps) as patience:
+            async with anyio.create_task_group() as group:
+                group.start_soon(guests.keep_coming, group)
+                while watcher.steps < steps and engine.health() != "failed":
+                    await anyio.sleep(0.5)
+                    if watcher.failure is not None or guests.failure is not None:
+                        break
+                guests.open = False
+            while engine.parts.scheduler.has_work and engine.health() != "failed":
+                await anyio.sleep(0.1)  # the last step is still in flight
+        for failure in (watcher.failure, guests.failure):
+            if failure is not None:
+                raise failure
+        assert not patience.cancelled_caught, "somebody is never served"
+        if engine.health() != "failed":
+            pool = engine.parts.scheduler.pool
+            assert pool.used == 0, "pages are held by nobody"
+            assert not engine.parts.scheduler.has_work
+    return watcher.steps
