@@ -61,6 +61,9 @@ def gemma3() -> Path:
     return gemma3_path()
 
 
+CHUNKED = {"scheduler__max_batch_tokens": 40, "scheduler__max_running": 8}
+
+
 def hugging_face(path: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
@@ -82,6 +85,9 @@ def run_engine(
     async def main() -> None:
         chosen = {"cache__tokens": 16384, **FP32, **settings}
         async with AsyncEngine.from_pretrained(str(path), **chosen) as engine:
+            if settings.get("cache__tokens"):
+                for _ in range(20):
+                    engine.parts.scheduler.lengths.record(1)  # so that too many are let in
             async with anyio.create_task_group() as group:
                 for number in range(len(prompts)):
                     if together:
@@ -156,11 +162,13 @@ def test_smollm2_greedy_text_equals_transformers(
     "settings",
     [
         {},
-        {"scheduler__max_batch_tokens": 24, "cache__page_size": 32},
+        CHUNKED | {"cache__page_size": 32},
+        {"scheduler__look_ahead": False},
+        {"cache__prefix_caching": False},
         {"cache__tokens": 640},
         {"execution__backend": "torch"},
     ],
-    ids=["together", "chunked", "preempted", "on torch"],
+    ids=["together", "chunked", "in turn", "unshared", "preempted", "on torch"],
 )
 def test_company_does_not_change_the_text(
     smollm2: Path, alone: list[list[int]], settings: dict[str, Any]
@@ -178,7 +186,7 @@ def test_on_the_native_kernels_company_does_not_change_the_text(
     """
     native: dict[str, Any] = {"model__dtype": "auto", "cache__dtype": "auto"}
     alone = run_engine(smollm2, PROMPTS, together=False, **native)
-    for settings in ({}, {"scheduler__max_batch_tokens": 24}, {"cache__tokens": 640}):
+    for settings in ({}, CHUNKED, {"cache__tokens": 640}):
         assert run_engine(smollm2, PROMPTS, together=True, **native, **settings) == alone
     assert run_engine(smollm2, PROMPTS, together=True, **native, execution__threads=1) == alone
     tokenizer = open_tokenizer(open_checkpoint(smollm2))
@@ -203,7 +211,35 @@ async def test_a_prefix_hit_does_not_change_the_text(smollm2: Path, alone: list[
                 usage = delta.usage
             assert ids[: LENGTH - 30] == alone[1][30:]
         assert usage is not None
-        assert usage.cached_tokens == 32
+        assert usage.cached_tokens == len(prompt) - 1
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+async def test_what_comes_back_from_the_cold_tier_is_what_went_there(
+    smollm2: Path, tmp_path: Path, dtype: str
+) -> None:
+    settings: dict[str, Any] = {
+        "cache__tokens": 480,
+        "cache__dtype": dtype,
+        "cache__cold_tokens": 8192,
+        "cache__cold_folder": str(tmp_path),
+        "cache__eviction": "adaptive",
+    }
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    rounds: list[list[list[int]]] = []
+    async with AsyncEngine.from_pretrained(str(smollm2), **settings) as engine:
+        for _ in range(2):
+            rounds.append([])
+            for number in range(6):
+                ids: list[int] = []
+                prompt = " ".join(PROMPTS[number:] + PROMPTS[:number])
+                async for delta in engine.generate(prompt, params):
+                    ids += delta.token_ids
+                rounds[-1].append(ids)
+        assert engine.parts.scheduler.cold.hits > 10
+    assert rounds[0] == rounds[1]
+    assert not any(tmp_path.iterdir())  # the file has no name
 
 
 async def test_smollm2_logprobs_agree_with_llama_cpp(smollm2: Path) -> None:

@@ -65,8 +65,8 @@ class Scheduler:
         self.pool = pool
         self.limits = limits
         self.cost = cost
-        self.queue = queue or FairQueue()
-        self.cold = cold or ColdIndex()
+        self.queue = FairQueue() if queue is None else queue
+        self.cold = ColdIndex() if cold is None else cold
         self.lengths = OutputLengths()
         self.deadlines = Deadlines()
         # Both in order of importance; a sequence decodes once its first token is planned.

@@ -1,4 +1,4 @@
-"""`python -m tests.simulation --steps N --seed S`: ends non-zero, with the seed, if a rule breaks."""
+"""`python -m tests.simulation --steps N --seed S`: ends non-zero, and says how to see it again."""
 
 from __future__ import annotations
 
