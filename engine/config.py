@@ -41,7 +41,7 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     memory_fraction: Annotated[float, Meta(gt=0, le=0.9)] = 0.25
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     prefix_caching: bool = True
-    eviction: PolicyName = "lru"
+    eviction: PolicyName = "adaptive"
     cold_tokens: NonNegative = 0
     cold_folder: str = ""
 

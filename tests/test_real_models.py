@@ -239,7 +239,7 @@ async def test_what_comes_back_from_the_cold_tier_is_what_went_there(
                 rounds[-1].append(ids)
         assert engine.parts.scheduler.cold.hits > 10
     assert rounds[0] == rounds[1]
-    assert not any(tmp_path.iterdir())  # the file has no name
+    assert not any(tmp_path.iterdir())  # noqa: ASYNC240  (the file has no name)
 
 
 async def test_smollm2_logprobs_agree_with_llama_cpp(smollm2: Path) -> None:

@@ -39,12 +39,15 @@ class Profiler:
         self._runner = runner
         self._shape = shape
         self._longest = min(shape.context - 1, (shape.pages - 1) * shape.page_size)
-        self._next_page = itertools.cycle(range(shape.pages))
+        self._most = min(shape.step_tokens, self._longest)
+        # As many as the first prompts fill: a page's first touch costs more than any later one.
+        written = REPEATS * (-(-(self._most + 1) // shape.page_size))
+        self._next_page = itertools.cycle(range(min(shape.pages, written)))
 
     def measure(self, progress: Callable[[int, int], None]) -> Profile:
         """Median seconds of every shape of step."""
         shape = self._shape
-        most = min(shape.step_tokens, self._longest)
+        most = self._most
         counts = sorted({min(most, 2**k) for k in range(most.bit_length() + 1)}, reverse=True)
         done, total = 0, len(counts) + 3
 
