@@ -32,6 +32,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The paged KV cache. `tokens` 0 sizes it from `memory_fraction` of the free memory.
 
+    An `adaptive` pool gives memory back when the machine runs short of it, and grows again.
     `cold_tokens` that were evicted are kept in a file in `cold_folder` (the cache folder if
     empty).
     """
@@ -39,6 +40,7 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     tokens: NonNegative = 0
     memory_fraction: Annotated[float, Meta(gt=0, le=0.9)] = 0.25
+    adaptive: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     prefix_caching: bool = True
     eviction: PolicyName = "adaptive"

@@ -9,6 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 import anyio
@@ -23,6 +24,7 @@ from engine.scheduling.sequence import Sequence as ScheduledSequence
 from engine.scheduling.tenants import Tenant
 from engine.stats import step_stats
 from engine.streams import TokenStream
+from engine.text.tokenizer import encode_all
 from engine.types import (
     DEFAULT_TERMS,
     Delta,
@@ -38,6 +40,7 @@ logger = logging.getLogger("ryzanstein.engine")
 LONG_TEXT = 16_384
 # After so many failed steps in a row the engine stops trying.
 MAX_FAILURES = 3
+UPKEEP_SECONDS = 1.0
 # How long before a step's predicted end the next one is planned, and the share of its length that
 # predictions may be off.
 LEAD_SECONDS, LEAD_SHARE = 0.002, 0.1
@@ -95,9 +98,8 @@ class AsyncEngine:
         if config is None:
             values = {key.replace("__", "."): value for key, value in overrides.items()}
             config = load_config(values={"model.name": model, **values})
-        chosen = config
         return cls(
-            lambda: load(chosen),
+            partial(load, config),
             stall_seconds=config.execution.stall_seconds,
             look_ahead=config.scheduler.look_ahead,
         )
@@ -114,6 +116,7 @@ class AsyncEngine:
         self._stack.callback(loop.remove_reader, readable)
         group = await self._stack.enter_async_context(anyio.create_task_group())
         group.start_soon(self._run)
+        group.start_soon(self._keep_up)
         self._stack.callback(group.cancel_scope.cancel)
         return self
 
@@ -153,16 +156,11 @@ class AsyncEngine:
         tokenizer = self.parts.tokenizer
 
         def work() -> list[list[int]]:
-            return [tokenizer.encode(t, add_special_tokens=add_special_tokens) for t in texts]
+            return encode_all(tokenizer, texts, add_special_tokens=add_special_tokens)
 
-        try:
-            if sum(map(len, texts)) <= LONG_TEXT:
-                return work()
-            return await anyio.to_thread.run_sync(work)
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                "the text holds half of a surrogate pair, which is no character", param="prompt"
-            ) from error
+        if sum(map(len, texts)) <= LONG_TEXT:
+            return work()
+        return await anyio.to_thread.run_sync(work)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens shown."""
@@ -322,6 +320,13 @@ class AsyncEngine:
                 self._failed = EngineFailed("the engine broke; restart the server")
                 self._fail_all(self._failed)
 
+    async def _keep_up(self) -> None:
+        """See to the memory now and then, also while nothing runs."""
+        while True:
+            await anyio.sleep(UPKEEP_SECONDS)
+            if self.parts.upkeep():
+                self._wake.set()
+
     async def _turn(self) -> None:
         """One step's worth: see that a step runs and, shortly before it ends, that the next one is
         ready behind it; then take its result. Waits if there is nothing to do."""
@@ -367,9 +372,7 @@ class AsyncEngine:
         if until is None:
             await stepped
             return
-        delay = until - self.parts.clock.now()
-        if delay <= 0:
-            return
+        delay = max(0.0, until - self.parts.clock.now())
         timer = loop.call_later(delay, _resolve, stepped)
         try:
             await stepped

@@ -16,7 +16,13 @@ import numpy as np
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.execution.cache import Cache, ColdFile
-from engine.execution.memory import cache_pages
+from engine.execution.memory import (
+    Budget,
+    available_memory,
+    cache_pages,
+    private_memory,
+    read_pressure,
+)
 from engine.execution.profile import Shape, load_or_measure
 from engine.execution.runner import Runner, StagingShape
 from engine.execution.stepper import Stepper, ThreadStepper
@@ -24,12 +30,14 @@ from engine.models import Model, load_model
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import Pace
 from engine.scheduling.cold import ColdIndex
+from engine.scheduling.controller import CacheController
 from engine.scheduling.cost import CostModel
 from engine.scheduling.pages import PagePool
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.text.gguf_tokenizer import tokenizer_from_gguf
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.types import Clock, MonotonicClock
+from engine.upkeep import Upkeep
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.gguf import GGUFCheckpoint
 from engine.weights.sources import KNOWN_MODELS, Progress, cache_folder, resolve
@@ -42,6 +50,9 @@ from kernels.backend import (
     select_backend,
 )
 from kernels.ops import Recorder
+
+# Memory that is short, in bytes; an eighth of what was left at start if that is less.
+LOW_MEMORY = 512 << 20
 
 
 @dataclass
@@ -59,6 +70,9 @@ class Parts:
     device: str = ""
     timeline: list[tuple[str, float]] = field(default_factory=list)
     """Start-up stages and their seconds."""
+    budget: Budget | None = None
+    upkeep: Callable[[], bool] = lambda: False
+    """Adjusts the cache to the memory that is left; True if a step has to give some back."""
 
     @property
     def cache_tokens(self) -> int:
@@ -81,6 +95,7 @@ def load(
 
 def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool]) -> Parts:
     timeline: list[tuple[str, float]] = []
+    before = private_memory()
     with _stage(timeline, "find"):
         path = resolve(
             config.model.name,
@@ -117,6 +132,20 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         )
     parts = _assemble(config, model, tokenizer, CostModel(profile), runner, cold_slots, shape)
     parts.fingerprint = fingerprint
+    page_bytes = runner.page_bytes
+    left = available_memory() or 4 << 30
+    parts.budget = Budget(
+        program=before,
+        weights=backend.loaded_bytes(),
+        activations=runner.buffer_bytes(),
+        cache=(shape.pages + 1) * page_bytes,
+        headroom=max(0, left - shape.pages * page_bytes),
+    )
+    if config.cache.adaptive:
+        floor = -(-shape.context // shape.page_size)
+        low = min(LOW_MEMORY, left // 8)
+        controller = CacheController(parts.scheduler.pool, page_bytes, low, floor)
+        parts.upkeep = Upkeep(parts.scheduler, controller, read_pressure)
     parts.timeline = timeline
     size = backend.loaded_bytes() / 1e6
     parts.device = f"CPU, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"

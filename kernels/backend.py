@@ -88,6 +88,10 @@ class Program(Protocol):
         """Draw a token for each row of the kept logits."""
         ...
 
+    def buffer_bytes(self, sampled_rows: int) -> int:
+        """Bytes that activations and the logits of as many rows take."""
+        ...
+
     def logits(self) -> torch.Tensor:
         """The kept logits, fp32 `[samples, vocab]` (for tests and quality measurements)."""
         ...

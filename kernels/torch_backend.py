@@ -102,5 +102,8 @@ class TorchProgram:
     def sample(self, sampling: Sampling) -> Samples:
         return sample(self._logits, sampling)
 
+    def buffer_bytes(self, sampled_rows: int) -> int:
+        return sampled_rows * self._tape.logits.width * 4  # activations come and go
+
     def logits(self) -> torch.Tensor:
         return self._logits

@@ -75,6 +75,9 @@ def print_summary(
     console.print(f"  device   {escape(parts.device)}")
     context = parts.limits.context
     console.print(f"  KV cache {parts.cache_tokens:,} tokens; context {context:,} tokens")
+    if parts.budget is not None:
+        spent = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.budget.lines())
+        console.print(f"  memory   {spent}")
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     console.print(f"  address  {address}\n")
     example = example_request(parts, address, keys=keys)

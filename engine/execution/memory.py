@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import CacheSection
 from engine.errors import ConfigError
+from engine.scheduling.controller import Readings
 from kernels.backend import CacheLayout
 
 # Limit and usage of the control group, in version 2 and version 1.
@@ -16,6 +19,9 @@ MEMORY_FILES = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+
+# Stalls for memory, of the control group and of the machine (pressure stall information).
+PRESSURE_FILES = (Path("/sys/fs/cgroup/memory.pressure"), Path("/proc/pressure/memory"))
 
 
 def available_memory() -> int | None:
@@ -33,6 +39,65 @@ def available_memory() -> int | None:
         if bound is not None:
             available = min(available, max(0, bound - (used or 0)))
     return available
+
+
+def read_pressure() -> Readings | None:
+    """What is left, and whether anybody waits for memory; None where the system does not say."""
+    available = available_memory()
+    if available is None:
+        return None
+    stalled = 0.0
+    for file in PRESSURE_FILES:
+        if file.exists():
+            with suppress(OSError):  # a kernel may have the file and refuse to read it
+                stalled = max(stalled, _stalled(file.read_text()))
+    return Readings(available, stalled)
+
+
+def _stalled(text: str) -> float:
+    """The ten-second average of PSI's line `some`, as a share."""
+    for line in text.splitlines():
+        kind, *fields = line.split()
+        if kind == "some":
+            return float(dict(f.split("=", 1) for f in fields)["avg10"]) / 100
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes by what they are for. Nothing else grows with use: pages are all of one size, so any
+    free page serves any sequence and the pool cannot fragment; activations and staging are
+    allocated once, for the largest step."""
+
+    program: int
+    weights: int
+    activations: int
+    cache: int
+    headroom: int
+
+    @property
+    def total(self) -> int:
+        """All but the headroom, which is left to the system."""
+        return self.program + self.weights + self.activations + self.cache
+
+    def lines(self) -> list[tuple[str, int]]:
+        """Names and bytes, to print."""
+        return [
+            ("interpreter and libraries", self.program),
+            ("weights", self.weights),
+            ("activations and logits", self.activations),
+            ("KV cache, when full", self.cache),
+            ("left to the system", self.headroom),
+        ]
+
+
+def private_memory() -> int:
+    """Bytes of memory that are this process's own (files that it has mapped are not)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def _number(file: Path) -> int | None:

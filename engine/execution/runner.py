@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.execution.cache import Cache
 from engine.execution.history import Histories
+from engine.scheduling.budget import MAX_SCORED_ROWS
 from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from kernels.backend import Backend, Program
@@ -102,6 +103,8 @@ class Runner:
             self._cache.move(filled.moves)
             begin, start = start, time.perf_counter()
             seconds["move"] = start - begin
+            if not len(batch.token_ids):
+                return StepResult([], [], [], seconds)
         batch.token_ids[:fed] = self._last_ids[batch.table_rows[:fed]]
         self._program.forward(batch)
         middle = time.perf_counter()
@@ -113,6 +116,16 @@ class Runner:
         end = time.perf_counter()
         seconds["forward"], seconds["sample"] = middle - start, end - middle
         return StepResult(ids, samples.logprobs, samples.top, seconds)
+
+    def buffer_bytes(self) -> int:
+        """Bytes of activations, logits and staging."""
+        staging = self._page_table.nbytes + self._floats.nbytes + self._ints.nbytes
+        return self._program.buffer_bytes(self._shape.slots + MAX_SCORED_ROWS) + staging
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one KV page."""
+        return self._cache.page_bytes
 
     def close(self) -> None:
         """Release the device."""

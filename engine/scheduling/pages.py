@@ -9,11 +9,15 @@ that a prompt ends in has a name too, so that whoever repeats the prompt can cop
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 
 from engine.config import PolicyName
 from engine.scheduling.eviction import Adaptive, Order, Record
+
+# Pages that are taken out of use together.
+GROUP = 8
 
 
 def chain_root(namespace: bytes, fingerprint: bytes) -> bytes:
@@ -46,6 +50,10 @@ class PagePool:
         self._adaptive = Adaptive(pages) if policy == "adaptive" else None
         self._order = Order("lru" if policy == "adaptive" else policy)
         self._parked: set[int] = set()
+        # Names that were forgotten lately, as many as a pool holds: what is asked for again would
+        # have been found in a pool of up to twice the size.
+        self.regrets = 0
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
         self._clock = 0
 
     @property
@@ -77,10 +85,18 @@ class PagePool:
         """Whether content of this name is here."""
         return digest in self._by_name
 
+    def is_held(self, digest: bytes) -> bool:
+        """Whether content of this name is here, in a page that is in use."""
+        page = self._by_name.get(digest)
+        return page is not None and self._references[page] > 0
+
     def acquire(self, digest: bytes) -> int | None:
         """The page of this name with a reference taken, or None."""
         page = self._by_name.get(digest)
         if page is None:
+            if digest in self._ghosts:
+                del self._ghosts[digest]
+                self.regrets += 1
             return None
         if self._references[page] == 0:
             self._order.remove(page)
@@ -141,20 +157,28 @@ class PagePool:
                 else:
                     self._blank.append(page)
 
-    def park(self, pages: Iterable[int]) -> list[int]:
-        """Take those of `pages` that are free out of use, forgetting what they hold."""
-        blank, parked = set(self._blank), []
-        for page in pages:
-            if page in self._order:
-                self._order.remove(page)
-                self._forget(page)
-            elif page in blank:
-                blank.discard(page)
-            else:
+    def park(self, count: int) -> list[int]:
+        """Take at most `count` free pages out of use, in neighbouring groups, since only those give
+        memory back; what they held is forgotten, the least and the longest unused first."""
+        blank = set(self._blank)
+        groups = []
+        for first in range(0, self.total, GROUP):
+            group = range(first, min(first + GROUP, self.total))
+            cached = [page for page in group if page in self._order]
+            if len(cached) + sum(page in blank for page in group) == len(group):
+                used = max((self._records[page].used for page in cached), default=0)
+                groups.append((bool(cached), used, -first, group))
+        parked: list[int] = []
+        for *_, group in sorted(groups, key=lambda g: g[:3]):
+            if len(parked) + len(group) > count:
                 continue
-            parked.append(page)
+            for page in group:
+                if page in self._order:
+                    self._order.remove(page)
+                    self._forget(page)
+            parked += group
         self._parked.update(parked)
-        self._blank = [page for page in self._blank if page in blank]
+        self._blank = [page for page in self._blank if page not in self._parked]
         return parked
 
     def unpark(self, count: int) -> list[int]:
@@ -198,6 +222,9 @@ class PagePool:
         self.on_evict(page, names, self._records[page].depth)
         for digest in names:
             del self._by_name[digest]
+            self._ghosts[digest] = None
+        while len(self._ghosts) > self.total:
+            self._ghosts.popitem(last=False)
         self._names[page] = ()
 
     def _follow(self, digest: bytes, depth: int) -> None:

@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return not self.decodes and not self.chunks
+        """Whether there is nothing to do."""
+        return not self.decodes and not self.chunks and not self.moves
 
     def live_sequences(self) -> list[Sequence]:
         """Its sequences that still hold what they held when it was planned."""

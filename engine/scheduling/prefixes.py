@@ -23,16 +23,18 @@ class Prefixes:
         self.enabled = enabled
         self.moves: list[tuple[Move, int, int]] = []
         self.sources: list[list[int]] = []
+        # Whether moves wait that give memory back, and should not wait for a step's other reasons.
+        self.urgent = False
         self._claims: set[bytes] = set()
         pool.on_evict = self._evicted
 
-    def known_pages(self, sequence: Sequence) -> int:
-        """How many leading pages are in the pool just now."""
+    def known_pages(self, sequence: Sequence, *, held: bool = False) -> int:
+        """How many leading pages are in the pool just now, or are `held` there by somebody."""
         if not self.shares(sequence):
             return 0
-        size = self.pool.page_size
+        size, known = self.pool.page_size, self.pool.is_held if held else self.pool.holds
         count, most = 0, (len(sequence.tokens) - 1) // size
-        while count < most and self.pool.holds(sequence.page_hash(count, size)):
+        while count < most and known(sequence.page_hash(count, size)):
             count += 1
         return count
 
@@ -68,6 +70,13 @@ class Prefixes:
             if not sequence.preemptions:
                 sequence.cached += skipped
         return True
+
+    def park(self, count: int) -> int:
+        """Take about `count` free pages out of use and have their memory given back."""
+        pages = self.pool.park(count)
+        self.moves += [(Move.DISCARD, page, page) for page in pages]
+        self.urgent = self.urgent or bool(pages)
+        return len(pages)
 
     def claim(self, chunk: Chunk) -> None:
         """Let others wait for the pages that a chunk computes."""

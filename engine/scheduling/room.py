@@ -42,7 +42,10 @@ class Room:
     def need(self, sequence: Sequence) -> tuple[int, int]:
         """Pages that are its own, those of its prompt included, and those that are to come."""
         size = self._pool.page_size
-        found = sequence.shared if sequence.pages else self._prefixes.known_pages(sequence)
+        # What is only cached is free now, and will not be any more.
+        found = (
+            sequence.shared if sequence.pages else self._prefixes.known_pages(sequence, held=True)
+        )
         held = -(-len(sequence.tokens) // size)
         length = sequence.prompt_length + self._lengths.expected(
             sequence.generated, sequence.request.max_tokens

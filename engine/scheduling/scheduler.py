@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.errors import ConfigError
@@ -115,11 +114,12 @@ class Scheduler:
             self._admit(plan)
         if self.prefilling:
             self._plan_prefills(plan)
-        if plan.is_empty:
+        prefixes = self._prefixes
+        if plan.is_empty and not prefixes.urgent:
             return plan
         self._steps += 1
-        prefixes = self._prefixes
         if prefixes.moves:
+            prefixes.urgent = False
             plan.moves, prefixes.moves = prefixes.moves, []
             plan.retired_pages += prefixes.sources
             prefixes.sources = []
@@ -187,11 +187,13 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
 
-    def sequences(self) -> Iterator[Sequence]:
-        """Everything that is not finished."""
-        yield from self.decoding
-        yield from self.prefilling
-        yield from self.queue
+    def resize(self, pages: int) -> int:
+        """Bring the pages in use to about `pages`; only free ones can go. Returns the change."""
+        change = pages - self.pool.available
+        if change < 0:
+            return -self._prefixes.park(-change)
+        self._freed += 1
+        return len(self.pool.unpark(change))
 
     # Planning
 
@@ -315,9 +317,12 @@ class Scheduler:
         while needed > 0 and (fresh := self.pool.allocate(needed)) is None:
             if sum(len(p) for flying in self.in_flight for p in flying.retired_pages) >= needed:
                 return False
-            # Those already in this plan are safe: a victim comes from behind, or is this one.
-            planned = {*plan.decodes, *(chunk.sequence for chunk in plan.chunks)}
-            candidates = [s for s in self.running if s not in planned]
+            # Safe are those in this plan, and the first in order, so that somebody always gets on.
+            safe = {*plan.decodes, *(chunk.sequence for chunk in plan.chunks)}
+            safe.add(min(self.running, key=_order))
+            candidates = [s for s in self.running if s not in safe]
+            if not candidates:
+                return False
             victim = min(candidates, key=lambda s: victim_key(s, size))
             self._preempt(victim, plan, "no free pages")
             if victim is sequence:

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidRequest
 from engine.text.chat import ChatTemplate
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -162,3 +162,15 @@ def _token_text(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
+
+
+def encode_all(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Token ids of several texts. Raises InvalidRequest if one is no text."""
+    try:
+        return [tokenizer.encode(t, add_special_tokens=add_special_tokens) for t in texts]
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            "the text holds half of a surrogate pair, which is no character", param="prompt"
+        ) from error

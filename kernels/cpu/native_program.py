@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
 # The forms in which a buffer can hold its rows, in the order of `add_buffer`'s flags.
 FORMS = ("floats", "groups", "whole", "bf16")
+# Bytes a value: groups of 32 have a scale, a sum and an offset.
+FORM_BYTES = (4.0, 1.0 + 12 / 32, 1.0, 2.0)
 
 
 class NativeChooser:
@@ -59,6 +61,8 @@ class NativeProgram:
         self._logits = _lazy_floats(max_rows, tape.logits.width)
         self.memory: list[LayerMemory] = []
         self._rows = 0
+        self._buffer_bytes = 0
+        self._max_rows = max_rows
         self._positions = max_context
         self._build(tape)
 
@@ -88,6 +92,11 @@ class NativeProgram:
     def sample(self, sampling: Sampling) -> Samples:
         return sample(self.logits(), sampling, self._choose)
 
+    def buffer_bytes(self, sampled_rows: int) -> int:
+        return (
+            self._buffer_bytes + min(sampled_rows, len(self._logits)) * self._tape.logits.width * 4
+        )
+
     def logits(self) -> torch.Tensor:
         return self._logits[: self._rows]
 
@@ -114,9 +123,13 @@ class NativeProgram:
                 if handle != tape.logits:
                     kind = kinds[handle.index]
                     spare = free[kind]
-                    buffers[handle.index] = (
-                        spare.pop() if spare else self._program.add_buffer(*kind[1:])
-                    )
+                    if spare:
+                        buffers[handle.index] = spare.pop()
+                        continue
+                    width, forms = handle.width, _forms(handle, tape)
+                    buffers[handle.index] = self._program.add_buffer(width, *forms)
+                    held = sum(size for size, form in zip(FORM_BYTES, forms, strict=True) if form)
+                    self._buffer_bytes += int(self._max_rows * width * held)
             emit = getattr(self, f"_emit_{instruction.op}")
             arguments = [
                 buffers.get(a.index) if isinstance(a, Handle) else a for a in instruction.arguments

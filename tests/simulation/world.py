@@ -120,7 +120,7 @@ class Watcher:
                 scheduler = self._engine.parts.scheduler
                 audit(scheduler)
                 pool = scheduler.pool
-                assert pool.used + pool.free == pool.total, "a page is lost"
+                assert pool.used + pool.free == pool.available, "a page is lost"
                 if not self._world.capped:
                     self._check_fairness()
             except AssertionError as error:
@@ -163,6 +163,15 @@ class Guests:
             await anyio.sleep(chance.expovariate(20 if calm else 1))
             for _ in range(1 if calm else chance.randint(3, 15)):
                 group.start_soon(self._one)
+
+    async def squeeze(self) -> None:
+        """Memory that comes and goes: the pool is made smaller and larger while it serves."""
+        pool, chance = self._engine.parts.scheduler.pool, self._world.chance
+        least = -(-self._world.context // PAGE)
+        while self.open:
+            await anyio.sleep(chance.expovariate(2))
+            self._engine.parts.scheduler.resize(chance.randint(least, pool.total))
+        self._engine.parts.scheduler.resize(pool.total)
 
     async def _one(self) -> None:
         try:
@@ -245,6 +254,8 @@ async def live(loop: VirtualLoop, world: World, tokenizer: Tokenizer, steps: int
         with anyio.move_on_after(PATIENCE + steps) as patience:
             async with anyio.create_task_group() as group:
                 group.start_soon(guests.keep_coming, group)
+                if world.chance.random() < 0.3:
+                    group.start_soon(guests.squeeze)
                 while watcher.steps < steps and engine.health() != "failed":
                     await anyio.sleep(0.5)
                     if watcher.failure is not None or guests.failure is not None:
