@@ -38,6 +38,16 @@ class Metrics:
         self._gauge("kv_pages_used", "KV pages that sequences hold", lambda s: s.pool.used)
         self._gauge("kv_pages_cached", "Free pages with content", lambda s: s.pool.cached)
         self._gauge("kv_pages_total", "KV pages of the pool", lambda s: s.pool.total)
+        self._gauge(
+            "kv_pages_parked", "Pages given back", lambda s: s.pool.total - s.pool.available
+        )
+        self._gauge("kv_pages_cold", "Pages in the cold tier", lambda s: len(s.cold))
+        self._gauge("kv_evictions", "Cached pages forgotten so far", lambda s: s.pool.evictions)
+        self._gauge("kv_cold_hits", "Pages read back from the cold tier", lambda s: s.cold.hits)
+        self._gauge(
+            "step_prediction_error", "Median error of recent steps", lambda s: s.cost.median_error
+        )
+        self._predicted = self._counter("step_predicted_seconds", "Time that steps were to take")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
         self._cached_tokens = self._counter("cached_tokens", "Prompt tokens found in the cache")
         self._output_tokens = self._counter("output_tokens", "Tokens generated")
@@ -61,6 +71,7 @@ class Metrics:
     def on_step(self, stats: StepStats) -> None:
         """Take one step's statistics."""
         self._steps.inc()
+        self._predicted.inc(stats.predicted)
         self._preemptions.inc(stats.preemptions - self._seen_preemptions)
         self._seen_preemptions = stats.preemptions
         for part, seconds in stats.seconds.items():
@@ -81,7 +92,7 @@ class Metrics:
                 rest = stats.finished - stats.first_token
                 self._per_token.observe(rest / (stats.completion_tokens - 1))
 
-    def _gauge(self, name: str, text: str, read: Callable[[Scheduler], int]) -> None:
+    def _gauge(self, name: str, text: str, read: Callable[[Scheduler], float]) -> None:
         def value() -> float:
             loading = self._engine.health() == "loading"
             return 0 if loading else read(self._engine.parts.scheduler)

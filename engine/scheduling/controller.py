@@ -38,7 +38,8 @@ class CacheController:
         regrets, self._regrets = pool.regrets - self._regrets, pool.regrets
         if readings.available < self._low or readings.stalled > STALLED:
             lacking = max(high - readings.available, self._low // 4)
-            wanted -= -(-lacking // self._page_bytes)
+            # Blank pages may never have been touched: they would be growth, and go at once.
+            wanted = pool.used + pool.cached - -(-lacking // self._page_bytes)
         elif readings.available > high and wanted < pool.total:
             # Half of what could be taken, so that two who share a machine do not swing.
             room = (readings.available - high) // (2 * self._page_bytes)
