@@ -102,10 +102,12 @@ class ThreadStepper(Generic[F]):
     def _loop(self) -> None:
         while (work := self._work.get()) is not None:
             filled, fill_seconds = work
+            outcome: StepResult | BaseException
             try:
-                result = self._executor.run(filled)
-                result.seconds["fill"] = fill_seconds
-                self._outcomes.append(result)
+                outcome = self._executor.run(filled)
+                outcome.seconds["fill"] = fill_seconds
             except BaseException as error:  # noqa: BLE001  (handed to the loop, which raises it)
-                self._outcomes.append(error)
+                outcome = error
+            # In this order, so that whoever sees the outcome finds the byte, which may not block.
             os.write(self._write, b"\0")
+            self._outcomes.append(outcome)
