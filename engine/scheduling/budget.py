@@ -12,7 +12,9 @@ from engine.scheduling.sequence import Sequence
 MAX_SCORED_ROWS = 64
 # Without a target of one's own a step beside decodes may take this, or so many times what the
 # decodes take alone.
-EASY_SECONDS, EASY_FACTOR = 0.020, 1.4
+EASY_SECONDS, EASY_FACTOR = 0.015, 1.4
+# The part of a target that steps are planned for, so that most that take longer still keep to it.
+MARGIN = 0.8
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Budget:
         if not decodes:
             return
         alone = self._cost.predict(self._work)
-        target = self._pace.target or max(EASY_SECONDS, EASY_FACTOR * alone)
-        wanted = [s.request.target_itl for s in decodes if s.request.target_itl]
+        easy = max(EASY_SECONDS, EASY_FACTOR * alone)
+        target = MARGIN * self._pace.target if self._pace.target else easy
+        wanted = [MARGIN * s.request.target_itl for s in decodes if s.request.target_itl]
         self._limit = min([target, self._pace.longest, *wanted])
 
     def chunk(self, sequence: Sequence) -> int:

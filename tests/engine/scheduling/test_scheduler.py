@@ -116,11 +116,11 @@ def test_decodes_come_before_prefill_and_share_the_step() -> None:
 
 
 def test_prefill_beside_decodes_keeps_to_the_target() -> None:
-    bench = Bench(pages=64, budget=64, profile=LINEAR, pace=Pace(target=0.014))
+    bench = Bench(pages=64, budget=64, profile=LINEAR, pace=Pace(target=0.0175))
     bench.add([1, 2, 3], max_tokens=9)
     assert counts(bench.step()) == [3]
     bench.add(list(range(100, 140)))
-    assert counts(bench.step()) == [1, 12]  # 13 ms, and a page more would be 17
+    assert counts(bench.step()) == [1, 12]  # 13 of 14 ms: a fifth is kept back
 
 
 def test_a_page_gets_on_whatever_it_takes() -> None:
@@ -134,7 +134,7 @@ def test_a_page_gets_on_whatever_it_takes() -> None:
 
 def test_a_request_can_want_its_tokens_sooner() -> None:
     bench = Bench(pages=64, budget=64, profile=LINEAR, pace=Pace(target=0.060))
-    bench.add([1, 2, 3], max_tokens=9, target_itl=0.010)
+    bench.add([1, 2, 3], max_tokens=9, target_itl=0.0125)
     bench.step()
     bench.add(list(range(100, 140)))
     assert counts(bench.step()) == [1, 8]
@@ -151,7 +151,7 @@ def test_without_a_target_prompts_hardly_disturb() -> None:
     bench.add([1, 2, 3], max_tokens=9)
     bench.step()
     bench.add(list(range(100, 160)))
-    assert counts(bench.step()) == [1, 16]  # within 20 ms
+    assert counts(bench.step()) == [1, 12]  # within 15 ms
 
 
 def test_a_short_prompt_passes_a_long_one() -> None:
