@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from engine.scheduling.cost import Work
 from engine.scheduling.sequence import Sequence
-from engine.types import Decision
+from engine.types import Decision, TokenLogprob
 
 
 class Move(IntEnum):
@@ -83,3 +83,9 @@ class StepResult:
     logprobs: list[float | None]
     top: list[list[tuple[int, float]]]
     seconds: dict[str, float]
+
+    def logprob(self, row: int) -> TokenLogprob:
+        """What a row that wants logprobs got."""
+        logprob = self.logprobs[row]
+        assert logprob is not None
+        return TokenLogprob(self.ids[row], logprob, tuple(self.top[row]))

@@ -17,9 +17,12 @@ AGEING = 0.25
 
 
 def prefill_key(sequence: Sequence, now: float, token_seconds: float) -> float:
-    """Order of partial prefills: shortest remaining time first, and whoever waits ages."""
+    """Order of partial prefills: shortest remaining time first, and whoever was let in ages.
+
+    The time in the queue does not count, or who floods it would come first once let in.
+    """
     remaining = (len(sequence.tokens) - sequence.scheduled) * token_seconds
-    return remaining - AGEING * (now - sequence.request.arrival)
+    return remaining - AGEING * (now - (sequence.admitted_at or 0.0))
 
 
 def victim_key(sequence: Sequence, page_size: int) -> tuple[float, ...]:

@@ -9,6 +9,10 @@ from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.tenants import Account, FairQueue
 
+NO_PAGES = "no free pages"
+# One slot in so many stays free for tenants that are below their share.
+RESERVED = 8
+
 
 class Room:
     """Looks at the pool, the queue and what runs; changes nothing."""
@@ -31,7 +35,7 @@ class Room:
         # Pages that several share are held once, whoever ends.
         base = max(0, self._pool.used - sum(held for held, _ in everyone))
         if base + peak_pages([*everyone, mine]) > self._pool.available:
-            return "no free pages"
+            return NO_PAGES
         share = sequence.account.tenant.page_share
         if share < 1:
             own = [self.need(s) for s in running if s.account is sequence.account]
@@ -52,12 +56,35 @@ class Room:
         )
         return held - found, max(0, -(-length // size) - held)
 
-    def above_share(self, account: Account, running: List[Sequence]) -> Sequence | None:
-        """Who makes way for a tenant that has less than its share of the slots: the one that loses
-        least of the tenant that is furthest above its own; None if nobody has to."""
+    def exceeds_share(self, account: Account) -> bool:
+        """Whether a tenant has its share of the slots, if all who ever asked would ask now."""
+        accounts = self._queue.accounts.values()
+        if len(accounts) < 2:
+            return False
+        share = self._max_running / sum(a.tenant.weight for a in accounts)
+        return account.running + 1 > share * account.tenant.weight
+
+    def reserved(self, account: Account) -> int:
+        """Slots that a tenant above its share leaves to others, who then need not wait for one."""
+        return self._max_running // RESERVED if self.exceeds_share(account) else 0
+
+    def who_makes_way(
+        self, account: Account, free_slots: int, short_of_pages: bool, running: List[Sequence]
+    ) -> Sequence | None:
+        """Who goes so that the tenant of the queue's head gets its share of slots or pages, or so
+        that the reserve is there for the next one; None if nobody has to."""
+        if short_of_pages or not free_slots:
+            return self._above_share(account, running)
+        if free_slots < self.reserved(account):
+            return self._above_share(None, running)
+        return None
+
+    def _above_share(self, account: Account | None, running: List[Sequence]) -> Sequence | None:
+        """The one that loses least of the tenant furthest above its share of the slots; None if
+        there is none, or `account` has its own share already."""
         busy = [a for a in self._queue.accounts.values() if a.busy]
         slot = self._max_running / sum(a.tenant.weight for a in busy)
-        if account.running + 1 > slot * account.tenant.weight:
+        if account is not None and account.running + 1 > slot * account.tenant.weight:
             return None
         richest = max(busy, key=lambda a: a.running / a.tenant.weight)
         if richest is account or richest.running <= slot * richest.tenant.weight:

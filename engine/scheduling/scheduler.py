@@ -20,10 +20,10 @@ from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
 from engine.scheduling.prefixes import Prefixes
-from engine.scheduling.room import Room
+from engine.scheduling.room import NO_PAGES, Room
 from engine.scheduling.sequence import Sequence, State
-from engine.scheduling.tenants import Account, FairQueue, order_key
-from engine.types import Clock, Decision, TokenLogprob
+from engine.scheduling.tenants import FairQueue, order_key
+from engine.types import Clock, Decision
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class Scheduler:
         self._steps = 0
         self._slots = list(range(limits.max_running - 1, -1, -1))
         self._entered: set[Sequence] = set()
-        self._making_way: list[Sequence] = []
         self._freed = 0
         self._blocked: tuple[Sequence, str, int] | None = None
 
@@ -105,10 +104,8 @@ class Scheduler:
         """Choose the next step: whoever decodes, then prompts as far as time allows. An empty plan
         means that there is nothing to do before the steps in flight have retired."""
         plan = Plan(self._steps)
-        for sequence in self._making_way:
-            if sequence.state is State.RUNNING:
-                self._preempt(sequence, plan, "its tenant is above its share")
-        self._making_way = []
+        if len(self.queue):
+            self._make_way(plan)
         self._plan_decodes(plan)
         if len(self.queue):
             self._admit(plan)
@@ -220,12 +217,17 @@ class Scheduler:
         return self._grow(sequence, 1, plan)
 
     def _plan_prefills(self, plan: Plan) -> None:
-        """Prompts share what is left of the step, shortest remaining first."""
+        """Prompts share what is left of the step: shortest remaining first, after those whose
+        tenant has no more than its share."""
         now = self._clock.now()
         budget = Budget(self.cost, plan.work, self.limits.pace, self.pool.page_size)
         budget.begin(self.limits.max_batch_tokens - len(plan.decodes), plan.decodes)
         token_seconds = self.cost.token_seconds(self.limits.max_batch_tokens)
-        for sequence in sorted(self.prefilling, key=lambda s: prefill_key(s, now, token_seconds)):
+        ordered = sorted(
+            (self._room.exceeds_share(s.account), prefill_key(s, now, token_seconds), n)
+            for n, s in enumerate(self.prefilling)
+        )
+        for sequence in [self.prefilling[n] for *_, n in ordered]:
             if sequence.state is not State.RUNNING:
                 continue  # made room for an earlier one
             if not self._prefixes.catch_up(sequence):
@@ -263,32 +265,36 @@ class Scheduler:
     def _admit(self, plan: Plan) -> None:
         """Move waiting sequences in, the fairest first, until something does not fit."""
         while len(self.prefilling) < self.limits.max_prefilling:
-            sequence = self.queue.head(_may_run)
+            sequence = self.queue.head()
             if sequence is None:
                 return
             blocked = self._blocked
             if blocked is not None and blocked[0] is sequence and blocked[2] == self._freed:
                 return
-            reason = self._room.lacking(sequence, self.running) if self._slots else "batch full"
+            full = len(self._slots) <= self._room.reserved(sequence.account)
+            reason = "batch full" if full else self._room.lacking(sequence, self.running)
             if reason is not None:
                 self._wait(sequence, reason, plan)
                 return
             self._enter(sequence, plan)
 
     def _wait(self, sequence: Sequence, reason: str, plan: Plan) -> None:
-        """Note why the head of the queue waits, and see that its tenant gets its share."""
+        """Note why the head of the queue waits."""
         if self._blocked is None or self._blocked[:2] != (sequence, reason):
             now = self._clock.now()
             plan.decisions.append(Decision("wait", sequence.request.id, reason, now))
         self._blocked = (sequence, reason, self._freed)
-        if reason in ("batch full", "no free pages") and not self._is_freeing():
-            victim = self._room.above_share(sequence.account, self.running)
-            if victim is not None:
-                # Not at once: it may be in this plan already.
-                self._making_way.append(victim)
 
-    def _is_freeing(self) -> bool:
-        return bool(self._making_way) or any(plan.retired_slots for plan in self.in_flight)
+    def _make_way(self, plan: Plan) -> None:
+        """See that a tenant gets its share of what the head of the queue waits for. One sequence
+        goes at a time."""
+        head = self.queue.head()
+        if head is None or any(flying.retired_slots for flying in self.in_flight):
+            return
+        short = self._blocked is not None and self._blocked[:2] == (head, NO_PAGES)
+        victim = self._room.who_makes_way(head.account, len(self._slots), short, self.running)
+        if victim is not None:
+            self._preempt(victim, plan, "its tenant is above its share")
 
     def _enter(self, sequence: Sequence, plan: Plan) -> None:
         self.queue.remove(sequence)
@@ -324,7 +330,7 @@ class Scheduler:
             if not candidates:
                 return False
             victim = min(candidates, key=lambda s: victim_key(s, size))
-            self._preempt(victim, plan, "no free pages")
+            self._preempt(victim, plan, NO_PAGES)
             if victim is sequence:
                 return False
         if needed > 0:
@@ -417,7 +423,7 @@ class Scheduler:
         for offset in range(chunk.rows):
             target = chunk.start + offset + 1
             if target == len(sequence.prompt_logprobs) < sequence.prompt_length:
-                sequence.prompt_logprobs.append(_logprob(result, first + offset))
+                sequence.prompt_logprobs.append(result.logprob(first + offset))
 
     def _append(self, sequence: Sequence, result: StepResult, row: int) -> None:
         """Add a drawn token, and finish the sequence if it ends there."""
@@ -428,7 +434,7 @@ class Scheduler:
         account.level -= 1
         generated = len(sequence.tokens) - sequence.prompt_length
         if sampling.logprobs is not None:
-            sequence.logprobs.append(_logprob(result, row))
+            sequence.logprobs.append(result.logprob(row))
         if generated >= sampling.min_tokens:
             if token in sampling.stop_token_ids:
                 return self.finish(sequence, "stop", token)
@@ -437,14 +443,3 @@ class Scheduler:
         if generated >= request.max_tokens:
             self.finish(sequence, "length")
         return None
-
-
-def _may_run(account: Account) -> bool:
-    """Whether a tenant's cap on running sequences allows another."""
-    return not account.tenant.max_running or account.running < account.tenant.max_running
-
-
-def _logprob(result: StepResult, row: int) -> TokenLogprob:
-    logprob = result.logprobs[row]
-    assert logprob is not None
-    return TokenLogprob(result.ids[row], logprob, tuple(result.top[row]))

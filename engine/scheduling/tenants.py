@@ -9,7 +9,7 @@ The service of two backlogged tenants never differs by more than the paper's bou
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -62,6 +62,11 @@ class Account:
     def busy(self) -> bool:
         """Whether it has anything queued or running."""
         return bool(self.waiting or self.running)
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the tenant's cap on running sequences allows another."""
+        return not self.tenant.max_running or self.running < self.tenant.max_running
 
     def take_input(self, tokens: int) -> None:
         """Charge prompt tokens that are computed for it."""
@@ -165,17 +170,13 @@ class FairQueue:
         if not waiting:
             self._last = sequence.account
 
-    def head(self, allowed: Callable[[Account], bool]) -> Sequence | None:
-        """The first of the tenant that has been served least, among those `allowed` to run more."""
-        best: Account | None = None
-        for account in self.accounts.values():
-            if (
-                account.waiting
-                and (best is None or account.counter < best.counter)
-                and allowed(account)
-            ):
-                best = account
-        return best.waiting[0] if best is not None else None
+    def head(self) -> Sequence | None:
+        """The first of the tenant that has been served least, among those that may run more."""
+        able = [a for a in self.accounts.values() if a.waiting and a.may_run]
+        if not able:
+            return None
+        # Of equals, whoever has less running: a newcomer begins at the least counter of all.
+        return min(able, key=lambda a: (a.counter, a.running)).waiting[0]
 
     def _forget_strangers(self) -> None:
         for name, account in list(self.accounts.items()):
