@@ -8,6 +8,9 @@ our whole text shows.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +243,14 @@ async def test_what_comes_back_from_the_cold_tier_is_what_went_there(
         assert engine.parts.scheduler.cold.hits > 10
     assert rounds[0] == rounds[1]
     assert not any(tmp_path.iterdir())  # noqa: ASYNC240  (the file has no name)
+
+
+@needs_native
+def test_the_budget_is_what_a_full_cache_takes(smollm2: Path) -> None:
+    command = [sys.executable, "-m", "tests.engine.execution.filled", str(smollm2)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["held"] == pytest.approx(report["budget"], rel=0.05)
 
 
 async def test_smollm2_logprobs_agree_with_llama_cpp(smollm2: Path) -> None:

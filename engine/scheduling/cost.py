@@ -70,6 +70,7 @@ class CostModel:
         self._ratios: dict[tuple[int, int], deque[float]] = {}
         self._corrections: dict[tuple[int, int], float] = {}
         self._overall = 1.0
+        self._observed = 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._errors: deque[float] = deque(maxlen=ERRORS)
 
@@ -106,10 +107,13 @@ class CostModel:
             ratios = self._ratios[kind] = deque(maxlen=WINDOW)
         ratios.append(ratio)
         self._recent.append(ratio)
-        if len(ratios) >= ENOUGH:
-            self._corrections[kind] = _clamp(statistics.median(ratios))
-        if len(self._recent) >= ENOUGH:
-            self._overall = _clamp(statistics.median(self._recent))
+        self._observed += 1
+        # The first few of a kind count at once; afterwards now and then is enough.
+        if len(ratios) < WINDOW or self._observed % ENOUGH == 0:
+            if len(ratios) >= ENOUGH:
+                self._corrections[kind] = _clamp(statistics.median(ratios))
+            if len(self._recent) >= ENOUGH:
+                self._overall = _clamp(statistics.median(self._recent))
 
     @property
     def median_error(self) -> float:

@@ -1,0 +1,34 @@
+"""A process that fills its cache and says what it holds; run by `test_real_models`."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import anyio
+
+from engine import AsyncEngine, SamplingParams
+from engine.execution.memory import private_memory
+
+
+async def main(model: str) -> None:
+    chance = random.Random(0)
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    async with AsyncEngine.from_pretrained(model, cache__tokens=8192) as engine:
+        budget = engine.parts.budget
+        assert budget is not None
+
+        async def one() -> None:
+            prompt = [chance.randrange(5, 20_000) for _ in range(500)]
+            async for _ in engine.generate(prompt, params):
+                pass
+
+        async with anyio.create_task_group() as group:
+            for _ in range(18):
+                group.start_soon(one)
+        print(json.dumps({"budget": budget.total, "held": private_memory()}))
+
+
+if __name__ == "__main__":
+    anyio.run(main, sys.argv[1])
