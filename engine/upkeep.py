@@ -23,10 +23,18 @@ class Upkeep:
         self._scheduler = scheduler
         self._controller = controller
         self._read = read
+        self._complaint = ""
 
     def __call__(self) -> bool:
         """Adjust the pool; True if memory waits to be given back, which takes a step."""
-        readings = self._read()
+        try:
+            readings = self._read()
+        except (OSError, ValueError, LookupError) as error:
+            # The system's files can change under us; serving does not depend on them.
+            if self._complaint != str(error):
+                self._complaint = str(error)
+                logger.error("cannot tell how much memory is left: %s", error)
+            return False
         if readings is None:
             return False
         pool = self._scheduler.pool

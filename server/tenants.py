@@ -58,6 +58,7 @@ class Directory:
         self._keys = dict(self._common)
         self._file = file
         self._stamp: tuple[int, int] | None = None
+        self._complaint = ""
         self.tenants: Mapping[str, Tenant] = {}
         if file is not None:
             self._read(file)
@@ -89,8 +90,11 @@ class Directory:
                     continue
                 self._read(self._file)
             except (ConfigError, OSError) as error:
-                logger.error("tenants stay as they were: %s", error)
+                if self._complaint != str(error):
+                    self._complaint = str(error)
+                    logger.error("tenants stay as they were: %s", error)
                 continue
+            self._complaint = ""
             logger.info("read %s: %d tenants", self._file.name, len(self.tenants))
             changed(self.tenants)
 

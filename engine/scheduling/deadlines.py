@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 from engine.scheduling.sequence import Sequence, State
 
+# Deadlines that are kept before those of finished sequences are thrown out.
+MANY = 1024
+
 
 class Deadlines:
     """Sequences by deadline: their answer's, and their first token's."""
@@ -15,6 +18,7 @@ class Deadlines:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Sequence]] = []
         self._added = 0
+        self._limit = MANY
 
     def add(self, sequence: Sequence) -> None:
         """Watch a new sequence's deadlines, if it has any."""
@@ -22,6 +26,11 @@ class Deadlines:
             if not math.isinf(deadline):
                 self._added += 1
                 heapq.heappush(self._heap, (deadline, self._added, sequence))
+        if len(self._heap) > self._limit:
+            # Deadlines may be a day away, and those who met theirs should not stay as long.
+            self._heap = [entry for entry in self._heap if entry[2].state is not State.FINISHED]
+            heapq.heapify(self._heap)
+            self._limit = max(MANY, 2 * len(self._heap))
 
     def passed(self, now: float) -> Iterator[Sequence]:
         """Unfinished sequences that have missed one; each is given once."""

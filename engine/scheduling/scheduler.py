@@ -157,18 +157,20 @@ class Scheduler:
 
     def discard(self, plan: Plan) -> list[Sequence]:
         """The oldest step in flight has failed. Returns the live sequences that the caller has to
-        end: its own, and those that were to read from the cold tier what it should have put there.
+        end: its own, and those that count on the moves of pages it should have made.
         """
         assert plan is self.in_flight[0], "steps retire in order"
         self.in_flight.popleft()
-        lost = plan.live_sequences()
+        lost = set(plan.live_sequences())
+        if plan.moves:
+            lost.update(s for s in self.prefilling if s.pages)
         if plan.moves_any(Move.DEMOTE):
             for later in self.in_flight:
                 if later.moves_any(Move.RESTORE):
-                    lost += later.live_sequences()
+                    lost.update(later.live_sequences())
         self.cold.clear()
         self._retire(plan)
-        return lost
+        return sorted(lost, key=_order)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """End a sequence in any state and give back what it holds; a second call does nothing."""

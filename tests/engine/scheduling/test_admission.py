@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from engine.scheduling import deadlines
 from engine.scheduling.admission import Admission, Limits, check_length, share_tokens
 from engine.scheduling.policy import OutputLengths, peak_pages
 from engine.scheduling.tenants import Tenant
@@ -90,6 +91,16 @@ def test_those_who_are_too_late_are_named_once() -> None:
     assert list(bench.scheduler.deadlines.passed(5.0)) == [second]
     assert list(bench.scheduler.deadlines.passed(5.0)) == []
     assert list(bench.scheduler.deadlines.passed(9.0)) == [first]
+
+
+def test_deadlines_of_those_who_are_done_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "MANY", 4)
+    bench = Bench(pages=64, budget=64, running=8)
+    bench.scheduler.deadlines = deadlines.Deadlines()
+    for number in range(200):
+        bench.add([number], max_tokens=1, deadline=1e9)
+        bench.drain()
+    assert len(bench.scheduler.deadlines._heap) <= 5
 
 
 def test_expected_lengths_follow_what_was_seen() -> None:
