@@ -41,8 +41,7 @@ LONG_TEXT = 16_384
 # After so many failed steps in a row the engine stops trying.
 MAX_FAILURES = 3
 UPKEEP_SECONDS = 1.0
-# How long before a step's predicted end the next one is planned, and the share of its length that
-# predictions may be off.
+# How long before a step's predicted end the next is planned, and the share that it may be off.
 LEAD_SECONDS, LEAD_SHARE = 0.002, 0.1
 
 
@@ -80,8 +79,7 @@ class AsyncEngine:
         self._flying: deque[tuple[Plan, float]] = deque()
         self._step_started: float | None = None
         self._failures = 0
-        # Steps in flight that were submitted before one ahead of them failed.
-        self._tainted = 0
+        self._tainted = 0  # steps in flight that were submitted before one ahead of them failed
         self._failed: EngineFailed | None = None
         self._draining = False
 
@@ -109,7 +107,7 @@ class AsyncEngine:
         parts = self.parts
         self._delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
         self._admission = Admission(parts.scheduler, parts.limits)
-        parts.scheduler.queue.configure(self._tenants)
+        parts.scheduler.queue.configure(self._tenants, parts.clock.now())
         loop, readable = asyncio.get_running_loop(), parts.stepper.fileno()
         # Registered once: adding and removing a reader a step would be two system calls more.
         loop.add_reader(readable, self._on_step_end)
@@ -142,7 +140,7 @@ class AsyncEngine:
         """Set the limits of all tenants, now or while requests run; others have the defaults."""
         self._tenants = tenants
         if self._parts is not None:
-            self._parts.scheduler.queue.configure(tenants)
+            self._parts.scheduler.queue.configure(tenants, self._parts.clock.now())
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; long texts do not hold up the event loop."""
@@ -319,6 +317,8 @@ class AsyncEngine:
                 logger.error("the engine's loop failed", exc_info=error)
                 self._failed = EngineFailed("the engine broke; restart the server")
                 self._fail_all(self._failed)
+        # A pipe that nobody reads any more would keep the loop busy.
+        asyncio.get_running_loop().remove_reader(self.parts.stepper.fileno())
 
     async def _keep_up(self) -> None:
         """See to the memory now and then, also while nothing runs."""

@@ -28,12 +28,12 @@ from engine.execution.runner import Runner, StagingShape
 from engine.execution.stepper import Stepper, ThreadStepper
 from engine.models import Model, load_model
 from engine.scheduling.admission import Limits
-from engine.scheduling.budget import Pace
+from engine.scheduling.budget import Pace, SchedulerLimits
 from engine.scheduling.cold import ColdIndex
 from engine.scheduling.controller import CacheController
 from engine.scheduling.cost import CostModel
 from engine.scheduling.pages import PagePool
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.text.gguf_tokenizer import tokenizer_from_gguf
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.types import Clock, MonotonicClock

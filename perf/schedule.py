@@ -14,11 +14,11 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from engine.scheduling.budget import Pace
+from engine.scheduling.budget import Pace, SchedulerLimits
 from engine.scheduling.cost import FLAT, CostModel
 from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Plan, StepResult
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.types import MonotonicClock, Request, SamplingParams
 

@@ -135,6 +135,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
         lifespan=lifespan,
     )
     app.state.engine = lifecycle.engine
+    app.state.directory = directory
     app.state.metrics = telemetry.Metrics(lifecycle.engine)
     app.state.started = int(time.time())
     lifecycle.engine.add_listener(app.state.metrics)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,11 @@ class Directory:
     @property
     def is_open(self) -> bool:
         """Whether everybody may ask without a key."""
-        return not self._keys
+        return self._file is None and not self._common
+
+    def knows(self, tenant: str) -> bool:
+        """Whether a tenant (still) has a key, or none is needed."""
+        return self.is_open or tenant in self._keys.values()
 
     def tenant_of(self, key: str) -> str | None:
         """The tenant that a key belongs to; None if nobody has it."""
@@ -100,8 +105,9 @@ class Directory:
 
     def _read(self, file: Path) -> None:
         try:
-            self._stamp = _stamp(file)
+            stamp = _stamp(file)
             text = file.read_text(encoding="utf-8")
+            self._stamp = stamp  # of what was read, right or wrong
             entries = msgspec.convert(tomllib.loads(text), TenantFile).tenants
         except OSError as error:
             raise ConfigError(f"cannot read {file}: {error.strerror}") from error
@@ -113,6 +119,11 @@ class Directory:
         for name, entry in entries.items():
             for key in entry.keys:
                 digest = _digest_of_entry(key)
+                if digest is None:
+                    raise ConfigError(
+                        f"{file}: tenants.{name} has a key that is empty, or a digest that is not "
+                        "64 hexadecimal digits"
+                    )
                 if keys.get(digest, name) != name:
                     raise ConfigError(f"{file}: tenants.{name} has a key that another tenant has")
                 keys[digest] = name
@@ -143,11 +154,12 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).hexdigest().encode()
 
 
-def _digest_of_entry(key: str) -> bytes:
-    """A key of the file: as it is, or already a digest."""
+def _digest_of_entry(key: str) -> bytes | None:
+    """A key of the file: as it is, or already a digest; None if it is neither."""
     if key.startswith(DIGEST):
-        return key.removeprefix(DIGEST).strip().lower().encode()
-    return _digest(key)
+        digest = key.removeprefix(DIGEST).strip().lower()
+        return digest.encode() if re.fullmatch("[0-9a-f]{64}", digest) else None
+    return _digest(key) if key.strip() else None
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -114,6 +114,9 @@ class Connection:
 
     async def _prepare(self, body: bytes) -> Generation:
         """A chat request if it has messages, else a completion; the model may be left out."""
+        client = client_of(self._socket)
+        if not self._socket.app.state.directory.knows(client.tenant):
+            raise HTTPError(401, "the key is not valid any more", code="invalid_api_key")
         if self._engine.health() == "loading":
             raise HTTPError(503, "the model is still loading", code="model_loading")
         try:
@@ -125,11 +128,11 @@ class Connection:
             chat, _ = decode(body, ChatRequest)
             _refuse(chat)
             chat = msgspec.structs.replace(chat, model=chat.model or model, stream_options=None)
-            return await prepare_chat(self._engine, chat, client_of(self._socket))
+            return await prepare_chat(self._engine, chat, client)
         plain, _ = decode(body, CompletionRequest)
         _refuse(plain)
         plain = msgspec.structs.replace(plain, model=plain.model or model, stream_options=None)
-        return await prepare_completion(self._engine, plain, client_of(self._socket))
+        return await prepare_completion(self._engine, plain, client)
 
     async def _fail(self, error: Exception) -> None:
         status, body, _ = describe(error)

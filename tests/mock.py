@@ -17,11 +17,12 @@ from engine.engine import AsyncEngine
 from engine.execution.stepper import ThreadStepper
 from engine.loading import Parts
 from engine.scheduling.admission import Limits
+from engine.scheduling.budget import SchedulerLimits
 from engine.scheduling.cold import ColdIndex
 from engine.scheduling.cost import FLAT, CostModel, Profile
 from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.text.tokenizer import Tokenizer, byte_alphabet
 from engine.types import Clock, MonotonicClock
 

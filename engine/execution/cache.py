@@ -49,8 +49,11 @@ class Cache:
 
     def move(self, moves: Sequence[tuple[Move, int, int]]) -> None:
         """Make a step's moves, in order."""
-        discarded = []
+        discarded: list[int] = []
         for kind, source, target in moves:
+            if kind is not Move.DISCARD and discarded:
+                self.discard(discarded)  # before anything is put where they were
+                discarded = []
             if kind is Move.COPY:
                 for part in self._parts:
                     part[target] = part[source]

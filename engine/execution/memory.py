@@ -37,8 +37,20 @@ def available_memory() -> int | None:
     for limit, usage in MEMORY_FILES:
         bound, used = _number(Path(limit)), _number(Path(usage))
         if bound is not None:
-            available = min(available, max(0, bound - (used or 0)))
+            used = max(0, (used or 0) - _reclaimable(Path(usage).with_name("memory.stat")))
+            available = min(available, max(0, bound - used))
     return available
+
+
+def _reclaimable(file: Path) -> int:
+    """Bytes of files that the system holds in memory and can drop at any time."""
+    if not file.exists():
+        return 0
+    for line in file.read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
 
 
 def read_pressure() -> Readings | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from engine.scheduling.cost import Profile
 from engine.scheduling.plan import Chunk, Plan
 from engine.scheduling.sequence import Sequence
 from engine.types import Request, SamplingParams
+
+logger = logging.getLogger("ryzanstein.engine")
 
 REPEATS = 3
 # Rows of decodes that are timed with short and with long contexts, and rows of a later chunk.
@@ -38,7 +42,7 @@ class Profiler:
     def __init__(self, runner: Runner, shape: Shape) -> None:
         self._runner = runner
         self._shape = shape
-        self._longest = min(shape.context - 1, (shape.pages - 1) * shape.page_size)
+        self._longest = max(1, min(shape.context - 1, (shape.pages - 1) * shape.page_size))
         self._most = min(shape.step_tokens, self._longest)
         # As many as the first prompts fill: a page's first touch costs more than any later one.
         written = REPEATS * (-(-(self._most + 1) // shape.page_size))
@@ -108,16 +112,23 @@ class Profiler:
 def load_or_measure(
     file: Path | None, runner: Runner, shape: Shape, progress: Callable[[int, int], None]
 ) -> Profile:
-    """The profile that an earlier start on this machine and build has kept, or a new one."""
-    if file is not None and file.exists():
-        try:
+    """The profile that an earlier start on this machine and build has kept, or a new one.
+
+    A folder that cannot be read or written costs the next start a second, and is logged.
+    """
+    if file is None:
+        return Profiler(runner, shape).measure(progress)
+    try:
+        if file.exists():
             return msgspec.json.decode(file.read_bytes(), type=Profile)
-        except msgspec.DecodeError:
-            file.unlink()  # cut short, or of an older version: measured again below
+    except (OSError, msgspec.DecodeError) as error:
+        logger.warning("the profile in %s is measured again: %s", file.parent, error)
     profile = Profiler(runner, shape).measure(progress)
-    if file is not None:
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(msgspec.json.encode(profile))
         part.replace(file)
+    except OSError as error:
+        logger.warning("the profile of this machine cannot be kept: %s", error)
     return profile

@@ -94,6 +94,11 @@ class Admission:
             self._refuse(
                 f"{tokens} tokens would be waiting, the limit is {limits.max_waiting_tokens}"
             )
+        if 2 * (queued + n) > limits.max_waiting and len(queue.accounts) > 1:
+            weights = sum(a.tenant.weight for a in queue.accounts.values())
+            share = limits.max_waiting * account.tenant.weight / weights
+            if len(account.waiting) + n > share:
+                self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting")
         self._check_deadline(request, account.waiting, now)
 
     def queue_seconds(self) -> float:

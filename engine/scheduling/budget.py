@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from engine.scheduling.cost import CostModel, Work
 from engine.scheduling.plan import Chunk
@@ -26,6 +26,19 @@ class Pace:
     longest: float = 0.25
 
 
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """`max_batch_tokens` rows and `max_running` sequences a step, `max_prefilling` of them still in
+    their prompts; `patience` is the seconds after which a request without a deadline is due."""
+
+    max_batch_tokens: int
+    max_running: int
+    pace: Pace = field(default_factory=Pace)
+    max_prefilling: int = 8
+    patience: float = 30.0
+    prefix_caching: bool = True
+
+
 class Budget:
     """What is left of one step, and the work that is in it so far."""
 
@@ -47,7 +60,12 @@ class Budget:
         alone = self._cost.predict(self._work)
         easy = max(EASY_SECONDS, EASY_FACTOR * alone)
         target = MARGIN * self._pace.target if self._pace.target else easy
-        wanted = [MARGIN * s.request.target_itl for s in decodes if s.request.target_itl]
+        # One request may hurry, but not so that nobody's prompt gets on.
+        wanted = [
+            max(EASY_SECONDS, MARGIN * s.request.target_itl)
+            for s in decodes
+            if s.request.target_itl
+        ]
         self._limit = min([target, self._pace.longest, *wanted])
 
     def chunk(self, sequence: Sequence) -> int:

@@ -136,6 +136,8 @@ class CostModel:
     def _table(self, rows: int) -> float:
         """Between measured points, and on from the last ones, in straight lines."""
         counts, seconds = self.profile.rows, self.profile.row_seconds
+        if len(counts) == 1:
+            return seconds[0] * max(1.0, rows / counts[0])
         high = min(max(1, bisect.bisect_left(counts, rows)), len(counts) - 1)
         low = high - 1
         slope = (seconds[high] - seconds[low]) / (counts[high] - counts[low])

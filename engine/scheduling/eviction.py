@@ -76,6 +76,8 @@ class Order:
         self._entries: dict[Hashable, tuple[int, Record]] = {}
         self._count = 0
         self._floor = 0.0
+        # How often SIEVE's hand has gone round: what comes now is met in this round.
+        self._round = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -86,6 +88,7 @@ class Order:
     def add(self, item: Hashable, record: Record) -> None:
         """Put an item in its place; its record must not change while it is here."""
         record.floor = self._floor
+        record.round = max(record.round, self._round)
         self._push(item, record)
 
     def remove(self, item: Hashable) -> None:
@@ -102,6 +105,7 @@ class Order:
             if entry is None or entry[0] != count:
                 continue
             record = entry[1]
+            self._round = max(self._round, record.round)
             if self.policy == "sieve" and record.visited:
                 record.visited = False
                 record.round += 1

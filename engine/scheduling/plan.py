@@ -70,10 +70,6 @@ class Plan:
         every = [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
         return [sequence for sequence in every if sequence not in self.dropped]
 
-    def moves_any(self, kind: Move) -> bool:
-        """Whether it has moves of a kind."""
-        return any(move[0] is kind for move in self.moves)
-
 
 @dataclass(slots=True)
 class StepResult:

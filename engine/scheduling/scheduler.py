@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from dataclasses import dataclass, field
 
 from engine.errors import ConfigError
-from engine.scheduling.budget import Budget, Pace
+from engine.scheduling.budget import Budget, SchedulerLimits
 from engine.scheduling.cold import ColdIndex
 from engine.scheduling.cost import CostModel
 from engine.scheduling.deadlines import Deadlines
@@ -22,21 +21,11 @@ from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
 from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.room import NO_PAGES, Room
 from engine.scheduling.sequence import Sequence, State
-from engine.scheduling.tenants import FairQueue, order_key
+from engine.scheduling.tenants import Account, FairQueue, order_key
 from engine.types import Clock, Decision
 
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """`max_batch_tokens` rows and `max_running` sequences a step, `max_prefilling` of them still in
-    their prompts; `patience` is the seconds after which a request without a deadline is due."""
-
-    max_batch_tokens: int
-    max_running: int
-    pace: Pace = field(default_factory=Pace)
-    max_prefilling: int = 8
-    patience: float = 30.0
-    prefix_caching: bool = True
+# Prompts of tenants below their share that may be under way beside the usual number.
+BESIDE = 4
 
 
 def _order(sequence: Sequence) -> tuple[float, ...]:
@@ -81,6 +70,7 @@ class Scheduler:
         self._entered: set[Sequence] = set()
         self._freed = 0
         self._blocked: tuple[Sequence, str, int] | None = None
+        self._told: dict[Account, tuple[Sequence, str]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -164,10 +154,8 @@ class Scheduler:
         lost = set(plan.live_sequences())
         if plan.moves:
             lost.update(s for s in self.prefilling if s.pages)
-        if plan.moves_any(Move.DEMOTE):
             for later in self.in_flight:
-                if later.moves_any(Move.RESTORE):
-                    lost.update(later.live_sequences())
+                lost.update(later.live_sequences())
         self.cold.clear()
         self._retire(plan)
         return sorted(lost, key=_order)
@@ -265,24 +253,33 @@ class Scheduler:
     # Admission
 
     def _admit(self, plan: Plan) -> None:
-        """Move waiting sequences in, the fairest first, until something does not fit."""
-        while len(self.prefilling) < self.limits.max_prefilling:
-            sequence = self.queue.head()
-            if sequence is None:
+        """Move waiting sequences in, the fairest first, until something does not fit. A tenant that
+        has what it may have is passed over; others go on."""
+        passed: set[Account] = set()
+        while (sequence := self.queue.head(passed)) is not None:
+            above = self._room.exceeds_share(sequence.account)
+            # Whoever is below its share does not wait for the long prompts of others.
+            most = self.limits.max_prefilling + (0 if above else BESIDE)
+            if len(self.prefilling) >= most:
+                reason: str | None = "prompts under way"
+            elif len(self._slots) <= self._room.reserved(sequence.account):
+                reason = "batch full"
+            elif self._blocked == (sequence, NO_PAGES, self._freed):
                 return
-            blocked = self._blocked
-            if blocked is not None and blocked[0] is sequence and blocked[2] == self._freed:
+            else:
+                reason = self._room.lacking(sequence, self.running)
+            if reason is None:
+                self._enter(sequence, plan)
+                continue
+            self._wait(sequence, reason, plan)
+            if reason == NO_PAGES or not self._slots:
                 return
-            full = len(self._slots) <= self._room.reserved(sequence.account)
-            reason = "batch full" if full else self._room.lacking(sequence, self.running)
-            if reason is not None:
-                self._wait(sequence, reason, plan)
-                return
-            self._enter(sequence, plan)
+            passed.add(sequence.account)
 
     def _wait(self, sequence: Sequence, reason: str, plan: Plan) -> None:
         """Note why the head of the queue waits."""
-        if self._blocked is None or self._blocked[:2] != (sequence, reason):
+        if self._told.get(sequence.account) != (sequence, reason):
+            self._told[sequence.account] = (sequence, reason)
             now = self._clock.now()
             plan.decisions.append(Decision("wait", sequence.request.id, reason, now))
         self._blocked = (sequence, reason, self._freed)
@@ -309,6 +306,7 @@ class Scheduler:
         bisect.insort(self.prefilling, sequence, key=_order)
         self._entered.add(sequence)
         self._blocked = None
+        self._told.pop(sequence.account, None)
         reason = f"{self._prefixes.known_pages(sequence)} pages known"
         plan.decisions.append(Decision("admit", sequence.request.id, reason, now))
 
@@ -414,7 +412,7 @@ class Scheduler:
                 tokens.append(token)
                 account = sequence.account
                 account.counter += account.charge
-                account.level -= 1
+                account.spend(1)
         return moved
 
     def _score_prompt(self, chunk: Chunk, result: StepResult, first: int) -> None:
@@ -433,7 +431,7 @@ class Scheduler:
         sampling, account = request.sampling, sequence.account
         sequence.tokens.append(token)
         account.counter += account.charge
-        account.level -= 1
+        account.spend(1)
         generated = len(sequence.tokens) - sequence.prompt_length
         if sampling.logprobs is not None:
             sequence.logprobs.append(result.logprob(row))

@@ -9,7 +9,7 @@ The service of two backlogged tenants never differs by more than the paper's bou
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 
@@ -48,12 +48,16 @@ class Account:
         self.counter = 0.0
         self.waiting: list[Sequence] = []
         self.running = 0
+        self.tenant = tenant
+        self.charge = OUTPUT_WEIGHT / tenant.weight
         self.updated = now
-        self.configure(tenant)
         self.level = BURST_SECONDS * tenant.tokens_per_second
 
-    def configure(self, tenant: Tenant) -> None:
-        """Take over changed limits; what has been served stays."""
+    def configure(self, tenant: Tenant, now: float) -> None:
+        """Take over changed limits; what has been served stays, but a new rate begins anew."""
+        if tenant.tokens_per_second != self.tenant.tokens_per_second:
+            self.level = BURST_SECONDS * tenant.tokens_per_second
+            self.updated = now
         self.tenant = tenant
         # What a token of output adds to the counter.
         self.charge = OUTPUT_WEIGHT / tenant.weight
@@ -79,7 +83,9 @@ class Account:
             return 0.0
         self.level = min(self.level + (now - self.updated) * rate, BURST_SECONDS * rate)
         self.updated = now
-        return 0.0 if self.level > 0 else (1 - self.level) / rate
+        # What is queued will be spent, though it has not been yet.
+        left = self.level - sum(len(s.tokens) for s in self.waiting)
+        return 0.0 if left > 0 else (1 - left) / rate
 
     def spend(self, tokens: int) -> None:
         """Count tokens against the quota; a request that began may overdraw it."""
@@ -122,11 +128,11 @@ class FairQueue:
         for account in self.accounts.values():
             yield from account.waiting
 
-    def configure(self, tenants: Mapping[str, Tenant]) -> None:
+    def configure(self, tenants: Mapping[str, Tenant], now: float = 0.0) -> None:
         """Replace the limits of all tenants; nothing that is queued or running is lost."""
         self._tenants = dict(tenants)
         for name, account in self.accounts.items():
-            account.configure(self.tenant(name))
+            account.configure(self.tenant(name), now)
 
     def tenant(self, name: str) -> Tenant:
         """The limits of a tenant; an unknown one has the defaults."""
@@ -170,9 +176,10 @@ class FairQueue:
         if not waiting:
             self._last = sequence.account
 
-    def head(self) -> Sequence | None:
-        """The first of the tenant that has been served least, among those that may run more."""
-        able = [a for a in self.accounts.values() if a.waiting and a.may_run]
+    def head(self, passed: Collection[Account] = ()) -> Sequence | None:
+        """The first of the tenant that has been served least, among those that may run more and
+        have not been `passed` over."""
+        able = [a for a in self.accounts.values() if a.waiting and a.may_run and a not in passed]
         if not able:
             return None
         # Of equals, whoever has less running: a newcomer begins at the least counter of all.

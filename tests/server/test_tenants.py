@@ -117,3 +117,15 @@ def test_deadlines_are_408_and_are_refused_early_where_they_cannot_be_met(
     headers = {"x-slo-ttft-ms": "5000"}
     fine = httpx.post(f"{server.url}/v1/completions", headers=headers, json=body)
     assert fine.status_code == 200
+
+
+def test_a_file_of_tenants_is_never_an_open_door(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text("[tenants]\n")
+    directory = Directory((), file)
+    assert not directory.is_open
+    assert directory.tenant_of("") is None
+    for key in ("", "sha256:12", "sha256:" + "g" * 64):
+        file.write_text(f"[tenants.a]\nkeys = [{key!r}]\n")
+        with pytest.raises(ConfigError, match="empty, or a digest"):
+            Directory((), file)

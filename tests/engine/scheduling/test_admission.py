@@ -119,3 +119,33 @@ def test_the_peak_is_where_somebody_finishes() -> None:
     assert peak_pages([(2, 4), (1, 1)]) == 6
     assert peak_pages([(2, 2), (1, 2)]) == 7
     assert peak_pages([]) == 0
+
+
+def test_a_new_rate_begins_anew_whatever_was_served_before() -> None:
+    bench = Bench(pages=64, budget=64)
+    bench.add([1] * 30, max_tokens=8, tenant="t")
+    bench.drain()
+    bench.scheduler.queue.configure({"t": Tenant(id="t", tokens_per_second=2.0)}, 100.0)
+    assert bench.scheduler.queue.account("t", 100.0).wait_for_quota(100.0) == 0.0
+
+
+def test_a_tenant_that_has_its_share_of_the_pages_holds_nobody_back() -> None:
+    bench = Bench(pages=16, budget=64, running=8)
+    bench.scheduler.queue.configure({"small": Tenant(id="small", page_share=0.25, weight=900.0)})
+    for number in range(3):
+        bench.add([number] * 5, max_tokens=8, tenant="small")
+    bench.step()
+    (other,) = bench.add([9], max_tokens=2, tenant="other")
+    bench.step()
+    assert other.generated > 0
+
+
+def test_one_tenant_cannot_fill_the_queue_of_all() -> None:
+    bench = Bench(pages=64, budget=64)
+    for number in range(6):
+        bench.add([number] * 5, tenant="flood")
+    bench.scheduler.queue.account("guest", 0.0)
+    admission = Admission(bench.scheduler, Limits(100, 10, 1000))
+    with pytest.raises(Overloaded, match="of this tenant"):
+        admission.admit(make(5, tenant="flood"), 0.0)  # type: ignore[arg-type]
+    admission.admit(make(5, tenant="guest"), 0.0)  # type: ignore[arg-type]

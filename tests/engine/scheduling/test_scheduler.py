@@ -134,10 +134,10 @@ def test_a_page_gets_on_whatever_it_takes() -> None:
 
 def test_a_request_can_want_its_tokens_sooner() -> None:
     bench = Bench(pages=64, budget=64, profile=LINEAR, pace=Pace(target=0.060))
-    bench.add([1, 2, 3], max_tokens=9, target_itl=0.0125)
+    bench.add([1, 2, 3], max_tokens=9, target_itl=0.025)
     bench.step()
     bench.add(list(range(100, 140)))
-    assert counts(bench.step()) == [1, 8]
+    assert counts(bench.step()) == [1, 16]
 
 
 def test_without_decodes_a_step_is_still_bounded() -> None:
