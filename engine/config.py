@@ -88,6 +88,11 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_body_bytes: Positive = 8 * 1024 * 1024
     drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
 
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether only those with a key are served."""
+        return bool(self.api_keys or self.tenants_file)
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set."""

@@ -149,6 +149,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     namespace: bytes = b""
     eos_token_ids: frozenset[int] = frozenset()
 
+    @property
+    def due(self) -> float:
+        """The earlier of its deadlines."""
+        return min(self.deadline, self.first_token_deadline)
+
 
 class TokenLogprob(msgspec.Struct, frozen=True):
     """One token's logprob, and the best alternatives as (token id, logprob), best first."""

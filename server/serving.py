@@ -72,7 +72,7 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
             bars.close()
             port = listener.getsockname()[1]
             seconds = time.perf_counter() - started
-            keys = bool(settings.api_keys or settings.tenants_file)
+            keys = settings.asks_for_keys
             print_summary(console, engine.parts, settings.host, port, seconds, keys=keys)
 
         lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
@@ -121,7 +121,7 @@ def _uvicorn_config(app: Starlette, settings: ServerSection) -> uvicorn.Config:
 
 
 def _warn_if_open(settings: ServerSection) -> None:
-    if not is_local(settings.host) and not (settings.api_keys or settings.tenants_file):
+    if not is_local(settings.host) and not settings.asks_for_keys:
         logger.warning(
             "ANYBODY who can reach %s:%d can use this server: it listens beyond this machine and "
             "has no API keys. Set server.api_keys or server.tenants_file, or listen on 127.0.0.1.",

@@ -29,11 +29,9 @@ def available_memory() -> int | None:
 
     None where the system does not say.
     """
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    available = _field(Path("/proc/meminfo"), "MemAvailable")
+    if available is None:
         return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
     for limit, usage in MEMORY_FILES:
         bound, used = _number(Path(limit)), _number(Path(usage))
         if bound is not None:
@@ -105,11 +103,15 @@ class Budget:
 
 def private_memory() -> int:
     """Bytes of memory that are this process's own (files that it has mapped are not)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    return int(fields["RssAnon"].split()[0]) * 1024
+    return _field(Path("/proc/self/status"), "RssAnon") or 0
+
+
+def _field(file: Path, name: str) -> int | None:
+    """Bytes that one of /proc's tables gives under a name; None if there is no such file."""
+    if not file.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    return int(fields[name].split()[0]) * 1024
 
 
 def _number(file: Path) -> int | None:

@@ -94,11 +94,9 @@ class Admission:
             self._refuse(
                 f"{tokens} tokens would be waiting, the limit is {limits.max_waiting_tokens}"
             )
-        if 2 * (queued + n) > limits.max_waiting and len(queue.accounts) > 1:
-            weights = sum(a.tenant.weight for a in queue.accounts.values())
-            share = limits.max_waiting * account.tenant.weight / weights
-            if len(account.waiting) + n > share:
-                self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting")
+        crowded = 2 * (queued + n) > limits.max_waiting and len(queue.accounts) > 1
+        if crowded and len(account.waiting) + n > queue.share(account, limits.max_waiting):
+            self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting")
         self._check_deadline(request, account.waiting, now)
 
     def queue_seconds(self) -> float:
@@ -119,7 +117,7 @@ class Admission:
 
     def _check_deadline(self, request: Request, waiting: list[Waiting], now: float) -> None:
         """Refuse at once what cannot be in time."""
-        due = _due(request)
+        due = request.due
         if math.isinf(due):
             return
         alone = self._prefill_seconds(len(request.prompt_ids))
@@ -130,7 +128,7 @@ class Admission:
             )
         # Its tenant's more urgent requests come first; others share the time with it.
         ahead = [
-            s for s in waiting if s.request.priority >= request.priority and _due(s.request) <= due
+            s for s in waiting if s.request.priority >= request.priority and s.request.due <= due
         ]
         wait = self._prefill_seconds(sum(len(s.tokens) for s in ahead))
         if ahead and now + wait + alone > due:
@@ -143,7 +141,3 @@ class Admission:
     def _prefill_seconds(self, tokens: int) -> float:
         scheduler = self._scheduler
         return scheduler.cost.prefill_seconds(tokens, scheduler.limits.max_batch_tokens)
-
-
-def _due(request: Request) -> float:
-    return min(request.deadline, request.first_token_deadline)

@@ -40,33 +40,36 @@ class SchedulerLimits:
 
 
 class Budget:
-    """What is left of one step, and the work that is in it so far."""
+    """What is left of one step, and the work that is in it so far: `rows` beside `decodes`."""
 
-    def __init__(self, cost: CostModel, work: Work, pace: Pace, page_size: int) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        work: Work,
+        pace: Pace,
+        page_size: int,
+        rows: int,
+        decodes: list[Sequence],
+    ) -> None:
         self._cost = cost
         self._work = work
-        self._pace = pace
         self._size = page_size
-        self._rows = 0
-        self._scored = max(MAX_SCORED_ROWS, page_size)
-        self._limit = pace.longest
-        self._begun = False
-
-    def begin(self, rows: int, decodes: list[Sequence]) -> None:
-        """`rows` are left beside `decodes`."""
         self._rows = rows
-        if not decodes:
-            return
-        alone = self._cost.predict(self._work)
-        easy = max(EASY_SECONDS, EASY_FACTOR * alone)
-        target = MARGIN * self._pace.target if self._pace.target else easy
+        self._scored = max(MAX_SCORED_ROWS, page_size)
+        self._begun = False
+        self._limit = self._seconds(pace, decodes) if decodes else pace.longest
+
+    def _seconds(self, pace: Pace, decodes: list[Sequence]) -> float:
+        """What the step may be predicted to take beside `decodes`."""
+        easy = max(EASY_SECONDS, EASY_FACTOR * self._cost.predict(self._work))
+        target = MARGIN * pace.target if pace.target else easy
         # One request may hurry, but not so that nobody's prompt gets on.
         wanted = [
             max(EASY_SECONDS, MARGIN * s.request.target_itl)
             for s in decodes
             if s.request.target_itl
         ]
-        self._limit = min([target, self._pace.longest, *wanted])
+        return min([target, pace.longest, *wanted])
 
     def chunk(self, sequence: Sequence) -> int:
         """How many tokens of a prompt the step can still take: whole pages, or all that is left of

@@ -76,11 +76,6 @@ class PagePool:
         """Pages that are not parked."""
         return self.total - len(self._parked)
 
-    @property
-    def policy(self) -> str:
-        """The policy that decides just now."""
-        return self._order.policy
-
     def holds(self, digest: bytes) -> bool:
         """Whether content of this name is here."""
         return digest in self._by_name

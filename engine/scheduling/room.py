@@ -58,11 +58,9 @@ class Room:
 
     def exceeds_share(self, account: Account) -> bool:
         """Whether a tenant has its share of the slots, if all who ever asked would ask now."""
-        accounts = self._queue.accounts.values()
-        if len(accounts) < 2:
+        if len(self._queue.accounts) < 2:
             return False
-        share = self._max_running / sum(a.tenant.weight for a in accounts)
-        return account.running + 1 > share * account.tenant.weight
+        return account.running + 1 > self._queue.share(account, self._max_running)
 
     def reserved(self, account: Account) -> int:
         """Slots that a tenant above its share leaves to others, who then need not wait for one."""

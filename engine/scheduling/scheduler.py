@@ -20,16 +20,12 @@ from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
 from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.room import NO_PAGES, Room
-from engine.scheduling.sequence import Sequence, State
+from engine.scheduling.sequence import Sequence, State, by_order, take_out
 from engine.scheduling.tenants import Account, FairQueue, order_key
 from engine.types import Clock, Decision
 
 # Prompts of tenants below their share that may be under way beside the usual number.
 BESIDE = 4
-
-
-def _order(sequence: Sequence) -> tuple[float, ...]:
-    return sequence.order
 
 
 class Scheduler:
@@ -42,7 +38,6 @@ class Scheduler:
         clock: Clock,
         cost: CostModel,
         *,
-        queue: FairQueue | None = None,
         cold: ColdIndex | None = None,
     ) -> None:
         if limits.max_batch_tokens < limits.max_running + pool.page_size:
@@ -53,7 +48,7 @@ class Scheduler:
         self.pool = pool
         self.limits = limits
         self.cost = cost
-        self.queue = FairQueue() if queue is None else queue
+        self.queue = FairQueue()
         self.cold = ColdIndex() if cold is None else cold
         self.lengths = OutputLengths()
         self.deadlines = Deadlines()
@@ -158,7 +153,7 @@ class Scheduler:
                 lost.update(later.live_sequences())
         self.cold.clear()
         self._retire(plan)
-        return sorted(lost, key=_order)
+        return sorted(lost, key=by_order)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | None = None) -> None:
         """End a sequence in any state and give back what it holds; a second call does nothing."""
@@ -210,8 +205,9 @@ class Scheduler:
         """Prompts share what is left of the step: shortest remaining first, after those whose
         tenant has no more than its share."""
         now = self._clock.now()
-        budget = Budget(self.cost, plan.work, self.limits.pace, self.pool.page_size)
-        budget.begin(self.limits.max_batch_tokens - len(plan.decodes), plan.decodes)
+        rows = self.limits.max_batch_tokens - len(plan.decodes)
+        size = self.pool.page_size
+        budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, plan.decodes)
         token_seconds = self.cost.token_seconds(self.limits.max_batch_tokens)
         ordered = sorted(
             (self._room.exceeds_share(s.account), prefill_key(s, now, token_seconds), n)
@@ -244,11 +240,10 @@ class Scheduler:
             plan.admitted.append(sequence)
         if start < sequence.prompt_length and not sequence.preemptions:
             sequence.account.take_input(count)
-            sequence.account.spend(count)
         if sample:
             self.prefilling.remove(sequence)
             sequence.decoding = True
-            bisect.insort(self.decoding, sequence, key=_order)
+            bisect.insort(self.decoding, sequence, key=by_order)
 
     # Admission
 
@@ -303,7 +298,7 @@ class Scheduler:
         now = self._clock.now()
         if sequence.admitted_at is None:
             sequence.admitted_at = now
-        bisect.insort(self.prefilling, sequence, key=_order)
+        bisect.insort(self.prefilling, sequence, key=by_order)
         self._entered.add(sequence)
         self._blocked = None
         self._told.pop(sequence.account, None)
@@ -325,7 +320,7 @@ class Scheduler:
                 return False
             # Safe are those in this plan, and the first in order, so that somebody always gets on.
             safe = {*plan.decodes, *(chunk.sequence for chunk in plan.chunks)}
-            safe.add(min(self.running, key=_order))
+            safe.add(min(self.running, key=by_order))
             candidates = [s for s in self.running if s not in safe]
             if not candidates:
                 return False
@@ -354,10 +349,7 @@ class Scheduler:
     def _vacate(self, sequence: Sequence) -> None:
         """Take slot and pages; while a step is in flight that may name them, when it retires."""
         if sequence.decoding:
-            place = bisect.bisect_left(self.decoding, sequence.order, key=_order)
-            while self.decoding[place] is not sequence:
-                place += 1
-            del self.decoding[place]
+            take_out(self.decoding, sequence)
         else:
             self.prefilling.remove(sequence)
         if self.in_flight:
@@ -410,9 +402,7 @@ class Scheduler:
                 self._append(sequence, result, row)
             else:
                 tokens.append(token)
-                account = sequence.account
-                account.counter += account.charge
-                account.spend(1)
+                sequence.account.take_output()
         return moved
 
     def _score_prompt(self, chunk: Chunk, result: StepResult, first: int) -> None:
@@ -428,10 +418,9 @@ class Scheduler:
     def _append(self, sequence: Sequence, result: StepResult, row: int) -> None:
         """Add a drawn token, and finish the sequence if it ends there."""
         token, request = result.ids[row], sequence.request
-        sampling, account = request.sampling, sequence.account
+        sampling = request.sampling
         sequence.tokens.append(token)
-        account.counter += account.charge
-        account.spend(1)
+        sequence.account.take_output()
         generated = len(sequence.tokens) - sequence.prompt_length
         if sampling.logprobs is not None:
             sequence.logprobs.append(result.logprob(row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -118,3 +119,16 @@ class Sequence:
             return self.page_hash(number, page_size)
         parent = self.page_hash(number - 1, page_size) if number else self.root
         return chain(parent, self.tokens[number * page_size : length])
+
+
+def by_order(sequence: Sequence) -> tuple[float, ...]:
+    """The key by which lists of sequences are kept sorted."""
+    return sequence.order
+
+
+def take_out(ordered: list[Sequence], sequence: Sequence) -> None:
+    """Remove a sequence from a list sorted by `by_order`; several may have one order."""
+    place = bisect.bisect_left(ordered, sequence.order, key=by_order)
+    while ordered[place] is not sequence:
+        place += 1
+    del ordered[place]

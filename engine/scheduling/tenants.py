@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.sequence import Sequence, by_order, take_out
 
 # Service of a token of input and of output, as in the paper.
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
@@ -75,6 +75,12 @@ class Account:
     def take_input(self, tokens: int) -> None:
         """Charge prompt tokens that are computed for it."""
         self.counter += INPUT_WEIGHT * tokens / self.tenant.weight
+        self._spend(tokens)
+
+    def take_output(self) -> None:
+        """Charge a token that was drawn for it."""
+        self.counter += self.charge
+        self._spend(1)
 
     def wait_for_quota(self, now: float) -> float:
         """Seconds until the tenant's rate allows another request; 0 if it does."""
@@ -87,7 +93,7 @@ class Account:
         left = self.level - sum(len(s.tokens) for s in self.waiting)
         return 0.0 if left > 0 else (1 - left) / rate
 
-    def spend(self, tokens: int) -> None:
+    def _spend(self, tokens: int) -> None:
         """Count tokens against the quota; a request that began may overdraw it."""
         if self.tenant.tokens_per_second:
             self.level -= tokens
@@ -100,21 +106,16 @@ def order_key(sequence: Sequence, prefill_seconds: float, patience: float) -> tu
     taken as due after `patience` seconds, so that those with one cannot hold them back for ever.
     """
     request = sequence.request
-    due = min(request.deadline, request.first_token_deadline)
     last = request.arrival + patience
-    due = last if due >= last else due - prefill_seconds
+    due = last if request.due >= last else request.due - prefill_seconds
     return (-request.priority, due, request.arrival, sequence.index)
-
-
-def _order(sequence: Sequence) -> tuple[float, ...]:
-    return sequence.order
 
 
 class FairQueue:
     """All waiting sequences, by tenant; `head` is the next to be served."""
 
-    def __init__(self, tenants: Mapping[str, Tenant] | None = None) -> None:
-        self._tenants = dict(tenants or {})
+    def __init__(self) -> None:
+        self._tenants: dict[str, Tenant] = {}
         self.accounts: dict[str, Account] = {}
         self.tokens = 0
         self._count = 0
@@ -138,6 +139,11 @@ class FairQueue:
         """The limits of a tenant; an unknown one has the defaults."""
         return self._tenants.get(name) or Tenant(id=name)
 
+    def share(self, account: Account, whole: int) -> float:
+        """A tenant's part of `whole` by weight, if all who ever asked would ask now."""
+        weights = sum(a.tenant.weight for a in self.accounts.values())
+        return whole * account.tenant.weight / weights
+
     def account(self, name: str, now: float) -> Account:
         """The tenant's account, opened if it is new."""
         account = self.accounts.get(name)
@@ -160,17 +166,14 @@ class FairQueue:
             queued = [a.counter for a in self.accounts.values() if a.waiting]
             floor = self._last.counter if self._last is not None else 0.0
             account.counter = max(account.counter, min(queued, default=floor))
-        bisect.insort(account.waiting, sequence, key=_order)
+        bisect.insort(account.waiting, sequence, key=by_order)
         self._count += 1
         self.tokens += len(sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, admitted or ended."""
         waiting = sequence.account.waiting
-        place = bisect.bisect_left(waiting, sequence.order, key=_order)
-        while waiting[place] is not sequence:
-            place += 1
-        del waiting[place]
+        take_out(waiting, sequence)
         self._count -= 1
         self.tokens -= len(sequence.tokens)
         if not waiting:
