@@ -7,7 +7,7 @@ from collections.abc import Sequence as List
 from engine.scheduling.policy import OutputLengths, peak_pages, victim_key
 from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.sequence import Sequence
-from engine.scheduling.tenants import Account, FairQueue
+from engine.scheduling.tenants import OUTPUT_WEIGHT, Account, FairQueue, service_left
 
 NO_PAGES = "no free pages"
 # One slot in so many stays free for tenants that are below their share.
@@ -65,6 +65,16 @@ class Room:
     def reserved(self, account: Account) -> int:
         """Slots that a tenant above its share leaves to others, who then need not wait for one."""
         return self._max_running // RESERVED if self.exceeds_share(account) else 0
+
+    def outruns(self, sequence: Sequence, due: List[Account], running: List[Sequence]) -> bool:
+        """Whether a tenant whose turn it is not could be served so much, by all that it has running
+        and this sequence, that those who are `due` fall behind by more than the bound of VTC."""
+        account = sequence.account
+        coming = sum(service_left(s) for s in running if s.account is account)
+        ahead = account.counter + (coming + service_left(sequence)) / account.tenant.weight
+        weight = min(a.tenant.weight for a in (account, *due))
+        bound = OUTPUT_WEIGHT * self._pool.total * self._pool.page_size / weight
+        return ahead - min(a.counter for a in due) > bound
 
     def who_makes_way(
         self, account: Account, free_slots: int, short_of_pages: bool, running: List[Sequence]

@@ -26,6 +26,8 @@ from engine.types import Clock, Decision
 
 # Prompts of tenants below their share that may be under way beside the usual number.
 BESIDE = 4
+# Why a tenant is passed over; after the first two it keeps its turn.
+BUSY, FULL, OUT_OF_TURN = "prompts under way", "batch full", "others are due first"
 
 
 class Scheduler:
@@ -249,16 +251,20 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Move waiting sequences in, the fairest first, until something does not fit. A tenant that
-        has what it may have is passed over; others go on."""
+        has what it may have is passed over; others go on, as far as its claim to be served allows.
+        """
         passed: set[Account] = set()
+        claims: list[Account] = []
         while (sequence := self.queue.head(passed)) is not None:
             above = self._room.exceeds_share(sequence.account)
             # Whoever is below its share does not wait for the long prompts of others.
             most = self.limits.max_prefilling + (0 if above else BESIDE)
             if len(self.prefilling) >= most:
-                reason: str | None = "prompts under way"
+                reason: str | None = BUSY
             elif len(self._slots) <= self._room.reserved(sequence.account):
-                reason = "batch full"
+                reason = FULL
+            elif claims and self._room.outruns(sequence, claims, self.running):
+                reason = OUT_OF_TURN
             elif self._blocked == (sequence, NO_PAGES, self._freed):
                 return
             else:
@@ -270,6 +276,8 @@ class Scheduler:
             if reason == NO_PAGES or not self._slots:
                 return
             passed.add(sequence.account)
+            if reason in (BUSY, FULL):
+                claims.append(sequence.account)
 
     def _wait(self, sequence: Sequence, reason: str, plan: Plan) -> None:
         """Note why the head of the queue waits."""

@@ -111,6 +111,12 @@ def order_key(sequence: Sequence, prefill_seconds: float, patience: float) -> tu
     return (-request.priority, due, request.arrival, sequence.index)
 
 
+def service_left(sequence: Sequence) -> float:
+    """The most that a sequence's tenant can still be charged for it, at a weight of 1."""
+    unread = 0 if sequence.preemptions else max(0, sequence.prompt_length - sequence.scheduled)
+    return INPUT_WEIGHT * unread + OUTPUT_WEIGHT * (sequence.final_length - len(sequence.tokens))
+
+
 class FairQueue:
     """All waiting sequences, by tenant; `head` is the next to be served."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,88 +9,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.errors import ConfigError
 from engine.scheduling.budget import Pace
-from engine.scheduling.cost import Profile
 from engine.scheduling.plan import Plan, StepResult
 from engine.scheduling.sequence import Sequence, State
-from engine.scheduling.tenants import Tenant
-from engine.types import Request, SamplingParams
 from tests.audit import audit
-from tests.mock import EOS, MockExecutor, continuation, mock_scheduler, next_token
-
-SIZE = 4
-# A row takes a millisecond, whatever it is.
-LINEAR = Profile((1, 1001), (0.001, 1.001), 0.0, 0.0, 0.0)
-
-
-class Clock:
-    """Time that a test moves by hand."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-
-class Bench:
-    """A scheduler with the mock model behind it."""
-
-    def __init__(self, pages: int = 16, budget: int = 16, running: int = 4, **options: Any) -> None:
-        self.clock = Clock()
-        self.scheduler = mock_scheduler(
-            pages, SIZE, self.clock, step_tokens=budget, running=running, **options
-        )
-        self.executor = MockExecutor(pages, SIZE, next_token)
-        self.count = 0
-
-    def add(
-        self, prompt: list[int], max_tokens: int = 4, *, n: int = 1, **options: Any
-    ) -> list[Sequence]:
-        self.count += 1
-        fields = {k: options.pop(k) for k in list(options) if k in Request.__struct_fields__}
-        request = Request(
-            id=str(self.count),
-            prompt_ids=tuple(prompt),
-            sampling=SamplingParams(n=n, **options),
-            max_tokens=max_tokens,
-            seed=0,
-            arrival=fields.pop("arrival", float(self.count)),
-            eos_token_ids=frozenset([EOS]),
-            **fields,
-        )
-        sequences = [Sequence(request, index, fingerprint=b"") for index in range(n)]
-        for sequence in sequences:
-            self.scheduler.add(sequence)
-        return sequences
-
-    def execute(self, plan: Plan) -> StepResult:
-        return self.executor.run(self.executor.fill(plan))
-
-    def step(self) -> Plan:
-        plan = self.scheduler.plan()
-        self.scheduler.commit(plan, self.execute(plan))
-        audit(self.scheduler)
-        return plan
-
-    def drain(self, limit: int = 500) -> None:
-        for _ in range(limit):
-            if not self.scheduler.has_work:
-                return
-            self.step()
-        raise AssertionError("the scheduler makes no progress")
-
-    def expect_short_outputs(self) -> None:
-        """As if all outputs so far had ended at once, so that too much is let in."""
-        for _ in range(20):
-            self.scheduler.lengths.record(1)
-
-
-def generated(sequence: Sequence) -> list[int]:
-    return sequence.tokens[sequence.prompt_length :]
-
-
-def counts(plan: Plan) -> list[int]:
-    return [1] * len(plan.decodes) + [chunk.count for chunk in plan.chunks]
+from tests.engine.scheduling.bench import LINEAR, SIZE, Bench, counts, generated
+from tests.mock import EOS, continuation
 
 
 def test_a_prompt_longer_than_the_budget_is_computed_in_chunks_of_whole_pages() -> None:
@@ -391,54 +312,6 @@ def test_decisions_say_what_was_done_and_why() -> None:
     kinds = [(d.kind, d.request_id, d.reason) for d in bench.step().decisions]
     assert kinds == [("admit", "1", "0 pages known"), ("wait", "2", "batch full")]
     assert bench.step().decisions == []  # waiting for the same reason is not news
-
-
-def test_a_tenant_below_its_share_gets_a_slot_from_one_above() -> None:
-    bench = Bench(pages=64, budget=64, running=4)
-    flood = [bench.add([i], max_tokens=20, tenant="flood")[0] for i in range(8)]
-    bench.step()
-    (guest,) = bench.add([99], max_tokens=3, tenant="guest")
-    for _ in range(3):
-        bench.step()
-    assert guest.generated > 0
-    bench.drain()
-    assert [generated(s) for s in flood] == [continuation([i], 20) for i in range(8)]
-
-
-def test_a_tenants_cap_holds_its_own_requests_back_only() -> None:
-    bench = Bench(pages=64, budget=64, running=8)
-    bench.scheduler.queue.configure({"small": Tenant(id="small", max_running=2)})
-    for number in range(5):
-        bench.add([number], tenant="small")
-    (other,) = bench.add([9], tenant="other")
-    bench.step()
-    running = [s.request.tenant for s in bench.scheduler.running]
-    assert sorted(running) == ["other", "small", "small"]
-    assert other.generated == 1
-    bench.drain()
-
-
-def test_a_tenants_share_of_the_pages_is_all_it_gets() -> None:
-    bench = Bench(pages=16, budget=64, running=8)
-    bench.scheduler.queue.configure({"small": Tenant(id="small", page_share=0.25)})
-    for number in range(4):
-        bench.add([number] * 5, max_tokens=3, tenant="small")
-    bench.step()
-    assert len(bench.scheduler.running) == 2
-    bench.drain()
-
-
-def test_service_is_shared_by_weight() -> None:
-    bench = Bench(pages=400, budget=32, running=4)
-    bench.scheduler.queue.configure({"big": Tenant(id="big", weight=3.0)})
-    sequences = {
-        name: [bench.add([n, i], max_tokens=8, tenant=name)[0] for i in range(60)]
-        for n, name in enumerate(("big", "little"))
-    }
-    for _ in range(120):
-        bench.step()
-    done = {name: sum(s.generated for s in them) for name, them in sequences.items()}
-    assert 2.5 < done["big"] / done["little"] < 3.5
 
 
 class SchedulerMachine(RuleBasedStateMachine):
