@@ -57,10 +57,11 @@ class Room:
         return held - found, max(0, -(-length // size) - held)
 
     def exceeds_share(self, account: Account) -> bool:
-        """Whether a tenant has its share of the slots, if all who ever asked would ask now."""
+        """Whether a tenant has its share of the slots, if all who ever asked would ask now; one
+        slot at least."""
         if len(self._queue.accounts) < 2:
             return False
-        return account.running + 1 > self._queue.share(account, self._max_running)
+        return account.running + 1 > max(1, self._queue.share(account, self._max_running))
 
     def reserved(self, account: Account) -> int:
         """Slots that a tenant above its share leaves to others, who then need not wait for one."""
@@ -89,13 +90,15 @@ class Room:
 
     def _above_share(self, account: Account | None, running: List[Sequence]) -> Sequence | None:
         """The one that loses least of the tenant furthest above its share of the slots; None if
-        there is none, or `account` has its own share already."""
+        there is none, or `account` has its own share already or would not come before it."""
         busy = [a for a in self._queue.accounts.values() if a.busy]
         slot = self._max_running / sum(a.tenant.weight for a in busy)
         if account is not None and account.running + 1 > slot * account.tenant.weight:
             return None
         richest = max(busy, key=lambda a: a.running / a.tenant.weight)
-        if richest is account or richest.running <= slot * richest.tenant.weight:
+        if richest is account or richest.running <= max(1, slot * richest.tenant.weight):
             return None
+        if account is not None and richest.counter <= account.counter:
+            return None  # it would be let in again at once
         candidates = [s for s in running if s.account is richest]
         return min(candidates, key=lambda s: victim_key(s, self._pool.page_size))

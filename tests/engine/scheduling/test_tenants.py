@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.scheduling.sequence import Sequence
 from engine.scheduling.tenants import Tenant
 from tests.engine.scheduling.bench import Bench, generated
 from tests.mock import continuation
@@ -69,3 +70,17 @@ def test_the_turn_of_a_tenant_is_passed_over_only_within_the_bound_of_fairness()
         assert [s.request.tenant for s in bench.scheduler.running].count("due") == 2
         assert (guest in bench.scheduler.running) is admitted
         bench.drain()
+
+
+def test_nobody_makes_way_who_would_come_back_at_once() -> None:
+    """A tenant with its one slot goes on, though by weight it has a right to less than a slot."""
+    bench = Bench(pages=12, budget=12, running=4, prefix_caching=False)
+    once = {name: Tenant(id=name, weight=w, max_running=1) for name, w in (("a", 1.0), ("b", 3.0))}
+    bench.scheduler.queue.configure(once)
+    sequences: list[Sequence] = []
+    for name, counter in (("a", 0), ("b", 200), ("c", 400)):
+        for _ in range(2):
+            sequences += bench.add([ord(name)] * 27, max_tokens=12, tenant=name)
+        sequences[-1].account.counter += counter
+    bench.drain(200)
+    assert all(s.finish_reason == "length" for s in sequences)
