@@ -34,18 +34,19 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     An `adaptive` pool gives memory back when the machine runs short of it, and grows again.
     `cold_tokens` that were evicted are kept in a file in `cold_folder` (the cache folder if
-    empty).
+    empty), as stored or rounded to `cold_dtype`.
     """
 
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     tokens: NonNegative = 0
     memory_fraction: Annotated[float, Meta(gt=0, le=0.9)] = 0.25
     adaptive: bool = True
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     prefix_caching: bool = True
     eviction: PolicyName = "adaptive"
     cold_tokens: NonNegative = 0
     cold_folder: str = ""
+    cold_dtype: Literal["auto", "int8", "int4"] = "auto"
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

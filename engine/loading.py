@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import Config
+from engine.config import CacheSection, Config
 from engine.errors import ConfigError
 from engine.execution.cache import Cache, ColdFile
 from engine.execution.memory import (
@@ -122,7 +122,10 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         model = load_model(checkpoint, backend, lambda done, total: progress("load", done, total))
     with _stage(timeline, "cache"):
         runner, cold_slots, shape = _allocate(config, model, backend, kv_dtype)
-    fingerprint = _fingerprint(path, f"{backend.describe()} {config.model.dtype}", kv_dtype)
+    # What came back from a tier that rounds is not what was computed.
+    rounded = config.cache.cold_dtype if config.cache.cold_tokens else "auto"
+    formats = (f"{backend.describe()} {config.model.dtype}", kv_dtype, rounded)
+    fingerprint = _fingerprint(path, formats)
     with _stage(timeline, "profile"):
         profile = load_or_measure(
             _profile_file(config, fingerprint, shape),
@@ -187,12 +190,8 @@ def _allocate(
     tape = recorder.finish(model.forward(recorder))
     program = backend.compile(tape, batch.max_batch_tokens)
     context = min(context, pages * section.page_size)
-    parts = backend.cache_parts()
     cold_slots = section.cold_tokens // section.page_size
-    cold = None
-    if cold_slots:
-        folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
-        cold = ColdFile(folder, cold_slots, sum(part.shape[1] for part in parts))
+    cache = _cache(section, backend, kv_dtype, cold_slots)
     staging = StagingShape(
         slots=batch.max_running,
         pages=pages,
@@ -200,9 +199,25 @@ def _allocate(
         page_size=section.page_size,
         vocab_size=shape.vocab_size,
     )
-    runner = Runner(backend, program, Cache(parts, cold), staging)
+    runner = Runner(backend, program, cache, staging)
     step = Shape(batch.max_batch_tokens, batch.max_running, context, section.page_size, pages)
     return runner, cold_slots, step
+
+
+def _cache(section: CacheSection, backend: Backend, kv_dtype: str, cold_slots: int) -> Cache:
+    """The cache, and where its evicted pages go."""
+    parts = backend.cache_parts()
+    if not cold_slots:
+        return Cache(parts)
+    codec, page_bytes = None, sum(part.shape[1] for part in parts)
+    if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
+        try:
+            codec = backend.page_codec(section.cold_dtype)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        page_bytes = codec.page_bytes
+    folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
+    return Cache(parts, ColdFile(folder, cold_slots, page_bytes), codec)
 
 
 def _assemble(
@@ -261,9 +276,9 @@ def _profile_file(config: Config, fingerprint: bytes, shape: Shape) -> Path:
     return cache_folder() / "profiles" / f"{name}.json"
 
 
-def _fingerprint(path: Path, weights: str, kv_dtype: str) -> bytes:
-    """Names the numbers that a cached page depends on: the weights' file, and both formats."""
-    text = repr((_identity(path), weights, kv_dtype, np.dtype(np.int32).byteorder))
+def _fingerprint(path: Path, formats: tuple[str, ...]) -> bytes:
+    """Names the numbers that a cached page depends on: the weights' file, and all formats."""
+    text = repr((_identity(path), formats, np.dtype(np.int32).byteorder))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

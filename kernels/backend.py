@@ -18,11 +18,11 @@ from kernels.ops import Heads, Tape, Weight
 
 DType = Literal["float32", "bfloat16"]
 WeightFormat = Literal["auto", "float32", "bfloat16", "int8"]
-CacheDType = Literal["float32", "bfloat16", "int8"]
+CacheDType = Literal["float32", "bfloat16", "int8", "int4"]
 logger = logging.getLogger("ryzanstein.kernels")
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ITEM_BYTES: dict[CacheDType, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+CACHE_BITS: dict[CacheDType, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 class HostTensor(Protocol):
@@ -71,10 +71,34 @@ class CacheLayout:
     """Positions that a sequence may reach."""
 
     @property
+    def vector_bytes(self) -> int:
+        """Bytes of one token's head, of keys or of values."""
+        return self.heads.dim * CACHE_BITS[self.dtype] // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of its scales: one fp32 with int8; two fp16 for each 32 values with int4."""
+        return {"int8": 4, "int4": self.heads.dim // 8}.get(self.dtype, 0)
+
+    @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page over all layers, keys and values, with the scales of int8."""
-        vector = self.heads.dim * ITEM_BYTES[self.dtype] + (4 if self.dtype == "int8" else 0)
-        return 2 * self.layers * self.page_size * self.heads.kv * vector
+        """Bytes of one page over all layers, keys and values, with their scales."""
+        vectors = 2 * self.layers * self.page_size * self.heads.kv
+        return vectors * (self.vector_bytes + self.scale_bytes)
+
+
+class PageCodec(Protocol):
+    """Pages of the cache as blocks of bytes in another format, which loses what it cannot hold."""
+
+    page_bytes: int
+
+    def compress(self, page: int, block: npt.NDArray[np.uint8]) -> None:
+        """Fill `block`, uint8 `[page_bytes]`, with a page of the cache."""
+        ...
+
+    def restore(self, block: npt.NDArray[np.uint8], page: int) -> None:
+        """Make a page of the cache of what `compress` left in `block`."""
+        ...
 
 
 class Program(Protocol):
@@ -121,6 +145,10 @@ class Backend(Protocol):
     def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
         """The cache as it lies in host memory: uint8 `[pages, bytes]`, one part for each layer's
         keys, values and scales; a page is the same row of each."""
+        ...
+
+    def page_codec(self, dtype: CacheDType) -> PageCodec:
+        """Pages of the cache in another format. Raises ValueError if there is no such codec."""
         ...
 
     def compile(self, tape: Tape, max_rows: int) -> Program:
@@ -211,8 +239,9 @@ def select_backend(
     if name not in families:
         known = ", ".join(["auto", "native", *families])
         raise ValueError(f"backend {name!r} is not known; choose one of {known}")
-    if dtype == "int8" or cache_dtype == "int8":
-        raise ValueError(f"backend {name} does not compute in int8; only the native kernels do")
+    if dtype == "int8" or cache_dtype in ("int8", "int4"):
+        asked = "int8" if dtype == "int8" else cache_dtype
+        raise ValueError(f"backend {name} does not compute in {asked}; only the native kernels do")
     torch.set_num_threads(threads)
     dense = resolve_dtype(dtype)
     return TorchBackend(

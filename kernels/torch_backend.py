@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.backend import TORCH_DTYPES, CacheLayout, DType, HostTensor, TernaryTensor
+from kernels.backend import (
+    TORCH_DTYPES,
+    CacheDType,
+    CacheLayout,
+    DType,
+    HostTensor,
+    PageCodec,
+    TernaryTensor,
+)
 from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Tape, Weight
 from kernels.reference import LayerCache, ReferenceOps, TorchWeight
@@ -61,6 +69,9 @@ class TorchBackend:
         tensors = [tensor for cache in self._caches for tensor in (cache.keys, cache.values)]
         flat = [tensor.view(-1).view(torch.uint8).numpy() for tensor in tensors]
         return [part.reshape(self._pages, -1) for part in flat]
+
+    def page_codec(self, dtype: CacheDType) -> PageCodec:
+        raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
 
     def compile(self, tape: Tape, max_rows: int) -> TorchProgram:
         return TorchProgram(tape, self._ops_class(self._caches, self._page_size))

@@ -20,6 +20,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
+from kernels.backend import CacheDType, CacheLayout
 from kernels.cpu.native_backend import (
     BF16,
     CACHE_FORMATS,
@@ -30,6 +31,7 @@ from kernels.cpu.native_backend import (
     native_module,
     unavailable_reason,
 )
+from kernels.ops import Heads
 
 # SmolLM2-135M's: rows and columns of a linear, and its attention.
 SHAPES = {"qkv": (960, 576), "out": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}
@@ -157,30 +159,43 @@ class Bench:
             "linear", name, format_name, rows, operations, float(first.bytes), product
         ), seconds
 
-    def attention(self, cache: str, batch: Batch, context: int, pages: int) -> tuple[Work, float]:
+    def attention(
+        self, cache: CacheDType, batch: Batch, context: int, pages: int
+    ) -> tuple[Work, float]:
         """One layer's attention over cold pages; `context` counts what all rows see together."""
         rows = batch.counts[0]
         program, q = self.program(rows, HEADS * DIM)
         y = program.add_buffer(HEADS * DIM, floats=True, groups=False, whole=False, bf16=False)
-        item = {"float32": 4, "bfloat16": 2, "int8": 1}[cache]
-        size = pages * PAGE * KV_HEADS * DIM * item
+        layout = CacheLayout(1, Heads(HEADS, KV_HEADS, DIM), PAGE, cache)
+        vectors = pages * PAGE * KV_HEADS
+        size = vectors * layout.vector_bytes
         layers = max(2, min(400, COLD_BYTES // (2 * size)))
         memory = []
         for layer in range(layers):
             # Written, since untouched zeros would all be one page of the system's.
             blocks = [np.full(size + 128, 1, np.uint8) for _ in range(2)]
-            scales = [np.ones(pages * PAGE * KV_HEADS, np.float32) for _ in range(2)]
+            scales = [np.ones(vectors * max(4, layout.scale_bytes) // 2, np.float16) for _ in "kv"]
             memory += [*blocks, *scales]
             starts = [b.ctypes.data + -b.ctypes.data % 64 for b in blocks]
             addresses = [*starts, *(s.ctypes.data for s in scales)]
-            program.add_cache(CACHE_FORMATS[cache], *addresses, PAGE, KV_HEADS, DIM)
+            program.add_cache(
+                self.native.LayerCache(CACHE_FORMATS[cache], *addresses, PAGE, KV_HEADS, DIM)
+            )
             program.add("attention", in_=q, out=y, layer=layer, heads=HEADS, scalar=0.125)
         seconds = self.seconds(program, "attention", layers, batch)
         del memory
         operations = 4.0 * context * HEADS * DIM
-        shape = f"{rows} x {context // rows}" if batch.counts[1] > 1 else f"prompt of {rows}"
+        name = f"{rows} x {context // rows}" if batch.counts[1] > 1 else f"prompt of {rows}"
         product = cache if cache in PROBES else "int8"
-        return Work("attention", shape, cache, rows, operations, 2.0 * size, product), seconds
+        return Work(
+            "attention",
+            name,
+            cache,
+            rows,
+            operations,
+            2.0 * (size + vectors * layout.scale_bytes),
+            product,
+        ), seconds
 
     def rowwise(self, rows: int) -> Iterator[tuple[Work, float]]:
         """The ops on one row at a time, on warm activations."""

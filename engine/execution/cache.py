@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.scheduling.plan import Move
+from kernels.backend import PageCodec
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class ColdFile:
-    """A memory-mapped file of pages, as stored, without a name: it goes with the process.
+    """A memory-mapped file of pages without a name: it goes with the process.
 
     `slots` pages of `page_bytes` each.
     """
@@ -33,11 +34,17 @@ class ColdFile:
 
 class Cache:
     """All that holds KV pages: `parts` are uint8 `[pages, bytes]`, one for each layer's keys,
-    values and scales; a page is the same row of each. Addresses never change."""
+    values and scales; a page is the same row of each. Addresses never change.
 
-    def __init__(self, parts: Sequence[Bytes], cold: ColdFile | None = None) -> None:
+    Pages lie in the cold tier byte for byte, or as a `codec` makes them.
+    """
+
+    def __init__(
+        self, parts: Sequence[Bytes], cold: ColdFile | None = None, codec: PageCodec | None = None
+    ) -> None:
         self._parts = list(parts)
         self._cold = cold
+        self._codec = codec
         ends = np.cumsum([part.shape[1] for part in self._parts]).tolist()
         # Where each part lies in a cold page.
         self._spans = [slice(e - p.shape[1], e) for p, e in zip(self._parts, ends, strict=True)]
@@ -59,13 +66,10 @@ class Cache:
                     part[target] = part[source]
             elif kind is Move.DISCARD:
                 discarded.append(source)
+            elif kind is Move.DEMOTE:
+                self._demote(source, target)
             else:
-                assert self._cold is not None
-                for part, span in zip(self._parts, self._spans, strict=True):
-                    if kind is Move.DEMOTE:
-                        self._cold.pages[target, span] = part[source]
-                    else:
-                        part[target] = self._cold.pages[source, span]
+                self._restore(source, target)
         if discarded:
             self.discard(discarded)
 
@@ -77,7 +81,25 @@ class Cache:
 
     def close(self) -> None:
         """Forget all pages."""
-        self._parts, self._cold = [], None
+        self._parts, self._cold, self._codec = [], None, None
+
+    def _demote(self, page: int, slot: int) -> None:
+        assert self._cold is not None
+        block = self._cold.pages[slot]
+        if self._codec is not None:
+            return self._codec.compress(page, block)
+        for part, span in zip(self._parts, self._spans, strict=True):
+            block[span] = part[page]
+        return None
+
+    def _restore(self, slot: int, page: int) -> None:
+        assert self._cold is not None
+        block = self._cold.pages[slot]
+        if self._codec is not None:
+            return self._codec.restore(block, page)
+        for part, span in zip(self._parts, self._spans, strict=True):
+            part[page] = block[span]
+        return None
 
 
 def give_back(memory: Bytes) -> None:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from kernels.backend import (
-    ITEM_BYTES,
+    CACHE_BITS,
+    CacheDType,
     CacheLayout,
     HostTensor,
     TernaryTensor,
@@ -46,7 +47,7 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 # Weights that took longer to pack are kept for the next start.
 WORTH_KEEPING_SECONDS = 0.5
-CACHE_FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
+CACHE_FORMATS: dict[CacheDType, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 
 def native_module() -> ModuleType | None:
@@ -97,7 +98,7 @@ class NativeWeight(Weight):
 
 @dataclass(frozen=True, eq=False)
 class LayerMemory:
-    """One layer's paged keys and values, and their scales if they are int8."""
+    """One layer's paged keys and values, and their scales if they are int8 or int4."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -108,6 +109,21 @@ class LayerMemory:
         """In the order of the native cache's arguments; 0 for what is not there."""
         tensors = (self.keys, self.values, self.key_scales, self.value_scales)
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+class NativeCodec:
+    """Pages of a native cache in another format; heads share the threads of the device."""
+
+    def __init__(self, codec: Any, memory: list[LayerMemory]) -> None:
+        self._codec = codec
+        self._memory = memory  # the codec holds addresses into it
+        self.page_bytes: int = codec.bytes
+
+    def compress(self, page: int, block: npt.NDArray[np.uint8]) -> None:
+        self._codec.compress(page, block.ctypes.data)
+
+    def restore(self, block: npt.NDArray[np.uint8], page: int) -> None:
+        self._codec.restore(block.ctypes.data, page)
 
 
 class NativeBackend:
@@ -163,11 +179,15 @@ class NativeBackend:
             raise ValueError(
                 f"heads are {layout.heads.dim} wide; a multiple of 4 up to {MAX_HEAD_DIM} works"
             )
+        if layout.dtype == "int4" and layout.heads.dim % GROUP:
+            raise ValueError(
+                f"heads are {layout.heads.dim} wide; cache.dtype=int4 takes multiples of {GROUP}"
+            )
         self._layout = layout
         vectors = pages * layout.page_size * layout.heads.kv
         # A register's worth behind the end: the kernels read whole registers.
-        size = vectors * layout.heads.dim * ITEM_BYTES[layout.dtype] + 64
-        scales = vectors * 4 if layout.dtype == "int8" else 0
+        size = vectors * layout.vector_bytes + 64
+        scales = vectors * layout.scale_bytes
         self._cache = [
             LayerMemory(
                 _lazy_zeros(size),
@@ -181,19 +201,29 @@ class NativeBackend:
     def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
         layout = self._layout
         vectors = layout.page_size * layout.heads.kv
-        element = vectors * layout.heads.dim * ITEM_BYTES[layout.dtype]
+        element, scale = vectors * layout.vector_bytes, vectors * layout.scale_bytes
         parts = []
         for layer in self._cache:
             for tensor, size in (
                 (layer.keys, element),
                 (layer.values, element),
-                (layer.key_scales, vectors * 4),
-                (layer.value_scales, vectors * 4),
+                (layer.key_scales, scale),
+                (layer.value_scales, scale),
             ):
                 if tensor is not None:
                     pages = tensor.numel() // size
                     parts.append(tensor.numpy()[: pages * size].reshape(pages, size))
         return parts
+
+    def page_codec(self, dtype: CacheDType) -> NativeCodec:
+        stored = self._layout.dtype
+        if CACHE_BITS[dtype] >= CACHE_BITS[stored]:
+            raise ValueError(f"cache.cold_dtype is {dtype}, but the cache itself is {stored}")
+        if dtype == "int4" and self._layout.heads.dim % GROUP:
+            raise ValueError(f"cache.cold_dtype=int4 takes heads of multiples of {GROUP}")
+        layers = [self._native_cache(layer) for layer in self._cache]
+        codec = self._native.PageCodec(self.device, layers, CACHE_FORMATS[dtype])
+        return NativeCodec(codec, self._cache)
 
     def compile(self, tape: Tape, max_rows: int) -> NativeProgram:
         if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:
@@ -201,15 +231,18 @@ class NativeBackend:
         layout = self._layout
         program = NativeProgram(self._native, self.device, tape, max_rows, layout.max_context)
         for layer in self._cache:
-            program.add_cache(
-                layer,
-                CACHE_FORMATS[layout.dtype],
-                *layer.addresses(),
-                layout.page_size,
-                layout.heads.kv,
-                layout.heads.dim,
-            )
+            program.add_cache(layer, self._native_cache(layer))
         return program
+
+    def _native_cache(self, layer: LayerMemory) -> Any:
+        layout = self._layout
+        return self._native.LayerCache(
+            CACHE_FORMATS[layout.dtype],
+            *layer.addresses(),
+            layout.page_size,
+            layout.heads.kv,
+            layout.heads.dim,
+        )
 
     def close(self) -> None:
         self._cache = []

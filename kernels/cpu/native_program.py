@@ -66,10 +66,10 @@ class NativeProgram:
         self._positions = max_context
         self._build(tape)
 
-    def add_cache(self, memory: LayerMemory, *arguments: int) -> None:
-        """The next layer's cache: format, addresses into `memory`, page size, heads, width."""
+    def add_cache(self, memory: LayerMemory, cache: Any) -> None:
+        """The next layer's cache, and the memory that it has addresses into."""
         self.memory.append(memory)
-        self._program.add_cache(*arguments)
+        self._program.add_cache(cache)
 
     def forward(self, batch: Batch) -> None:
         self._rows = len(batch.sample_rows)

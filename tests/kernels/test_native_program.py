@@ -30,7 +30,15 @@ from tests.tiny import write_llama
 
 __all__ = ["pair"]
 pytestmark = needs_native
-every_cache = pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+every_cache = pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8", "int4"])
+
+
+def tiny(folder: Path, kind: Type, cache: str) -> Path:
+    """A model whose heads the cache takes: int4 has groups of 32."""
+    if cache == "int4":
+        return write_llama(folder, head_dim=64)
+    write_gguf(folder / "model.gguf", kind=kind)
+    return folder / "model.gguf"
 
 
 @pytest.mark.parametrize(
@@ -71,14 +79,14 @@ def test_float32_is_exact_on_every_instruction_set(
         (Type.Q4_1, "int8"),
         (Type.Q8_0, "float32"),
         (Type.F32, "bfloat16"),
+        (Type.F32, "int4"),
     ],
 )
 def test_a_sequence_alone_in_company_and_in_chunks_gives_the_same_bits(
     tmp_path: Path, kind: Type, cache: str, instructions: str
 ) -> None:
     """Over more than one attention block of 256 positions, with one to three threads."""
-    path = tmp_path / "model.gguf"
-    write_gguf(path, kind=kind)
+    path = tiny(tmp_path, kind, cache)
     tokens = np.random.default_rng(1).integers(0, 260, 300).tolist()
     settings: Any = {"cache": cache, "instructions": instructions}
     program, _ = program_of(path, threads=2, **settings)
@@ -99,8 +107,7 @@ def test_a_sequence_alone_in_company_and_in_chunks_gives_the_same_bits(
 def test_a_decode_among_others_gives_the_same_bits_at_every_batch_size(
     tmp_path: Path, cache: str
 ) -> None:
-    path = tmp_path / "model.gguf"
-    write_gguf(path, kind=Type.Q4_1)
+    path = tiny(tmp_path, Type.Q4_1, cache)
     generator = np.random.default_rng(2)
     program, _ = program_of(path, pages=200, cache=cache)
     tables = generator.permutation(200)[: 64 * 3].reshape(64, 3)
@@ -125,6 +132,7 @@ def test_unsuited_layouts_are_refused(tmp_path: Path) -> None:
         (CacheLayout(1, Heads(1, 1, 16), 8, "bfloat16"), r"cache\.page_size is 8"),
         (CacheLayout(1, Heads(1, 1, 18), 16, "bfloat16"), "18 wide"),
         (CacheLayout(1, Heads(1, 1, 512), 16, "bfloat16"), "512 wide"),
+        (CacheLayout(1, Heads(1, 1, 48), 16, "int4"), "int4 takes multiples of 32"),
     ):
         with pytest.raises(ValueError, match=message):
             backend.allocate_cache(layout, 4)
@@ -140,8 +148,7 @@ def test_more_rows_than_buffers_is_an_error_not_a_crash(tmp_path: Path) -> None:
 @every_cache
 def test_what_another_sequence_left_in_a_page_is_never_seen(tmp_path: Path, cache: str) -> None:
     """A page that held garbage, even infinities, gives the same bits as a fresh one."""
-    path = tmp_path / "model.gguf"
-    write_gguf(path, kind=Type.Q8_0)
+    path = tiny(tmp_path, Type.Q8_0, cache)
     tokens = np.random.default_rng(4).integers(0, 260, 37).tolist()
     clean, _ = program_of(path, cache=cache)
     expected = logits_in_chunks(clean, tokens, [5, 32])
@@ -149,13 +156,13 @@ def test_what_another_sequence_left_in_a_page_is_never_seen(tmp_path: Path, cach
     for layer in used.memory:
         for tensor in (layer.keys, layer.values):
             tensor.fill_(127)
-            if cache != "int8":
+            if not cache.startswith("int"):
                 tensor.view(torch.float32 if cache == "float32" else torch.bfloat16).fill_(
                     float("inf")
                 )
         for scales in (layer.key_scales, layer.value_scales):
             if scales is not None:
-                scales.view(torch.float32).fill_(float("nan"))
+                scales.view(torch.float16 if cache == "int4" else torch.float32).fill_(float("nan"))
     assert torch.equal(logits_in_chunks(used, tokens, [5, 32]), expected)
 
 

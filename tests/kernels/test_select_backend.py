@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kernels import backend as backend_module
-from kernels.backend import CacheLayout, select_backend
+from kernels.backend import CacheDType, CacheLayout, select_backend
 from kernels.cpu import native_backend
 from kernels.cpu.native_backend import unavailable_reason
 from kernels.ops import Heads
@@ -49,9 +49,11 @@ def test_an_instruction_set_can_be_named() -> None:
         select_backend("auto", dtype="auto", cache_dtype="auto", threads=1, instructions="avx9")
 
 
-def test_a_page_of_int8_counts_its_scales() -> None:
-    layouts = [CacheLayout(2, Heads(4, 2, 64), 16, d) for d in ("float32", "bfloat16", "int8")]
-    assert [layout.bytes_per_page for layout in layouts] == [32768, 16384, 8192 + 512]
+def test_a_page_counts_its_scales() -> None:
+    dtypes: list[CacheDType] = ["float32", "bfloat16", "int8", "int4"]
+    layouts = [CacheLayout(2, Heads(4, 2, 64), 16, dtype) for dtype in dtypes]
+    pages = [layout.bytes_per_page for layout in layouts]
+    assert pages == [32768, 16384, 8192 + 512, 4096 + 1024]
 
 
 def test_without_native_kernels_torch_serves_and_says_what_is_lost(

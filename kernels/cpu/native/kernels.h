@@ -27,23 +27,43 @@ struct Activations {
   static int64_t row_stride(int64_t width) { return (width + kChunk - 1) / kChunk * kChunk; }
 };
 
+constexpr int kMaxDim = 256;
+
 // The paged cache of one layer. Pages hold `page_size` tokens, a multiple of 16.
-enum class CacheFormat : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2 };
+enum class CacheFormat : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 
 // With n elements in four bytes (1, 2 or 4):
 // keys:   [page][kv head][page_size / 16][dim / n][16][n]; kInt8 bytes are offset by 128
 // values: [page][kv head][page_size / n][dim][n]
 // scales: [page][kv head][page_size] fp32, largest magnitude / 127 of one token's head; kInt8 only
+//
+// kInt4 has groups of 32 of a token's dims, each scale * (0 to 15) + lowest; no byte belongs to two
+// tokens, since they are written at the same time:
+// keys:   [page][kv head][page_size / 16][dim / 8][16][4], of eight dims the low halves hold the first
+// values: [page][kv head][page_size / 4][dim / 32][16][4], of 32 dims the low halves hold the first
+// scales: [page][kv head][page_size / 16][dim / 32][2: scale, lowest][16] fp16
 struct LayerCache {
   CacheFormat format;
   uint8_t* keys;
   uint8_t* values;
-  float* key_scales;
-  float* value_scales;
+  void* key_scales;
+  void* value_scales;
   int64_t page_size, heads, dim;
 
+  // Bytes of an element; kInt4 has two in a byte.
   int64_t element() const {
     return format == CacheFormat::kF32 ? 4 : format == CacheFormat::kBf16 ? 2 : 1;
+  }
+  // Bytes of one token's head in `keys` or `values`, and those of its scales.
+  int64_t vector_bytes() const {
+    return format == CacheFormat::kInt4 ? dim / 2 : dim * element();
+  }
+  int64_t scale_bytes() const {
+    return format == CacheFormat::kInt4 ? dim / 8 : format == CacheFormat::kInt8 ? 4 : 0;
+  }
+  bool fits() const {
+    const int64_t whole = format == CacheFormat::kInt4 ? 32 : 4 / element();
+    return dim > 0 && dim <= kMaxDim && dim % whole == 0 && page_size % 16 == 0;
   }
   // Index of a token's scale.
   int64_t place(int64_t page, int64_t head, int64_t token) const {
@@ -51,12 +71,21 @@ struct LayerCache {
   }
   // Where the 16 tokens around `token` begin, in `keys` and in `values` alike.
   int64_t tile(int64_t page, int64_t head, int64_t token) const {
-    return place(page, head, token) / 16 * 16 * dim * element();
+    return place(page, head, token) / 16 * 16 * vector_bytes();
+  }
+  // A token's scale in kInt8.
+  float* scale(void* scales, int64_t page, int64_t head, int64_t token) const {
+    return static_cast<float*>(scales) + place(page, head, token);
+  }
+  // A token's scale of a group of 32 dims in kInt4; its lowest value lies 16 further.
+  uint16_t* half_scale(void* scales, int64_t page, int64_t head, int64_t token,
+                       int64_t group) const {
+    return static_cast<uint16_t*>(scales) + place(page, head, token) / 16 * dim + group * 32 +
+           token % 16;
   }
 };
 
 constexpr int kQueryRows = 24;
-constexpr int kMaxDim = 256;
 
 // How one row's distribution is narrowed; see kernels/sampling.py.
 struct Filters {
@@ -98,6 +127,8 @@ struct Kernels {
 
   void (*write_key)(const LayerCache& cache, int64_t slot, int64_t head, const float* key);
   void (*write_value)(const LayerCache& cache, int64_t slot, int64_t head, const float* value);
+  // Writes a page's vectors of all heads into a page of another cache, whatever the two formats.
+  void (*copy_page)(const LayerCache& from, int64_t source, const LayerCache& to, int64_t target);
   // Attention of `rows` query rows (`[dim]` each, all of one kv head, at `positions`) over one
   // sequence's pages. `out[row]` are `[dim]`. At most kQueryRows rows.
   void (*attend)(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,

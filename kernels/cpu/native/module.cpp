@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "codec.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -193,6 +194,31 @@ NB_MODULE(_native, m) {
     pack_ternary(*w, first, at<const int8_t>(signs), count, scale);
   });
 
+  nb::class_<LayerCache>(m, "LayerCache")
+      .def("__init__",
+           [](LayerCache* c, int format, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+              uintptr_t value_scales, int64_t page_size, int64_t heads, int64_t dim) {
+             new (c) LayerCache{static_cast<CacheFormat>(format), at<uint8_t>(keys),
+                                at<uint8_t>(values), at<void>(key_scales), at<void>(value_scales),
+                                page_size, heads, dim};
+           });
+  nb::class_<PageCodec>(m, "PageCodec")
+      .def("__init__",
+           [](PageCodec* c, const Device& device, std::vector<LayerCache> layers, int format) {
+             new (c) PageCodec(device.pool, device.kernels, std::move(layers),
+                               static_cast<CacheFormat>(format));
+           })
+      .def_prop_ro("bytes", &PageCodec::bytes)
+      .def("compress",
+           [](const PageCodec& c, int64_t page, uintptr_t block) {
+             nb::gil_scoped_release release;
+             c.compress(page, at<uint8_t>(block));
+           })
+      .def("restore", [](const PageCodec& c, uintptr_t block, int64_t page) {
+        nb::gil_scoped_release release;
+        c.restore(at<uint8_t>(block), page);
+      });
+
   nb::class_<Program>(m, "Program")
       .def("__init__",
            [](Program* p, const Device& device, int64_t max_rows) {
@@ -200,12 +226,7 @@ NB_MODULE(_native, m) {
            })
       .def("add_buffer", &Program::add_buffer, "width"_a, "floats"_a, "groups"_a, "whole"_a,
            "bf16"_a)
-      .def("add_cache",
-           [](Program& p, int format, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
-              uintptr_t value_scales, int64_t page_size, int64_t heads, int64_t dim) {
-             p.add_cache({static_cast<CacheFormat>(format), at<uint8_t>(keys), at<uint8_t>(values),
-                          at<float>(key_scales), at<float>(value_scales), page_size, heads, dim});
-           })
+      .def("add_cache", &Program::add_cache, "cache"_a)
       .def(
           "add",
           [](Program& p, const std::string& op, int in, int in2, int out, int out2,

@@ -56,8 +56,7 @@ int Program::add_buffer(int64_t width, bool floats, bool groups, bool whole, boo
 }
 
 void Program::add_cache(const LayerCache& cache) {
-  const int64_t word = 4 / cache.element();
-  if (kMaxDim < cache.dim || cache.dim % word || cache.page_size % 16) {
+  if (!cache.fits()) {
     throw std::invalid_argument("the kernels do not take this shape of cache");
   }
   caches_.push_back(cache);

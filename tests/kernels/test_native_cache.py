@@ -1,0 +1,126 @@
+"""The cache's narrow formats: what they lose, and pages that change from one into another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.models import load_model
+from engine.weights.checkpoint import open_checkpoint
+from kernels.backend import CacheDType, CacheLayout
+from kernels.cpu.native_backend import NativeBackend
+from kernels.cpu.native_program import NativeProgram
+from kernels.ops import Recorder
+from tests.kernels.native import INSTRUCTION_SETS, chunks_batch, needs_native
+from tests.tiny import write_llama
+
+pytestmark = needs_native
+PAGES = 8
+TOKENS = np.random.default_rng(1).integers(0, 260, 100).tolist()
+TABLE = np.arange(PAGES)[None]
+
+
+def served(
+    folder: Path, cache: CacheDType, instructions: str = "auto"
+) -> tuple[NativeBackend, NativeProgram]:
+    """A model of one layer, whose keys and values no attention comes before."""
+    path = write_llama(folder / cache, head_dim=64, num_hidden_layers=1)
+    backend = NativeBackend("float32", 2, instructions)
+    model = load_model(open_checkpoint(path), backend)
+    backend.allocate_cache(CacheLayout(1, model.config.heads, 16, cache, 512), PAGES)
+    recorder = Recorder()
+    tape = recorder.finish(model.forward(recorder))
+    return backend, backend.compile(tape, 512)
+
+
+def floats(backend: NativeBackend) -> list[torch.Tensor]:
+    """Keys and values of a float32 cache, `[pages, heads, tokens, dim]`."""
+    keys, values = (torch.from_numpy(part.view(np.float32)) for part in backend.cache_parts())
+    return [
+        keys.reshape(PAGES, 2, 64, 16).transpose(2, 3).clone(),
+        values.reshape(PAGES, 2, 16, 64).clone(),
+    ]
+
+
+def round_trip(backend: NativeBackend, dtype: CacheDType) -> None:
+    """Every page through a block of the codec's and back."""
+    codec = backend.page_codec(dtype)
+    blocks = np.zeros((PAGES, codec.page_bytes + 63), np.uint8)
+    for page, block in enumerate(blocks):
+        start = -block.ctypes.data % 64
+        codec.compress(page, block[start : start + codec.page_bytes])
+    for part in backend.cache_parts():
+        part[:] = 77
+    for page, block in enumerate(blocks):
+        start = -block.ctypes.data % 64
+        codec.restore(block[start : start + codec.page_bytes], page)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_int4_loses_half_a_step_of_its_group(tmp_path: Path, instructions: str) -> None:
+    backend, program = served(tmp_path, "float32", instructions)
+    program.forward(chunks_batch([TOKENS], [0], TABLE, 16))
+    before = floats(backend)
+    round_trip(backend, "int4")
+    for old, new in zip(before, floats(backend), strict=True):
+        groups = old.reshape(PAGES, 2, 16, 2, 32)
+        step = (groups.amax(-1) - groups.amin(-1)) / 15
+        error = (new - old).abs().reshape(groups.shape).amax(-1)
+        assert (error <= step * 0.52 + groups.abs().amax(-1) / 1024).all()
+        assert (error > step * 0.3).any()
+
+
+def test_int8_loses_half_a_step_of_its_vector(tmp_path: Path) -> None:
+    backend, program = served(tmp_path, "float32")
+    program.forward(chunks_batch([TOKENS], [0], TABLE, 16))
+    before = floats(backend)
+    round_trip(backend, "int8")
+    for old, new in zip(before, floats(backend), strict=True):
+        step = old.abs().amax(-1) / 127
+        assert ((new - old).abs().amax(-1) <= step * 0.501).all()
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept", "bound"),
+    [("bfloat16", "int8", 0.02), ("bfloat16", "int4", 0.2), ("int8", "int4", 0.2)],
+)
+def test_pages_of_any_format_come_back_close(
+    tmp_path: Path, stored: CacheDType, kept: CacheDType, bound: float
+) -> None:
+    backend, program = served(tmp_path, stored)
+    step = chunks_batch([TOKENS[-1:]], [99], TABLE, 16)
+    program.forward(chunks_batch([TOKENS], [0], TABLE, 16))
+    program.forward(step)
+    expected = program.logits()[0].clone()
+    round_trip(backend, kept)
+    program.forward(step)
+    error = (program.logits()[0] - expected).abs().max() / expected.abs().max()
+    assert 0 < error < bound, float(error)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_attention_over_int4_is_that_over_what_it_holds(tmp_path: Path, instructions: str) -> None:
+    """Against float attention over the same rounded keys and values."""
+    step: Any = chunks_batch([TOKENS[-1:]], [99], TABLE, 16)
+    results = []
+    for cache in ("float32", "int4"):
+        backend, program = served(tmp_path, cache, instructions)
+        program.forward(chunks_batch([TOKENS], [0], TABLE, 16))
+        if cache == "float32":
+            round_trip(backend, "int4")
+        program.forward(step)
+        results.append(program.logits()[0].clone())
+    error = (results[0] - results[1]).abs().max() / results[0].abs().max()
+    assert error < 0.03, float(error)
+
+
+def test_a_codec_makes_pages_smaller_or_is_refused(tmp_path: Path) -> None:
+    backend, _ = served(tmp_path, "int8")
+    for dtype in ("int8", "bfloat16"):
+        with pytest.raises(ValueError, match="but the cache itself is int8"):
+            backend.page_codec(dtype)
+    assert backend.page_codec("int4").page_bytes == 2 * 2 * 16 * (32 + 8)
