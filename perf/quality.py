@@ -28,10 +28,12 @@ FORMATS: dict[str, dict[str, Any]] = {
     },
     "float32": {"model.dtype": "float32"},
     "float32, int8 cache": {"model.dtype": "float32", "cache.dtype": "int8"},
+    "float32, int4 cache": {"model.dtype": "float32", "cache.dtype": "int4"},
     "bfloat16": {"model.dtype": "bfloat16"},
     "int8": {"model.dtype": "int8"},
     "as packed": {},
     "as packed, int8 cache": {"cache.dtype": "int8"},
+    "as packed, int4 cache": {"cache.dtype": "int4"},
 }
 
 

@@ -218,31 +218,47 @@ async def test_a_prefix_hit_does_not_change_the_text(smollm2: Path, alone: list[
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "cold", "same"),
+    [
+        ("bfloat16", "auto", 1.0),
+        ("int8", "auto", 1.0),
+        ("int4", "auto", 1.0),
+        ("bfloat16", "int8", 0.7),
+        ("bfloat16", "int4", 0.2),
+    ],
+)
 async def test_what_comes_back_from_the_cold_tier_is_what_went_there(
-    smollm2: Path, tmp_path: Path, dtype: str
+    smollm2: Path, tmp_path: Path, dtype: str, cold: str, same: float
 ) -> None:
+    """Byte for byte, or rounded as the operator asked; greedy text then goes its own way once a
+    token differs, so its share that is the same only shows that pages are still the prompt's."""
     settings: dict[str, Any] = {
         "cache__tokens": 480,
         "cache__dtype": dtype,
         "cache__cold_tokens": 8192,
         "cache__cold_folder": str(tmp_path),
+        "cache__cold_dtype": cold,
         "cache__eviction": "adaptive",
     }
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-    rounds: list[list[list[int]]] = []
+    rounds: list[list[int]] = []
     async with AsyncEngine.from_pretrained(str(smollm2), **settings) as engine:
         for _ in range(2):
             rounds.append([])
             for number in range(6):
-                ids: list[int] = []
                 prompt = " ".join(PROMPTS[number:] + PROMPTS[:number])
                 async for delta in engine.generate(prompt, params):
-                    ids += delta.token_ids
-                rounds[-1].append(ids)
+                    rounds[-1] += delta.token_ids
         assert engine.parts.scheduler.cold.hits > 10
-    assert rounds[0] == rounds[1]
+        fingerprint = engine.parts.fingerprint
+    found = sum(a == b for a, b in zip(*rounds, strict=True)) / len(rounds[0])
+    assert found >= same, found
+    assert (rounds[0] == rounds[1]) == (cold == "auto")
     assert not any(tmp_path.iterdir())  # noqa: ASYNC240  (the file has no name)
+    del settings["cache__cold_tokens"], settings["cache__cold_dtype"]
+    async with AsyncEngine.from_pretrained(str(smollm2), **settings) as engine:
+        assert (engine.parts.fingerprint == fingerprint) == (cold == "auto")
 
 
 @needs_native
