@@ -32,6 +32,7 @@ from engine.streams import TokenStream
 from engine.types import (
     Decision,
     Delta,
+    QueueProgress,
     RequestStats,
     SamplingParams,
     StepStats,
@@ -50,6 +51,7 @@ __all__ = [
     "EngineFailed",
     "InvalidRequest",
     "Overloaded",
+    "QueueProgress",
     "RequestStats",
     "RyzansteinError",
     "SamplingParams",

@@ -99,6 +99,25 @@ class Delivery:
                 active.stream.push(delta)
         self._close(active, "abort")
 
+    def pause(self, request_id: str) -> None:
+        """Set a request aside; its stream stays open. Unknown ids are ignored."""
+        if (active := self._active.get(request_id)) is not None:
+            for sequence in active.sequences:
+                self._scheduler.pause(sequence)
+
+    def unpause(self, request_id: str) -> None:
+        """Let a request that was set aside go on; unknown ids are ignored."""
+        if (active := self._active.get(request_id)) is not None:
+            for sequence in active.sequences:
+                self._scheduler.unpause(sequence)
+
+    def waiting(self, request_id: str) -> ScheduledSequence | None:
+        """The first sequence of a request if none of them has ever been let in."""
+        active = self._active.get(request_id)
+        if active is None or any(s.admitted_at is not None for s in active.sequences):
+            return None
+        return next((s for s in active.sequences if s.state is State.WAITING), None)
+
     def fail(self, request_id: str, error: Exception) -> None:
         """End a request with an error; unknown ids are ignored."""
         active = self._active.get(request_id)

@@ -29,6 +29,7 @@ from engine.types import (
     DEFAULT_TERMS,
     Delta,
     Listener,
+    QueueProgress,
     Request,
     SamplingParams,
     Terms,
@@ -72,7 +73,8 @@ class AsyncEngine:
         self._admission: Admission
         self._plan_seconds = 0.0
         self._listeners: list[Listener] = []
-        self._aborts: set[str] = set()
+        # What readers want of their requests, in order; applied between steps.
+        self._wishes: list[tuple[Callable[[Delivery, str], None], str]] = []
         self._wake = anyio.Event()
         self._stepped: asyncio.Future[None] | None = None
         # Steps that have been submitted, oldest first, and when the oldest began to run.
@@ -259,10 +261,21 @@ class AsyncEngine:
 
     def abort(self, *request_ids: str) -> None:
         """End the requests that are still there; takes effect before the next step."""
-        found = [request_id for request_id in request_ids if request_id in self._delivery]
-        if found:
-            self._aborts.update(found)
-            self._wake.set()
+        self._wish(Delivery.abort, request_ids)
+
+    def pause(self, *request_ids: str) -> None:
+        """Set requests aside, before the next step: they keep their streams, but hold no slot and
+        no pages of their own, until `unpause`."""
+        self._wish(Delivery.pause, request_ids)
+
+    def unpause(self, *request_ids: str) -> None:
+        """Let requests that were set aside go on."""
+        self._wish(Delivery.unpause, request_ids)
+
+    def queue_progress(self, request_id: str) -> QueueProgress | None:
+        """Where a request stands in the queue; None once it has begun."""
+        sequence = self._delivery.waiting(request_id)
+        return None if sequence is None else self._admission.progress(sequence)
 
     @property
     def active_requests(self) -> int:
@@ -308,6 +321,12 @@ class AsyncEngine:
         self._wake.set()
         return stream
 
+    def _wish(self, wish: Callable[[Delivery, str], None], request_ids: Sequence[str]) -> None:
+        found = [request_id for request_id in request_ids if request_id in self._delivery]
+        if found:
+            self._wishes += [(wish, request_id) for request_id in found]
+            self._wake.set()
+
     async def _run(self) -> None:
         """Turn until cancelled or broken."""
         while self._failed is None:
@@ -347,7 +366,9 @@ class AsyncEngine:
     def _submit(self) -> bool:
         """Plan a step and hand it over; False if there is nothing to do."""
         scheduler, clock = self.parts.scheduler, self.parts.clock
-        self._apply_aborts()
+        wishes, self._wishes = self._wishes, []
+        for wish, request_id in wishes:
+            wish(self._delivery, request_id)
         begin = clock.now()
         for sequence in scheduler.deadlines.passed(begin):
             error = DeadlineExceeded("the deadline passed before the answer was complete")
@@ -411,11 +432,6 @@ class AsyncEngine:
         # A loop may call this once more after the result has been taken.
         if self._stepped is not None and self.parts.stepper.ready():
             _resolve(self._stepped)
-
-    def _apply_aborts(self) -> None:
-        aborts, self._aborts = self._aborts, set()
-        for request_id in aborts:
-            self._delivery.abort(request_id)
 
     def _step_failed(self, plan: Plan, error: Exception) -> None:
         """End the step's requests with one error; the others go on, unless it keeps happening."""

@@ -171,6 +171,15 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
 
 
+class QueueProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request stands that has not begun: sequences before it, about how many seconds they
+    take, and why the first of its tenant waits."""
+
+    position: int
+    seconds: float
+    reason: str
+
+
 class Delta(msgspec.Struct, kw_only=True):
     """What happened to one choice since the last delta.
 

@@ -10,7 +10,7 @@ from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence as Waiting
 from engine.scheduling.tenants import Tenant
-from engine.types import Request
+from engine.types import QueueProgress, Request
 
 # Tokens of an output of which nothing is known yet.
 USUAL_OUTPUT = 128
@@ -110,6 +110,14 @@ class Admission:
         steps = queued * scheduler.lengths.expected(0, USUAL_OUTPUT) / rows
         prefill = self._prefill_seconds(scheduler.queue.tokens)
         return prefill + steps * scheduler.cost.decode_seconds(rows, 0)
+
+    def progress(self, sequence: Waiting) -> QueueProgress:
+        """Where a waiting sequence stands."""
+        queue = self._scheduler.queue
+        position = queue.position(sequence)
+        seconds = self.queue_seconds() * (position + 1) / len(queue)
+        reason = self._scheduler.waits_for(sequence.account)
+        return QueueProgress(position=position, seconds=seconds, reason=reason)
 
     def _refuse(self, reason: str) -> None:
         # When half of the queue has gone there is room for those who were told to come back.

@@ -165,11 +165,33 @@ class Scheduler:
             self._vacate(sequence)
             if reason in ("stop", "length"):
                 self.lengths.record(sequence.generated)
-        else:
+        elif sequence.state is State.WAITING:
             self.queue.remove(sequence)
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
+
+    def pause(self, sequence: Sequence) -> None:
+        """Set an unfinished sequence aside, alone, until `unpause`; a second call does nothing."""
+        if sequence.state is State.RUNNING:
+            self._vacate(sequence)
+            sequence.preemptions += 1
+        elif sequence.state is State.WAITING:
+            self.queue.remove(sequence)
+        else:
+            return
+        sequence.state = State.PAUSED
+
+    def unpause(self, sequence: Sequence) -> None:
+        """Let a sequence that was set aside queue again, in its place; others are left alone."""
+        if sequence.state is State.PAUSED:
+            sequence.state = State.WAITING
+            self.queue.put_back(sequence)
+
+    def waits_for(self, account: Account) -> str:
+        """Why the first of a tenant's queue was not let in, as it was last told."""
+        told = self._told.get(account)
+        return told[1] if told is not None else "queued"
 
     def resize(self, pages: int) -> int:
         """Bring the pages in use to about `pages`; only free ones can go. Returns the change."""

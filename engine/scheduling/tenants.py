@@ -194,6 +194,14 @@ class FairQueue:
         # Of equals, whoever has less running: a newcomer begins at the least counter of all.
         return min(able, key=lambda a: (a.counter, a.running)).waiting[0]
 
+    def position(self, sequence: Sequence) -> int:
+        """How many waiting sequences are about to be let in before this one, by weights alone."""
+        account = sequence.account
+        place = account.waiting.index(sequence)
+        served = (place + 1) / account.tenant.weight
+        others = (a for a in self.accounts.values() if a is not account)
+        return place + sum(min(len(a.waiting), int(served * a.tenant.weight)) for a in others)
+
     def _forget_strangers(self) -> None:
         for name, account in list(self.accounts.items()):
             if name not in self._tenants and not account.busy:

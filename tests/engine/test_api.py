@@ -22,6 +22,7 @@ def test_the_public_names_are_pinned() -> None:
         "EngineFailed",
         "InvalidRequest",
         "Overloaded",
+        "QueueProgress",
         "RequestStats",
         "RyzansteinError",
         "SamplingParams",
@@ -49,8 +50,11 @@ def test_the_public_names_are_pinned() -> None:
         "generate",
         "health",
         "parts",
+        "pause",
+        "queue_progress",
         "render_chat",
         "submit",
+        "unpause",
     }
 
 

@@ -234,7 +234,9 @@ class Guests:
                 self._engine.abort(*stream.request_ids)
                 aborts = None
             if slow:
+                self._engine.pause(*stream.request_ids)
                 await anyio.sleep(self._world.chance.expovariate(10))
+                self._engine.unpause(*stream.request_ids)
         assert len(reasons) == n, "a choice has no end"
         for index, reason in reasons.items():
             if reason == "length":

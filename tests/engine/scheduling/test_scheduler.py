@@ -297,6 +297,34 @@ def test_pages_of_a_step_in_flight_are_not_given_away() -> None:
     assert bench.scheduler.pool.used == 0
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_sequence_that_is_set_aside_holds_nothing_and_goes_on_later(steps: int) -> None:
+    bench = Bench()
+    (aside,) = bench.add([1, 2, 3, 4, 5, 6], max_tokens=8)
+    (other,) = bench.add([7, 8], max_tokens=8)
+    for _ in range(steps):
+        bench.step()
+    bench.scheduler.pause(aside)
+    bench.scheduler.pause(aside)
+    audit(bench.scheduler)
+    assert not aside.pages
+    bench.drain()
+    assert (other.finish_reason, aside.finish_reason) == ("length", None)
+    bench.scheduler.unpause(aside)
+    bench.drain()
+    assert generated(aside) == continuation([1, 2, 3, 4, 5, 6], 8)
+
+
+def test_a_sequence_that_is_set_aside_can_end() -> None:
+    bench = Bench()
+    (aside,) = bench.add([1, 2])
+    bench.scheduler.pause(aside)
+    bench.scheduler.finish(aside, "abort")
+    bench.scheduler.unpause(aside)
+    assert not bench.scheduler.has_work
+    assert aside.state is State.FINISHED
+
+
 def test_finishing_twice_changes_nothing() -> None:
     bench = Bench()
     (sequence,) = bench.add([1])
