@@ -30,6 +30,7 @@ from engine.errors import (
 from engine.scheduling.tenants import Tenant
 from engine.streams import TokenStream
 from engine.types import (
+    Allowance,
     Decision,
     Delta,
     QueueProgress,
@@ -42,6 +43,7 @@ from engine.types import (
 )
 
 __all__ = [
+    "Allowance",
     "AsyncEngine",
     "Config",
     "ConfigError",

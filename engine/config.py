@@ -78,7 +78,13 @@ class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The network side. Without `api_keys` and tenants it serves everybody who reaches the port.
-    `tenants_file` says who has which key and which share (configs/tenants.toml)."""
+    `tenants_file` says who has which key and which share (configs/tenants.toml).
+
+    A stream that nobody reads goes on for `resume_ttl_seconds` if its client may come back, at most
+    `detached_streams` of them for each key; one that is read too slowly ends after
+    `slow_consumer_seconds`. `max_streams` run at once on a WebSocket; `stored_responses` that have
+    ended are kept in memory. An event stream says at least every `keepalive_seconds` that it lives.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
@@ -88,6 +94,12 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: Positive = 8 * 1024 * 1024
     drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
+    keepalive_seconds: Annotated[float, Meta(gt=0)] = 15.0
+    resume_ttl_seconds: Annotated[float, Meta(ge=0)] = 60.0
+    detached_streams: NonNegative = 16
+    slow_consumer_seconds: Annotated[float, Meta(gt=0)] = 30.0
+    stored_responses: NonNegative = 1000
+    max_streams: Positive = 32
 
     @property
     def asks_for_keys(self) -> bool:

@@ -27,6 +27,7 @@ from engine.streams import TokenStream
 from engine.text.tokenizer import encode_all
 from engine.types import (
     DEFAULT_TERMS,
+    Allowance,
     Delta,
     Listener,
     QueueProgress,
@@ -244,8 +245,9 @@ class AsyncEngine:
             async for delta in deltas:
                 yield delta
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt that the model's chat template makes of `messages`."""
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
+        """The prompt that the model's chat template makes of `messages`; `options` are those of
+        `ChatTemplate.render`."""
         template = self.parts.tokenizer.chat_template
         if template is None:
             raise InvalidRequest(
@@ -253,7 +255,11 @@ class AsyncEngine:
                 "use completions instead",
                 param="messages",
             )
-        return template.render(messages)
+        return template.render(messages, **options)
+
+    def allowance(self, tenant: str) -> Allowance:
+        """What a tenant may still ask for before it is told to come back later."""
+        return self._admission.allowance(tenant, self.parts.clock.now())
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidRequest unless `ids` are tokens of the model, and at least one."""

@@ -180,6 +180,18 @@ class QueueProgress(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class Allowance(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant may still ask for now: a limit, what is left of it, and the seconds until all
+    of it is there again; for sequences in the queue, and for tokens."""
+
+    requests: int
+    requests_left: int
+    requests_reset: float
+    tokens: int
+    tokens_left: int
+    tokens_reset: float
+
+
 class Delta(msgspec.Struct, kw_only=True):
     """What happened to one choice since the last delta.
 

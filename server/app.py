@@ -19,8 +19,9 @@ from starlette.routing import Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import ServerSection
-from server import health, openai, telemetry, websocket
+from server import health, openai, telemetry, usage, websocket
 from server.errors import HTTPError, error_response
+from server.rates import RATE_HEADERS, rate_headers
 from server.security import Guard
 from server.streams import ClientLeft
 from server.tenants import Directory
@@ -100,14 +101,17 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             yield
             group.cancel_scope.cancel()
 
-    middleware = [Middleware(Guard, settings=settings, directory=directory)]
+    def rates(tenant: str) -> dict[str, str]:
+        return rate_headers(lifecycle.engine, tenant)
+
+    middleware = [Middleware(Guard, settings=settings, directory=directory, rates=rates)]
     if settings.allowed_origins:
         cors = Middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", "x-should-retry", *RATE_HEADERS],
         )
         middleware.insert(0, cors)
     app = Starlette(
@@ -116,6 +120,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             Route("/v1/completions", openai.completions, methods=["POST"]),
             Route("/v1/models", openai.list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
+            Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
             Route("/tokenize", openai.tokenize, methods=["POST"]),
             Route("/detokenize", openai.detokenize, methods=["POST"]),
             Route("/health/live", health.live, methods=["GET"]),
@@ -138,7 +143,10 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
     app.state.directory = directory
     app.state.metrics = telemetry.Metrics(lifecycle.engine)
     app.state.started = int(time.time())
+    app.state.settings = settings
+    app.state.usage = usage.UsageBook()
     lifecycle.engine.add_listener(app.state.metrics)
+    lifecycle.engine.add_listener(app.state.usage)
     return app
 
 

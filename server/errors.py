@@ -64,6 +64,7 @@ def describe(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
             headers = {"retry-after": str(max(1, math.ceil(error.retry_after)))}
         case DeadlineExceeded():
             status, code = 408, "deadline_exceeded"
+            headers = {"x-should-retry": "false"}  # the same deadline would pass again
         case EngineFailed():
             status, code = 503, "engine_unavailable"
             headers = {"retry-after": "1"}

@@ -20,10 +20,18 @@ from server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
+    StreamOptions,
     TokenizeRequest,
     decode,
 )
-from server.requests import Prompt, prompts_of, sampling_of, template_input, terms_of
+from server.requests import (
+    Prompt,
+    prompts_of,
+    sampling_of,
+    template_input,
+    terms_of,
+    truncated,
+)
 from server.shapes import ChatShape, CompletionShape, Echo, Shape
 from server.streams import EventStream, deltas_of, race_disconnect, submit_all
 from server.tenants import Client, client_of
@@ -41,6 +49,8 @@ class Generation(msgspec.Struct, frozen=True):
     shape: Shape
     terms: Terms
     names: dict[str, str] = {}
+    more: dict[str, Any] = {}
+    """What a whole answer, or the first chunk of a stream, has besides."""
 
     async def submit(self, engine: AsyncEngine, request_id: str) -> TokenStream:
         """Queue it; errors name the client's own fields."""
@@ -158,16 +168,19 @@ async def prepare_chat(engine: AsyncEngine, body: ChatRequest, client: Client) -
     """Check a chat request and make its prompt."""
     _check_generation(engine, body)
     params = sampling_of(body)
-    prompt = engine.render_chat(template_input(body.messages))
+    prompt = engine.render_chat(template_input(body.messages), **_template_options(body))
     try:
         ids = await engine.encode(prompt, add_special_tokens=False)
     except InvalidRequest as error:
         raise InvalidRequest(str(error), param="messages", code=error.code) from error
-    shape = ChatShape(engine.parts.tokenizer, logprobs=bool(body.logprobs))
+    ids = truncated(ids, body)
+    show = bool(body.return_token_ids)
+    shape = ChatShape(engine.parts.tokenizer, logprobs=bool(body.logprobs), token_ids=show)
     names = {"prompt": "messages", "logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    return Generation([ids], params, shape, terms_of(client, body), names)
+    more = {"prompt_token_ids": ids} if show else {}
+    return Generation([ids], params, shape, terms_of(client, body), names, more)
 
 
 async def prepare_completion(
@@ -179,13 +192,16 @@ async def prepare_completion(
     tokenizer = engine.parts.tokenizer
     prompts = prompts_of(body.prompt)
     encoded = iter(await engine.encode_all([p for p in prompts if isinstance(p, str)]))
-    ids = [next(encoded) if isinstance(p, str) else p for p in prompts]
+    ids = [truncated(next(encoded) if isinstance(p, str) else p, body) for p in prompts]
+    if body.suffix:
+        ids = await _infilled(engine, body, ids)
     echoes = None
     if body.echo:
         for one in ids:
             engine.check_ids(one)
+        whole = body.truncate_prompt_tokens is None
         echoes = [
-            Echo(p if isinstance(p, str) else await engine.decode(p), i)
+            Echo(p if isinstance(p, str) and whole else await engine.decode(i), i)
             for p, i in zip(prompts, ids, strict=True)
         ]
     shape = CompletionShape(
@@ -195,8 +211,35 @@ async def prepare_completion(
         echoes=echoes,
         prompt_only=bool(body.echo) and body.max_tokens == 0,
         prompt_logprobs=body.prompt_logprobs is not None,
+        prompt_ids=ids if body.return_token_ids else None,
     )
     return Generation(ids, params, shape, terms_of(client, body))
+
+
+def _template_options(body: ChatRequest) -> dict[str, bool]:
+    """How the prompt ends: ready for an answer, as it is, or within the assistant's message."""
+    if body.continue_final_message:
+        return {"continue_final": True}
+    return {"add_generation_prompt": body.add_generation_prompt}
+
+
+async def _infilled(
+    engine: AsyncEngine, body: CompletionRequest, prompts: list[list[int]]
+) -> list[list[int]]:
+    """Prompts that ask for what lies between them and the suffix."""
+    tokens = engine.parts.tokenizer.infill_ids
+    if tokens is None:
+        raise InvalidRequest(
+            f"{engine.parts.model_name} was not trained to fill in text before a suffix; "
+            "leave suffix out",
+            param="suffix",
+            code="unsupported_parameter",
+        )
+    if body.echo:
+        raise InvalidRequest("echo cannot be combined with suffix", param="echo")
+    prefix, suffix, middle = tokens
+    after = await engine.encode(body.suffix or "", add_special_tokens=False)
+    return [[prefix, *ids, suffix, *after, middle] for ids in prompts]
 
 
 def _check_generation(engine: AsyncEngine, body: GenerationRequest) -> None:
@@ -219,40 +262,60 @@ async def _answer(
     """Queue the generation, and answer by events or whole."""
     prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
     request_id = f"{prefix}-{uuid.uuid4().hex}"
-    shape = generation.shape
     stream = await generation.submit(engine, request_id)
+    shape = generation.shape
     kind = shape.chunk_kind if body.stream else shape.kind
     wrapper = envelope(request_id, kind, engine.parts.model_name, engine.parts.fingerprint)
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
         extra = [(k.encode(), v.encode()) for k, v in headers.items()]
-        frames = _frames(engine, stream, wrapper, shape, usage)
-        return EventStream(frames, extra, lambda: engine.abort(*stream.request_ids))
-    whole = await race_disconnect(request, lambda: _whole(engine, stream, wrapper, shape))
+        frames = _frames(engine, stream, wrapper, generation, body.stream_options)
+        return EventStream(
+            frames,
+            extra,
+            lambda: engine.abort(*stream.request_ids),
+            keepalive=request.app.state.settings.keepalive_seconds,
+        )
+    whole = await race_disconnect(request, lambda: _whole(engine, stream, wrapper, generation))
     return json_response(whole, headers=headers)
 
 
 async def _frames(
-    engine: AsyncEngine, stream: TokenStream, wrapper: Envelope, shape: Shape, include_usage: bool
+    engine: AsyncEngine,
+    stream: TokenStream,
+    wrapper: Envelope,
+    generation: Generation,
+    options: StreamOptions | None,
 ) -> AsyncGenerator[bytes]:
-    """Encoded chunks; with `include_usage` every chunk has a `usage`, the last one's is real."""
-    more: dict[str, Any] = {"usage": None} if include_usage else {}
-    before, after = wrapper.around_choice(**more)
+    """Encoded chunks. With `include_usage` every chunk has a `usage`: null but in the last one, or
+    what there is so far with `continuous_usage_stats`."""
+    shape, options = generation.shape, options or StreamOptions()
+    running = options.include_usage and options.continuous_usage_stats
+    before, after = wrapper.around_choice(**({"usage": None} if options.include_usage else {}))
+    first = generation.more
+    prompt, made = sum(map(len, generation.prompts)), 0
     usages = []
     async with aclosing(deltas_of(engine, stream)) as batches:
         async for batch in batches:
             for delta in batch:
                 if delta.usage is not None:
                     usages.append(delta.usage)
+                made += len(delta.token_ids)
                 for choice in shape.chunk(delta):
-                    yield before + msgspec.json.encode(choice) + after
-    if include_usage:
+                    if first or running:
+                        usage = Usage(prompt_tokens=prompt, completion_tokens=made)
+                        more = {"usage": usage_body([usage])} if running else {}
+                        yield msgspec.json.encode(wrapper.body([choice], **first, **more))
+                        first = {}
+                    else:
+                        yield before + msgspec.json.encode(choice) + after
+    if options.include_usage:
         yield msgspec.json.encode(wrapper.body([], usage=usage_body(_shown(usages, shape))))
 
 
 async def _whole(
-    engine: AsyncEngine, stream: TokenStream, wrapper: Envelope, shape: Shape
+    engine: AsyncEngine, stream: TokenStream, wrapper: Envelope, generation: Generation
 ) -> dict[str, Any]:
+    shape = generation.shape
     merged: dict[int, Delta] = {}
     usages = []
     async with aclosing(deltas_of(engine, stream)) as batches:
@@ -265,7 +328,7 @@ async def _whole(
                 else:
                     merged[delta.index] = delta
     choices = [shape.whole(merged[index]) for index in sorted(merged)]
-    return wrapper.body(choices, usage=usage_body(_shown(usages, shape)))
+    return wrapper.body(choices, usage=usage_body(_shown(usages, shape)), **generation.more)
 
 
 def _shown(usages: list[Usage], shape: Shape) -> list[Usage]:

@@ -23,6 +23,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream carries besides deltas."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -39,13 +41,17 @@ class Message(msgspec.Struct, frozen=True):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None
+    function_call: Any = None
+    audio: Any = None
 
     def as_template_input(self, number: int) -> dict[str, str]:
         """Role and text, as chat templates want them."""
-        if self.tool_calls:
-            raise InvalidRequest(
-                "tool calls are not supported yet", param=f"messages.[{number}].tool_calls"
-            )
+        for field in ("tool_calls", "function_call", "audio"):
+            if getattr(self, field):
+                raise InvalidRequest(
+                    f"{field} of messages is not supported by this server",
+                    param=f"messages.[{number}].{field}",
+                )
         if self.role in ("tool", "function"):
             raise InvalidRequest(
                 f"messages of role {self.role!r} are not supported yet",
@@ -98,9 +104,28 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
     # Extensions of this server.
     deadline_ms: float | None = None
     target_itl_ms: float | None = None
+    # Refused unless they change nothing.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_decoding_backend: Any = None
+    guided_whitespace_pattern: Any = None
+    use_beam_search: Any = None
+    length_penalty: Any = None
+    logits_processors: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    spaces_between_special_tokens: Any = None
+    kv_transfer_params: Any = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -114,18 +139,29 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     store: bool | None = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    # How the chat template is used, under vLLM's names.
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     # Refused unless they change nothing.
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
-    response_format: Any = None
     modalities: list[str] | None = None
     audio: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
+    moderation: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+    documents: Any = None
+    mm_processor_kwargs: Any = None
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -167,7 +203,27 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
-    "suffix": ("",),
+    "moderation": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory",),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "spaces_between_special_tokens": (True,),
+    "kv_transfer_params": (),
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
@@ -187,16 +243,21 @@ def decode(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
         raise HTTPError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     except RecursionError as error:
         raise HTTPError(400, "the body is nested too deeply", code="invalid_json") from error
-    for name, harmless in HARMLESS.items():
+    refuse_unsupported(request, HARMLESS)
+    known = request.__struct_fields__
+    return request, [name for name in fields if name not in known]
+
+
+def refuse_unsupported(request: Any, harmless: dict[str, tuple[Any, ...]]) -> None:
+    """InvalidRequest for the first field that cannot be honoured and would change something."""
+    for name, values in harmless.items():
         value = getattr(request, name, None)
-        if value is not None and value not in harmless:
+        if value is not None and value not in values:
             raise InvalidRequest(
                 f"{name} is not supported by this server; leave it out",
                 param=name,
                 code="unsupported_parameter",
             )
-    known = request.__struct_fields__
-    return request, [name for name in fields if name not in known]
 
 
 def _invalid(message: str) -> InvalidRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,12 @@ def sampling_of(request: ChatRequest | CompletionRequest) -> SamplingParams:
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
         )
+    if request.stream_options is not None and request.stream_options.include_obfuscation:
+        raise InvalidRequest(
+            "stream_options.include_obfuscation is not supported by this server; leave it out",
+            param="stream_options.include_obfuscation",
+            code="unsupported_parameter",
+        )
     if isinstance(request, ChatRequest):
         if request.top_logprobs is not None and not request.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -68,10 +75,16 @@ def terms_of(client: Client, body: GenerationRequest) -> Terms:
     Raises InvalidRequest naming the field or header.
     """
     target = body.target_itl_ms
+    # Derived here, from the key, so that no request can look into another tenant's cache; a salt
+    # parts a tenant's own users.
+    namespace = client.tenant.encode()
+    if body.cache_salt is not None:
+        if not body.cache_salt:
+            raise InvalidRequest("cache_salt is empty; leave it out", param="cache_salt")
+        namespace += b"\0" + hashlib.sha256(body.cache_salt.encode("utf-8", "replace")).digest()
     return Terms(
         tenant=client.tenant,
-        # Derived here, from the key alone, so that no request can look into another's cache.
-        namespace=client.tenant.encode(),
+        namespace=namespace,
         priority=body.priority or 0,
         deadline=_seconds("deadline_ms", body.deadline_ms),
         first_token_deadline=_seconds("x-slo-ttft-ms", client.headers.get("x-slo-ttft-ms")),
@@ -112,6 +125,19 @@ def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
         raise InvalidRequest(
             "logit_bias maps token ids to numbers; a key is not a number", param="logit_bias"
         ) from None
+
+
+def truncated(ids: list[int], body: GenerationRequest) -> list[int]:
+    """The last `truncate_prompt_tokens` of a prompt."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    if not 1 <= keep < 2**31:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens is {keep}; it must be at least 1, and below 2^31",
+            param="truncate_prompt_tokens",
+        )
+    return ids[-keep:]
 
 
 def prompts_of(prompt: Any) -> list[Prompt]:

@@ -7,10 +7,11 @@ rebind its own name to 127.0.0.1.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -26,10 +27,18 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """ASGI middleware. Also gives every request an id, echoed in `x-request-id`."""
+    """ASGI middleware. Also gives every request an id, echoed in `x-request-id`, and says by
+    `rates` what its tenant may still ask for."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSection, directory: Directory) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSection,
+        directory: Directory,
+        rates: Callable[[str], dict[str, str]],
+    ) -> None:
         self._app = app
+        self._rates = rates
         self._directory = directory
         self._hosts = allowed_hosts(settings)
         self._origins = settings.allowed_origins
@@ -43,7 +52,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        send = _with_header(send, request_id)
+        send = self._with_headers(send, scope, request_id)
         try:
             self._check(scope, headers)
             if scope["type"] == "http":
@@ -75,7 +84,8 @@ class Guard:
             )
         if scope["path"] in OPEN_PATHS:
             return
-        tenant = self._tenant(headers)
+        key = _key(headers)
+        tenant = "" if self._directory.is_open else self._directory.tenant_of(key)
         if tenant is None:
             raise HTTPError(
                 401,
@@ -84,6 +94,23 @@ class Guard:
                 headers={"www-authenticate": "Bearer"},
             )
         scope["state"]["tenant"] = tenant
+        # Whose streams and answers they are, to nobody but whoever has the key.
+        open_to_all = self._directory.is_open
+        scope["state"]["owner"] = "" if open_to_all else hashlib.sha256(key.encode()).hexdigest()
+
+    def _with_headers(self, send: Send, scope: Scope, request_id: str) -> Send:
+        async def wrapped(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                more = {"x-request-id": request_id}
+                tenant = scope["state"].get("tenant")
+                if tenant is not None and scope["path"].startswith("/v1/"):
+                    more |= self._rates(tenant)
+                headers: Sequence[tuple[bytes, bytes]] = message.get("headers", ())
+                added = [(name.encode(), value.encode()) for name, value in more.items()]
+                message["headers"] = [*headers, *added]
+            await send(message)
+
+        return wrapped
 
     def _origin_allowed(self, origin: str, host: str) -> bool:
         if "*" in self._origins or origin in self._origins:
@@ -92,13 +119,6 @@ class Guard:
             return urlsplit(origin).netloc.lower() == host.lower()
         except ValueError:
             return False
-
-    def _tenant(self, headers: Headers) -> str | None:
-        """Whose key it is; None without a known one."""
-        if self._directory.is_open:
-            return ""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        return self._directory.tenant_of(key.strip()) if scheme.lower() == "bearer" else None
 
     def _limit_body(self, headers: Headers, receive: Receive) -> Receive:
         too_large = HTTPError(
@@ -142,21 +162,17 @@ def is_local(host: str) -> bool:
         return False
 
 
+def _key(headers: Headers) -> str:
+    """The key that came with a request, OpenAI's way or Anthropic's."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
+
+
 def _name(host: str) -> str:
     """The host without its port: `[::1]:8000` is `::1`."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
-
-
-def _with_header(send: Send, request_id: str) -> Send:
-    async def wrapped(message: Message) -> None:
-        if message["type"] in ("http.response.start", "websocket.accept"):
-            headers: Sequence[tuple[bytes, bytes]] = message.get("headers", ())
-            message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
-        await send(message)
-
-    return wrapped
 
 
 async def _refuse_socket(scope: Scope, receive: Receive, send: Send, error: HTTPError) -> None:

@@ -35,9 +35,10 @@ class ChatShape:
     chunk_kind = "chat.completion.chunk"
     hidden_tokens = 0
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool = False) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._ids = token_ids
         self._begun: set[int] = set()
 
     def chunk(self, delta: Delta) -> list[dict[str, Any]]:
@@ -45,9 +46,11 @@ class ChatShape:
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             choices.append(self._choice(delta.index, {"role": "assistant", "content": ""}))
-        if delta.text or (self._logprobs and delta.logprobs):
+        if delta.text or (self._logprobs and delta.logprobs) or (self._ids and delta.token_ids):
             choice = self._choice(delta.index, {"content": delta.text})
             choice["logprobs"] = self._scores(delta)
+            if self._ids:
+                choice["token_ids"] = delta.token_ids
             choices.append(choice)
         if delta.finish_reason is not None:
             choice = self._choice(delta.index, {})
@@ -64,6 +67,8 @@ class ChatShape:
         }
         if delta.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_scores(self._tokenizer, delta.prompt_logprobs)
+        if self._ids:
+            choice["token_ids"] = delta.token_ids
         return choice
 
     def _choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -96,21 +101,25 @@ class CompletionShape:
         echoes: Sequence[Echo] | None = None,
         prompt_only: bool = False,
         prompt_logprobs: bool = False,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._n = choices_per_prompt
         self._logprobs = logprobs
         self._echoes = echoes
         self._prompt_logprobs = prompt_logprobs
+        # Given if token ids are to be shown, those of each prompt with its first ones.
+        self._ids = prompt_ids
         self.hidden_tokens = 1 if prompt_only else 0
         self._scores: dict[int, CompletionLogprobs] = {}
 
     def chunk(self, delta: Delta) -> list[dict[str, Any]]:
         choices = []
-        echo = self._echo(delta.index) if delta.index not in self._scores else None
+        first = delta.index not in self._scores
+        echo = self._echo(delta.index) if first else None
         text, scores = self._content(delta)
         if text or delta.token_ids or echo is not None:
-            choices.append(self._choice(delta.index, text, scores))
+            choices.append(self._choice(delta.index, text, scores) | self._tokens(delta, first))
         if delta.finish_reason is not None:
             end = self._choice(delta.index, "", None)
             choices.append(end | {"finish_reason": self._reason(delta)})
@@ -120,6 +129,7 @@ class CompletionShape:
         text, scores = self._content(delta)
         choice = self._choice(delta.index, text, scores)
         choice["finish_reason"] = self._reason(delta)
+        choice |= self._tokens(delta, first=True)
         if self._prompt_logprobs and delta.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_scores(self._tokenizer, delta.prompt_logprobs)
         return choice
@@ -137,6 +147,14 @@ class CompletionShape:
             logprobs = [*(delta.prompt_logprobs or []), *logprobs]
             ids = echo.ids
         return text, counter.take(logprobs, ids) if self._logprobs else None
+
+    def _tokens(self, delta: Delta, first: bool) -> dict[str, Any]:
+        if self._ids is None:
+            return {}
+        tokens: dict[str, Any] = {"token_ids": [] if self.hidden_tokens else delta.token_ids}
+        if first:
+            tokens["prompt_token_ids"] = self._ids[delta.index // self._n]
+        return tokens
 
     def _echo(self, index: int) -> Echo | None:
         return self._echoes[index // self._n] if self._echoes is not None else None

@@ -93,7 +93,8 @@ async def race_disconnect(request: Request, work: Callable[[], Awaitable[T]]) ->
 class EventStream:
     """An ASGI response of server-sent events; ends early, and tidily, if the client leaves.
 
-    `frames` yields encoded event payloads. An error on the way becomes an `error` event. `on_end`
+    `frames` yields encoded event payloads, or with `raw` whole events. An error on the way becomes
+    an `error` event, by `describe`. A comment breaks every silence of `keepalive` seconds. `on_end`
     is called however it ends, also if the client left before the first frame.
     """
 
@@ -102,8 +103,16 @@ class EventStream:
         frames: AsyncGenerator[bytes],
         headers: Sequence[tuple[bytes, bytes]] = (),
         on_end: Callable[[], None] = lambda: None,
+        *,
+        keepalive: float,
+        raw: bool = False,
+        failed: Callable[[Exception], bytes] | None = None,
     ) -> None:
         self._frames = frames
+        self._raw = raw
+        self._failed = failed or failed_event
+        self._keepalive = keepalive
+        self._sent = 0.0
         self._on_end = on_end
         self._headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -116,6 +125,7 @@ class EventStream:
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._write, send, group.cancel_scope)
+                group.start_soon(self._break_silence, send)
                 await _disconnected(receive)
                 group.cancel_scope.cancel()
         finally:
@@ -124,20 +134,34 @@ class EventStream:
     async def _write(self, send: Send, scope: anyio.CancelScope) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            self._sent = anyio.current_time()
             try:
                 async for frame in self._frames:
-                    await _send_body(send, b"data: " + frame + b"\n\n")
-            except Exception as error:
-                status, body, _ = describe(error)
-                if status == 500:
-                    logger.error("stream failed", exc_info=error)
-                await _send_body(send, b"data: " + msgspec.json.encode(body) + b"\n\n")
-            await _send_body(send, DONE)
+                    await _send_body(send, frame if self._raw else b"data: " + frame + b"\n\n")
+                    self._sent = anyio.current_time()
+            except Exception as error:  # noqa: BLE001  (told to the client, and logged if it is ours)
+                await _send_body(send, self._failed(error))
+            if not self._raw:
+                await _send_body(send, DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             with anyio.CancelScope(shield=True):
                 await self._frames.aclose()
             scope.cancel()
+
+    async def _break_silence(self, send: Send) -> None:
+        while True:
+            await anyio.sleep(self._keepalive / 2)
+            if self._sent and anyio.current_time() - self._sent >= self._keepalive / 2:
+                await _send_body(send, b": keep-alive\n\n")
+
+
+def failed_event(error: Exception) -> bytes:
+    """What ends a stream of OpenAI's that failed midway."""
+    status, body, _ = describe(error)
+    if status == 500:
+        logger.error("stream failed", exc_info=error)
+    return b"event: error\ndata: " + msgspec.json.encode(body) + b"\n\n"
 
 
 async def _send_body(send: Send, body: bytes) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence as Waiting
-from engine.scheduling.tenants import Tenant
-from engine.types import QueueProgress, Request
+from engine.scheduling.tenants import BURST_SECONDS, Tenant
+from engine.types import Allowance, QueueProgress, Request
 
 # Tokens of an output of which nothing is known yet.
 USUAL_OUTPUT = 128
@@ -110,6 +110,27 @@ class Admission:
         steps = queued * scheduler.lengths.expected(0, USUAL_OUTPUT) / rows
         prefill = self._prefill_seconds(scheduler.queue.tokens)
         return prefill + steps * scheduler.cost.decode_seconds(rows, 0)
+
+    def allowance(self, tenant: str, now: float) -> Allowance:
+        """What a tenant may ask for before it is refused."""
+        queue, limits = self._scheduler.queue, self._limits
+        seconds = self.queue_seconds()
+        rate = queue.tenant(tenant).tokens_per_second
+        tokens, reset = limits.max_waiting_tokens, seconds
+        left = tokens - queue.tokens
+        if rate:
+            account = queue.account(tenant, now)
+            account.wait_for_quota(now)
+            tokens, left = int(BURST_SECONDS * rate), int(account.level)
+            reset = max(0.0, BURST_SECONDS - account.level / rate)
+        return Allowance(
+            requests=limits.max_waiting,
+            requests_left=max(0, limits.max_waiting - len(queue)),
+            requests_reset=seconds,
+            tokens=tokens,
+            tokens_left=max(0, left),
+            tokens_reset=reset,
+        )
 
     def progress(self, sequence: Waiting) -> QueueProgress:
         """Where a waiting sequence stands."""

@@ -13,6 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ConfigError, InvalidRequest
 
+END_MARK = "\ue000end of message\ue000"
+
 
 class TemplateRefusal(Exception):
     """Raised by a template's own `raise_exception`."""
@@ -35,9 +37,16 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
     ) -> str:
-        """The prompt for `messages` (role and content); InvalidRequest if they do not fit."""
+        """The prompt for `messages` (role and content); InvalidRequest if they do not fit. With
+        `continue_final` it ends where the last message does, which the model then goes on with."""
+        if continue_final:
+            return self._render_open(messages)
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens
@@ -47,6 +56,21 @@ class ChatTemplate:
                 f"the model's chat template cannot format these messages: {error}",
                 param="messages",
             ) from error
+
+    def _render_open(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        if not messages or messages[-1].get("role") != "assistant":
+            raise InvalidRequest(
+                "the last message has to be the assistant's to be continued", param="messages"
+            )
+        # A mark behind the text says where it ends, whatever the template trims or adds.
+        begun = messages[-1]["content"].rstrip()
+        marked = [*messages[:-1], {**messages[-1], "content": begun + END_MARK}]
+        before, found, _ = self.render(marked, add_generation_prompt=False).rpartition(END_MARK)
+        if not found:
+            raise InvalidRequest(
+                "the model's chat template leaves the last message out", param="messages"
+            )
+        return before
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

@@ -29,6 +29,17 @@ END_TOKENS = frozenset(
 )
 
 
+# How model families name the three tokens of filling in the middle: Qwen and others, StarCoder,
+# CodeGemma, DeepSeek, Code Llama.
+INFILL_TOKENS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<|fim▁begin|>", "<|fim▁hole|>", "<|fim▁end|>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
+
+
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for every byte: printable ones as they are, others from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -81,6 +92,16 @@ class Tokenizer:
         """The text of a whole sequence."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    @property
+    def infill_ids(self) -> tuple[int, int, int] | None:
+        """The tokens before a prefix, before a suffix and before what belongs between them, if the
+        model was trained to fill in the middle (arXiv 2207.14255)."""
+        for names in INFILL_TOKENS:
+            before, after, between = (self._backend.token_to_id(name) for name in names)
+            if before is not None and after is not None and between is not None:
+                return before, after, between
+        return None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; a character may span several tokens."""

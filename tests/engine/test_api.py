@@ -13,6 +13,7 @@ from tests.tiny import write_llama
 
 def test_the_public_names_are_pinned() -> None:
     assert engine.__all__ == [
+        "Allowance",
         "AsyncEngine",
         "Config",
         "ConfigError",
@@ -39,6 +40,7 @@ def test_the_public_names_are_pinned() -> None:
         "abort",
         "active_requests",
         "add_listener",
+        "allowance",
         "chat",
         "check_ids",
         "configure_tenants",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.protocol import ChatRequest, CompletionRequest
+from server.protocol import HARMLESS, ChatRequest, CompletionRequest
 from tests.server.process import ServerProcess
 
 CHAT = {"model": "mock", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -103,7 +103,16 @@ WRONG: dict[str, list[Any]] = {
     "echo": [1, "x"],
     "best_of": [*WRONG_INTEGERS, 2],
     "suffix": [1, "after"],
+    "cache_salt": [1, ""],
+    "return_token_ids": [1, "x"],
+    "truncate_prompt_tokens": [*WRONG_INTEGERS, 0, -1],
+    "add_generation_prompt": [1, None],
+    "continue_final_message": [1, True],
+    "prompt_cache_key": [1],
+    "safety_identifier": [1],
 }
+# What no endpoint can honour yet.
+WRONG |= {name: [{"x": 1}] for name in HARMLESS if name not in WRONG}
 # `logprobs` is a flag in one endpoint and a count in the other.
 LOGPROBS = {"/v1/chat/completions": [1, "x", []], "/v1/completions": [True, -1, 21, 0.5, "1"]}
 
@@ -160,7 +169,8 @@ def test_every_field_with_every_wrong_value_is_refused_by_name(
             body |= {"logprobs": value != 5}
         error = assert_error(post(http, path, body))
         named = (error["param"] or "").split(".")[0]
-        assert named == field, f"{field}={str(value)[:50]!r}: {error}"
+        expected = "messages" if field == "continue_final_message" and value is True else field
+        assert named == expected, f"{field}={str(value)[:50]!r}: {error}"
         tried += 1
     assert tried > 100
     assert post(http, path, ENDPOINTS[path]).status_code == 200
