@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from engine.types import Delta
 
@@ -22,6 +22,8 @@ class TokenStream:
         self._open = 0
         self._pending: dict[int, Delta] = {}
         self._error: Exception | None = None
+        self._full = 0
+        self._on_full: Callable[[], None] | None = None
         # A bare future: an event object a token would cost more than the token's text.
         self._waiter: asyncio.Future[None] | None = None
 
@@ -40,9 +42,23 @@ class TokenStream:
             self._pending[delta.index] = delta
         else:
             pending.merge(delta)
+            if self._on_full is not None and len(pending.token_ids) >= self._full:
+                on_full, self._on_full = self._on_full, None
+                on_full()
         if delta.finish_reason is not None:
             self._open -= 1
         self._wake()
+
+    def when_full(self, tokens: int, then: Callable[[], None] | None) -> None:
+        """Have `then` called once a delta of so many tokens waits for its reader; None for never.
+        It must return at once."""
+        self._full, self._on_full = tokens, then
+
+    async def ready(self) -> None:
+        """Wait until `receive` has something, or the end."""
+        while not (self._pending or self._error or self._open == 0):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what is pending."""
@@ -54,13 +70,11 @@ class TokenStream:
 
         Raises the stream's error once pending deltas have been read.
         """
-        while not self._pending:
+        await self.ready()
+        if not self._pending:
             if self._error is not None:
                 raise self._error
-            if self._open == 0:
-                return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            return []
         pending, self._pending = self._pending, {}
         return list(pending.values())
 

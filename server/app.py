@@ -19,10 +19,11 @@ from starlette.routing import Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import ServerSection
-from server import health, openai, telemetry, usage, websocket
+from server import health, openai, responses, telemetry, usage, websocket
 from server.errors import HTTPError, error_response
 from server.rates import RATE_HEADERS, rate_headers
 from server.security import Guard
+from server.store import Store
 from server.streams import ClientLeft
 from server.tenants import Directory
 
@@ -95,7 +96,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as group:
+        async with anyio.create_task_group() as group, app.state.store.open():
             group.start_soon(lifecycle.run)
             group.start_soon(directory.watch, lifecycle.engine.configure_tenants)
             yield
@@ -109,7 +110,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
         cors = Middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "x-should-retry", *RATE_HEADERS],
         )
@@ -118,6 +119,12 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
         routes=[
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
+            Route("/v1/responses/{id}", responses.retrieve, methods=["GET"]),
+            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
+            Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
             Route("/v1/models", openai.list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
             Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
@@ -144,6 +151,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
     app.state.metrics = telemetry.Metrics(lifecycle.engine)
     app.state.started = int(time.time())
     app.state.settings = settings
+    app.state.store = Store(lifecycle.engine, settings)
     app.state.usage = usage.UsageBook()
     lifecycle.engine.add_listener(app.state.metrics)
     lifecycle.engine.add_listener(app.state.usage)

@@ -16,10 +16,12 @@ from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, To
 from server.errors import HTTPError, json_response
 from server.format import Envelope, envelope, usage_body
 from server.protocol import (
+    HARMLESS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
+    Harmless,
     StreamOptions,
     TokenizeRequest,
     decode,
@@ -38,7 +40,7 @@ from server.tenants import Client, client_of
 
 logger = logging.getLogger("ryzanstein.server")
 
-R = TypeVar("R", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+R = TypeVar("R", bound=msgspec.Struct)
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -132,7 +134,9 @@ def ready_engine(request: Request) -> AsyncEngine:
     return engine
 
 
-async def read_body(request: Request, kind: type[R]) -> tuple[R, dict[str, str]]:
+async def read_body(
+    request: Request, kind: type[R], harmless: Harmless = HARMLESS
+) -> tuple[R, dict[str, str]]:
     """The decoded body, and headers that warn of fields nobody knows."""
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "application/json":
@@ -141,7 +145,7 @@ async def read_body(request: Request, kind: type[R]) -> tuple[R, dict[str, str]]
             f"the content type is {content_type or 'missing'!r}; send application/json",
             code="unsupported_media_type",
         )
-    body, unknown = decode(await request.body(), kind)
+    body, unknown = decode(await request.body(), kind, harmless)
     if not unknown:
         return body, {}
     # Field names come from the client: only plain ones are repeated.
@@ -168,12 +172,10 @@ async def prepare_chat(engine: AsyncEngine, body: ChatRequest, client: Client) -
     """Check a chat request and make its prompt."""
     _check_generation(engine, body)
     params = sampling_of(body)
-    prompt = engine.render_chat(template_input(body.messages), **_template_options(body))
-    try:
-        ids = await engine.encode(prompt, add_special_tokens=False)
-    except InvalidRequest as error:
-        raise InvalidRequest(str(error), param="messages", code=error.code) from error
-    ids = truncated(ids, body)
+    messages = template_input(body.messages)
+    ids = truncated(
+        await encode_chat(engine, messages, "messages", **_template_options(body)), body
+    )
     show = bool(body.return_token_ids)
     shape = ChatShape(engine.parts.tokenizer, logprobs=bool(body.logprobs), token_ids=show)
     names = {"prompt": "messages", "logprobs": "top_logprobs"}
@@ -216,6 +218,17 @@ async def prepare_completion(
     return Generation(ids, params, shape, terms_of(client, body))
 
 
+async def encode_chat(
+    engine: AsyncEngine, messages: Sequence[dict[str, str]], name: str = "messages", **options: bool
+) -> list[int]:
+    """The ids of the prompt that the chat template makes; errors name the client's field."""
+    try:
+        prompt = engine.render_chat(messages, **options)
+        return await engine.encode(prompt, add_special_tokens=False)
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param=name, code=error.code) from error
+
+
 def _template_options(body: ChatRequest) -> dict[str, bool]:
     """How the prompt ends: ready for an answer, as it is, or within the assistant's message."""
     if body.continue_final_message:
@@ -248,8 +261,6 @@ def _check_generation(engine: AsyncEngine, body: GenerationRequest) -> None:
         raise InvalidRequest(
             "prompt_logprobs is not available while streaming", param="prompt_logprobs"
         )
-    if body.priority is not None and abs(body.priority) > 1000:
-        raise InvalidRequest("priority must be between -1000 and 1000", param="priority")
 
 
 async def _answer(

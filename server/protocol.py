@@ -14,7 +14,9 @@ import msgspec
 from engine.errors import InvalidRequest
 from server.errors import HTTPError
 
-R = TypeVar("R", bound="GenerationRequest | TokenizeRequest | DetokenizeRequest")
+R = TypeVar("R", bound=msgspec.Struct)
+
+Harmless = dict[str, tuple[Any, ...]]
 
 PATH = re.compile(r" - at `(?:key in )?\$(.*)`$")
 
@@ -77,13 +79,11 @@ class Message(msgspec.Struct, frozen=True):
         return "".join(texts)
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields that chat and plain completions share, OpenAI's and the usual extensions."""
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields of everything that generates: OpenAI's, and the usual extensions."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
@@ -92,7 +92,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    user: str | None = None
     # Extensions, under the names that vLLM gave them.
     top_k: int | None = None
     min_p: float | None = None
@@ -102,14 +101,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
-    return_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
     # Extensions of this server.
     deadline_ms: float | None = None
     target_itl_ms: float | None = None
+
+
+class GenerationRequest(Sampled, frozen=True, kw_only=True):
+    """Fields that chat and plain completions share besides."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    user: str | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
     # Refused unless they change nothing.
     response_format: Any = None
     structured_outputs: Any = None
@@ -191,7 +198,7 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Value that changes nothing, for each field that cannot be honoured otherwise.
-HARMLESS: dict[str, tuple[Any, ...]] = {
+HARMLESS: Harmless = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -229,7 +236,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def decode(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
+def decode(body: bytes, kind: type[R], harmless: Harmless = HARMLESS) -> tuple[R, list[str]]:
     """The typed request, and the names of fields that nobody knows.
 
     Raises HTTPError or InvalidRequest naming the field.
@@ -243,12 +250,12 @@ def decode(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
         raise HTTPError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     except RecursionError as error:
         raise HTTPError(400, "the body is nested too deeply", code="invalid_json") from error
-    refuse_unsupported(request, HARMLESS)
+    refuse_unsupported(request, harmless)
     known = request.__struct_fields__
     return request, [name for name in fields if name not in known]
 
 
-def refuse_unsupported(request: Any, harmless: dict[str, tuple[Any, ...]]) -> None:
+def refuse_unsupported(request: Any, harmless: Harmless) -> None:
     """InvalidRequest for the first field that cannot be honoured and would change something."""
     for name, values in harmless.items():
         value = getattr(request, name, None)

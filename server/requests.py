@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import InvalidRequest, SamplingParams, Terms
-from server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from server.protocol import ChatRequest, CompletionRequest, Sampled
 from server.tenants import Client
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for plain completions
@@ -38,7 +38,7 @@ SHARED = (
 
 def sampling_of(request: ChatRequest | CompletionRequest) -> SamplingParams:
     """The engine's parameters. Ranges are checked by the engine; what only HTTP knows, here."""
-    shared = _shared(request)
+    shared = sampling_fields(request)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
@@ -69,11 +69,13 @@ def sampling_of(request: ChatRequest | CompletionRequest) -> SamplingParams:
     return SamplingParams(**shared)
 
 
-def terms_of(client: Client, body: GenerationRequest) -> Terms:
+def terms_of(client: Client, body: Sampled) -> Terms:
     """Whose a request is and when it is due, from its key, its headers and its body.
 
     Raises InvalidRequest naming the field or header.
     """
+    if body.priority is not None and abs(body.priority) > 1000:
+        raise InvalidRequest("priority must be between -1000 and 1000", param="priority")
     target = body.target_itl_ms
     # Derived here, from the key, so that no request can look into another tenant's cache; a salt
     # parts a tenant's own users.
@@ -106,9 +108,9 @@ def _seconds(name: str, milliseconds: float | str | None) -> float:
     return value / 1e3
 
 
-def _shared(request: GenerationRequest) -> dict[str, Any]:
-    """Fields of both endpoints that were given, by the engine's names."""
-    given = {name: value for name in SHARED if (value := getattr(request, name)) is not None}
+def sampling_fields(request: Sampled) -> dict[str, Any]:
+    """Fields of all endpoints that were given, by the engine's names."""
+    given = {name: value for name in SHARED if (value := getattr(request, name, None)) is not None}
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     if request.stop_token_ids is not None:
@@ -127,7 +129,7 @@ def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
         ) from None
 
 
-def truncated(ids: list[int], body: GenerationRequest) -> list[int]:
+def truncated(ids: list[int], body: Sampled) -> list[int]:
     """The last `truncate_prompt_tokens` of a prompt."""
     keep = body.truncate_prompt_tokens
     if keep is None:

@@ -137,11 +137,13 @@ class Client:
 
     tenant: str
     headers: Mapping[str, str]
+    owner: str = ""
+    """Of streams and stored answers: a digest of the key; empty where none is needed."""
 
 
 def client_of(connection: HTTPConnection) -> Client:
     """The client that the guard let in."""
-    return Client(connection.state.tenant, connection.headers)
+    return Client(connection.state.tenant, connection.headers, connection.state.owner)
 
 
 def _tenant(name: str, entry: TenantEntry) -> Tenant:

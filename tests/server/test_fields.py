@@ -66,7 +66,7 @@ def test_token_ids_are_shown_on_request(http: httpx.Client) -> None:
     streamed = chunks(http, "/v1/chat/completions", CHAT | {"return_token_ids": True})
     assert streamed[0]["prompt_token_ids"] == list(PROMPT)
     assert all("prompt_token_ids" not in chunk for chunk in streamed[1:])
-    assert sum((c["choices"][0].get("token_ids", []) for c in streamed), []) == made
+    assert [t for c in streamed for t in c["choices"][0].get("token_ids", [])] == made
     (choice,) = answer(http, "/v1/completions", plain("ab", return_token_ids=True))["choices"]
     assert choice["prompt_token_ids"] == [97, 98]
     assert choice["token_ids"] == continuation([97, 98], 6)
@@ -158,8 +158,8 @@ def test_a_failure_midway_is_an_error_event(mock_server: MockFactory) -> None:
     assert "event: error" in rest
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
     stream = client.completions.create(model="mock", prompt="ab", max_tokens=200, stream=True)
+    next(iter(stream))
+    httpx.post(f"{server.url}/test/fail")
     with pytest.raises(openai.APIError, match="step failed"):
-        for number, _ in enumerate(stream):
-            if number == 1:
-                httpx.post(f"{server.url}/test/fail")
+        list(stream)
     client.close()

@@ -1,0 +1,180 @@
+"""OpenAI's Responses API over HTTP: create, stream, look at again, cancel, forget."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from engine import InvalidRequest
+from server.errors import HTTPError, json_response
+from server.log import Cursor
+from server.openai import check_model, encode_chat, read_body, ready_engine
+from server.responses_protocol import (
+    HARMLESS,
+    ResponsesRequest,
+    messages_of,
+    prepare_response,
+)
+from server.store import Record, Store
+from server.streams import EventStream, race_disconnect
+from server.tenants import client_of
+
+PAGE, MOST = 20, 100
+
+
+async def create(request: Request) -> ASGIApp:
+    """`POST /v1/responses`."""
+    engine, store = ready_engine(request), store_of(request)
+    body, headers = await read_body(request, ResponsesRequest, HARMLESS)
+    client = client_of(request)
+    if body.generate is False:
+        raise InvalidRequest("generate=false is for WebSockets", param="generate")
+    previous = previous_of(store, body, client.owner)
+    record, generation = await prepare_response(engine, body, client, previous)
+    store.start(record, await generation.submit(engine, record.id))
+    if body.stream:
+        return _stream(request, record, -1, headers)
+    if record.background:
+        return json_response(record.composer.snapshot(), headers=headers)
+    cursor = store.read(record)
+    try:
+        await race_disconnect(request, lambda: _drain(cursor))
+    finally:
+        store.leave(record, cursor)
+    if record.error is not None:
+        raise record.error
+    return json_response(record.composer.snapshot(), headers=headers)
+
+
+async def retrieve(request: Request) -> ASGIApp:
+    """`GET /v1/responses/{id}`, with `stream=true` its events from `starting_after` on."""
+    record = _find(request)
+    query = request.query_params
+    if query.get("stream", "false").lower() not in ("true", "1"):
+        return json_response(record.composer.snapshot())
+    last = request.headers.get("last-event-id")
+    after = _integer("starting_after", query.get("starting_after", last or "-1"))
+    return _stream(request, record, after, {})
+
+
+async def cancel(request: Request) -> ASGIApp:
+    """`POST /v1/responses/{id}/cancel`; again, or after its end, changes nothing."""
+    record = _find(request)
+    store_of(request).cancel(record)
+    await record.ended.wait()
+    return json_response(record.composer.snapshot())
+
+
+async def delete(request: Request) -> ASGIApp:
+    """`DELETE /v1/responses/{id}`."""
+    record = _find(request)
+    store_of(request).delete(record)
+    return json_response({"id": record.id, "object": "response", "deleted": True})
+
+
+async def input_items(request: Request) -> ASGIApp:
+    """`GET /v1/responses/{id}/input_items`: newest first, unless `order=asc`."""
+    record, query = _find(request), request.query_params
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("order must be asc or desc", param="order")
+    limit = _integer("limit", query.get("limit", str(PAGE)))
+    if not 1 <= limit <= MOST:
+        raise InvalidRequest(f"limit must be between 1 and {MOST}", param="limit")
+    items = record.items if order == "asc" else record.items[::-1]
+    after = query.get("after")
+    if after is not None:
+        places = [number for number, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise InvalidRequest(f"there is no item {after[:100]!r}", param="after")
+        items = items[places[0] + 1 :]
+    page = items[:limit]
+    body = {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(items) > limit,
+    }
+    return json_response(body)
+
+
+async def count_tokens(request: Request) -> ASGIApp:
+    """`POST /v1/responses/input_tokens`: what a request's input would be counted as."""
+    engine = ready_engine(request)
+    body, headers = await read_body(request, ResponsesRequest, HARMLESS)
+    check_model(engine, body.model)
+    previous = previous_of(store_of(request), body, client_of(request).owner)
+    messages = [*(previous.conversation if previous else []), *messages_of(body.input)]
+    if body.instructions:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    if not messages:
+        raise InvalidRequest("input is missing; give text or a list of messages", param="input")
+    ids = await encode_chat(engine, messages, "input")
+    answer = {"object": "response.input_tokens", "input_tokens": len(ids)}
+    return json_response(answer, headers=headers)
+
+
+def store_of(request: Request) -> Store:
+    """The server's responses."""
+    store: Store = request.app.state.store
+    return store
+
+
+def previous_of(store: Store, body: ResponsesRequest, owner: str) -> Record | None:
+    """The response that a request goes on from. Raises HTTPError or InvalidRequest."""
+    if body.previous_response_id is None:
+        return None
+    try:
+        record = store.find(body.previous_response_id, owner)
+    except HTTPError as error:
+        raise HTTPError(
+            404, str(error), param="previous_response_id", code="previous_response_not_found"
+        ) from error
+    if not record.is_over:
+        raise InvalidRequest(
+            "the previous response has not ended yet; wait for it, or cancel it",
+            param="previous_response_id",
+        )
+    return record
+
+
+def _find(request: Request) -> Record:
+    ready_engine(request)
+    return store_of(request).find(request.path_params["id"], client_of(request).owner)
+
+
+def _stream(request: Request, record: Record, after: int, headers: dict[str, str]) -> EventStream:
+    """A record's events; leaving early counts as its reader's going."""
+    store = store_of(request)
+    cursor = store.read(record, after)
+    return EventStream(
+        _events(cursor),
+        [(name.encode(), value.encode()) for name, value in headers.items()],
+        lambda: store.leave(record, cursor),
+        keepalive=request.app.state.settings.keepalive_seconds,
+        raw=True,
+    )
+
+
+async def _events(cursor: Cursor) -> AsyncGenerator[bytes]:
+    number = cursor.position
+    while (event := await cursor.next()) is not None:
+        name, body = event
+        yield b"event: %b\nid: %d\ndata: %b\n\n" % (name.encode(), number, body)
+        number += 1
+
+
+async def _drain(cursor: Cursor) -> None:
+    """Read to the end."""
+    while await cursor.next() is not None:
+        pass
+
+
+def _integer(name: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise InvalidRequest(f"{name} must be a whole number", param=name) from None

@@ -1,0 +1,240 @@
+"""The body of OpenAI's Responses API: its fields, and the conversation that it asks to go on."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import msgspec
+
+from engine import AsyncEngine, InvalidRequest, SamplingParams
+from server.composers import ResponseComposer, input_message
+from server.openai import Generation, check_model, encode_chat
+from server.protocol import Harmless, Sampled, refuse_unsupported
+from server.requests import sampling_fields, terms_of, truncated
+from server.shapes import ChatShape
+from server.store import Record
+from server.tenants import Client
+
+MAX_METADATA = 16
+ROLES = ("user", "assistant", "system", "developer")
+TEXTS = ("input_text", "output_text", "text")
+
+
+class ResponsesRequest(Sampled, frozen=True, kw_only=True):
+    """`POST /v1/responses`, and `response.create` on a WebSocket."""
+
+    input: str | list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: str | None = None
+    truncation: str | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    stream_options: Any = None
+    generate: bool | None = None
+    # Refused unless they change nothing.
+    tools: Any = None
+    tool_choice: Any = None
+    text: Any = None
+    reasoning: Any = None
+    prompt: Any = None
+    conversation: Any = None
+    context_management: Any = None
+    background_options: Any = None
+    access_programs: Any = None
+    image: Any = None
+    moderation: Any = None
+    max_tool_calls: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+
+
+HARMLESS: Harmless = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "text": ({}, {"format": {"type": "text"}}, {"format": None}),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "prompt": (),
+    "conversation": (),
+    "context_management": ([],),
+    "background_options": ({}, {"completion_window": "soonest"}),
+    "access_programs": (),
+    "image": (),
+    "moderation": (),
+    "max_tool_calls": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory",),
+    "truncation": ("disabled",),
+    "service_tier": ("auto", "default"),
+    "stream_options": ({}, {"include_obfuscation": False}),
+}
+# What may be asked to be included; the others exist only with tools, images or reasoning.
+LOGPROBS = "message.output_text.logprobs"
+INCLUDABLE = (LOGPROBS, "reasoning.encrypted_content")
+
+
+async def prepare_response(
+    engine: AsyncEngine,
+    body: ResponsesRequest,
+    client: Client,
+    previous: Record | None,
+    *,
+    resumable: bool = False,
+) -> tuple[Record, Generation]:
+    """Check a request and make its prompt: instructions, what was said before, and the input.
+
+    Raises InvalidRequest naming the field.
+    """
+    check_model(engine, body.model)
+    refuse_unsupported(body, HARMLESS)
+    _check(body)
+    wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
+    given = messages_of(body.input)
+    earlier = previous.conversation if previous is not None else []
+    messages = [*earlier, *given]
+    if not messages:
+        raise InvalidRequest("input is missing; give text or a list of messages", param="input")
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    ids = truncated(await encode_chat(engine, [*system, *messages], "input"), body)
+    params = SamplingParams(
+        **sampling_fields(body),
+        max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+    )
+    identifier = f"resp_{uuid.uuid4().hex}"
+    tokenizer = engine.parts.tokenizer
+    composer = ResponseComposer(
+        identifier, _settings(engine, body), tokenizer, logprobs=wants_logprobs
+    )
+    record = Record(
+        id=identifier,
+        owner=client.owner,
+        composer=composer,
+        resumable=resumable or bool(body.store),
+        background=bool(body.background),
+        kept=body.store is not False,
+        messages=messages,
+        items=[input_message(m["role"], m["content"]) for m in given],
+        settings=body,
+    )
+    names = {
+        "prompt": "input",
+        "logprobs": "top_logprobs",
+        "max_tokens": "max_output_tokens",
+    }
+    shape = ChatShape(tokenizer, logprobs=wants_logprobs)
+    return record, Generation([ids], params, shape, terms_of(client, body), names)
+
+
+def messages_of(given: str | list[dict[str, Any]] | None) -> list[dict[str, str]]:
+    """A request's input as chat templates want it."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    return [_message(item, f"input.[{number}]") for number, item in enumerate(given)]
+
+
+def steering_messages(given: Any) -> list[dict[str, str]]:
+    """The input of a steer: text, or messages of the user's."""
+    if not isinstance(given, (str, list)) or not given:
+        raise InvalidRequest("input must be text or a list of messages, and not empty")
+    if isinstance(given, list) and not all(isinstance(item, dict) for item in given):
+        raise InvalidRequest("input must be a list of messages")
+    messages = messages_of(given)
+    if any(message["role"] != "user" for message in messages):
+        raise InvalidRequest("only messages of role 'user' can steer a response")
+    return messages
+
+
+def _message(item: dict[str, Any], where: str) -> dict[str, str]:
+    kind = item.get("type", "message")
+    if kind != "message":
+        raise InvalidRequest(
+            f"input items of type {str(kind)[:50]!r} are not supported by this server; "
+            "messages are",
+            param=where,
+            code="unsupported_parameter",
+        )
+    role = item.get("role")
+    if role not in ROLES:
+        raise InvalidRequest(f"role must be one of {', '.join(ROLES)}", param=f"{where}.role")
+    text = _text(item.get("content"), f"{where}.content")
+    return {"role": "system" if role == "developer" else role, "content": text}
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest("content must be text or a list of parts", param=where)
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            texts.append(part["refusal"])
+        elif kind in TEXTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise InvalidRequest(
+                f"content parts of type {str(kind)[:50]!r} are not supported; only text is",
+                param=where,
+            )
+    return "".join(texts)
+
+
+def _check(body: ResponsesRequest) -> None:
+    """What the fields' types do not say."""
+    for name in body.include or ():
+        if name not in INCLUDABLE:
+            raise InvalidRequest(
+                f"{name[:100]!r} cannot be included by this server",
+                param="include",
+                code="unsupported_parameter",
+            )
+    if body.metadata is not None and len(body.metadata) > MAX_METADATA:
+        raise InvalidRequest(f"metadata holds more than {MAX_METADATA} keys", param="metadata")
+    if body.background and body.store is False:
+        raise InvalidRequest("background needs store; leave store out", param="store")
+    if body.n not in (None, 1):
+        raise InvalidRequest("a response has one answer; leave n out", param="n")
+
+
+def _settings(engine: AsyncEngine, body: ResponsesRequest) -> dict[str, Any]:
+    """The request's fields as the response object repeats them."""
+    return {
+        "model": engine.parts.model_name,
+        "instructions": body.instructions,
+        "previous_response_id": body.previous_response_id,
+        "max_output_tokens": body.max_output_tokens,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "metadata": body.metadata or {},
+        "background": bool(body.background),
+        "store": body.store is not False,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [],
+        "text": {"format": {"type": "text"}},
+        "reasoning": {"effort": None, "summary": None},
+        "truncation": "disabled",
+        "service_tier": "default",
+        "user": body.user,
+        "prompt_cache_key": body.prompt_cache_key,
+        "safety_identifier": body.safety_identifier,
+    }
+
+
+def successor_of(body: ResponsesRequest, identifier: str, given: Any) -> ResponsesRequest:
+    """The request that goes on from a response that was steered."""
+    return msgspec.structs.replace(body, input=given, previous_response_id=identifier)

@@ -1,0 +1,264 @@
+"""Responses that outlive a connection: who owns them, who reads them, and when they end.
+
+Each has a task that turns its deltas into events of a log, as fast as somebody reads, or freely
+while nobody does. A reader that takes nothing holds up this one response alone: its deltas join,
+then the scheduler sets it aside, and in the end it fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from engine import AsyncEngine, TokenStream
+from engine.config import ServerSection
+from server.composers import ENDED, Composer
+from server.errors import HTTPError, describe
+from server.log import Cursor, EventLog
+
+logger = logging.getLogger("ryzanstein.server")
+
+# Tokens that may join in one delta before their request is set aside.
+HIGH_WATER = 64
+# Bytes of events that ended responses may take together.
+KEPT_BYTES = 64 << 20
+# How often those who wait in the queue are told where they stand.
+PROGRESS_SECONDS = 0.25
+
+
+@dataclass(eq=False)
+class Record:
+    """One response. `resumable` ones go on for a while without a reader, `background` ones for
+    good; `kept` ones can be asked for after they have ended."""
+
+    id: str
+    owner: str
+    composer: Composer
+    resumable: bool = False
+    background: bool = False
+    kept: bool = False
+    progress: bool = False
+    """Whether its place in the queue is told."""
+    stream_id: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """The conversation up to its own answer, without instructions."""
+    items: list[dict[str, Any]] = field(default_factory=list)
+    settings: Any = None
+    """What a successor takes over."""
+    log: EventLog = field(default_factory=EventLog)
+    stream: TokenStream | None = None
+    cut: str = ""
+    error: Exception | None = None
+    paused: bool = False
+    ended: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of its events are there."""
+        return self.log.closed
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """All that was said, its own answer included."""
+        return [*self.messages, {"role": "assistant", "content": self.composer.text}]
+
+
+class Store:
+    """All responses of one server that are under way or kept."""
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSection) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._detached: set[Record] = set()
+        self._group: TaskGroup
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """While this is entered responses can run."""
+        async with anyio.create_task_group() as self._group:
+            yield
+            self._group.cancel_scope.cancel()
+
+    def start(self, record: Record, stream: TokenStream) -> None:
+        """Let a response run that has been submitted."""
+        record.stream = stream
+        self._records[record.id] = record
+        self._append(record, record.composer.begin(queued=record.background))
+        self._group.start_soon(self._run, record, stream)
+
+    def keep(self, record: Record) -> None:
+        """Take in a response that has nothing to generate."""
+        self._records[record.id] = record
+        self._end(record)
+
+    def find(self, identifier: str, owner: str) -> Record:
+        """A response of this owner's. Raises HTTPError 404."""
+        record = self._records.get(identifier)
+        if record is None or record.owner != owner:
+            raise HTTPError(
+                404,
+                f"there is no response {identifier[:100]!r} (any more)",
+                param="response_id",
+                code="response_not_found",
+            )
+        return record
+
+    def cancel(self, record: Record, reason: str = "") -> None:
+        """End a response as it stands; one that has ended stays as it is."""
+        if record.stream is not None and not record.is_over:
+            record.cut = record.cut or reason
+            record.log.unbind()
+            self._engine.abort(*record.stream.request_ids)
+
+    def delete(self, record: Record) -> None:
+        """Forget a response, after ending it."""
+        self.cancel(record)
+        self._records.pop(record.id, None)
+
+    def pause(self, record: Record) -> None:
+        """Set a response aside until `proceed`."""
+        if record.stream is not None and not record.is_over:
+            record.paused = True
+            self._engine.pause(*record.stream.request_ids)
+
+    def proceed(self, record: Record) -> None:
+        """Let a response go on that was set aside."""
+        if record.stream is not None and record.paused:
+            record.paused = False
+            self._engine.unpause(*record.stream.request_ids)
+
+    def leave(self, record: Record, cursor: Cursor) -> None:
+        """A reader goes. The last one's going ends what nobody may come back to."""
+        cursor.close()
+        if record.log.readers or record.background:
+            return
+        if record.is_over:
+            self._settle(record)
+        elif record.resumable and self._may_detach(record.owner):
+            self._detached.add(record)
+            self._group.start_soon(self._expire, record)
+        else:
+            self.cancel(record)
+
+    def read(self, record: Record, starting_after: int = -1) -> Cursor:
+        """A new reader."""
+        self._detached.discard(record)
+        if not -1 <= starting_after < max(1, len(record.log.events)):
+            raise HTTPError(
+                400,
+                f"starting_after is {starting_after}; the response has "
+                f"{len(record.log.events)} events, numbered from 0",
+                param="starting_after",
+                code="invalid_value",
+            )
+        return Cursor(record.log, starting_after)
+
+    def _may_detach(self, owner: str) -> bool:
+        count = sum(record.owner == owner for record in self._detached)
+        return count < self._settings.detached_streams
+
+    async def _expire(self, record: Record) -> None:
+        """End a response that nobody came back to, or forget it once it has ended by itself."""
+        await anyio.sleep(self._settings.resume_ttl_seconds)
+        if record.log.readers or record not in self._detached:
+            return
+        self._detached.discard(record)
+        self.cancel(record)
+        if record.is_over:
+            self._settle(record)
+
+    async def _run(self, record: Record, stream: TokenStream) -> None:
+        """Everything that happens to one response."""
+        composer = record.composer
+        try:
+            await self._tell_progress(record, stream)
+            while True:
+                if not record.log.has_room:
+                    await self._wait_for_reader(record, stream)
+                deltas = await stream.receive()
+                if not deltas:
+                    break
+                for delta in deltas:
+                    self._append(record, composer.delta(delta))
+            self._append(record, composer.end(record.cut))
+        except Exception as error:
+            status, body, _ = describe(error)
+            if status == 500:
+                logger.error("response %s failed", record.id, exc_info=error)
+            record.error = error
+            self._append(record, composer.fail(body.error))
+        finally:
+            self._engine.abort(*stream.request_ids)
+            self._end(record)
+
+    async def _wait_for_reader(self, record: Record, stream: TokenStream) -> None:
+        """Until somebody reads on; HTTPError if nobody does in time."""
+        ids = stream.request_ids
+        stream.when_full(HIGH_WATER, lambda: self._engine.pause(*ids))
+        seconds = self._settings.slow_consumer_seconds
+        with anyio.move_on_after(seconds) as patience:
+            await record.log.room()
+        if patience.cancelled_caught:
+            raise HTTPError(
+                408,
+                f"nothing was read for {seconds:g} seconds; read faster, or ask for less at a time",
+                code="slow_consumer",
+                headers={"x-should-retry": "false"},
+            )
+        stream.when_full(0, None)
+        if not record.paused:
+            self._engine.unpause(*ids)
+
+    async def _tell_progress(self, record: Record, stream: TokenStream) -> None:
+        """Where the response stands in the queue, whenever that has changed, until it begins."""
+        if not record.progress:
+            return
+        told: int | None = None
+        while (found := self._engine.queue_progress(record.id)) is not None:
+            if found.position != told:
+                told = found.position
+                event = {
+                    "type": "response.queued.progress",
+                    "response_id": record.id,
+                    "position": found.position,
+                    "eta_ms": round(found.seconds * 1e3),
+                    "reason": found.reason,
+                }
+                self._append(record, [event])
+            with anyio.move_on_after(PROGRESS_SECONDS):
+                await stream.ready()
+                return
+
+    def _append(self, record: Record, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            record.log.append(event)
+
+    def _end(self, record: Record) -> None:
+        assert record.composer.status in ENDED or record.error is None
+        record.log.close()
+        record.ended.set()
+        if not record.log.readers and record not in self._detached:
+            self._settle(record)
+        self._forget_oldest()
+
+    def _settle(self, record: Record) -> None:
+        """Nobody reads a response that has ended: keep it if that was asked for."""
+        if not record.kept and not record.background:
+            self._records.pop(record.id, None)
+
+    def _forget_oldest(self) -> None:
+        ended = [r for r in self._records.values() if r.is_over and not r.log.readers]
+        size, count = sum(r.log.bytes for r in ended), len(ended)
+        for record in ended:
+            if count <= self._settings.stored_responses and size <= KEPT_BYTES:
+                break
+            del self._records[record.id]
+            size, count = size - record.log.bytes, count - 1
