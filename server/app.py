@@ -19,7 +19,7 @@ from starlette.routing import Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import ServerSection
-from server import health, openai, responses, telemetry, usage, websocket
+from server import health, openai, responses, session, telemetry, usage, websocket
 from server.errors import HTTPError, error_response
 from server.rates import RATE_HEADERS, rate_headers
 from server.security import Guard
@@ -133,6 +133,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             Route("/health/live", health.live, methods=["GET"]),
             Route("/health/ready", health.ready, methods=["GET"]),
             Route("/metrics", telemetry.metrics, methods=["GET"]),
+            WebSocketRoute("/v1/responses", session.responses_socket),
             WebSocketRoute("/v1/stream", websocket.stream_endpoint),
         ],
         middleware=middleware,

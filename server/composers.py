@@ -37,6 +37,10 @@ class Composer(Protocol):
         """What is told when all output is there; `reason` says why it was cut, if it was."""
         ...
 
+    def nothing(self) -> list[Event]:
+        """What is told of a response that was only prepared."""
+        ...
+
     def fail(self, error: ErrorDetail) -> list[Event]:
         """What is told when it went wrong."""
         ...
@@ -59,6 +63,7 @@ class ResponseComposer:
         self._wants_logprobs = logprobs
         self._logprobs: list[dict[str, Any]] = []
         self._begun = False
+        self._prepared = False
         self._finish = ""
         self._usage: Usage | None = None
         self._body: dict[str, Any] = {
@@ -107,6 +112,10 @@ class ResponseComposer:
         events = self._close() if self._begun else []
         return [*events, {"type": f"response.{name}", "response": self.snapshot()}]
 
+    def nothing(self) -> list[Event]:
+        self._prepared = True
+        return [*self.begin(queued=False), *self.end()]
+
     def fail(self, error: ErrorDetail) -> list[Event]:
         self.status = "failed"
         code = "rate_limit_exceeded" if error.type == "rate_limit_error" else "server_error"
@@ -116,7 +125,8 @@ class ResponseComposer:
 
     def snapshot(self) -> dict[str, Any]:
         usage = None if self._usage is None else response_usage(self._usage)
-        output = [self._message()] if self._begun or self.status in ENDED else []
+        shown = self._begun or (self.status in ENDED and not self._prepared)
+        output = [self._message()] if shown else []
         return {**self._body, "status": self.status, "output": output, "usage": usage}
 
     def _open(self) -> list[Event]:
@@ -191,6 +201,9 @@ class ChatComposer:
         self.status = "cancelled" if cut else "completed"
         name = "incomplete" if cut else "completed"
         return [{"type": f"response.{name}", "response": self.snapshot()}]
+
+    def nothing(self) -> list[Event]:
+        return [*self.begin(queued=False), *self.end()]
 
     def fail(self, error: ErrorDetail) -> list[Event]:
         self.status, self._error = "failed", error

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from engine import InvalidRequest
-from server.errors import HTTPError, json_response
+from server.errors import json_response
 from server.log import Cursor
 from server.openai import check_model, encode_chat, read_body, ready_engine
 from server.responses_protocol import (
@@ -127,12 +127,7 @@ def previous_of(store: Store, body: ResponsesRequest, owner: str) -> Record | No
     """The response that a request goes on from. Raises HTTPError or InvalidRequest."""
     if body.previous_response_id is None:
         return None
-    try:
-        record = store.find(body.previous_response_id, owner)
-    except HTTPError as error:
-        raise HTTPError(
-            404, str(error), param="previous_response_id", code="previous_response_not_found"
-        ) from error
+    record = store.previous(body.previous_response_id, owner)
     if not record.is_over:
         raise InvalidRequest(
             "the previous response has not ended yet; wait for it, or cancel it",

@@ -21,7 +21,7 @@ from engine import AsyncEngine, TokenStream
 from engine.config import ServerSection
 from server.composers import ENDED, Composer
 from server.errors import HTTPError, describe
-from server.log import Cursor, EventLog
+from server.log import Cursor, Event, EventLog
 
 logger = logging.getLogger("ryzanstein.server")
 
@@ -31,6 +31,40 @@ HIGH_WATER = 64
 KEPT_BYTES = 64 << 20
 # How often those who wait in the queue are told where they stand.
 PROGRESS_SECONDS = 0.25
+
+
+@dataclass(eq=False)
+class Steer:
+    """Input for a response that is under way: it ends, and a successor goes on with the input."""
+
+    id: str
+    previous_response_id: str
+    input: Any
+    messages: list[dict[str, str]] = field(default_factory=list)
+    error: dict[str, str] | None = None
+
+    def refuse(self, code: str, message: str) -> None:
+        """It cannot be."""
+        self.error = {"type": "invalid_request_error", "code": code, "message": message}
+
+    def accepted(self) -> Event:
+        """Told when it waits for its turn."""
+        steer = {"id": self.id, "previous_response_id": self.previous_response_id}
+        return {"type": "response.steer.accepted", "steer": steer}
+
+    def failed(self) -> Event:
+        """Told with the input when it cannot be."""
+        steer = {
+            "id": self.id,
+            "previous_response_id": self.previous_response_id,
+            "input": self.input,
+        }
+        return {
+            "type": "response.steer.failed",
+            "sequence_number": 0,
+            "error": self.error,
+            "steer": steer,
+        }
 
 
 @dataclass(eq=False)
@@ -57,6 +91,7 @@ class Record:
     cut: str = ""
     error: Exception | None = None
     paused: bool = False
+    steers: list[Steer] = field(default_factory=list)
     ended: anyio.Event = field(default_factory=anyio.Event)
 
     @property
@@ -67,6 +102,8 @@ class Record:
     @property
     def conversation(self) -> list[dict[str, str]]:
         """All that was said, its own answer included."""
+        if not self.composer.text:
+            return self.messages
         return [*self.messages, {"role": "assistant", "content": self.composer.text}]
 
 
@@ -97,7 +134,10 @@ class Store:
     def keep(self, record: Record) -> None:
         """Take in a response that has nothing to generate."""
         self._records[record.id] = record
-        self._end(record)
+        record.log.unbind()
+        self._append(record, record.composer.nothing())
+        record.log.close()
+        record.ended.set()
 
     def find(self, identifier: str, owner: str) -> Record:
         """A response of this owner's. Raises HTTPError 404."""
@@ -110,6 +150,15 @@ class Store:
                 code="response_not_found",
             )
         return record
+
+    def previous(self, identifier: str, owner: str) -> Record:
+        """The response that another goes on from. Raises HTTPError 404."""
+        try:
+            return self.find(identifier, owner)
+        except HTTPError as error:
+            raise HTTPError(
+                404, str(error), param="previous_response_id", code="previous_response_not_found"
+            ) from error
 
     def cancel(self, record: Record, reason: str = "") -> None:
         """End a response as it stands; one that has ended stays as it is."""
@@ -140,9 +189,10 @@ class Store:
         cursor.close()
         if record.log.readers or record.background:
             return
-        if record.is_over:
+        if record.is_over and not record.resumable:
             self._settle(record)
-        elif record.resumable and self._may_detach(record.owner):
+        elif record.resumable and (record.is_over or self._may_detach(record.owner)):
+            # What was sent last may never have arrived.
             self._detached.add(record)
             self._group.start_soon(self._expire, record)
         else:
@@ -162,7 +212,7 @@ class Store:
         return Cursor(record.log, starting_after)
 
     def _may_detach(self, owner: str) -> bool:
-        count = sum(record.owner == owner for record in self._detached)
+        count = sum(r.owner == owner and not r.is_over for r in self._detached)
         return count < self._settings.detached_streams
 
     async def _expire(self, record: Record) -> None:
