@@ -19,7 +19,7 @@ from starlette.routing import Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import ServerSection
-from server import health, openai, responses, session, telemetry, usage, websocket
+from server import health, messages, openai, responses, session, telemetry, usage, websocket
 from server.errors import HTTPError, error_response
 from server.rates import RATE_HEADERS, rate_headers
 from server.security import Guard
@@ -125,6 +125,8 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
             Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
             Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
+            Route("/v1/messages", messages.create, methods=["POST"]),
+            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
             Route("/v1/models", openai.list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
             Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
@@ -160,7 +162,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
 
 
 async def _known_error(request: Request, error: Exception) -> Response:
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _client_left(request: Request, error: Exception) -> Response:
@@ -177,9 +179,10 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     else:
         message, code = error.detail, "invalid_request"
     headers = dict(error.headers or {})
-    return error_response(HTTPError(error.status_code, message, code=code, headers=headers))
+    known = HTTPError(error.status_code, message, code=code, headers=headers)
+    return error_response(known, request.url.path)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     logger.error("request %s failed", request.state.request_id, exc_info=error)
-    return error_response(error)
+    return error_response(error, request.url.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -14,6 +15,18 @@ from engine.errors import (
     Overloaded,
     RyzansteinError,
 )
+
+MESSAGES_PATH = "/v1/messages"
+# Anthropic's names of what went wrong, by status.
+MESSAGES_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -77,10 +90,23 @@ def describe(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
     return status, ErrorBody(ErrorDetail(message, kind, param, code)), headers
 
 
-def error_response(error: Exception) -> Response:
-    """An exception as an HTTP response."""
+def messages_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers as Anthropic's clients expect them."""
     status, body, headers = describe(error)
-    return json_response(body, status, headers)
+    kind = MESSAGES_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    message = body.error.message
+    if body.error.param is not None and not message.startswith(body.error.param):
+        message = f"{body.error.param}: {message}"
+    return status, {"type": "error", "error": {"type": kind, "message": message}}, headers
+
+
+def error_response(error: Exception, path: str = "") -> Response:
+    """An exception as an HTTP response, in the shape of the API that `path` belongs to."""
+    if path.startswith(MESSAGES_PATH):
+        status, body, headers = messages_error(error)
+        return json_response(body, status, headers)
+    status, detail, headers = describe(error)
+    return json_response(detail, status, headers)
 
 
 def json_response(

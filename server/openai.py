@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -85,7 +86,10 @@ async def completions(request: Request) -> ASGIApp:
 
 async def list_models(request: Request) -> ASGIApp:
     """`GET /v1/models`."""
-    return json_response({"object": "list", "data": [_model(request)]})
+    model = _model(request)
+    # OpenAI's list and Anthropic's in one.
+    ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
+    return json_response({"object": "list", "data": [model], **ends})
 
 
 async def get_model(request: Request) -> ASGIApp:
@@ -351,10 +355,14 @@ def _shown(usages: list[Usage], shape: Shape) -> list[Usage]:
 
 def _model(request: Request) -> dict[str, Any]:
     engine = ready_engine(request)
+    started = request.app.state.started
     return {
         "id": engine.parts.model_name,
         "object": "model",
-        "created": request.app.state.started,
+        "type": "model",
+        "display_name": engine.parts.model_name,
+        "created": started,
+        "created_at": datetime.fromtimestamp(started, UTC).isoformat(),
         "owned_by": "ryzanstein",
         "max_model_len": engine.parts.limits.context,
     }

@@ -61,7 +61,7 @@ class Guard:
             if scope["type"] == "websocket":
                 await _refuse_socket(scope, receive, send, error)
             else:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
