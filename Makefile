@@ -1,4 +1,4 @@
-# make serve | make test | make check | make install
+# make serve | make test | make clients | make check | make install
 #   make serve PORT=8123 MODEL=path-or-name ARGS="--threads 4"
 #   TORCH=cpu takes torch's CPU build (on Linux, pip's default build is for CUDA and several GB)
 
@@ -12,7 +12,7 @@ MODEL ?=
 ARGS ?=
 TORCH ?=
 
-.PHONY: install serve test check format clean
+.PHONY: install serve test clients check format clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,12 @@ test: $(VENV)/.installed-test
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+
+# Other people's clients against a real server; they leak, so they have a process of their own.
+clients: $(VENV)/.installed-clients
+	$(BIN)/python -m pytest -q -W ignore -o python_files='client_*.py' \
+	  -o asyncio_default_test_loop_scope=session -o asyncio_default_fixture_loop_scope=session \
+	  tests/server/clients
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
@@ -51,6 +57,11 @@ $(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/.created
 $(VENV)/.installed-test: pyproject.toml $(NATIVE) | $(VENV)/.created
 	$(PIP) install --editable '.[test]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-clients: $(VENV)/.installed-test tests/server/clients/package.json
+	$(PIP) install --editable '.[test,clients]'
+	if command -v npm >/dev/null; then npm install --prefix tests/server/clients --no-audit --no-fund; fi
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
