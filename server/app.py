@@ -19,7 +19,17 @@ from starlette.routing import Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import ServerSection
-from server import health, messages, openai, responses, session, telemetry, usage, websocket
+from server import (
+    health,
+    messages,
+    openai,
+    openapi,
+    responses,
+    session,
+    telemetry,
+    usage,
+    websocket,
+)
 from server.errors import HTTPError, error_response
 from server.rates import RATE_HEADERS, rate_headers
 from server.security import Guard
@@ -132,6 +142,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
             Route("/tokenize", openai.tokenize, methods=["POST"]),
             Route("/detokenize", openai.detokenize, methods=["POST"]),
+            Route("/openapi.json", openapi.openapi, methods=["GET"]),
             Route("/health/live", health.live, methods=["GET"]),
             Route("/health/ready", health.ready, methods=["GET"]),
             Route("/metrics", telemetry.metrics, methods=["GET"]),

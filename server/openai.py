@@ -154,7 +154,7 @@ async def read_body(
         return body, {}
     # Field names come from the client: only plain ones are repeated.
     names = ", ".join(n for n in unknown[:8] if n.isidentifier() and len(n) < 64 and n.isascii())
-    logger.warning("ignored %d unknown request fields: %s", len(unknown), names)
+    logger.debug("ignored %d unknown request fields: %s", len(unknown), names)
     return body, {"x-ryzanstein-warning": f"unknown fields ignored: {names}"}
 
 

@@ -24,7 +24,7 @@ from server.log import Cursor
 from server.responses_protocol import ResponsesRequest, successor_of
 from server.session_jobs import chat_job, response_job, steer_of
 from server.store import Record, Store
-from server.streams import logger
+from server.streams import ClientLeft, logger, send_text
 from server.tenants import Client, client_of
 
 PROTOCOL = "ryzanstein.v1"
@@ -58,10 +58,19 @@ class Session:
     async def serve(self) -> None:
         """Until the client leaves."""
         await self._socket.accept(subprotocol=PROTOCOL if self.extended else None)
+        try:
+            await self._welcome()
+        except ClientLeft:
+            return
+        async with anyio.create_task_group() as self._group:
+            await self._read()
+            self._group.cancel_scope.cancel()
+
+    async def _welcome(self) -> None:
         if self.engine.health() != "ok":
             await self._fail(HTTPError(503, "the server takes no requests now", code="not_ready"))
             await self._socket.close(TRY_AGAIN_LATER)
-            return
+            raise ClientLeft
         if self.extended:
             await self._send(
                 {
@@ -72,9 +81,6 @@ class Session:
                     "max_message_bytes": self._settings.max_body_bytes,
                 }
             )
-        async with anyio.create_task_group() as self._group:
-            await self._read()
-            self._group.cancel_scope.cancel()
 
     def previous(self, identifier: str) -> Record:
         """The response that another goes on from: of this connection, or a stored one."""
@@ -88,20 +94,28 @@ class Session:
             except WebSocketDisconnect:
                 return
             except KeyError:
-                await self._fail(InvalidRequest("send text messages, not binary ones"))
-                continue
-            if not self._socket.app.state.directory.knows(self.client.tenant):
-                await self._socket.close(POLICY_VIOLATION, "the key is not valid any more")
-                return
-            stream_id: str | None = None
+                message = None
             try:
-                fields = _fields(message)
-                stream_id = _stream_id(fields)
-                await self._handle(fields, stream_id)
-            except WebSocketDisconnect:
+                if not self._socket.app.state.directory.knows(self.client.tenant):
+                    await self._socket.close(POLICY_VIOLATION, "the key is not valid any more")
+                    return
+                await self._take(message)
+            except (WebSocketDisconnect, ClientLeft):
                 return
-            except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
-                await self._fail(error, stream_id)
+
+    async def _take(self, message: str | None) -> None:
+        """One message, None for a binary one; what is wrong with it is told."""
+        stream_id: str | None = None
+        try:
+            if message is None:
+                raise InvalidRequest("send text messages, not binary ones")
+            fields = _fields(message)
+            stream_id = _stream_id(fields)
+            await self._handle(fields, stream_id)
+        except (WebSocketDisconnect, ClientLeft):
+            raise
+        except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
+            await self._fail(error, stream_id)
 
     async def _handle(self, fields: dict[str, msgspec.Raw], stream_id: str | None) -> None:
         kind = _string(fields, "type") or ""
@@ -151,7 +165,7 @@ class Session:
         after = _integer(fields, "starting_after", -1)
         lane = stream_id if "stream_id" in fields else record.stream_id
         cursor = self.store.read(record, after)
-        self._group.start_soon(self._forward, record, cursor, lane)
+        self._group.start_soon(self._read_on, record, cursor, lane)
 
     async def _credit(self, fields: dict[str, msgspec.Raw], stream_id: str | None) -> None:
         events = _integer(fields, "events", 0)
@@ -169,8 +183,8 @@ class Session:
         lane = self._lanes.get(stream_id)
         if lane is None:
             if len(self._lanes) >= self._settings.max_streams:
-                idle = next((key for key, one in self._lanes.items() if one.is_idle), None)
-                if idle is None and self._lanes:
+                idle = [key for key, one in self._lanes.items() if one.is_idle]
+                if not idle:
                     raise HTTPError(
                         429,
                         f"{len(self._lanes)} streams are busy on this connection",
@@ -178,7 +192,7 @@ class Session:
                         code="rate_limit_exceeded",
                         headers={"retry-after": "1"},
                     )
-                del self._lanes[idle]
+                del self._lanes[idle[0]]
             lane = self._lanes[stream_id] = Lane()
         return lane
 
@@ -198,21 +212,26 @@ class Session:
 
     async def _work(self, lane: Lane, stream_id: str | None) -> None:
         """Run a lane's requests in turn, until none is left."""
-        while lane.jobs:
-            job = lane.jobs.popleft()
-            try:
-                record = await job(stream_id)
-            except WebSocketDisconnect:
-                return
-            except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
-                await self._fail(error, stream_id)
-                continue
-            self._active[record.id] = record
-            await self._forward(record, self.store.read(record), stream_id)
-            self._remember(record)
-            if record.steers:
-                lane.jobs.appendleft(self._successor(record))
-        lane.busy = False
+        try:
+            while lane.jobs:
+                await self._answer(lane, lane.jobs.popleft(), stream_id)
+        except ClientLeft:
+            return
+        finally:
+            lane.busy = False
+
+    async def _answer(self, lane: Lane, job: Job, stream_id: str | None) -> None:
+        """One request of a lane, from its start to its end."""
+        try:
+            record = await job(stream_id)
+        except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
+            await self._fail(error, stream_id)
+            return
+        self._active[record.id] = record
+        await self._forward(record, self.store.read(record), stream_id)
+        self._remember(record)
+        if record.steers:
+            lane.jobs.appendleft(self._successor(record))
 
     def _successor(self, record: Record) -> Job:
         """What goes on from a response that was steered."""
@@ -239,6 +258,13 @@ class Session:
 
     # Sending
 
+    async def _read_on(self, record: Record, cursor: Cursor, stream_id: str | None) -> None:
+        """Forward a response that another connection, or this one, began."""
+        try:
+            await self._forward(record, cursor, stream_id)
+        except ClientLeft:
+            return
+
     async def _forward(self, record: Record, cursor: Cursor, stream_id: str | None) -> None:
         """A record's events, as credit allows. However it is left, its reader has gone."""
         try:
@@ -252,8 +278,6 @@ class Session:
                         lane.return_credit()
                     return
                 await self._send_encoded(event[1], stream_id)
-        except WebSocketDisconnect:
-            return
         finally:
             self.store.leave(record, cursor)
 
@@ -274,7 +298,7 @@ class Session:
         if stream_id is not None or self.extended:
             body = b'{"stream_id":' + msgspec.json.encode(stream_id) + b"," + body[1:]
         async with self._lock:
-            await self._socket.send_text(body.decode())
+            await send_text(self._socket, body.decode())
 
 
 HANDLERS: dict[str, Handler] = {

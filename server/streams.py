@@ -10,6 +10,7 @@ import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream
 from server.errors import describe
@@ -65,6 +66,15 @@ async def deltas_of(engine: AsyncEngine, stream: TokenStream) -> AsyncGenerator[
 
 class ClientLeft(Exception):
     """The client disconnected before the answer was complete."""
+
+
+async def send_text(socket: WebSocket, text: str) -> None:
+    """Send a message; ClientLeft if nobody is there any more."""
+    try:
+        await socket.send_text(text)
+    except (WebSocketDisconnect, RuntimeError) as error:
+        # Starlette's complaint about a socket that was closed meanwhile is a RuntimeError.
+        raise ClientLeft from error
 
 
 async def race_disconnect(request: Request, work: Callable[[], Awaitable[T]]) -> T:

@@ -8,7 +8,7 @@ event and the connection stays. Leaving the connection aborts its requests.
 from __future__ import annotations
 
 import uuid
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
@@ -21,7 +21,7 @@ from server.errors import HTTPError, describe
 from server.format import usage_body
 from server.openai import Generation, prepare_chat, prepare_completion
 from server.protocol import ChatRequest, CompletionRequest, decode
-from server.streams import deltas_of, logger
+from server.streams import ClientLeft, deltas_of, logger, send_text
 from server.tenants import client_of
 
 # Requests that may wait on a connection behind the one being answered.
@@ -45,7 +45,8 @@ class Connection:
         send, receive = anyio.create_memory_object_stream[tuple[int, str]](QUEUE)
         async with anyio.create_task_group() as group:
             group.start_soon(self._answer_all, receive)
-            await self._read_all(send)
+            with suppress(ClientLeft):
+                await self._read_all(send)
             group.cancel_scope.cancel()
 
     async def _read_all(self, queue: MemoryObjectSendStream[tuple[int, str]]) -> None:
@@ -74,11 +75,17 @@ class Connection:
         with queue:
             async for number, message in queue:
                 try:
-                    await self._answer(number, message)
-                except WebSocketDisconnect:
+                    await self._answer_or_fail(number, message)
+                except ClientLeft:
                     return
-                except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
-                    await self._fail(error)
+
+    async def _answer_or_fail(self, number: int, message: str) -> None:
+        try:
+            await self._answer(number, message)
+        except ClientLeft:
+            raise
+        except Exception as error:  # noqa: BLE001  (told to the client, who may go on)
+            await self._fail(error)
 
     async def _answer(self, number: int, message: str) -> None:
         generation = await self._prepare(message.encode("utf-8", errors="surrogatepass"))
@@ -143,7 +150,7 @@ class Connection:
     async def _send(self, event: dict[str, Any]) -> None:
         """One event; the reader may have to complain while the writer writes."""
         async with self._lock:
-            await self._socket.send_text(msgspec.json.encode(event).decode())
+            await send_text(self._socket, msgspec.json.encode(event).decode())
 
 
 def _refuse(body: ChatRequest | CompletionRequest) -> None:

@@ -5,6 +5,7 @@ Settings come from the environment, so that a test can start it as a process of 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -36,6 +37,9 @@ def main() -> None:
     async def raise_error(request: Request) -> Response:
         raise ZeroDivisionError("a secret detail")
 
+    async def tasks(request: Request) -> Response:
+        return JSONResponse(len(asyncio.all_tasks()))
+
     def loaded() -> None:
         port = listener.getsockname()[1]
         print(f"address http://127.0.0.1:{port}", file=sys.stderr, flush=True)
@@ -44,6 +48,7 @@ def main() -> None:
     extra = [
         Route("/test/fail", fail_next_step, methods=["POST"]),
         Route("/test/raise", raise_error),
+        Route("/test/tasks", tasks),
     ]
 
     def with_extra(*arguments: Any) -> Starlette:

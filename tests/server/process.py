@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -38,24 +39,30 @@ class ServerProcess:
             env=os.environ | {"COLUMNS": "200"} | (env or {}),
         )
         self.url = ""
+        # A pipe that nobody reads would hold the server up once it is full.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            for line in lines:
+                self.log += line
 
     def __enter__(self) -> ServerProcess:
         try:
             return self._await_ready()
         except BaseException:
             self._process.kill()
-            self._process.communicate()
+            self.wait()
             raise
 
     def _await_ready(self) -> ServerProcess:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self.log += line
-            if found := re.search(r"address +(http://\S+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError(f"the server did not start:\n{self.log}")
+        while not (found := re.search(r"address +(http://\S+)", self.log)):
+            if not self._reader.is_alive():
+                raise AssertionError(f"the server did not start:\n{self.log}")
+            time.sleep(0.02)
+        self.url = found[1]
         for _ in range(200):
             if httpx.get(f"{self.url}/health/ready").status_code == 200:
                 return self
@@ -75,11 +82,9 @@ class ServerProcess:
 
     def wait_for(self, text: str) -> str:
         """The log up to a line with `text`."""
-        assert self._process.stderr is not None
         while text not in self.log:
-            line = self._process.stderr.readline()
-            assert line, self.log
-            self.log += line
+            assert self._reader.is_alive(), self.log
+            time.sleep(0.02)
         return self.log
 
     @property
@@ -93,11 +98,11 @@ class ServerProcess:
     def wait(self, timeout: float = 30) -> int:
         """The exit status, with the rest of the log read."""
         try:
-            _, rest = self._process.communicate(timeout=timeout)
+            self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
-        self.log += rest or ""
+        self._reader.join()
         return self._process.returncode
 
     def metric(self, name: str) -> float:
@@ -106,6 +111,11 @@ class ServerProcess:
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found is not None, f"{name} is not in\n{text}"
         return float(found[1])
+
+    def held(self) -> tuple[int, int]:
+        """Open descriptors, and tasks of the event loop (of the mock server)."""
+        descriptors = len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
+        return descriptors, httpx.get(f"{self.url}/test/tasks").json()
 
     def idle(self, seconds: float = 10) -> bool:
         """Whether every sequence ends and every page comes back within `seconds`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,16 +14,14 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from tests.server.process import ServerProcess
 
 
-
 class TestChatOpenAI(ChatModelIntegrationTests):
     """Every test of the suite that a model of text alone has to pass."""
 
     url = ""
 
     @pytest.fixture(autouse=True)
-    def _server(self, mock: ServerProcess) -> Iterator[None]:
+    def _server(self, mock: ServerProcess) -> None:
         type(self).url = f"{mock.url}/v1"
-        yield
 
     @pytest.fixture
     def model(self, _server: None) -> ChatOpenAI:
