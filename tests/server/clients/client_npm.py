@@ -50,3 +50,14 @@ def test_a_stream_is_cut_and_read_on(mock: ServerProcess) -> None:
     found = run("ws.mjs", mock)
     assert found["text"].startswith(EXPECTED)
     assert found["numbers"] == list(range(len(found["numbers"])))
+
+
+def test_the_page_of_the_documentation_shows_the_answer_until_it_is_stopped(
+    mock: ServerProcess,
+) -> None:
+    prompt = b"<user>Why is the sky blue?\n<assistant>"
+    answer = bytes(continuation(list(prompt), 350)).decode()
+    text = run("page.mjs", mock)["text"]
+    assert len(text) >= 40
+    assert answer.startswith(text)
+    assert mock.idle(5)
