@@ -85,11 +85,8 @@ async def create(request: Request) -> ASGIApp:
     body, headers = await read_body(request, MessagesRequest, HARMLESS)
     check_model(engine, body.model)
     ids = await _prompt(engine, body)
-    params = SamplingParams(
-        **sampling_fields(body),
-        max_tokens=body.max_tokens,
-        stop=tuple(body.stop_sequences or ()),
-    )
+    stop = tuple(body.stop_sequences or ())
+    params = SamplingParams(**sampling_fields(body) | {"stop": stop, "max_tokens": body.max_tokens})
     identifier = f"msg_{uuid.uuid4().hex}"
     generation = Generation(
         [ids],

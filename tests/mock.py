@@ -28,22 +28,24 @@ from engine.types import Clock, MonotonicClock
 
 EOS = 256
 VOCAB = 257
+INFILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
-def byte_backend() -> Backend:
-    """A tokenizer whose ids are bytes, plus one special end token."""
+def byte_backend(*more: str) -> Backend:
+    """A tokenizer whose ids are bytes, plus one special end token, and `more` of them."""
     vocab = byte_alphabet()
     backend = Backend(models.BPE(vocab, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    names = ["<eos>", *more]
+    backend.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
     return backend
 
 
-def byte_tokenizer(chat_template: str | None = CHAT) -> Tokenizer:
+def byte_tokenizer(chat_template: str | None = CHAT, *more: str) -> Tokenizer:
     return Tokenizer(
-        byte_backend(), eos_token="<eos>", eos_token_ids=[EOS], chat_template=chat_template
+        byte_backend(*more), eos_token="<eos>", eos_token_ids=[EOS], chat_template=chat_template
     )
 
 
@@ -176,6 +178,7 @@ def mock_engine(
     chat_template: str | None = CHAT,
     stall_seconds: float = 30.0,
     look_ahead: bool = True,
+    infill: bool = False,
 ) -> tuple[AsyncEngine, MockExecutor]:
     """An engine around the mock model; the real loop, scheduler, pages and streams."""
     executor = MockExecutor(pages, page_size, choose)
@@ -184,8 +187,8 @@ def mock_engine(
         clock = MonotonicClock()
         return Parts(
             model_name="mock",
-            tokenizer=byte_tokenizer(chat_template),
-            vocab_size=VOCAB,
+            tokenizer=byte_tokenizer(chat_template, *(INFILL if infill else ())),
+            vocab_size=VOCAB + len(INFILL if infill else ()),
             scheduler=mock_scheduler(
                 pages, page_size, clock, step_tokens=max_batch_tokens, running=max_running
             ),

@@ -103,6 +103,18 @@ def test_a_suffix_takes_a_model_that_fills_in(http: httpx.Client) -> None:
     assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
 
 
+def test_a_model_that_fills_in_gets_prefix_and_suffix(mock_server: MockFactory) -> None:
+    server = mock_server(infill=True)
+    body = plain("ab", suffix="yz", return_token_ids=True)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body).json()
+    (choice,) = answer["choices"]
+    prefix, suffix, middle = 257, 258, 259
+    assert choice["prompt_token_ids"] == [prefix, 97, 98, suffix, 121, 122, middle]
+    assert choice["token_ids"] == continuation(choice["prompt_token_ids"], 6)
+    error = httpx.post(f"{server.url}/v1/completions", json=body | {"echo": True}).json()["error"]
+    assert error["param"] == "echo"
+
+
 def test_usage_is_kept_by_id_also_of_what_was_cut(http: httpx.Client) -> None:
     whole = answer(http, "/v1/completions", plain(["ab", "cde"]))
     kept = http.get(f"/v1/usage/{whole['id']}").json()

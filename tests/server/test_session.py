@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -384,6 +385,43 @@ async def test_too_many_lanes_are_refused_with_a_time_to_come_back(
     (error,) = (e for e in events if e["type"] == "error")
     assert (error["status"], error["stream_id"]) == (429, "c")
     assert error["error"]["headers"]["retry-after"] == "1"
+
+
+async def test_a_key_that_goes_ends_the_connection(
+    mock_server: MockFactory, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text('[tenants.a]\nkeys = ["one"]\n[tenants.b]\nkeys = ["two"]\n')
+    server = mock_server({"tenants_file": str(file)})
+    url = f"ws://127.0.0.1:{server.port}/v1/responses"
+    headers = {"authorization": "Bearer one"}
+    async with connect(url, additional_headers=headers) as socket:
+        await create(socket)
+        assert said(await until_end(socket)) == HELLO[:6]
+        file.write_text('[tenants.b]\nkeys = ["two"]\n')
+        await anyio.sleep(1.5)
+        await create(socket)
+        with pytest.raises(ConnectionClosed) as caught:
+            await until_end(socket)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1008
+
+
+async def test_who_cannot_be_served_is_told_to_come_back(mock_server: MockFactory) -> None:
+    server = mock_server({"drain_seconds": 5.0}, delay=0.05)
+    async with session(server, V1) as socket:
+        await create(socket, max_output_tokens=40)
+        await receive(socket)
+        server.terminate()
+        await anyio.sleep(0.3)
+        url = f"ws://127.0.0.1:{server.port}/v1/responses"
+        async with connect(url) as late:
+            assert (await receive(late))["status"] == 503
+            with pytest.raises(ConnectionClosed) as caught:
+                await late.recv()
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1013
+        assert (await until_end(socket))[-1]["type"] == "response.incomplete"
 
 
 async def test_connections_end_with_a_code_that_says_why(mock_server: MockFactory) -> None:
