@@ -101,7 +101,7 @@ async def create(request: Request) -> ASGIApp:
             _events(engine, stream, identifier, len(ids)),
             [(name.encode(), value.encode()) for name, value in headers.items()],
             lambda: engine.abort(*stream.request_ids),
-            keepalive=request.app.state.settings.keepalive_seconds,
+            settings=request.app.state.settings,
             raw=True,
             failed=lambda error: _frame("error", messages_error(error)[1]),
         )

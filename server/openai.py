@@ -288,7 +288,7 @@ async def _answer(
             frames,
             extra,
             lambda: engine.abort(*stream.request_ids),
-            keepalive=request.app.state.settings.keepalive_seconds,
+            settings=request.app.state.settings,
         )
     whole = await race_disconnect(request, lambda: _whole(engine, stream, wrapper, generation))
     return json_response(whole, headers=headers)

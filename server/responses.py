@@ -149,7 +149,7 @@ def _stream(request: Request, record: Record, after: int, headers: dict[str, str
         _events(cursor),
         [(name.encode(), value.encode()) for name, value in headers.items()],
         lambda: store.leave(record, cursor),
-        keepalive=request.app.state.settings.keepalive_seconds,
+        settings=request.app.state.settings,
         raw=True,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream
+from engine.config import ServerSection
 from server.errors import describe
 from server.requests import Prompt
 
@@ -104,8 +106,9 @@ class EventStream:
     """An ASGI response of server-sent events; ends early, and tidily, if the client leaves.
 
     `frames` yields encoded event payloads, or with `raw` whole events. An error on the way becomes
-    an `error` event, by `describe`. A comment breaks every silence of `keepalive` seconds. `on_end`
-    is called however it ends, also if the client left before the first frame.
+    an `error` event, by `describe`. Comments break every silence of `keepalive_seconds`. A client
+    that takes nothing for `slow_consumer_seconds` is given up. `on_end` is called however it ends,
+    also if the client left before the first frame.
     """
 
     def __init__(
@@ -114,15 +117,16 @@ class EventStream:
         headers: Sequence[tuple[bytes, bytes]] = (),
         on_end: Callable[[], None] = lambda: None,
         *,
-        keepalive: float,
+        settings: ServerSection,
         raw: bool = False,
         failed: Callable[[Exception], bytes] | None = None,
     ) -> None:
         self._frames = frames
         self._raw = raw
         self._failed = failed or failed_event
-        self._keepalive = keepalive
-        self._sent = 0.0
+        self._settings = settings
+        self._sending = False
+        self._last = math.inf
         self._on_end = on_end
         self._headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -135,7 +139,7 @@ class EventStream:
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._write, send, group.cancel_scope)
-                group.start_soon(self._break_silence, send)
+                group.start_soon(self._watch, send, group.cancel_scope)
                 await _disconnected(receive)
                 group.cancel_scope.cancel()
         finally:
@@ -144,26 +148,38 @@ class EventStream:
     async def _write(self, send: Send, scope: anyio.CancelScope) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-            self._sent = anyio.current_time()
             try:
                 async for frame in self._frames:
-                    await _send_body(send, frame if self._raw else b"data: " + frame + b"\n\n")
-                    self._sent = anyio.current_time()
+                    await self._body(send, frame if self._raw else b"data: " + frame + b"\n\n")
             except Exception as error:  # noqa: BLE001  (told to the client, and logged if it is ours)
-                await _send_body(send, self._failed(error))
+                await self._body(send, self._failed(error))
             if not self._raw:
-                await _send_body(send, DONE)
+                await self._body(send, DONE)
+            self._last = math.inf  # nothing may come behind the end
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             with anyio.CancelScope(shield=True):
                 await self._frames.aclose()
             scope.cancel()
 
-    async def _break_silence(self, send: Send) -> None:
+    async def _body(self, send: Send, body: bytes) -> None:
+        self._sending = True
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sending = False
+        self._last = anyio.current_time()
+
+    async def _watch(self, send: Send, scope: anyio.CancelScope) -> None:
+        """Break silences; give up on a client that takes nothing of what is sent."""
+        keepalive, patience = self._settings.keepalive_seconds, self._settings.slow_consumer_seconds
+        self._last = anyio.current_time()
         while True:
-            await anyio.sleep(self._keepalive / 2)
-            if self._sent and anyio.current_time() - self._sent >= self._keepalive / 2:
-                await _send_body(send, b": keep-alive\n\n")
+            await anyio.sleep(min(keepalive, patience) / 2)
+            silence = anyio.current_time() - self._last
+            if self._sending and silence > patience:
+                logger.warning("a client took nothing for %g s; its stream ends", patience)
+                scope.cancel()
+            elif not self._sending and silence >= keepalive / 2:
+                await self._body(send, b": keep-alive\n\n")
 
 
 def failed_event(error: Exception) -> bytes:
@@ -172,10 +188,6 @@ def failed_event(error: Exception) -> bytes:
     if status == 500:
         logger.error("stream failed", exc_info=error)
     return b"event: error\ndata: " + msgspec.json.encode(body) + b"\n\n"
-
-
-async def _send_body(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _disconnected(receive: Receive) -> None:
