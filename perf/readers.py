@@ -8,6 +8,7 @@ event every ten seconds. Rounds without and with them alternate on one server.
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import statistics
@@ -55,7 +56,7 @@ async def stall(url: str, stack: AsyncExitStack, count: int) -> list[ClientConne
     for number in range(count):
         address = f"{url.replace('http', 'ws')}/v1/responses"
         socket = await stack.enter_async_context(
-            connect(address, subprotocols=["ryzanstein.v1"])  # type: ignore[list-item]
+            connect(address, subprotocols=["ryzanstein.v1"], ping_interval=None)  # type: ignore[list-item]
         )
         body: dict[str, Any] = {"max_output_tokens": 400, "ignore_eos": True}
         messages = (
@@ -110,6 +111,7 @@ app = App(name="perf.readers", help=__doc__, help_format="plaintext")
 @app.default
 def main(*, stalled: int = 500, slow: int = 8, rounds: int = 3, tokens: int = 300) -> None:
     """Measure, and print a table."""
+    gc.disable()  # pauses of this process would be taken for the server's
     options = ["--set", "server.slow_consumer_seconds=600", "--set", "server.resume_ttl_seconds=0"]
     with server(*options) as url:
         results = anyio.run(measure, url, stalled, slow, rounds, tokens)

@@ -44,15 +44,21 @@ class EventLog:
         self._notify()
 
     @property
+    def behind(self) -> int:
+        """Events that the foremost reader has not taken; 0 while nobody reads, or near the end."""
+        if self.unbounded or not self.readers:
+            return 0
+        return min(reader.behind for reader in self.readers)
+
+    @property
     def has_room(self) -> bool:
         """Whether somebody keeps up, or nobody reads."""
-        if self.unbounded or not self.readers:
-            return True
-        return min(reader.behind for reader in self.readers) < WINDOW
+        return self.behind < WINDOW
 
     async def room(self) -> None:
-        """Wait until there is room."""
-        while not self.has_room:
+        """Wait until a reader that fell behind has caught up by half. Whoever takes an event now
+        and then would otherwise start its request again for each."""
+        while self.behind > WINDOW // 2:
             self._moved = anyio.Event()
             await self._moved.wait()
 
