@@ -50,6 +50,14 @@ class Delivery:
     def __len__(self) -> int:
         return len(self._active)
 
+    @property
+    def moving(self) -> int:
+        """Active requests that have not been set aside."""
+        return sum(
+            any(s.state in (State.WAITING, State.RUNNING) for s in active.sequences)
+            for active in self._active.values()
+        )
+
     def ids(self) -> Iterator[str]:
         """Ids of the active requests."""
         return iter(self._active)

@@ -303,7 +303,7 @@ class AsyncEngine:
         """Take nothing new, let running requests finish for up to `seconds`, then end them."""
         self._draining = True
         with anyio.move_on_after(seconds):
-            while self.active_requests:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
+            while self._delivery.moving:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
                 await anyio.sleep(0.02)
         self._fail_all(EngineFailed("the server shut down before the answer was complete"))
 
@@ -349,7 +349,8 @@ class AsyncEngine:
         """See to the memory now and then, also while nothing runs."""
         while True:
             await anyio.sleep(UPKEEP_SECONDS)
-            if self.parts.upkeep():
+            late = self.parts.scheduler.deadlines.next <= self.parts.clock.now()
+            if self.parts.upkeep() or late:
                 self._wake.set()
 
     async def _turn(self) -> None:

@@ -49,6 +49,11 @@ class TokenStream:
             self._open -= 1
         self._wake()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be pushed."""
+        return self._open == 0 or self._error is not None
+
     def when_full(self, tokens: int, then: Callable[[], None] | None) -> None:
         """Have `then` called once a delta of so many tokens waits for its reader; None for never.
         It must return at once."""

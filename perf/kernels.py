@@ -173,7 +173,7 @@ class Bench:
         memory = []
         for layer in range(layers):
             # Written, since untouched zeros would all be one page of the system's.
-            blocks = [np.full(size + 128, 1, np.uint8) for _ in range(2)]
+            blocks = [np.full(size + 128, 0x3C, np.uint8) for _ in range(2)]
             scales = [np.ones(vectors * max(4, layout.scale_bytes) // 2, np.float16) for _ in "kv"]
             memory += [*blocks, *scales]
             starts = [b.ctypes.data + -b.ctypes.data % 64 for b in blocks]

@@ -55,12 +55,16 @@ class EventLog:
         """Whether somebody keeps up, or nobody reads."""
         return self.behind < WINDOW
 
-    async def room(self) -> None:
-        """Wait until a reader that fell behind has caught up by half. Whoever takes an event now
-        and then would otherwise start its request again for each."""
-        while self.behind > WINDOW // 2:
-            self._moved = anyio.Event()
-            await self._moved.wait()
+    @property
+    def is_full(self) -> bool:
+        """Whether a reader that fell behind has not caught up by half yet. Whoever takes an event
+        now and then would otherwise start its request again for each."""
+        return self.behind > WINDOW // 2
+
+    async def movement(self) -> None:
+        """Wait until a reader gets on, comes or goes, or the end is near."""
+        self._moved = anyio.Event()
+        await self._moved.wait()
 
     async def changed(self) -> None:
         """Wait until something was appended, or the log was closed."""
@@ -93,12 +97,20 @@ class Cursor:
         """Events that it has not taken."""
         return len(self._log.events) - self._next
 
-    async def next(self) -> tuple[str, bytes] | None:
-        """The next event, as soon as there is one; None at the end."""
+    async def ready(self) -> bool:
+        """Wait until there is an event; False at the end."""
         while self._next >= len(self._log.events):
             if self._log.closed:
-                return None
+                return False
             await self._log.changed()
+        return True
+
+    async def next(self) -> tuple[str, bytes] | None:
+        """The next event, as soon as there is one; None at the end."""
+        return self.take() if await self.ready() else None
+
+    def take(self) -> tuple[str, bytes]:
+        """The event that is ready."""
         event = self._log.events[self._next]
         self._next += 1
         self._log.moved()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine import InvalidRequest
@@ -54,8 +55,11 @@ async def retrieve(request: Request) -> ASGIApp:
     query = request.query_params
     if query.get("stream", "false").lower() not in ("true", "1"):
         return json_response(record.composer.snapshot())
+    # A browser that reconnects has the address of its first try, and the header.
     last = request.headers.get("last-event-id")
-    after = _integer("starting_after", query.get("starting_after", last or "-1"))
+    after = _integer("starting_after", last or query.get("starting_after", "-1"))
+    if last is not None and record.is_over and after == len(record.log.events) - 1:
+        return Response(status_code=204)  # tells it to stay away
     return _stream(request, record, after, {})
 
 

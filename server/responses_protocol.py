@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from engine import AsyncEngine, InvalidRequest, SamplingParams
+from engine.scheduling.admission import check_length
 from server.composers import ResponseComposer, input_message
 from server.openai import Generation, check_model, encode_chat
 from server.protocol import Harmless, Sampled, refuse_unsupported
@@ -110,6 +111,10 @@ async def prepare_response(
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
     )
+    if body.generate is False:
+        # What is not submitted is checked here.
+        params.validate(engine.parts.vocab_size)
+        check_length(len(ids), params.max_tokens, engine.parts.limits)
     identifier = f"resp_{uuid.uuid4().hex}"
     tokenizer = engine.parts.tokenizer
     composer = ResponseComposer(
@@ -201,8 +206,14 @@ def _check(body: ResponsesRequest) -> None:
                 param="include",
                 code="unsupported_parameter",
             )
-    if body.metadata is not None and len(body.metadata) > MAX_METADATA:
+    metadata = body.metadata or {}
+    if len(metadata) > MAX_METADATA:
         raise InvalidRequest(f"metadata holds more than {MAX_METADATA} keys", param="metadata")
+    if any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
+        raise InvalidRequest(
+            "metadata has a key of more than 64 characters, or a value of more than 512",
+            param="metadata",
+        )
     if body.background and body.store is False:
         raise InvalidRequest("background needs store; leave store out", param="store")
     if body.n not in (None, 1):

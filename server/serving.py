@@ -97,12 +97,17 @@ def listen(settings: ServerSection) -> socket.socket:
     """The listening socket, taken before anything slow. Raises ConfigError if it cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(
             f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another --port"
         ) from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # What a client that was given up never takes would otherwise keep its connection.
+        patience = round(2e3 * settings.slow_consumer_seconds)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+    return listener
 
 
 def _uvicorn_config(app: Starlette, settings: ServerSection) -> uvicorn.Config:

@@ -52,6 +52,7 @@ class Session:
         self._lanes: dict[str | None, Lane] = {}
         self._active: dict[str, Record] = {}
         self._remembered: OrderedDict[str, Record] = OrderedDict()
+        self._reading_on = 0
         self._lock = anyio.Lock()
         self._group: TaskGroup
 
@@ -85,7 +86,9 @@ class Session:
     def previous(self, identifier: str) -> Record:
         """The response that another goes on from: of this connection, or a stored one."""
         record = self._remembered.get(identifier) or self._active.get(identifier)
-        return record or self.store.previous(identifier, self.client.owner)
+        if record is None or record.deleted or record.settings is None:
+            return self.store.previous(identifier, self.client.owner)
+        return record
 
     async def _read(self) -> None:
         while True:
@@ -96,7 +99,7 @@ class Session:
             except KeyError:
                 message = None
             try:
-                if not self._socket.app.state.directory.knows(self.client.tenant):
+                if not self._socket.app.state.directory.knows(self.client):
                     await self._socket.close(POLICY_VIOLATION, "the key is not valid any more")
                     return
                 await self._take(message)
@@ -152,7 +155,9 @@ class Session:
         self.store.cancel(record, "steered")
 
     async def _cancel(self, fields: dict[str, msgspec.Raw], stream_id: str | None) -> None:
-        self.store.cancel(self._named(fields))
+        record = self._named(fields)
+        record.cancelled = record.cancelled or not record.is_over
+        self.store.cancel(record)
 
     async def _pause(self, fields: dict[str, msgspec.Raw], stream_id: str | None) -> None:
         self.store.pause(self._named(fields))
@@ -164,8 +169,13 @@ class Session:
         record = self._named(fields)
         after = _integer(fields, "starting_after", -1)
         lane = stream_id if "stream_id" in fields else record.stream_id
+        if self._reading_on >= self._settings.max_streams:
+            raise self._crowded(f"{self._reading_on} responses are already being read on here")
+        into = self._lane(lane)
         cursor = self.store.read(record, after)
-        self._group.start_soon(self._read_on, record, cursor, lane)
+        self._reading_on += 1
+        into.readers += 1
+        self._group.start_soon(self._read_on, record, cursor, into, lane)
 
     async def _credit(self, fields: dict[str, msgspec.Raw], stream_id: str | None) -> None:
         events = _integer(fields, "events", 0)
@@ -185,13 +195,7 @@ class Session:
             if len(self._lanes) >= self._settings.max_streams:
                 idle = [key for key, one in self._lanes.items() if one.is_idle]
                 if not idle:
-                    raise HTTPError(
-                        429,
-                        f"{len(self._lanes)} streams are busy on this connection",
-                        param="stream_id",
-                        code="rate_limit_exceeded",
-                        headers={"retry-after": "1"},
-                    )
+                    raise self._crowded(f"{len(self._lanes)} streams are busy on this connection")
                 del self._lanes[idle[0]]
             lane = self._lanes[stream_id] = Lane()
         return lane
@@ -199,16 +203,15 @@ class Session:
     def _queue(self, job: Job, stream_id: str | None) -> None:
         lane = self._lane(stream_id)
         if sum(len(one.jobs) for one in self._lanes.values()) >= WAITING:
-            raise HTTPError(
-                429,
-                f"{WAITING} requests are already waiting on this connection",
-                code="rate_limit_exceeded",
-                headers={"retry-after": "1"},
-            )
+            raise self._crowded(f"{WAITING} requests are already waiting on this connection")
         lane.jobs.append(job)
         if not lane.busy:
             lane.busy = True
             self._group.start_soon(self._work, lane, stream_id)
+
+    def _crowded(self, message: str) -> HTTPError:
+        code, headers = "rate_limit_exceeded", {"retry-after": "1"}
+        return HTTPError(429, message, param="stream_id", code=code, headers=headers)
 
     async def _work(self, lane: Lane, stream_id: str | None) -> None:
         """Run a lane's requests in turn, until none is left."""
@@ -228,10 +231,14 @@ class Session:
             await self._fail(error, stream_id)
             return
         self._active[record.id] = record
-        await self._forward(record, self.store.read(record), stream_id)
+        await self._forward(record, self.store.read(record), lane, stream_id)
         self._remember(record)
-        if record.steers:
+        lane.used = True
+        if record.steers and not record.cancelled:
             lane.jobs.appendleft(self._successor(record))
+        for steer in record.steers:
+            steer.refuse("response_not_active", "the response was cancelled")
+            await self._send(steer.failed(), stream_id)
 
     def _successor(self, record: Record) -> Job:
         """What goes on from a response that was steered."""
@@ -258,26 +265,26 @@ class Session:
 
     # Sending
 
-    async def _read_on(self, record: Record, cursor: Cursor, stream_id: str | None) -> None:
+    async def _read_on(
+        self, record: Record, cursor: Cursor, lane: Lane, stream_id: str | None
+    ) -> None:
         """Forward a response that another connection, or this one, began."""
         try:
-            await self._forward(record, cursor, stream_id)
+            await self._forward(record, cursor, lane, stream_id)
         except ClientLeft:
             return
+        finally:
+            self._reading_on -= 1
+            lane.readers -= 1
 
-    async def _forward(self, record: Record, cursor: Cursor, stream_id: str | None) -> None:
+    async def _forward(
+        self, record: Record, cursor: Cursor, lane: Lane, stream_id: str | None
+    ) -> None:
         """A record's events, as credit allows. However it is left, its reader has gone."""
         try:
-            while True:
-                lane = self._lanes.get(stream_id)
-                if lane is not None:
-                    await lane.take_credit()
-                event = await cursor.next()
-                if event is None:
-                    if lane is not None:
-                        lane.return_credit()
-                    return
-                await self._send_encoded(event[1], stream_id)
+            while await cursor.ready():
+                await lane.take_credit()
+                await self._send_encoded(cursor.take()[1], stream_id)
         finally:
             self.store.leave(record, cursor)
 

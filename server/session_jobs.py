@@ -98,6 +98,8 @@ def steer_of(fields: Fields, record: Record | None, identifier: str, most: int) 
         steer.refuse("steering_not_supported", "only responses can be steered")
     elif record.is_over:
         steer.refuse("response_already_completed", "the response has ended")
+    elif record.cancelled:
+        steer.refuse("response_not_active", "the response was cancelled")
     elif len(record.steers) >= most:
         steer.refuse("too_many_pending_steers", f"{most} steers wait already")
     else:

@@ -91,6 +91,12 @@ class Record:
     cut: str = ""
     error: Exception | None = None
     paused: bool = False
+    """Whether its client has set it aside."""
+    held: bool = False
+    """Whether the scheduler has, since nobody reads."""
+    cancelled: bool = False
+    deleted: bool = False
+    drops: int = 0
     steers: list[Steer] = field(default_factory=list)
     ended: anyio.Event = field(default_factory=anyio.Event)
 
@@ -98,6 +104,12 @@ class Record:
     def is_over(self) -> bool:
         """Whether all of its events are there."""
         return self.log.closed
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes in memory."""
+        said = sum(len(message["content"]) for message in self.messages)
+        return self.log.bytes + 2 * said
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -138,6 +150,7 @@ class Store:
         self._append(record, record.composer.nothing())
         record.log.close()
         record.ended.set()
+        self._forget_oldest()
 
     def find(self, identifier: str, owner: str) -> Record:
         """A response of this owner's. Raises HTTPError 404."""
@@ -153,12 +166,16 @@ class Store:
 
     def previous(self, identifier: str, owner: str) -> Record:
         """The response that another goes on from. Raises HTTPError 404."""
-        try:
-            return self.find(identifier, owner)
-        except HTTPError as error:
+        record = self._records.get(identifier)
+        # A chat completion is none: its conversation is not kept.
+        if record is None or record.owner != owner or record.settings is None:
             raise HTTPError(
-                404, str(error), param="previous_response_id", code="previous_response_not_found"
-            ) from error
+                404,
+                f"there is no response {identifier[:100]!r} to go on from (any more)",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        return record
 
     def cancel(self, record: Record, reason: str = "") -> None:
         """End a response as it stands; one that has ended stays as it is."""
@@ -170,37 +187,48 @@ class Store:
     def delete(self, record: Record) -> None:
         """Forget a response, after ending it."""
         self.cancel(record)
+        record.deleted = True
         self._records.pop(record.id, None)
 
     def pause(self, record: Record) -> None:
-        """Set a response aside until `proceed`."""
-        if record.stream is not None and not record.is_over:
-            record.paused = True
-            self._engine.pause(*record.stream.request_ids)
+        """Set a response aside until `proceed`. Raises HTTPError 429 if its owner has too many."""
+        if record.stream is None or record.is_over or record.paused:
+            return
+        count = sum(r.paused and r.owner == record.owner for r in self._records.values())
+        if count >= self._settings.max_streams:
+            raise HTTPError(
+                429,
+                f"{count} responses are set aside already; let some go on, or cancel them",
+                code="rate_limit_exceeded",
+                headers={"retry-after": "1"},
+            )
+        record.paused = True
+        self._engine.pause(*record.stream.request_ids)
 
     def proceed(self, record: Record) -> None:
         """Let a response go on that was set aside."""
         if record.stream is not None and record.paused:
             record.paused = False
-            self._engine.unpause(*record.stream.request_ids)
+            if not record.held:
+                self._engine.unpause(*record.stream.request_ids)
 
     def leave(self, record: Record, cursor: Cursor) -> None:
         """A reader goes. The last one's going ends what nobody may come back to."""
         cursor.close()
-        if record.log.readers or record.background:
+        if record.log.readers or (record.background and not record.paused):
             return
         if record.is_over and not record.resumable:
             self._settle(record)
         elif record.resumable and (record.is_over or self._may_detach(record.owner)):
             # What was sent last may never have arrived.
             self._detached.add(record)
-            self._group.start_soon(self._expire, record)
+            record.drops += 1
+            self._group.start_soon(self._expire, record, record.drops)
         else:
             self.cancel(record)
 
     def read(self, record: Record, starting_after: int = -1) -> Cursor:
         """A new reader."""
-        self._detached.discard(record)
         if not -1 <= starting_after < max(1, len(record.log.events)):
             raise HTTPError(
                 400,
@@ -209,16 +237,17 @@ class Store:
                 param="starting_after",
                 code="invalid_value",
             )
+        self._detached.discard(record)
         return Cursor(record.log, starting_after)
 
     def _may_detach(self, owner: str) -> bool:
         count = sum(r.owner == owner and not r.is_over for r in self._detached)
         return count < self._settings.detached_streams
 
-    async def _expire(self, record: Record) -> None:
+    async def _expire(self, record: Record, drop: int) -> None:
         """End a response that nobody came back to, or forget it once it has ended by itself."""
         await anyio.sleep(self._settings.resume_ttl_seconds)
-        if record.log.readers or record not in self._detached:
+        if record.log.readers or record not in self._detached or record.drops != drop:
             return
         self._detached.discard(record)
         self.cancel(record)
@@ -250,20 +279,26 @@ class Store:
             self._end(record)
 
     async def _wait_for_reader(self, record: Record, stream: TokenStream) -> None:
-        """Until somebody reads on; HTTPError if nobody does in time."""
-        ids = stream.request_ids
-        stream.when_full(HIGH_WATER, lambda: self._engine.pause(*ids))
-        seconds = self._settings.slow_consumer_seconds
-        with anyio.move_on_after(seconds) as patience:
-            await record.log.room()
-        if patience.cancelled_caught:
-            raise HTTPError(
-                408,
-                f"nothing was read for {seconds:g} seconds; read faster, or ask for less at a time",
-                code="slow_consumer",
-                headers={"x-should-retry": "false"},
-            )
+        """Until a reader has caught up by half; HTTPError if none gets on at all for too long."""
+        ids, seconds = stream.request_ids, self._settings.slow_consumer_seconds
+
+        def hold() -> None:
+            record.held = True
+            self._engine.pause(*ids)
+
+        stream.when_full(HIGH_WATER, hold)
+        while record.log.is_full and not stream.is_over:
+            with anyio.move_on_after(seconds) as patience:
+                await record.log.movement()
+            if patience.cancelled_caught and not stream.is_over:
+                raise HTTPError(
+                    408,
+                    f"nothing was read for {seconds:g} seconds; read faster, or cancel",
+                    code="slow_consumer",
+                    headers={"x-should-retry": "false"},
+                )
         stream.when_full(0, None)
+        record.held = False
         if not record.paused:
             self._engine.unpause(*ids)
 
@@ -295,6 +330,8 @@ class Store:
         assert record.composer.status in ENDED or record.error is None
         record.log.close()
         record.ended.set()
+        if record.id in self._records:
+            self._records.move_to_end(record.id)  # kept in the order of their ends
         if not record.log.readers and record not in self._detached:
             self._settle(record)
         self._forget_oldest()
@@ -306,9 +343,9 @@ class Store:
 
     def _forget_oldest(self) -> None:
         ended = [r for r in self._records.values() if r.is_over and not r.log.readers]
-        size, count = sum(r.log.bytes for r in ended), len(ended)
+        size, count = sum(r.bytes for r in ended), len(ended)
         for record in ended:
             if count <= self._settings.stored_responses and size <= KEPT_BYTES:
                 break
             del self._records[record.id]
-            size, count = size - record.log.bytes, count - 1
+            size, count = size - record.bytes, count - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -126,7 +125,8 @@ class EventStream:
         self._failed = failed or failed_event
         self._settings = settings
         self._sending = False
-        self._last = math.inf
+        self._ended = False
+        self._last = 0.0
         self._on_end = on_end
         self._headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -155,7 +155,8 @@ class EventStream:
                 await self._body(send, self._failed(error))
             if not self._raw:
                 await self._body(send, DONE)
-            self._last = math.inf  # nothing may come behind the end
+            self._ended = True
+            self._sending = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             with anyio.CancelScope(shield=True):
@@ -178,8 +179,11 @@ class EventStream:
             if self._sending and silence > patience:
                 logger.warning("a client took nothing for %g s; its stream ends", patience)
                 scope.cancel()
-            elif not self._sending and silence >= keepalive / 2:
-                await self._body(send, b": keep-alive\n\n")
+            elif not (self._sending or self._ended) and silence >= keepalive / 2:
+                with anyio.move_on_after(patience) as limit:
+                    await self._body(send, b": keep-alive\n\n")
+                if limit.cancelled_caught:
+                    scope.cancel()
 
 
 def failed_event(error: Exception) -> bytes:

@@ -69,9 +69,9 @@ class Directory:
         """Whether everybody may ask without a key."""
         return self._file is None and not self._common
 
-    def knows(self, tenant: str) -> bool:
-        """Whether a tenant (still) has a key, or none is needed."""
-        return self.is_open or tenant in self._keys.values()
+    def knows(self, client: Client) -> bool:
+        """Whether a client's key is (still) its tenant's, or none is needed."""
+        return self.is_open or self._keys.get(client.owner.encode()) == client.tenant
 
     def tenant_of(self, key: str) -> str | None:
         """The tenant that a key belongs to; None if nobody has it."""

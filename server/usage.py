@@ -58,8 +58,8 @@ class UsageBook:
 
 def answer_id(request_id: str) -> str:
     """The answer that one of its prompts' requests belongs to: `cmpl-HEX-3` is of `cmpl-HEX`."""
-    kind, _, rest = request_id.partition("-")
-    return f"{kind}-{rest.partition('-')[0]}"
+    kind, dash, rest = request_id.partition("-")
+    return kind + dash + rest.partition("-")[0]
 
 
 async def get_usage(request: Request) -> ASGIApp:

@@ -122,7 +122,7 @@ class Connection:
     async def _prepare(self, body: bytes) -> Generation:
         """A chat request if it has messages, else a completion; the model may be left out."""
         client = client_of(self._socket)
-        if not self._socket.app.state.directory.knows(client.tenant):
+        if not self._socket.app.state.directory.knows(client):
             raise HTTPError(401, "the key is not valid any more", code="invalid_api_key")
         if self._engine.health() == "loading":
             raise HTTPError(503, "the model is still loading", code="model_loading")

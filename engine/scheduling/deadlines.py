@@ -32,6 +32,11 @@ class Deadlines:
             heapq.heapify(self._heap)
             self._limit = max(MANY, 2 * len(self._heap))
 
+    @property
+    def next(self) -> float:
+        """The earliest deadline that is watched."""
+        return self._heap[0][0] if self._heap else math.inf
+
     def passed(self, now: float) -> Iterator[Sequence]:
         """Unfinished sequences that have missed one; each is given once."""
         while self._heap and self._heap[0][0] <= now:

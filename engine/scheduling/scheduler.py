@@ -262,8 +262,10 @@ class Scheduler:
         if sequence in self._entered:
             self._entered.discard(sequence)
             plan.admitted.append(sequence)
-        if start < sequence.prompt_length and not sequence.preemptions:
-            sequence.account.take_input(count)
+        read = min(start + count, sequence.prompt_length)
+        if read > sequence.charged:
+            sequence.account.take_input(read - max(start, sequence.charged))
+            sequence.charged = read
         if sample:
             self.prefilling.remove(sequence)
             sequence.decoding = True

@@ -35,6 +35,7 @@ class Sequence:
         "account",
         "admitted_at",
         "cached",
+        "charged",
         "computed",
         "decoding",
         "ends",
@@ -86,6 +87,8 @@ class Sequence:
         self.decoding = False
         self.horizon = 0
         self.cached = 0
+        # Prompt positions up to here have been paid for, or were found.
+        self.charged = 0
         self.pages: list[int] = []
         # Leading pages that were found, not computed.
         self.shared = 0

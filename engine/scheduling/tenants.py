@@ -113,7 +113,8 @@ def order_key(sequence: Sequence, prefill_seconds: float, patience: float) -> tu
 
 def service_left(sequence: Sequence) -> float:
     """The most that a sequence's tenant can still be charged for it, at a weight of 1."""
-    unread = 0 if sequence.preemptions else max(0, sequence.prompt_length - sequence.scheduled)
+    read = max(sequence.scheduled, sequence.charged)
+    unread = max(0, sequence.prompt_length - read)
     return INPUT_WEIGHT * unread + OUTPUT_WEIGHT * (sequence.final_length - len(sequence.tokens))
 
 

@@ -8,7 +8,15 @@ from contextlib import aclosing
 import anyio
 import pytest
 
-from engine import AsyncEngine, EngineFailed, InvalidRequest, Overloaded, SamplingParams
+from engine import (
+    AsyncEngine,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    SamplingParams,
+    Terms,
+)
 from engine.execution import stepper
 from engine.types import Delta, RequestStats, StepStats
 from tests.mock import EOS, continuation, mock_engine
@@ -383,3 +391,34 @@ async def test_a_slow_reader_gets_everything_and_holds_nobody() -> None:
             deltas += await slow.receive()
         assert "".join(d.text for d in deltas) == text_of("slow", 30)
         assert len(deltas) < 30
+
+
+async def test_the_deadline_of_a_request_that_is_set_aside_passes_too() -> None:
+    """Though nothing runs that would notice."""
+    engine, _ = mock_engine()
+    async with engine:
+        stream = await engine.submit("hi", SamplingParams(max_tokens=9), terms=Terms(deadline=0.3))
+        engine.pause(*stream.request_ids)
+        with anyio.fail_after(3), pytest.raises(DeadlineExceeded):
+            while await stream.receive():
+                pass
+
+
+async def test_a_request_that_waits_says_where_it_stands() -> None:
+    engine, executor = mock_engine(max_running=1)
+    executor.delay = 0.01
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    async with engine:
+        streams = [await engine.submit("hi", params, request_id=f"r{n}") for n in range(3)]
+        while engine.queue_progress("r0") is not None:
+            await anyio.sleep(0.005)
+        found = [engine.queue_progress(f"r{n}") for n in (1, 2)]
+        assert [progress.position for progress in found if progress] == [0, 1]
+        assert found[1] is not None
+        assert found[1].seconds > 0
+        assert found[1].reason
+        assert engine.queue_progress("unknown") is None
+        left = engine.allowance("")
+        assert left.requests_left == left.requests - 2
+        for stream in streams:
+            engine.abort(*stream.request_ids)

@@ -208,6 +208,24 @@ def test_a_reader_who_leaves_without_a_wish_to_return_ends_it(mock: ServerProces
     assert 0 < found["usage"]["output_tokens"] < 380
 
 
+def test_a_browser_that_reconnects_goes_on_and_in_the_end_stays_away(http: httpx.Client) -> None:
+    """It has the address of its first try, and the header."""
+    created = http.post("/v1/responses", json=body()).json()
+    url = f"/v1/responses/{created['id']}?stream=true&starting_after=2"
+    rest = events_of(http.get(url, headers={"last-event-id": "7"}).text)
+    assert rest[0]["sequence_number"] == 8
+    last = str(rest[-1]["sequence_number"])
+    assert http.get(url, headers={"last-event-id": last}).status_code == 204
+    for wrong in ("-2", "99999", "x"):
+        assert http.get(url, headers={"last-event-id": wrong}).status_code == 400
+
+
+def test_what_a_response_took_is_known_by_its_id(http: httpx.Client) -> None:
+    created = http.post("/v1/responses", json=body()).json()
+    usage = http.get(f"/v1/usage/{created['id']}").json()["usage"]
+    assert usage["completion_tokens"] == created["usage"]["output_tokens"] == 6
+
+
 def test_only_so_many_streams_may_wait_for_their_readers(mock_server: MockFactory) -> None:
     server = mock_server(
         {"detached_streams": 1, "resume_ttl_seconds": 1.0}, delay=0.02, pages=128, context=250
@@ -245,6 +263,7 @@ def test_only_so_many_streams_may_wait_for_their_readers(mock_server: MockFactor
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"temperature": 3}, "temperature"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
         ({"generate": False}, "generate"),
         ({"n": 2}, "n"),
         ({"model": "other"}, "model"),

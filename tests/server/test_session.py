@@ -328,6 +328,77 @@ async def test_only_the_same_key_comes_back(mock_server: MockFactory) -> None:
         assert (await http.get(path, headers=one)).status_code == 200
 
 
+async def test_credit_is_what_is_sent_also_of_several_readers(mock: ServerProcess) -> None:
+    async with session(mock, V1) as socket:
+        identifiers = []
+        for _ in range(2):
+            await create(socket, max_output_tokens=20)
+            identifiers.append((await until_end(socket))[-1]["response"]["id"])
+        await send(socket, "flow.credit", stream_id="r", events=5)
+        for identifier in identifiers:
+            await send(socket, "response.resume", response_id=identifier, stream_id="r")
+        events = [await receive(socket) for _ in range(5)]
+        with anyio.move_on_after(0.5):
+            events.append(json.loads(await socket.recv()))
+        assert len(events) == 5
+        await send(socket, "flow.credit", stream_id="r", events=1000)
+        events += await until_end(socket, 2)
+    assert len(said(events)) == 40
+
+
+async def test_a_reader_that_waits_takes_no_credit(mock: ServerProcess) -> None:
+    async with session(mock, V1) as socket:
+        await create(socket, stream_id="p", max_output_tokens=300)
+        created = await receive(socket)
+        identifier = created["response"]["id"]
+        await send(socket, "response.pause", response_id=identifier)
+        await anyio.sleep(0.3)
+        await send(socket, "flow.credit", stream_id="w", events=4)
+        known = {"response_id": identifier, "stream_id": "w"}
+        await send(socket, "response.resume", **known, starting_after=created["sequence_number"])
+        await create(socket, stream_id="w")
+        seen = 0
+        while seen < 4:
+            seen += (await receive(socket))["stream_id"] == "w"
+        await send(socket, "response.cancel", response_id=identifier)
+        await send(socket, "flow.credit", stream_id="w", events=1000)
+        while (await receive(socket))["type"] not in LAST:
+            pass
+
+
+async def test_a_cancel_beats_a_steer(mock: ServerProcess) -> None:
+    async with session(mock, V1) as socket:
+        await create(socket, max_output_tokens=380)
+        events = [await receive(socket)]
+        while events[-1]["type"] != "response.output_text.delta":
+            events.append(await receive(socket))
+        created = next(e for e in events if e["type"] == "response.created")
+        identifier = created["response"]["id"]
+        await send(socket, "response.cancel", response_id=identifier)
+        await send(socket, "response.steer", previous_response_id=identifier, input="x")
+        kinds = set()
+        while not {"response.incomplete", "response.steer.failed"} <= kinds:
+            event = await receive(socket)
+            kinds.add(event["type"])
+            if event["type"] == "response.incomplete":
+                assert event["response"]["status"] == "cancelled"
+        await create(socket, input="again")
+        first = await receive(socket)
+        while first["type"] != "response.created":
+            first = await receive(socket)
+        assert first["response"]["previous_response_id"] is None
+
+
+async def test_a_chat_completion_is_nothing_to_go_on_from(mock: ServerProcess) -> None:
+    request = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    async with session(mock, V1) as socket:
+        await send(socket, "chat.completion.create", request=request)
+        identifier = (await until_end(socket))[-1]["response"]["id"]
+        await create(socket, previous_response_id=identifier)
+        (error,) = await until_end(socket)
+    assert error["error"]["code"] == "previous_response_not_found"
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -391,14 +462,14 @@ async def test_a_key_that_goes_ends_the_connection(
     mock_server: MockFactory, tmp_path: Path
 ) -> None:
     file = tmp_path / "tenants.toml"
-    file.write_text('[tenants.a]\nkeys = ["one"]\n[tenants.b]\nkeys = ["two"]\n')
+    file.write_text('[tenants.a]\nkeys = ["one", "other"]\n')
     server = mock_server({"tenants_file": str(file)})
     url = f"ws://127.0.0.1:{server.port}/v1/responses"
     headers = {"authorization": "Bearer one"}
     async with connect(url, additional_headers=headers) as socket:
         await create(socket)
         assert said(await until_end(socket)) == HELLO[:6]
-        file.write_text('[tenants.b]\nkeys = ["two"]\n')
+        file.write_text('[tenants.a]\nkeys = ["other"]\n')
         await anyio.sleep(1.5)
         await create(socket)
         with pytest.raises(ConnectionClosed) as caught:

@@ -72,6 +72,18 @@ def test_the_turn_of_a_tenant_is_passed_over_only_within_the_bound_of_fairness()
         bench.drain()
 
 
+def test_a_prompt_is_paid_for_once_whatever_happens_to_it() -> None:
+    for interrupt in (False, True):
+        bench = Bench(pages=64, budget=8, running=4, prefix_caching=False)
+        (sequence,) = bench.add(list(range(40)), max_tokens=3)
+        bench.step()
+        if interrupt:
+            bench.scheduler.pause(sequence)
+            bench.scheduler.unpause(sequence)
+        bench.drain()
+        assert sequence.account.counter == 40 + 2 * 3
+
+
 def test_nobody_makes_way_who_would_come_back_at_once() -> None:
     """A tenant with its one slot goes on, though by weight it has a right to less than a slot."""
     bench = Bench(pages=12, budget=12, running=4, prefix_caching=False)
