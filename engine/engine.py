@@ -254,6 +254,7 @@ class AsyncEngine:
                 f"{self.parts.model_name} has no chat template (it is a base model); "
                 "use completions instead",
                 param="messages",
+                code="no_chat_template",
             )
         return template.render(messages, **options)
 

@@ -16,6 +16,8 @@ from engine.errors import (
     RyzansteinError,
 )
 
+# Well-formed requests that this model in particular cannot take.
+UNPROCESSABLE = ("no_chat_template", "chat_template_refused")
 MESSAGES_PATH = "/v1/messages"
 # Anthropic's names of what went wrong, by status.
 MESSAGES_KINDS = {
@@ -72,6 +74,8 @@ def describe(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
             status, code, param, headers = error.status, error.code, error.param, error.headers
         case InvalidRequest():
             status, code, param = 400, error.code, error.param
+            if code in UNPROCESSABLE:
+                status = 422
         case Overloaded():
             status, code = 429, "rate_limit_exceeded"
             headers = {"retry-after": str(max(1, math.ceil(error.retry_after)))}

@@ -55,6 +55,7 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the model's chat template cannot format these messages: {error}",
                 param="messages",
+                code="chat_template_refused",
             ) from error
 
     def _render_open(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -68,7 +69,9 @@ class ChatTemplate:
         before, found, _ = self.render(marked, add_generation_prompt=False).rpartition(END_MARK)
         if not found:
             raise InvalidRequest(
-                "the model's chat template leaves the last message out", param="messages"
+                "the model's chat template leaves the last message out",
+                param="messages",
+                code="chat_template_refused",
             )
         return before
 

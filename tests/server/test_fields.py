@@ -98,6 +98,16 @@ def test_the_assistants_message_can_be_continued(http: httpx.Client) -> None:
     assert content == text_of(b"<user>hi\n<assistant>Well,")
 
 
+def test_a_model_that_cannot_chat_is_422(mock_server: MockFactory) -> None:
+    server = mock_server(chat_template=None)
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+        pytest.raises(openai.UnprocessableEntityError, match="no chat template") as caught,
+    ):
+        client.chat.completions.create(**CHAT)
+    assert (caught.value.code, caught.value.param) == ("no_chat_template", "messages")
+
+
 def test_a_suffix_takes_a_model_that_fills_in(http: httpx.Client) -> None:
     error = http.post("/v1/completions", json=plain("a", suffix="b")).json()["error"]
     assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
