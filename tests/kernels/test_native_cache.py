@@ -46,6 +46,14 @@ def floats(backend: NativeBackend) -> list[torch.Tensor]:
     ]
 
 
+def hadamard(size: int) -> torch.Tensor:
+    """The orthonormal Walsh-Hadamard matrix of a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / size**0.5
+
+
 def round_trip(backend: NativeBackend, dtype: CacheDType) -> None:
     """Every page through a block of the codec's and back."""
     codec = backend.page_codec(dtype)
@@ -66,7 +74,9 @@ def test_int4_loses_half_a_step_of_its_group(tmp_path: Path, instructions: str) 
     program.forward(chunks_batch([TOKENS], [0], TABLE, 16))
     before = floats(backend)
     round_trip(backend, "int4")
-    for old, new in zip(before, floats(backend), strict=True):
+    after = floats(backend)
+    before[0], after[0] = before[0] @ hadamard(64), after[0] @ hadamard(64)  # keys lie so
+    for old, new in zip(before, after, strict=True):
         groups = old.reshape(PAGES, 2, 16, 2, 32)
         step = (groups.amax(-1) - groups.amin(-1)) / 15
         error = (new - old).abs().reshape(groups.shape).amax(-1)

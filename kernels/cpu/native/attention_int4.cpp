@@ -1,5 +1,6 @@
 // Attention over a cache of int4 in groups of 32: products of whole numbers within a group, whose
-// scale and lowest value then count for every token.
+// scale and lowest value then count for every token. Keys lie there as `spread` makes them, so
+// queries go through it, too.
 #include "attention.h"
 
 namespace ryzanstein {
@@ -15,7 +16,10 @@ struct GroupState : State<CacheFormat::kInt8> {
   float lowest[kQueryRows];                        // softmax weights times lowest values
 
   void begin(int row, const float* q, int64_t dim) {
-    State::begin(row, q, dim);
+    alignas(64) float rotated[kMaxDim];
+    std::memcpy(rotated, q, static_cast<size_t>(dim) * sizeof(float));
+    spread(rotated, dim);
+    State::begin(row, rotated, dim);
     const auto* rounded = reinterpret_cast<const int8_t*>(queries[row]);
     for (int64_t g = 0; g < dim / kGroup; ++g) {
       int32_t sum = 0;

@@ -58,7 +58,10 @@ void round_to_int4(const float* x, uint8_t* out, uint16_t* scale) {
 }
 
 void write_int4_key(const LayerCache& cache, int64_t page, int64_t token, int64_t head,
-                    const float* key) {
+                    const float* given) {
+  alignas(64) float key[kMaxDim];
+  std::memcpy(key, given, static_cast<size_t>(cache.dim) * sizeof(float));
+  spread(key, cache.dim);
   uint8_t* out = cache.keys + cache.tile(page, head, token) + token % 16 * 4;
   for (int64_t g = 0; g < cache.dim / kGroup; ++g) {
     uint8_t rounded[kGroup];
@@ -94,6 +97,7 @@ void read_key(const LayerCache& cache, int64_t page, int64_t token, int64_t head
       const int q = i % 8 < 4 ? both & 15 : both >> 4;
       out[i] = half_to_float(scale) * static_cast<float>(q) + half_to_float(scale + 16);
     }
+    spread(out, cache.dim);
     return;
   }
   const int64_t element = cache.element(), n = 4 / element;

@@ -37,7 +37,8 @@ enum class CacheFormat : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 // values: [page][kv head][page_size / n][dim][n]
 // scales: [page][kv head][page_size] fp32, largest magnitude / 127 of one token's head; kInt8 only
 //
-// kInt4 has groups of 32 of a token's dims, each scale * (0 to 15) + lowest; no byte belongs to two
+// kInt4 has groups of 32 of a token's dims, each scale * (0 to 15) + lowest, the keys' after a
+// Walsh-Hadamard transform; no byte belongs to two
 // tokens, since they are written at the same time:
 // keys:   [page][kv head][page_size / 16][dim / 8][16][4], of eight dims the low halves hold the first
 // values: [page][kv head][page_size / 4][dim / 32][16][4], of 32 dims the low halves hold the first

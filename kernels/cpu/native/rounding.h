@@ -28,6 +28,25 @@ inline void round_to_bf16(const float* x, int64_t count, uint16_t* out) {
   for (int64_t i = 0; i < count; i += 16) store_bf16(out + i, load(x + i, count - i), count - i);
 }
 
+// A Walsh-Hadamard transform of `dim` values in place, in blocks of the largest power of two that
+// divides it; its own inverse. It spreads outliers, so that few bits hold a vector better (QuaRot,
+// arXiv 2404.00456), and leaves products of two vectors as they are.
+inline void spread(float* x, int64_t dim) {
+  const int64_t block = dim & -dim;
+  float scale = 1.0f;
+  for (int64_t n = block; n > 1; n /= 2) scale *= 0.70710678118654752f;
+  for (int64_t half = 1; half < block; half *= 2) {
+    for (int64_t first = 0; first < dim; first += 2 * half) {
+      for (int64_t i = first; i < first + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+    }
+  }
+  for (int64_t i = 0; i < dim; ++i) x[i] *= scale;
+}
+
 }  // namespace
 }  // namespace RYZANSTEIN_ISA
 }  // namespace ryzanstein
