@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
@@ -23,7 +23,7 @@ from engine.scheduling.plan import Plan
 from engine.scheduling.sequence import Sequence as ScheduledSequence
 from engine.scheduling.tenants import Tenant
 from engine.stats import step_stats
-from engine.streams import TokenStream
+from engine.streams import TokenStream, Waiter
 from engine.text.tokenizer import encode_all
 from engine.types import (
     DEFAULT_TERMS,
@@ -37,6 +37,7 @@ from engine.types import (
 )
 
 logger = logging.getLogger("ryzanstein.engine")
+T = TypeVar("T")
 
 # Longer prompts than this are tokenized on another thread.
 LONG_TEXT = 16_384
@@ -77,7 +78,7 @@ class AsyncEngine:
         # What readers want of their requests, in order; applied between steps.
         self._wishes: list[tuple[Callable[[Delivery, str], None], str]] = []
         self._wake = anyio.Event()
-        self._stepped: asyncio.Future[None] | None = None
+        self._stepped = Waiter()
         # Steps that have been submitted, oldest first, and when the oldest began to run.
         self._flying: deque[tuple[Plan, float]] = deque()
         self._step_started: float | None = None
@@ -154,23 +155,13 @@ class AsyncEngine:
         self, texts: Sequence[str], *, add_special_tokens: bool = True
     ) -> list[list[int]]:
         """Token ids of several texts, on another thread if they are long together."""
-        tokenizer = self.parts.tokenizer
-
-        def work() -> list[list[int]]:
-            return encode_all(tokenizer, texts, add_special_tokens=add_special_tokens)
-
-        if sum(map(len, texts)) <= LONG_TEXT:
-            return work()
-        return await anyio.to_thread.run_sync(work)
+        tokenizer, more = self.parts.tokenizer, {"add_special_tokens": add_special_tokens}
+        return await _aside(sum(map(len, texts)), lambda: encode_all(tokenizer, texts, **more))
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens shown."""
         tokenizer = self.parts.tokenizer
-        if len(ids) <= LONG_TEXT:
-            return tokenizer.decode(ids, skip_special_tokens=False)
-        return await anyio.to_thread.run_sync(
-            lambda: tokenizer.decode(ids, skip_special_tokens=False)
-        )
+        return await _aside(len(ids), lambda: tokenizer.decode(ids, skip_special_tokens=False))
 
     async def submit(
         self,
@@ -271,8 +262,7 @@ class AsyncEngine:
         self._wish(Delivery.abort, request_ids)
 
     def pause(self, *request_ids: str) -> None:
-        """Set requests aside, before the next step: they keep their streams, but hold no slot and
-        no pages of their own, until `unpause`."""
+        """Set requests aside until `unpause`: without a slot and pages, with their streams."""
         self._wish(Delivery.pause, request_ids)
 
     def unpause(self, *request_ids: str) -> None:
@@ -281,8 +271,8 @@ class AsyncEngine:
 
     def queue_progress(self, request_id: str) -> QueueProgress | None:
         """Where a request stands in the queue; None once it has begun."""
-        sequence = self._delivery.waiting(request_id)
-        return None if sequence is None else self._admission.progress(sequence)
+        found = self._delivery.waiting(request_id)
+        return None if found is None else self._admission.progress(found)
 
     @property
     def active_requests(self) -> int:
@@ -394,19 +384,9 @@ class AsyncEngine:
 
     async def _step_end(self, until: float | None = None) -> None:
         """Wait for the oldest step's end, or until a time of the clock."""
-        if self.parts.stepper.ready():
-            return
-        loop = asyncio.get_running_loop()
-        self._stepped = stepped = loop.create_future()
-        if until is None:
-            await stepped
-            return
-        delay = max(0.0, until - self.parts.clock.now())
-        timer = loop.call_later(delay, _resolve, stepped)
-        try:
-            await stepped
-        finally:
-            timer.cancel()
+        if not self.parts.stepper.ready():
+            now = self.parts.clock.now()
+            await self._stepped.wait(None if until is None else until - now)
 
     def _take_result(self) -> None:
         """Commit the oldest step and deliver what it gave."""
@@ -427,19 +407,14 @@ class AsyncEngine:
         scheduler.observe(plan, result, arrived - begun)
         committed = clock.now()
         self._delivery.deliver(moved)
-        parts = {
-            **result.seconds,
-            "plan": self._plan_seconds,
-            "wait": arrived - begun,
-            "commit": committed - arrived,
-            "stream": clock.now() - committed,
-        }
-        self._emit(plan, parts)
+        times = {"plan": self._plan_seconds, "wait": arrived - begun}
+        times |= {"commit": committed - arrived, "stream": clock.now() - committed}
+        self._emit(plan, result.seconds | times)
 
     def _on_step_end(self) -> None:
         # A loop may call this once more after the result has been taken.
-        if self._stepped is not None and self.parts.stepper.ready():
-            _resolve(self._stepped)
+        if self.parts.stepper.ready():
+            self._stepped.wake()
 
     def _step_failed(self, plan: Plan, error: Exception) -> None:
         """End the step's requests with one error; the others go on, unless it keeps happening."""
@@ -463,12 +438,11 @@ class AsyncEngine:
 
     def _emit(self, plan: Plan, seconds: dict[str, float]) -> None:
         if self._listeners:
-            parts = self.parts
-            stats = step_stats(plan, parts.scheduler, parts.clock.now(), seconds)
+            stats = step_stats(plan, self.parts.scheduler, self.parts.clock.now(), seconds)
             for listener in self._listeners:
                 listener.on_step(stats)
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+async def _aside(size: int, work: Callable[[], T]) -> T:
+    """What is done with a text, on another thread if that takes long."""
+    return work() if size <= LONG_TEXT else await anyio.to_thread.run_sync(work)

@@ -8,6 +8,32 @@ from collections.abc import AsyncIterator, Callable
 from engine.types import Delta
 
 
+class Waiter:
+    """What one task waits for. A bare future: an event object a token would cost more than the
+    token's text."""
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] | None = None
+
+    async def wait(self, seconds: float | None = None) -> None:
+        """Until the next `wake`, or for so long."""
+        loop = asyncio.get_running_loop()
+        self._future = loop.create_future()
+        if seconds is None:
+            await self._future
+            return
+        timer = loop.call_later(max(0.0, seconds), self.wake)
+        try:
+            await self._future
+        finally:
+            timer.cancel()
+
+    def wake(self) -> None:
+        """Let the task go on, if it waits."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+
 class TokenStream:
     """Deltas of one or several requests' choices, coalesced until they are read.
 
@@ -24,8 +50,7 @@ class TokenStream:
         self._error: Exception | None = None
         self._full = 0
         self._on_full: Callable[[], None] | None = None
-        # A bare future: an event object a token would cost more than the token's text.
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter = Waiter()
 
     def join(self, request_id: str, choices: int) -> int:
         """Let a request's choices push here; returns the index of its first."""
@@ -47,7 +72,7 @@ class TokenStream:
                 on_full()
         if delta.finish_reason is not None:
             self._open -= 1
-        self._wake()
+        self._waiter.wake()
 
     @property
     def is_over(self) -> bool:
@@ -62,13 +87,12 @@ class TokenStream:
     async def ready(self) -> None:
         """Wait until `receive` has something, or the end."""
         while not (self._pending or self._error or self._open == 0):
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            await self._waiter.wait()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what is pending."""
         self._error = error
-        self._wake()
+        self._waiter.wake()
 
     async def receive(self) -> list[Delta]:
         """Everything since the last call, at most one delta per choice; empty at the end.
@@ -82,10 +106,6 @@ class TokenStream:
             return []
         pending, self._pending = self._pending, {}
         return list(pending.values())
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while deltas := await self.receive():

@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from engine import AsyncEngine, SamplingParams
+from engine import AsyncEngine, ConfigError, SamplingParams
 
 # Name -> settings; the first is what the others are compared with.
 FORMATS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,11 @@ def main(
     rows: list[dict[str, Any]] = []
     reference: list[int] = []
     for name, settings in FORMATS.items():
-        logprobs, best = anyio.run(score, model, content, windows, length, settings)
+        try:
+            logprobs, best = anyio.run(score, model, content, windows, length, settings)
+        except ConfigError as error:
+            print(f"{name}: not for this model ({error})")
+            continue
         perplexity = math.exp(-sum(logprobs) / len(logprobs))
         reference = reference or best
         agreement = sum(a == b for a, b in zip(best, reference, strict=True)) / len(best)

@@ -82,6 +82,11 @@ class Lifecycle:
             async with self.engine:
                 self._on_loaded()
                 await self._stop.wait()
+                logger.warning(
+                    "stopping: %d requests have %g s to end; another signal ends them now",
+                    self.engine.active_requests,
+                    self._drain_seconds,
+                )
                 with anyio.CancelScope() as self._drain:
                     await self.engine.drain(self._drain_seconds)
         except LoadingStopped:
@@ -131,8 +136,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             Route("/v1/completions", openai.completions, methods=["POST"]),
             Route("/v1/responses", responses.create, methods=["POST"]),
             Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
-            Route("/v1/responses/{id}", responses.retrieve, methods=["GET"]),
-            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}", responses.one, methods=["GET", "DELETE"]),
             Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
             Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
             Route("/v1/messages", messages.create, methods=["POST"]),

@@ -49,6 +49,11 @@ async def create(request: Request) -> ASGIApp:
     return json_response(record.composer.snapshot(), headers=headers)
 
 
+async def one(request: Request) -> ASGIApp:
+    """`GET` or `DELETE /v1/responses/{id}`."""
+    return await (delete if request.method == "DELETE" else retrieve)(request)
+
+
 async def retrieve(request: Request) -> ASGIApp:
     """`GET /v1/responses/{id}`, with `stream=true` its events from `starting_after` on."""
     record = _find(request)

@@ -42,6 +42,11 @@ class ResponsesRequest(Sampled, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     stream_options: Any = None
     generate: bool | None = None
+    # Refused: chat's names for what has another one here.
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    messages: Any = None
+    response_format: Any = None
     # Refused unless they change nothing.
     tools: Any = None
     tool_choice: Any = None
@@ -77,6 +82,10 @@ HARMLESS: Harmless = {
     "truncation": ("disabled",),
     "service_tier": ("auto", "default"),
     "stream_options": ({}, {"include_obfuscation": False}),
+    "max_tokens": (),
+    "max_completion_tokens": (),
+    "messages": (),
+    "response_format": (),
 }
 # What may be asked to be included; the others exist only with tools, images or reasoning.
 LOGPROBS = "message.output_text.logprobs"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import logging
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,11 +19,15 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.config import ServerSection
-from server.errors import HTTPError, error_response
+from server.errors import MESSAGES_PATH, HTTPError, error_response
 from server.tenants import Directory
+
+logger = logging.getLogger("ryzanstein.server")
 
 OPEN_PATHS = ("/health/live", "/health/ready", "/metrics")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+# What OpenAI's own clients call it in browsers.
+KEY_PROTOCOL = "openai-insecure-api-key."
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -89,7 +94,7 @@ class Guard:
         if tenant is None:
             raise HTTPError(
                 401,
-                "a valid API key is needed: send 'Authorization: Bearer KEY'",
+                "a valid API key is needed: send 'Authorization: Bearer KEY', or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
@@ -102,6 +107,8 @@ class Guard:
         async def wrapped(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
                 more = {"x-request-id": request_id}
+                if scope["path"].startswith(MESSAGES_PATH):
+                    more["request-id"] = request_id  # Anthropic's name for it
                 tenant = scope["state"].get("tenant")
                 if tenant is not None and scope["path"].startswith("/v1/"):
                     more |= self._rates(tenant)
@@ -163,9 +170,15 @@ def is_local(host: str) -> bool:
 
 
 def _key(headers: Headers) -> str:
-    """The key that came with a request, OpenAI's way or Anthropic's."""
+    """The key that came with a request: OpenAI's way, Anthropic's, or that of a page's WebSocket,
+    which can set no headers but may offer subprotocols."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
+    if scheme.lower() == "bearer":
+        return key.strip()
+    for offered in headers.get("sec-websocket-protocol", "").split(","):
+        if offered.strip().startswith(KEY_PROTOCOL):
+            return offered.strip().removeprefix(KEY_PROTOCOL)
+    return headers.get("x-api-key", "").strip()
 
 
 def _name(host: str) -> str:
@@ -177,6 +190,7 @@ def _name(host: str) -> str:
 
 async def _refuse_socket(scope: Scope, receive: Receive, send: Send, error: HTTPError) -> None:
     """Answer the handshake with the error's status and body, where the server can."""
+    logger.info("refused a WebSocket: %s", error)
     await receive()
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008})

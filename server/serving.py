@@ -83,6 +83,7 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
 def run(lifecycle: Lifecycle, settings: ServerSection, listener: socket.socket) -> None:
     """Serve on `listener` until a signal has drained the engine, or it could not be loaded."""
     server = DrainingServer(lifecycle, settings)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     def stop() -> None:
         server.should_exit = True
@@ -123,6 +124,11 @@ def _uvicorn_config(app: Starlette, settings: ServerSection) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """uvicorn takes a refused handshake for a mistake of the application's."""
+    return "returned without completing handshake" not in record.getMessage()
 
 
 def _warn_if_open(settings: ServerSection) -> None:

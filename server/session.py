@@ -69,7 +69,9 @@ class Session:
 
     async def _welcome(self) -> None:
         if self.engine.health() != "ok":
-            await self._fail(HTTPError(503, "the server takes no requests now", code="not_ready"))
+            loading = self.engine.health() == "loading"
+            code = "model_loading" if loading else "engine_unavailable"
+            await self._fail(HTTPError(503, "the server takes no requests now", code=code))
             await self._socket.close(TRY_AGAIN_LATER)
             raise ClientLeft
         if self.extended:
@@ -126,6 +128,8 @@ class Session:
         if handler is None and self.extended:
             handler = EXTENSIONS.get(kind)
         if handler is None:
+            if not kind:
+                raise InvalidRequest("type is missing", param="type", code="unknown_message")
             hint = f"; it takes the subprotocol {PROTOCOL}" if kind in EXTENSIONS else ""
             raise InvalidRequest(
                 f"messages of type {kind[:50]!r} are not known here{hint}",

@@ -307,6 +307,9 @@ class Store:
         if not record.progress:
             return
         told: int | None = None
+        with anyio.move_on_after(PROGRESS_SECONDS):
+            await stream.ready()  # most begin at once
+            return
         while (found := self._engine.queue_progress(record.id)) is not None:
             if found.position != told:
                 told = found.position

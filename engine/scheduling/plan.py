@@ -85,3 +85,14 @@ class StepResult:
         logprob = self.logprobs[row]
         assert logprob is not None
         return TokenLogprob(self.ids[row], logprob, tuple(self.top[row]))
+
+
+def score_prompt(chunk: Chunk, result: StepResult, first: int) -> None:
+    """Keep the logprobs of prompt tokens; the row of position p scores token p + 1."""
+    sequence = chunk.sequence
+    if chunk.rows != chunk.count:
+        return
+    for offset in range(chunk.rows):
+        target = chunk.start + offset + 1
+        if target == len(sequence.prompt_logprobs) < sequence.prompt_length:
+            sequence.prompt_logprobs.append(result.logprob(first + offset))

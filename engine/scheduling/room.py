@@ -10,6 +10,10 @@ from engine.scheduling.sequence import Sequence
 from engine.scheduling.tenants import OUTPUT_WEIGHT, Account, FairQueue, service_left
 
 NO_PAGES = "no free pages"
+# Prompts of tenants below their share that may be under way beside the usual number.
+BESIDE = 4
+# Why a tenant is passed over; after the first two it keeps its turn.
+BUSY, FULL, OUT_OF_TURN = "prompts under way", "batch full", "others are due first"
 # One slot in so many stays free for tenants that are below their share.
 RESERVED = 8
 

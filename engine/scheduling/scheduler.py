@@ -16,18 +16,13 @@ from engine.scheduling.cold import ColdIndex
 from engine.scheduling.cost import CostModel
 from engine.scheduling.deadlines import Deadlines
 from engine.scheduling.pages import PagePool
-from engine.scheduling.plan import Chunk, Move, Plan, StepResult
+from engine.scheduling.plan import Chunk, Move, Plan, StepResult, score_prompt
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
 from engine.scheduling.prefixes import Prefixes
-from engine.scheduling.room import NO_PAGES, Room
+from engine.scheduling.room import BESIDE, BUSY, FULL, NO_PAGES, OUT_OF_TURN, Room
 from engine.scheduling.sequence import Sequence, State, by_order, take_out
 from engine.scheduling.tenants import Account, FairQueue, order_key
 from engine.types import Clock, Decision
-
-# Prompts of tenants below their share that may be under way beside the usual number.
-BESIDE = 4
-# Why a tenant is passed over; after the first two it keeps its turn.
-BUSY, FULL, OUT_OF_TURN = "prompts under way", "batch full", "others are due first"
 
 
 class Scheduler:
@@ -126,7 +121,7 @@ class Scheduler:
             sequence.computed = chunk.start + chunk.count
             self._prefixes.publish(sequence)
             if sequence.wants_prompt_logprobs:
-                self._score_prompt(chunk, result, first)
+                score_prompt(chunk, result, first)
             if chunk.sample:
                 self._prefixes.publish_tail(sequence)
                 self._append(sequence, result, row - 1)
@@ -190,8 +185,7 @@ class Scheduler:
 
     def waits_for(self, account: Account) -> str:
         """Why the first of a tenant's queue was not let in, as it was last told."""
-        told = self._told.get(account)
-        return told[1] if told is not None else "queued"
+        return self._told[account][1] if account in self._told else "queued"
 
     def resize(self, pages: int) -> int:
         """Bring the pages in use to about `pages`; only free ones can go. Returns the change."""
@@ -436,16 +430,6 @@ class Scheduler:
                 tokens.append(token)
                 sequence.account.take_output()
         return moved
-
-    def _score_prompt(self, chunk: Chunk, result: StepResult, first: int) -> None:
-        """Keep the logprobs of prompt tokens; the row of position p scores token p + 1."""
-        sequence = chunk.sequence
-        if chunk.rows != chunk.count:
-            return
-        for offset in range(chunk.rows):
-            target = chunk.start + offset + 1
-            if target == len(sequence.prompt_logprobs) < sequence.prompt_length:
-                sequence.prompt_logprobs.append(result.logprob(first + offset))
 
     def _append(self, sequence: Sequence, result: StepResult, row: int) -> None:
         """Add a drawn token, and finish the sequence if it ends there."""

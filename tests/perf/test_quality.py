@@ -15,7 +15,7 @@ from tests.tiny import write_llama
 
 @needs_native
 def test_every_format_is_scored_on_the_same_tokens(tmp_path: Path) -> None:
-    model, file = write_llama(tmp_path / "tiny"), tmp_path / "out.json"
+    model, file = write_llama(tmp_path / "tiny", head_dim=64), tmp_path / "out.json"
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
     command = [sys.executable, "-m", "perf.quality", "--model", str(model), "--text", str(text)]

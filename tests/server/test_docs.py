@@ -18,7 +18,6 @@ from tests.server.process import ROOT, ServerProcess
 
 DOCUMENT = (ROOT / "docs" / "websocket.md").read_text()
 QUESTION = "Why is the sky blue?"
-# As many tokens as the context has room for.
 ANSWER = bytes(continuation(list(f"<user>{QUESTION}\n<assistant>".encode()), 300)).decode()
 
 
@@ -66,11 +65,10 @@ async def test_the_python_example_goes_on_after_a_drop(mock: ServerProcess, tmp_
     port = listener.extra(anyio.abc.SocketAttribute.local_port)
     script = tmp_path / "example.py"
     script.write_text(example("python", mock).replace(str(mock.port), str(port)))
-    async with anyio.create_task_group() as group:
+    async with listener, anyio.create_task_group() as group:
         group.start_soon(listener.serve, serve)
         with anyio.fail_after(60):
-            done = await anyio.run_process([sys.executable, str(script)])
+            done = await anyio.run_process([sys.executable, str(script)], stderr=None)
         group.cancel_scope.cancel()
-    await listener.aclose()
     assert connections >= 3
     assert done.stdout.decode().startswith(ANSWER)

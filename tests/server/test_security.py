@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from engine.config import ServerSection
 from server.security import allowed_hosts, is_local
@@ -64,6 +68,23 @@ def test_keys_guard_everything_but_health_and_metrics(mock_server: MockFactory) 
     good = {"authorization": "bearer secret"}
     assert httpx.get(f"{server.url}/v1/models", headers=good).status_code == 200
     assert httpx.get(f"{server.url}/nothing", headers=good).status_code == 404
+
+
+async def test_a_page_brings_its_key_as_a_subprotocol(mock_server: MockFactory) -> None:
+    """It can set no headers on a WebSocket."""
+    server = mock_server({"api_keys": ["secret"]})
+    url = f"ws://127.0.0.1:{server.port}/v1/responses"
+    right, wrong = (["ryzanstein.v1", f"openai-insecure-api-key.{k}"] for k in ("secret", "no"))
+    offered: Any = right
+    async with connect(url, subprotocols=offered) as socket:
+        assert socket.subprotocol == "ryzanstein.v1"
+        assert "session.created" in str(await socket.recv())
+    offered = wrong
+    with pytest.raises(InvalidStatus) as caught:
+        async with connect(url, subprotocols=offered):
+            pass
+    assert caught.value.response.status_code == 401
+    assert "handshake" not in server.log
 
 
 def test_request_ids_are_echoed_if_they_are_plain(mock: ServerProcess) -> None:
