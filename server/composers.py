@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -249,8 +248,3 @@ def input_message(role: str, text: str) -> dict[str, Any]:
         "status": "completed",
         "content": [part],
     }
-
-
-def pairs(messages: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """Messages of a template's input as items."""
-    return [input_message(message["role"], message["content"]) for message in messages]

@@ -99,7 +99,7 @@ async def create(request: Request) -> ASGIApp:
     if body.stream:
         return EventStream(
             _events(engine, stream, identifier, len(ids)),
-            [(name.encode(), value.encode()) for name, value in headers.items()],
+            headers,
             lambda: engine.abort(*stream.request_ids),
             settings=request.app.state.settings,
             raw=True,

@@ -282,11 +282,10 @@ async def _answer(
     kind = shape.chunk_kind if body.stream else shape.kind
     wrapper = envelope(request_id, kind, engine.parts.model_name, engine.parts.fingerprint)
     if body.stream:
-        extra = [(k.encode(), v.encode()) for k, v in headers.items()]
         frames = _frames(engine, stream, wrapper, generation, body.stream_options)
         return EventStream(
             frames,
-            extra,
+            headers,
             lambda: engine.abort(*stream.request_ids),
             settings=request.app.state.settings,
         )

@@ -11,12 +11,13 @@ from starlette.types import ASGIApp
 from engine import InvalidRequest
 from server.errors import json_response
 from server.log import Cursor
-from server.openai import check_model, encode_chat, read_body, ready_engine
+from server.openai import check_model, read_body, ready_engine
 from server.responses_protocol import (
     HARMLESS,
     ResponsesRequest,
     messages_of,
     prepare_response,
+    prompt_ids,
 )
 from server.store import Record, Store
 from server.streams import EventStream, race_disconnect
@@ -117,11 +118,7 @@ async def count_tokens(request: Request) -> ASGIApp:
     check_model(engine, body.model)
     previous = previous_of(store_of(request), body, client_of(request).owner)
     messages = [*(previous.conversation if previous else []), *messages_of(body.input)]
-    if body.instructions:
-        messages.insert(0, {"role": "system", "content": body.instructions})
-    if not messages:
-        raise InvalidRequest("input is missing; give text or a list of messages", param="input")
-    ids = await encode_chat(engine, messages, "input")
+    ids = await prompt_ids(engine, messages, body.instructions)
     answer = {"object": "response.input_tokens", "input_tokens": len(ids)}
     return json_response(answer, headers=headers)
 
@@ -156,7 +153,7 @@ def _stream(request: Request, record: Record, after: int, headers: dict[str, str
     cursor = store.read(record, after)
     return EventStream(
         _events(cursor),
-        [(name.encode(), value.encode()) for name, value in headers.items()],
+        headers,
         lambda: store.leave(record, cursor),
         settings=request.app.state.settings,
         raw=True,

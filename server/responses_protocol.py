@@ -11,7 +11,7 @@ from engine import AsyncEngine, InvalidRequest, SamplingParams
 from engine.scheduling.admission import check_length
 from server.composers import ResponseComposer, input_message
 from server.openai import Generation, check_model, encode_chat
-from server.protocol import Harmless, Sampled, refuse_unsupported
+from server.protocol import Harmless, Sampled
 from server.requests import sampling_fields, terms_of, truncated
 from server.shapes import ChatShape
 from server.store import Record
@@ -105,16 +105,11 @@ async def prepare_response(
     Raises InvalidRequest naming the field.
     """
     check_model(engine, body.model)
-    refuse_unsupported(body, HARMLESS)
     _check(body)
     wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     given = messages_of(body.input)
-    earlier = previous.conversation if previous is not None else []
-    messages = [*earlier, *given]
-    if not messages:
-        raise InvalidRequest("input is missing; give text or a list of messages", param="input")
-    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    ids = truncated(await encode_chat(engine, [*system, *messages], "input"), body)
+    messages = [*(previous.conversation if previous is not None else []), *given]
+    ids = truncated(await prompt_ids(engine, messages, body.instructions), body)
     params = SamplingParams(
         **sampling_fields(body),
         max_tokens=body.max_output_tokens,
@@ -147,6 +142,16 @@ async def prepare_response(
     }
     shape = ChatShape(tokenizer, logprobs=wants_logprobs)
     return record, Generation([ids], params, shape, terms_of(client, body), names)
+
+
+async def prompt_ids(
+    engine: AsyncEngine, messages: list[dict[str, str]], instructions: str | None
+) -> list[int]:
+    """The prompt of a conversation. Raises InvalidRequest if nothing was said."""
+    if not messages:
+        raise InvalidRequest("input is missing; give text or a list of messages", param="input")
+    system = [{"role": "system", "content": instructions}] if instructions else []
+    return await encode_chat(engine, [*system, *messages], "input")
 
 
 def messages_of(given: str | list[dict[str, Any]] | None) -> list[dict[str, str]]:

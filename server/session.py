@@ -24,7 +24,7 @@ from server.log import Cursor
 from server.responses_protocol import ResponsesRequest, successor_of
 from server.session_jobs import chat_job, response_job, steer_of
 from server.store import Record, Store
-from server.streams import ClientLeft, logger, send_text
+from server.streams import ClientLeft, logger, receive_text, send_text
 from server.tenants import Client, client_of
 
 PROTOCOL = "ryzanstein.v1"
@@ -52,7 +52,6 @@ class Session:
         self._lanes: dict[str | None, Lane] = {}
         self._active: dict[str, Record] = {}
         self._remembered: OrderedDict[str, Record] = OrderedDict()
-        self._reading_on = 0
         self._lock = anyio.Lock()
         self._group: TaskGroup
 
@@ -93,20 +92,15 @@ class Session:
         return record
 
     async def _read(self) -> None:
-        while True:
-            try:
-                message = await self._socket.receive_text()
-            except WebSocketDisconnect:
-                return
-            except KeyError:
-                message = None
-            try:
+        try:
+            while True:
+                message = await receive_text(self._socket)
                 if not self._socket.app.state.directory.knows(self.client):
                     await self._socket.close(POLICY_VIOLATION, "the key is not valid any more")
                     return
                 await self._take(message)
-            except (WebSocketDisconnect, ClientLeft):
-                return
+        except (WebSocketDisconnect, ClientLeft):
+            return
 
     async def _take(self, message: str | None) -> None:
         """One message, None for a binary one; what is wrong with it is told."""
@@ -173,11 +167,11 @@ class Session:
         record = self._named(fields)
         after = _integer(fields, "starting_after", -1)
         lane = stream_id if "stream_id" in fields else record.stream_id
-        if self._reading_on >= self._settings.max_streams:
-            raise self._crowded(f"{self._reading_on} responses are already being read on here")
+        readers = sum(one.readers for one in self._lanes.values())
+        if readers >= self._settings.max_streams:
+            raise self._crowded(f"{readers} responses are already being read on here")
         into = self._lane(lane)
         cursor = self.store.read(record, after)
-        self._reading_on += 1
         into.readers += 1
         self._group.start_soon(self._read_on, record, cursor, into, lane)
 
@@ -278,7 +272,6 @@ class Session:
         except ClientLeft:
             return
         finally:
-            self._reading_on -= 1
             lane.readers -= 1
 
     async def _forward(

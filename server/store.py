@@ -154,8 +154,8 @@ class Store:
 
     def find(self, identifier: str, owner: str) -> Record:
         """A response of this owner's. Raises HTTPError 404."""
-        record = self._records.get(identifier)
-        if record is None or record.owner != owner:
+        record = self._owned(identifier, owner)
+        if record is None:
             raise HTTPError(
                 404,
                 f"there is no response {identifier[:100]!r} (any more)",
@@ -166,9 +166,9 @@ class Store:
 
     def previous(self, identifier: str, owner: str) -> Record:
         """The response that another goes on from. Raises HTTPError 404."""
-        record = self._records.get(identifier)
+        record = self._owned(identifier, owner)
         # A chat completion is none: its conversation is not kept.
-        if record is None or record.owner != owner or record.settings is None:
+        if record is None or record.settings is None:
             raise HTTPError(
                 404,
                 f"there is no response {identifier[:100]!r} to go on from (any more)",
@@ -239,6 +239,10 @@ class Store:
             )
         self._detached.discard(record)
         return Cursor(record.log, starting_after)
+
+    def _owned(self, identifier: str, owner: str) -> Record | None:
+        record = self._records.get(identifier)
+        return record if record is not None and record.owner == owner else None
 
     def _may_detach(self, owner: str) -> bool:
         count = sum(r.owner == owner and not r.is_over for r in self._detached)

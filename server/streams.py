@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 import anyio
@@ -69,6 +70,16 @@ class ClientLeft(Exception):
     """The client disconnected before the answer was complete."""
 
 
+async def receive_text(socket: WebSocket) -> str | None:
+    """The next message, None for a binary one; ClientLeft if nobody is there any more."""
+    try:
+        return await socket.receive_text()
+    except WebSocketDisconnect as error:
+        raise ClientLeft from error
+    except KeyError:
+        return None
+
+
 async def send_text(socket: WebSocket, text: str) -> None:
     """Send a message; ClientLeft if nobody is there any more."""
     try:
@@ -101,6 +112,9 @@ async def race_disconnect(request: Request, work: Callable[[], Awaitable[T]]) ->
     return results[0]
 
 
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
 class EventStream:
     """An ASGI response of server-sent events; ends early, and tidily, if the client leaves.
 
@@ -113,7 +127,7 @@ class EventStream:
     def __init__(
         self,
         frames: AsyncGenerator[bytes],
-        headers: Sequence[tuple[bytes, bytes]] = (),
+        headers: Mapping[str, str] = NO_HEADERS,
         on_end: Callable[[], None] = lambda: None,
         *,
         settings: ServerSection,
@@ -132,7 +146,7 @@ class EventStream:
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
-            *headers,
+            *((name.encode(), value.encode()) for name, value in headers.items()),
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

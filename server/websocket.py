@@ -14,14 +14,14 @@ from typing import Any
 import anyio
 import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from engine import AsyncEngine, InvalidRequest, TokenStream
 from server.errors import HTTPError, describe
 from server.format import usage_body
 from server.openai import Generation, prepare_chat, prepare_completion
 from server.protocol import ChatRequest, CompletionRequest, decode
-from server.streams import ClientLeft, deltas_of, logger, send_text
+from server.streams import ClientLeft, deltas_of, logger, receive_text, send_text
 from server.tenants import client_of
 
 # Requests that may wait on a connection behind the one being answered.
@@ -52,11 +52,8 @@ class Connection:
     async def _read_all(self, queue: MemoryObjectSendStream[tuple[int, str]]) -> None:
         with queue:
             while True:
-                try:
-                    message = await self._socket.receive_text()
-                except WebSocketDisconnect:
-                    return
-                except KeyError:
+                message = await receive_text(self._socket)
+                if message is None:
                     await self._fail(InvalidRequest("send text messages, not binary ones"))
                     continue
                 if _is_cancel(message):

@@ -38,7 +38,7 @@ class Client:
 
 async def test_a_stream_ends_with_done_and_nothing_behind_it() -> None:
     client, ends = Client(), []
-    stream = EventStream(frames(2), (), lambda: ends.append(1), settings=ServerSection())
+    stream = EventStream(frames(2), {}, lambda: ends.append(1), settings=ServerSection())
     await stream({"type": "http"}, never, client.send)  # type: ignore[arg-type]
     assert client.bodies[1:] == [b"data: 0\n\n", b"data: 1\n\n", b"data: [DONE]\n\n", b""]
     assert ends == [1]
@@ -55,7 +55,7 @@ async def test_silence_is_broken() -> None:
 async def test_a_client_that_takes_nothing_is_given_up() -> None:
     client, ends = Client(takes=3), []
     settings = ServerSection(slow_consumer_seconds=0.1)
-    stream = EventStream(frames(50), (), lambda: ends.append(1), settings=settings)
+    stream = EventStream(frames(50), {}, lambda: ends.append(1), settings=settings)
     with anyio.fail_after(2):
         await stream({"type": "http"}, never, client.send)  # type: ignore[arg-type]
     assert client.bodies[1:] == [b"data: 0\n\n", b"data: 1\n\n"]

@@ -21,8 +21,16 @@ const uint8_t* narrow_row(CacheFormat format, const float* x, int64_t dim, uint8
   return narrow;
 }
 
-float to_float(uint16_t bf16) {
-  const uint32_t raw = static_cast<uint32_t>(bf16) << 16;
+// One element of a cache of kF32 or kBf16.
+float to_float(CacheFormat format, const uint8_t* at) {
+  uint32_t raw = 0;
+  if (format == CacheFormat::kF32) {
+    std::memcpy(&raw, at, 4);
+  } else {
+    uint16_t bf16;
+    std::memcpy(&bf16, at, 2);
+    raw = static_cast<uint32_t>(bf16) << 16;
+  }
   float x;
   std::memcpy(&x, &raw, sizeof x);
   return x;
@@ -103,12 +111,8 @@ void read_key(const LayerCache& cache, int64_t page, int64_t token, int64_t head
   const int64_t element = cache.element(), n = 4 / element;
   for (int64_t i = 0; i < cache.dim; ++i) {
     const uint8_t* from = at + i / n * 64 + i % n * element;
-    if (cache.format == CacheFormat::kF32) {
-      std::memcpy(out + i, from, 4);
-    } else if (cache.format == CacheFormat::kBf16) {
-      uint16_t narrow;
-      std::memcpy(&narrow, from, 2);
-      out[i] = to_float(narrow);
+    if (cache.format != CacheFormat::kInt8) {
+      out[i] = to_float(cache.format, from);
     } else {
       out[i] = static_cast<float>(*from - 128) * *cache.scale(cache.key_scales, page, head, token);
     }
@@ -131,12 +135,8 @@ void read_value(const LayerCache& cache, int64_t page, int64_t token, int64_t he
   at += (token % 16 / n * cache.dim * n + token % n) * element;
   for (int64_t i = 0; i < cache.dim; ++i) {
     const uint8_t* from = at + i * 4;
-    if (cache.format == CacheFormat::kF32) {
-      std::memcpy(out + i, from, 4);
-    } else if (cache.format == CacheFormat::kBf16) {
-      uint16_t narrow;
-      std::memcpy(&narrow, from, 2);
-      out[i] = to_float(narrow);
+    if (cache.format != CacheFormat::kInt8) {
+      out[i] = to_float(cache.format, from);
     } else {
       int8_t narrow;
       std::memcpy(&narrow, from, 1);
