@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs, and the backend that serves with them."""

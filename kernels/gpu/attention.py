@@ -1,0 +1,286 @@
+"""Attention over the paged cache, for any mixture of prefill chunks and decodes in one launch.
+
+A program takes a block of queries: all query heads of one key/value head, for one token (decode) or
+several, so that the matrix units have rows to work on. The grid depends on the largest batch only,
+so a launch can be captured; blocks find their sequence by bisection and leave when there is none.
+Long contexts are split among programs, whose parts a second kernel merges. After "The Anatomy of a
+Triton Attention Kernel" (arXiv 2511.11581) and FlashDecoding (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.launch import Config, power_of_two
+from kernels.ops import Heads
+
+# Programs that keep every multiprocessor of a large GPU (132) busy, several times over.
+WANTED_PROGRAMS = 512
+MAX_SPLITS = 32
+# In the batch-invariant mode every step splits alike, whatever it holds.
+INVARIANT_SPLITS = 8
+# Bytes that the parts of a split launch may take.
+MAX_PARTIAL_BYTES = 256 << 20
+
+
+@triton.jit
+def attention_kernel(
+    out,
+    partial,
+    partial_sums,
+    queries,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    query_starts,
+    context_lengths,
+    page_table,
+    scale,
+    window,
+    sequences,
+    table_width,
+    PAGE: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DECODE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of queries against one split of its sequence's keys.
+
+    `scale` includes log2(e); `window` of 0 sees everything (WINDOWED is then false).
+    """
+    block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = QUERY_HEADS // KV_HEADS
+    if DECODE:
+        sequence = block
+        local = 0
+    else:
+        # Sequence s owns the blocks from starts[s] // TOKENS + s on.
+        low, high = 0, sequences
+        while high - low > 1:
+            middle = (low + high) // 2
+            if tl.load(query_starts + middle) // TOKENS + middle <= block:
+                low = middle
+            else:
+                high = middle
+        sequence = low
+        local = block - (tl.load(query_starts + sequence) // TOKENS + sequence)
+    start = tl.load(query_starts + sequence)
+    count = tl.load(query_starts + sequence + 1) - start
+    first = local * TOKENS
+    if first < count:
+        context = tl.load(context_lengths + sequence)
+        rows = tl.arange(0, BLOCK_M)
+        token = first + rows // GROUP
+        query_head = head * GROUP + rows % GROUP
+        live = (rows < TOKENS * GROUP) & (token < count)
+        position = context - count + token
+        dims = tl.arange(0, DIM_PADDED)
+        in_dim = dims < DIM
+        place = ((start + token).to(tl.int64) * QUERY_HEADS + query_head) * DIM
+        q = tl.load(
+            queries + place[:, None] + dims[None, :],
+            mask=live[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+
+        end = context - count + tl.minimum(first + TOKENS, count)
+        begin = 0
+        if WINDOWED:
+            begin = tl.maximum(context - count + first - window + 1, 0) // BLOCK_N * BLOCK_N
+        share = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK_N) * BLOCK_N
+        low_key = begin + split * share
+        high_key = tl.minimum(end, low_key + share)
+
+        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        mixed = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
+        table = page_table + sequence.to(tl.int64) * table_width
+        offsets = tl.arange(0, BLOCK_N)
+        for key in range(low_key, high_key, BLOCK_N):
+            at = key + offsets
+            inside = at < high_key
+            page = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
+            slot = (page * PAGE + at % PAGE) * KV_HEADS + head
+            k = tl.load(
+                keys + slot[None, :] * DIM + dims[:, None],
+                mask=inside[None, :] & in_dim[:, None],
+                other=0.0,
+            )
+            if QUANTIZED:
+                k = k.to(q.dtype)
+            scores = tl.dot(q, k, input_precision=PRECISION) * scale
+            if QUANTIZED:
+                scores *= tl.load(key_scales + slot, mask=inside, other=0.0)[None, :]
+            visible = inside[None, :] & (at[None, :] <= position[:, None])
+            if WINDOWED:
+                visible &= at[None, :] > position[:, None] - window
+            scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            # A row that has seen nothing yet keeps -inf; its weights must be 0, not NaN.
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - base[:, None])
+            shrink = tl.exp2(best - base)
+            total = total * shrink + tl.sum(weights, 1)
+            v = tl.load(
+                values + slot[:, None] * DIM + dims[None, :],
+                mask=inside[:, None] & in_dim[None, :],
+                other=0.0,
+            )
+            if QUANTIZED:
+                weights *= tl.load(value_scales + slot, mask=inside, other=0.0)[None, :]
+                v = v.to(q.dtype)
+            mixed = mixed * shrink[:, None]
+            mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision=PRECISION)
+            best = higher
+
+        if SPLITS == 1:
+            result = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+            tl.store(
+                out + place[:, None] + dims[None, :],
+                result.to(out.dtype.element_ty),
+                mask=live[:, None] & in_dim[None, :],
+            )
+        else:
+            part = ((start + token).to(tl.int64) * QUERY_HEADS + query_head) * SPLITS + split
+            tl.store(
+                partial + part[:, None] * DIM + dims[None, :],
+                mixed,
+                mask=live[:, None] & in_dim[None, :],
+            )
+            tl.store(partial_sums + part * 2, best, mask=live)
+            tl.store(partial_sums + part * 2 + 1, total, mask=live)
+
+
+@triton.jit
+def merge_kernel(
+    out,
+    partial,
+    partial_sums,
+    query_starts,
+    sequences,
+    QUERY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Add the splits of one head of one row, in order of position."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    if row < tl.load(query_starts + sequences):
+        splits = tl.arange(0, SPLITS)
+        dims = tl.arange(0, DIM_PADDED)
+        in_dim = dims < DIM
+        place = row.to(tl.int64) * QUERY_HEADS + head
+        best = tl.load(partial_sums + (place * SPLITS + splits) * 2)
+        total = tl.load(partial_sums + (place * SPLITS + splits) * 2 + 1)
+        weights = tl.exp2(best - tl.max(best, 0))
+        parts = tl.load(
+            partial + (place * SPLITS + splits[:, None]) * DIM + dims[None, :],
+            mask=in_dim[None, :],
+            other=0.0,
+        )
+        result = tl.sum(parts * weights[:, None], 0) / tl.sum(total * weights, 0)
+        tl.store(out + place * DIM + dims, result.to(out.dtype.element_ty), mask=in_dim)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a launch for up to `rows` token rows of up to `sequences` chunks is compiled for.
+
+    With `decode` every chunk is one token; `page` is tokens a page, `dtype` of the queries.
+    """
+
+    heads: Heads
+    page: int
+    dtype: torch.dtype
+    quantized: bool
+    windowed: bool
+    rows: int
+    sequences: int
+    decode: bool
+    invariant: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key/value head."""
+        return self.heads.query // self.heads.kv
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a block: query heads times tokens."""
+        least = max(16, power_of_two(self.group))
+        return least if self.decode else max(least, 32 if self.invariant else 64)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a block."""
+        return 1 if self.decode else self.block_m // self.group
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the fullest batch has."""
+        return self.sequences if self.decode else self.rows // self.tokens + self.sequences
+
+    @property
+    def splits(self) -> int:
+        """Programs that share a context: as many as keep the device busy."""
+        if self.invariant:
+            return INVARIANT_SPLITS
+        wanted = WANTED_PROGRAMS // (self.blocks * self.heads.kv)
+        width = self.rows * self.heads.query * self.heads.dim * 4
+        most = min(MAX_SPLITS, MAX_PARTIAL_BYTES // width)
+        return 1 << (max(1, min(wanted, most)).bit_length() - 1)
+
+    def configs(self) -> tuple[Config, Config | None]:
+        """The attention kernel, and the merging one if contexts are split."""
+        heads = self.heads
+        padded = max(16, power_of_two(heads.dim))
+        shared: dict[str, Any] = {
+            "QUERY_HEADS": heads.query,
+            "DIM": heads.dim,
+            "DIM_PADDED": padded,
+            "SPLITS": self.splits,
+        }
+        wide = self.dtype == torch.float32
+        main = Config(
+            attention_kernel,
+            {
+                **shared,
+                "PAGE": self.page,
+                "KV_HEADS": heads.kv,
+                "TOKENS": self.tokens,
+                "BLOCK_M": self.block_m,
+                "BLOCK_N": 32 if padded > 128 or wide else 64,
+                "DECODE": self.decode,
+                "QUANTIZED": self.quantized,
+                "WINDOWED": self.windowed,
+                "PRECISION": "ieee" if wide else "tf32",
+            },
+            warps=4,
+            stages=1 if wide else 2 if padded > 128 else 3,
+        )
+        merge = Config(merge_kernel, shared, warps=2) if self.splits > 1 else None
+        return main, merge
+
+    def workspace(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the splits leave their parts: fp32 `[rows, query heads, splits, dim]`, and the
+        maximum and sum of each."""
+        parts = self.rows * self.heads.query * self.splits if self.splits > 1 else 1
+        return (
+            torch.empty(parts * self.heads.dim, dtype=torch.float32, device=device),
+            torch.empty(parts * 2, dtype=torch.float32, device=device),
+        )

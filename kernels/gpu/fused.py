@@ -1,0 +1,222 @@
+"""What lies between the matmuls of a layer: norms, rotation and the cache's writes, gates, gathers.
+
+Sums and rotations are in fp32, whatever the activations are stored in.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Adding and subtracting 1.5 * 2^23 rounds an fp32 number to the nearest integer, ties to even.
+ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def token_of(row, token_ids, last_ids, slots, fed):
+    """A row's token: the first `fed` rows take the one last drawn at their slot."""
+    token = tl.load(token_ids + row).to(tl.int64)
+    if row < tl.load(fed):
+        token = tl.load(last_ids + tl.load(slots + row))
+    return token
+
+
+@triton.jit
+def embed_kernel(
+    out, table, token_ids, last_ids, slots, fed, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows of a float table."""
+    row = tl.program_id(0)
+    token = token_of(row, token_ids, last_ids, slots, fed)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    values = tl.load(table + token * WIDTH + columns, mask=inside).to(tl.float32) * scale
+    place = row.to(tl.int64) * WIDTH + columns
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def embed_groups_kernel(
+    out,
+    table,
+    scales,
+    lows,
+    token_ids,
+    last_ids,
+    slots,
+    fed,
+    scale,
+    rows,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows of a table in groups of 4 or 8 bits (`weights.GroupWeight`)."""
+    row = tl.program_id(0)
+    token = token_of(row, token_ids, last_ids, slots, fed)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    if BITS == 4:
+        word = columns // 128 * 16 + columns % 16
+        words = tl.load(table + token * STRIDE + word, mask=inside, other=0)
+        values = ((words >> (columns % 128 // 16 * 4)) & 15).to(tl.float32)
+    else:
+        values = tl.load(table + token * STRIDE + columns, mask=inside, other=0).to(tl.float32)
+    place = (columns // GROUP).to(tl.int64) * rows + token
+    factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
+    place = row.to(tl.int64) * WIDTH + columns
+    tl.store(
+        out + place, ((values * factor + low) * scale).to(out.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def norm_kernel(
+    out,
+    total,
+    x,
+    residual,
+    weight,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """RMS norm of a row, of its sum with the residual if ADD."""
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    values = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + row + columns, values.to(total.dtype.element_ty), mask=inside)
+    mean = tl.sum(values * values, 0) / WIDTH
+    factors = tl.load(weight + columns, mask=inside, other=0.0)
+    result = values * tl.rsqrt(mean + eps) * factors
+    tl.store(out + row + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantize_kernel(out, scales, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of activations in int8 under one scale (BitNet's arithmetic, arXiv 2402.17764)."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    place = row.to(tl.int64) * WIDTH + columns
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    factor = 127.0 / tl.maximum(tl.max(tl.abs(values), 0), 1e-5)
+    tl.store(out + place, ((values * factor + ROUND) - ROUND).to(tl.int8), mask=inside)
+    tl.store(scales + row, 1.0 / factor)
+
+
+@triton.jit
+def write_vector(cache, scales, slot, head, first, second, dims, KV_HEADS, DIM, QUANTIZED):
+    """A head's two halves to its place in the cache, with a scale of its own if QUANTIZED."""
+    HALF: tl.constexpr = DIM // 2
+    place = (slot * KV_HEADS + head) * DIM + dims
+    inside = dims < HALF
+    if QUANTIZED:
+        most = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
+        step = most / 127.0
+        inverse = tl.where(most > 0.0, 127.0 / tl.maximum(most, 1e-30), 0.0)
+        tl.store(scales + slot * KV_HEADS + head, step)
+        first = (first * inverse + ROUND) - ROUND
+        second = (second * inverse + ROUND) - ROUND
+    tl.store(cache + place, first.to(cache.dtype.element_ty), mask=inside)
+    tl.store(cache + place + HALF, second.to(cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rope_write_kernel(
+    out,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    qkv,
+    positions,
+    slots,
+    cosine,
+    sine,
+    query_norm,
+    key_norm,
+    eps,
+    QUERY_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    """One head of one token: a query is normalized, rotated and written out; a key is also, to the
+    cache; a value goes there as it is."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HALF: tl.constexpr = DIM // 2
+    dims = tl.arange(0, BLOCK)
+    inside = dims < HALF
+    place = (row * (QUERY_HEADS + 2 * KV_HEADS) + head) * DIM + dims
+    first = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    slot = tl.load(slots + row).to(tl.int64)
+    if head >= QUERY_HEADS + KV_HEADS:
+        index = head - QUERY_HEADS - KV_HEADS
+        write_vector(
+            values, value_scales, slot, index, first, second, dims, KV_HEADS, DIM, QUANTIZED
+        )
+    else:
+        if NORMS:
+            mean = (tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM
+            weight = query_norm
+            if head >= QUERY_HEADS:
+                weight = key_norm
+            factor = tl.rsqrt(mean + eps)
+            first = first * factor * tl.load(weight + dims, mask=inside, other=0.0)
+            second = second * factor * tl.load(weight + HALF + dims, mask=inside, other=0.0)
+        angle = tl.load(positions + row).to(tl.int64) * HALF + dims
+        cos = tl.load(cosine + angle, mask=inside, other=0.0)
+        sin = tl.load(sine + angle, mask=inside, other=0.0)
+        low = first * cos - second * sin
+        high = second * cos + first * sin
+        if head >= QUERY_HEADS:
+            index = head - QUERY_HEADS
+            write_vector(keys, key_scales, slot, index, low, high, dims, KV_HEADS, DIM, QUANTIZED)
+        else:
+            place = (row * QUERY_HEADS + head) * DIM + dims
+            tl.store(out + place, low.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + place + HALF, high.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_kernel(out, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+    """`activation(gate) * up` of a row whose halves are the two."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    gate = tl.load(x + row * 2 * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION == "silu":
+        active = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "relu2":
+        active = tl.maximum(gate, 0.0)
+        active = active * active
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        # tanh by way of exp of what is never positive, so that nothing overflows.
+        small = tl.exp(-2.0 * tl.abs(inner))
+        tanh = (1.0 - small) / (1.0 + small)
+        active = 0.5 * gate * (1.0 + tl.where(inner < 0.0, -tanh, tanh))
+    tl.store(out + row * WIDTH + columns, (active * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def select_kernel(out, x, sample_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows whose logits the step needs."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    source = tl.load(sample_rows + row).to(tl.int64) * WIDTH
+    values = tl.load(x + source + columns, mask=inside)
+    tl.store(out + row.to(tl.int64) * WIDTH + columns, values, mask=inside)

@@ -1,0 +1,68 @@
+"""One launch of a kernel, as data: what runs, and what a build without a GPU compiles and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_TYPES: dict[torch.dtype, str] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A kernel with everything that is fixed when it is compiled.
+
+    `constants` are its `tl.constexpr` arguments; `warps` and `stages` are of 32 threads and of the
+    software pipeline.
+    """
+
+    kernel: Any
+    constants: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 2
+
+    def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Run it; `arguments` are the kernel's other ones, in order."""
+        self.kernel[grid](
+            *arguments, **self.constants, num_warps=self.warps, num_stages=self.stages
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A `Config` and the types of its other arguments, as the compiler wants them."""
+
+    label: str
+    config: Config
+    signature: Mapping[str, str]
+    aligned: tuple[str, ...] = field(default=())
+    """Integer arguments that are multiples of 16; pointers always are."""
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """The compiler's name of a pointer to elements of `dtype`."""
+    return "*" + TRITON_TYPES[dtype]
+
+
+def constant(value: torch.dtype) -> tl.dtype:
+    """A torch dtype as a kernel's constant."""
+    names = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+    return names[TRITON_TYPES[value]]
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is not below `value`."""
+    return int(triton.next_power_of_2(value))

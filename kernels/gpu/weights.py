@@ -1,0 +1,199 @@
+"""Weights as the GPU kernels read them.
+
+Quantized GGUF blocks keep their bits: 4-bit ones become nibbles in blocks of 128 inputs with a scale
+and a lowest value for each group of 32, 8-bit ones int8 in groups of 32. `int4` packs a float
+checkpoint in groups of 128, `int8` in one scale an output with int8 activations; ternary weights are
+such int8 weights, which is BitNet's own arithmetic. Everything else is stored in `dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from kernels.backend import HostTensor, TernaryTensor, WeightFormat
+from kernels.gpu.matmul import WORD_BLOCK, Format
+from kernels.ops import Weight
+
+GGUF_GROUP = 32
+INT4_GROUP = 128
+NIBBLES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class GpuWeight(Weight):
+    """A placed weight.
+
+    `tensor` is `[out, in]` float or int8, `[out, words]` int32 with 4 bits, or a vector `[n]` fp32.
+    `scales` is fp32 `[out]` for `int8`, else `scales` and `lows` are fp16 `[groups, out]`: a value
+    is `number * scale + low`. `bias` is fp32 `[out]`.
+    """
+
+    format: Format
+    tensor: torch.Tensor
+    scales: torch.Tensor | None = None
+    lows: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    group: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Elements of a row."""
+        return self.tensor.shape[-1]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the device."""
+        tensors = (self.tensor, self.scales, self.lows, self.bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A matrix in groups: `numbers` uint8 or int8 `[out, in]`, `scales`, `lows` `[out, groups]`."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    lows: torch.Tensor
+
+
+def place(
+    name: str,
+    parts: Sequence[HostTensor],
+    bias: Sequence[HostTensor],
+    weight_format: WeightFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> GpuWeight:
+    """Convert stacked parts on the host and copy them to the device."""
+    added = torch.cat([b.dense().float() for b in bias]).to(device) if bias else None
+    if len(parts[0].shape) == 1:
+        vector = torch.cat([part.dense().float() for part in parts])
+        return GpuWeight(name, tuple(vector.shape), "float", vector.to(device))
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    kinds = {part.format for part in parts}
+    if kinds == {"TERNARY"}:
+        ternary = [cast("TernaryTensor", part) for part in parts]
+        signs = torch.cat([part.signs() for part in ternary]).to(device)
+        steps = torch.cat([torch.full((part.shape[0],), part.scale) for part in ternary])
+        return GpuWeight(name, shape, "int8", signs, steps.float().to(device), bias=added)
+    if weight_format == "auto" and all(kind in READERS for kind in kinds):
+        groups = [READERS[part.format](part.packed(), part.shape[1]) for part in parts]
+        four = kinds <= FOUR_BITS
+        if four or not kinds & FOUR_BITS:
+            return _place_groups(name, shape, groups, 4 if four else 8, GGUF_GROUP, added, device)
+    dense = torch.cat([part.dense().float() for part in parts])
+    if weight_format == "int4":
+        groups = [quantize_groups(dense, INT4_GROUP)]
+        return _place_groups(name, shape, groups, 4, INT4_GROUP, added, device)
+    if weight_format == "int8":
+        steps = dense.abs().amax(1).clamp(min=1e-12) / 127
+        numbers = (dense / steps[:, None]).round().to(torch.int8)
+        return GpuWeight(name, shape, "int8", numbers.to(device), steps.to(device), bias=added)
+    return GpuWeight(name, shape, "float", dense.to(dtype).to(device), bias=added)
+
+
+def quantize_groups(dense: torch.Tensor, group: int) -> Groups:
+    """Round a matrix to 4 bits with a scale and a lowest value a group; `dense` `[out, in]`."""
+    rows, columns = dense.shape
+    padded = torch.nn.functional.pad(dense, (0, -columns % group))
+    blocks = padded.view(rows, -1, group)
+    low, high = blocks.amin(2), blocks.amax(2)
+    scales = ((high - low) / 15).clamp(min=1e-8).half().float()
+    lows = low.half().float()
+    numbers = ((blocks - lows[..., None]) / scales[..., None]).round().clamp(0, 15)
+    return Groups(numbers.view(rows, -1)[:, :columns].to(torch.uint8), scales, lows)
+
+
+def pack_nibbles(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers of 4 bits, uint8 `[out, in]`, as int32 `[out, words]`: in each 128 inputs word j
+    holds inputs j, 16 + j, 32 + j ..., so that a shift unpacks 16 neighbours."""
+    rows, columns = numbers.shape
+    padded = torch.nn.functional.pad(numbers, (0, -columns % WORD_BLOCK)).to(torch.int64)
+    blocks = padded.view(rows, -1, NIBBLES, WORD_BLOCK // NIBBLES)
+    shifts = torch.arange(0, 32, 4)[:, None]
+    words = (blocks << shifts).sum(2)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words)
+    return words.to(torch.int32).view(rows, -1).contiguous()
+
+
+def _place_groups(
+    name: str,
+    shape: tuple[int, int],
+    groups: Sequence[Groups],
+    bits: int,
+    group: int,
+    bias: torch.Tensor | None,
+    device: torch.device,
+) -> GpuWeight:
+    numbers = torch.cat([g.numbers for g in groups])
+    tensor = pack_nibbles(numbers) if bits == 4 else numbers.contiguous()
+    scales = torch.cat([g.scales for g in groups]).half().t().contiguous()
+    lows = torch.cat([g.lows for g in groups]).half().t().contiguous()
+    # The kernel walks whole blocks of 128 inputs; it reads a scale for each group of them.
+    spare = -(-shape[1] // WORD_BLOCK) * WORD_BLOCK // group - scales.shape[0]
+    scales = torch.nn.functional.pad(scales, (0, 0, 0, spare))
+    lows = torch.nn.functional.pad(lows, (0, 0, 0, spare))
+    kind: Format = "group4" if bits == 4 else "group8"
+    return GpuWeight(
+        name,
+        shape,
+        kind,
+        tensor.to(device),
+        scales.to(device),
+        lows.to(device),
+        bias,
+        group,
+    )
+
+
+def _halves(blocks: torch.Tensor) -> torch.Tensor:
+    """Pairs of bytes as fp32 numbers: uint8 `[..., 2 n]` to `[..., n]`."""
+    return blocks.contiguous().view(torch.float16).float()
+
+
+def _nibbles(bytes_: torch.Tensor) -> torch.Tensor:
+    """ggml's order: a block's low nibbles, then its high ones, `[..., n]` to `[..., 2 n]`."""
+    return torch.cat([bytes_ & 15, bytes_ >> 4], -1)
+
+
+def _read_q4_0(raw: torch.Tensor, columns: int) -> Groups:
+    blocks = raw.view(raw.shape[0], -1, 18)
+    scales = _halves(blocks[..., :2])[..., 0]
+    return Groups(_nibbles(blocks[..., 2:]).view(-1, columns), scales, -8 * scales)
+
+
+def _read_q4_1(raw: torch.Tensor, columns: int) -> Groups:
+    blocks = raw.view(raw.shape[0], -1, 20)
+    scales, lows = _halves(blocks[..., :4]).unbind(-1)
+    return Groups(_nibbles(blocks[..., 4:]).view(-1, columns), scales, lows)
+
+
+def _read_q8_0(raw: torch.Tensor, columns: int) -> Groups:
+    blocks = raw.view(raw.shape[0], -1, 34)
+    scales = _halves(blocks[..., :2])[..., 0]
+    numbers = blocks[..., 2:].contiguous().view(torch.int8)
+    return Groups(numbers.view(-1, columns), scales, torch.zeros_like(scales))
+
+
+def _read_q4_k(raw: torch.Tensor, columns: int) -> Groups:
+    """Blocks of 256: two fp16 factors, eight 6-bit scales and lowest values, 128 bytes."""
+    blocks = raw.view(raw.shape[0], -1, 144)
+    factor, low = _halves(blocks[..., :4]).unbind(-1)
+    packed = blocks[..., 4:16]
+    first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = torch.cat([first & 63, (third & 15) | (first >> 6 << 4)], -1)
+    lows = torch.cat([second & 63, (third >> 4) | (second >> 6 << 4)], -1)
+    numbers = _nibbles(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32))
+    return Groups(
+        numbers.reshape(-1, columns),
+        (factor[..., None] * scales).flatten(1),
+        (-low[..., None] * lows).flatten(1),
+    )
+
+
+READERS = {"Q4_0": _read_q4_0, "Q4_1": _read_q4_1, "Q8_0": _read_q8_0, "Q4_K": _read_q4_k}
+FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K"}
