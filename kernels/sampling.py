@@ -37,7 +37,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, choose: Chooser | None = No
     if len(rows):
         ids[rows] = (choose or torch_choose)(logits, rows, sampling)
     samples = Samples(ids.tolist())
-    _score(logits, torch.from_numpy(ids), sampling, samples)
+    score(logits, torch.from_numpy(ids), sampling, samples)
     return samples
 
 
@@ -105,15 +105,15 @@ def _enough(values: torch.Tensor, top_p: float, min_p: float, uniform: float) ->
     return mass > (top_p if top_p < 1.0 else uniform)
 
 
-def _score(logits: torch.Tensor, ids: torch.Tensor, sampling: Sampling, samples: Samples) -> None:
-    """Fill in logprobs of the raw distribution for the rows that want them."""
+def score(logits: torch.Tensor, ids: torch.Tensor, sampling: Sampling, samples: Samples) -> None:
+    """Fill in logprobs of the raw distribution for the rows that want them; any device."""
     count = len(sampling.targets)
     samples.logprobs = [None] * count
     samples.top = [[] for _ in range(count)]
     wanted = np.flatnonzero(sampling.top_logprobs >= 0)
     if not len(wanted):
         return
-    rows = torch.from_numpy(wanted)
+    rows = torch.from_numpy(wanted).to(logits.device)
     logprobs = torch.log_softmax(logits[rows], -1)
     chosen = logprobs.gather(1, ids[rows][:, None])[:, 0].tolist()
     most = int(sampling.top_logprobs[wanted].max())

@@ -6,6 +6,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Read when Triton's kernels are first imported: the suite runs them in the interpreter.
+os.environ["TRITON_INTERPRET"] = "1"
+
 # A slow machine is no failure. Where a change is judged, the same examples are tried every time;
 # everywhere else new ones are, and what they find is kept in .hypothesis.
 settings.register_profile(

@@ -28,7 +28,7 @@ INVARIANT_SPLITS = 8
 MAX_PARTIAL_BYTES = 256 << 20
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "sequences", "table_width"])
 def attention_kernel(
     out,
     partial,
@@ -70,7 +70,7 @@ def attention_kernel(
         local = 0
     else:
         # Sequence s owns the blocks from starts[s] // TOKENS + s on.
-        low, high = 0, sequences
+        low, high = sequences * 0, sequences
         while high - low > 1:
             middle = (low + high) // 2
             if tl.load(query_starts + middle) // TOKENS + middle <= block:
@@ -166,7 +166,7 @@ def attention_kernel(
             tl.store(partial_sums + part * 2 + 1, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def merge_kernel(
     out,
     partial,

@@ -26,7 +26,7 @@ MAX_SPLITS = 16
 MAX_FEW = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matmul_kernel(
     out,
     x,

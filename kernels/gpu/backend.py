@@ -1,0 +1,157 @@
+"""The GPU backend: weights and the paged cache on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.backend import (
+    TORCH_DTYPES,
+    CacheDType,
+    CacheLayout,
+    DType,
+    HostTensor,
+    PageCodec,
+    WeightFormat,
+)
+from kernels.gpu.ops import GpuCache, GpuOps, Workspace
+from kernels.gpu.pages import GpuPages
+from kernels.gpu.program import GpuProgram, Limits
+from kernels.gpu.staging import Staging
+from kernels.gpu.weights import GpuWeight, place
+from kernels.ops import Tape, Weight
+
+# Rows of a prompt that may be scored in one step beside those that draw (at least a page).
+SCORED_ROWS = 64
+MAX_HEAD_DIM = 256
+
+
+def unavailable_reason() -> str | None:
+    """Why Triton kernels cannot serve on this machine; None if they can."""
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        return "the triton package is not installed (pip install 'ryzanstein[gpu]')"
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+class GpuBackend:
+    """Places weights on `device`, computes in `dtype`; `invariant` makes every step use one form of
+    each kernel, so that results do not depend on the batch."""
+
+    name = "triton"
+
+    def __init__(
+        self,
+        weight_format: WeightFormat,
+        dtype: DType,
+        device: torch.device,
+        *,
+        invariant: bool = False,
+        capture: bool = True,
+    ) -> None:
+        self._format = weight_format
+        self._dtype = TORCH_DTYPES[dtype]
+        self._device = device
+        self._invariant = invariant
+        self._capture = capture
+        self._bytes = 0
+        self._layout: CacheLayout
+        self._pages = 0
+        self._caches: list[GpuCache] = []
+
+    def describe(self) -> str:
+        """The device's name and the mode."""
+        where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "host"
+        return f"{self.name} {where}{' batch-invariant' if self._invariant else ''} kernels"
+
+    def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
+        """Place one weight; see `weights.place`."""
+        name = "+".join(part.name for part in parts)
+        weight: GpuWeight = place(name, parts, bias, self._format, self._dtype, self._device)
+        self._bytes += weight.bytes
+        return weight
+
+    def loaded_bytes(self) -> int:
+        """Bytes of device memory that weights occupy."""
+        return self._bytes
+
+    def free_bytes(self) -> int | None:
+        """Bytes of device memory that are free; None without a device."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
+        """Allocate pages of keys and values, and their scales, for each layer."""
+        if layout.dtype == "int4":
+            raise ValueError("cache.dtype=int4 takes the native kernels; a GPU serves int8")
+        if layout.heads.dim > MAX_HEAD_DIM or layout.heads.dim % 8:
+            raise ValueError(
+                f"heads are {layout.heads.dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
+            )
+        self._layout, self._pages = layout, pages
+        vectors = (pages * layout.page_size, layout.heads.kv)
+        quantized = layout.dtype == "int8"
+        dtype = torch.int8 if quantized else TORCH_DTYPES[layout.dtype]
+
+        def make(*size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=self._device)
+
+        self._caches = [
+            GpuCache(
+                make(*vectors, layout.heads.dim, dtype=dtype),
+                make(*vectors, layout.heads.dim, dtype=dtype),
+                make(*vectors, dtype=torch.float32) if quantized else None,
+                make(*vectors, dtype=torch.float32) if quantized else None,
+            )
+            for _ in range(layout.layers)
+        ]
+
+    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
+        """Not in host memory: `pages` moves them."""
+        raise ValueError("the cache lies on the device")
+
+    def pages(self) -> GpuPages:
+        """The cache's pages, to be copied and read."""
+        tensors = [
+            tensor
+            for cache in self._caches
+            for tensor in (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+            if tensor is not None
+        ]
+        return GpuPages(tensors, self._pages)
+
+    def page_codec(self, dtype: CacheDType) -> PageCodec:
+        """There is none."""
+        raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
+
+    def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> GpuProgram:
+        """Record, warm up and capture for steps of up to `max_rows` rows."""
+        layout = self._layout
+        width = -(-layout.max_context // layout.page_size)
+        trash = self._pages * layout.page_size - 1
+        staging = Staging(max_rows, max_sequences, width, trash, self._device)
+        ops = GpuOps(
+            self._caches,
+            layout.page_size,
+            staging,
+            Workspace(self._device),
+            self._dtype,
+            layout.max_context,
+            self._invariant,
+        )
+        samples = min(max_rows, max_sequences + max(SCORED_ROWS, layout.page_size))
+        limits = Limits(max_rows, max_sequences, samples)
+        return GpuProgram(tape, ops, staging, limits, self._device, capture=self._capture)
+
+    def close(self) -> None:
+        """Release the cache."""
+        self._caches = []

@@ -1,0 +1,331 @@
+"""The op protocol on Triton kernels: shapes are those of the largest batch that a launch serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.gpu import fused
+from kernels.gpu.attention import AttentionShape
+from kernels.gpu.launch import Config, power_of_two
+from kernels.gpu.matmul import MatmulShape
+from kernels.gpu.staging import Staging
+from kernels.gpu.weights import GpuWeight
+from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
+
+MAX_BLOCK = 4096
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class GpuCache:
+    """One layer's keys and values `[pages * page_size, kv heads, head_dim]`, and their scales fp32
+    `[pages * page_size, kv heads]` if they are int8."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sizes that a launch is made for: token rows, chunks, logits rows; `decode` if every chunk is
+    one token."""
+
+    rows: int
+    sequences: int
+    samples: int
+    decode: bool
+
+
+@dataclass
+class Workspace:
+    """Memory that launches share because they run one after another."""
+
+    device: torch.device
+    counters: dict[int, torch.Tensor] = field(default_factory=dict)
+    rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def arrived(self, tiles: int) -> torch.Tensor:
+        """Zeroed counters of a split matmul's tiles; each launch leaves them at zero."""
+        size = power_of_two(tiles)
+        if size not in self.counters:
+            self.counters[size] = torch.zeros(size, dtype=torch.int32, device=self.device)
+        return self.counters[size]
+
+
+class GpuOps:
+    """An `Ops[torch.Tensor]`: activations in `dtype`, logits in fp32."""
+
+    def __init__(
+        self,
+        caches: list[GpuCache],
+        page_size: int,
+        staging: Staging,
+        workspace: Workspace,
+        dtype: torch.dtype,
+        context: int,
+        invariant: bool,
+    ) -> None:
+        self._caches = caches
+        self._page = page_size
+        self._staging = staging
+        self._workspace = workspace
+        self._dtype = dtype
+        self._context = context
+        self._invariant = invariant
+        self.bucket = Bucket(1, 1, 1, True)
+        self.logits: torch.Tensor | None = None
+        """Where the next linear writes, if it is the output head."""
+
+    def embed(self, table: Weight, scale: float) -> torch.Tensor:
+        weight, s = gpu(table), self._staging
+        out = self._rows(self.bucket.rows, table.shape[1])
+        config, blocks = embed_config(weight)
+        inputs = (s.token_ids, s.last_ids, s.slots, s.fed, scale)
+        grid = (self.bucket.rows, blocks)
+        if weight.format == "float":
+            config.launch(grid, out, weight.tensor, *inputs)
+        else:
+            tables = (weight.tensor, weight.scales, weight.lows)
+            config.launch(grid, out, *tables, *inputs, table.shape[0])
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        norm_config(x.shape[1], add=False).launch(
+            (len(x),), out, out, x, x, gpu(weight).tensor, eps
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: Weight, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        norm_config(x.shape[1], add=True).launch(
+            (len(x),), out, total, x, residual, gpu(weight).tensor, eps
+        )
+        return out, total
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        placed = gpu(weight)
+        if self.logits is not None:
+            out = self.logits[: len(x)]
+        else:
+            out = self._rows(len(x), weight.shape[0])
+        if placed.format == "float" and not self._invariant:
+            dense_linear(out, x, placed)
+            return out
+        scales = x
+        if placed.format == "int8":
+            numbers = torch.empty_like(x, dtype=torch.int8)
+            scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+            quantize_config(x.shape[1]).launch((len(x),), numbers, scales, x)
+            x = numbers
+        shape = matmul_shape(len(x), placed, self._dtype, invariant=self._invariant)
+        parts = len(x) * weight.shape[0] * shape.splits if shape.splits > 1 else 1
+        partial = torch.empty(parts, dtype=torch.float32, device=x.device)
+        tiles = shape.grid[0] * shape.grid[1]
+        shape.config().launch(
+            shape.grid,
+            out,
+            x,
+            scales,
+            placed.tensor,
+            placed.scales if placed.scales is not None else placed.tensor,
+            placed.lows if placed.lows is not None else placed.tensor,
+            placed.bias if placed.bias is not None else placed.tensor,
+            partial,
+            self._workspace.arrived(tiles),
+            len(x),
+            weight.shape[0],
+            weight.shape[1],
+            placed.stride,
+        )
+        return out
+
+    def rope_write_kv(
+        self, qkv: torch.Tensor, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
+    ) -> torch.Tensor:
+        cache, s = self._caches[layer], self._staging
+        out = self._rows(len(qkv), heads.query * heads.dim)
+        cosine, sine = self._rotation(rope)
+        quantized = cache.key_scales is not None
+        rope_config(heads, norms=norms is not None, quantized=quantized).launch(
+            (len(qkv), heads.query + 2 * heads.kv),
+            out,
+            cache.keys,
+            cache.values,
+            cache.key_scales if quantized else cache.keys,
+            cache.value_scales if quantized else cache.values,
+            qkv,
+            s.positions,
+            s.kv_slots,
+            cosine,
+            sine,
+            gpu(norms.query).tensor if norms else cosine,
+            gpu(norms.key).tensor if norms else cosine,
+            norms.eps if norms else 0.0,
+        )
+        return out
+
+    def attention(
+        self, q: torch.Tensor, layer: int, heads: Heads, scale: float, window: int
+    ) -> torch.Tensor:
+        cache, s, bucket = self._caches[layer], self._staging, self.bucket
+        shape = AttentionShape(
+            heads,
+            self._page,
+            self._dtype,
+            cache.key_scales is not None,
+            window > 0,
+            bucket.rows,
+            bucket.sequences,
+            bucket.decode and not self._invariant,
+            self._invariant,
+        )
+        out = torch.empty_like(q)
+        partial, sums = shape.workspace(q.device)
+        main, merge = shape.configs()
+        main.launch(
+            (shape.blocks, heads.kv, shape.splits),
+            out,
+            partial,
+            sums,
+            q,
+            cache.keys,
+            cache.values,
+            cache.key_scales if shape.quantized else cache.keys,
+            cache.value_scales if shape.quantized else cache.values,
+            s.query_starts,
+            s.context_lengths,
+            s.page_table,
+            scale * LOG2_E,
+            window,
+            bucket.sequences,
+            s.page_table.shape[1],
+        )
+        if merge is not None:
+            grid = (bucket.rows, heads.query)
+            merge.launch(grid, out, partial, sums, s.query_starts, bucket.sequences)
+        return out
+
+    def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        width = x.shape[1] // 2
+        out = self._rows(len(x), width)
+        config, blocks = gated_config(width, activation)
+        config.launch((len(x), blocks), out, x)
+        return out
+
+    def select_rows(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._rows(self.bucket.samples, x.shape[1])
+        config, blocks = select_config(x.shape[1])
+        config.launch((self.bucket.samples, blocks), out, x, self._staging.sample_rows)
+        return out
+
+    def _rows(self, rows: int, width: int) -> torch.Tensor:
+        return torch.empty(rows, width, dtype=self._dtype, device=self._workspace.device)
+
+    def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of every position, fp32 `[context, head_dim / 2]`."""
+        made = self._workspace.rotations
+        if rope not in made:
+            frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
+            angles = torch.arange(self._context, dtype=torch.float32)[:, None] * frequencies
+            device = self._workspace.device
+            made[rope] = (angles.cos().to(device), angles.sin().to(device))
+        return made[rope]
+
+
+def gpu(weight: Weight) -> GpuWeight:
+    """The form of a weight that this backend placed."""
+    assert isinstance(weight, GpuWeight)
+    return weight
+
+
+def matmul_shape(
+    rows: int, weight: GpuWeight, dtype: torch.dtype, *, invariant: bool
+) -> MatmulShape:
+    """The matmul of so many rows with a weight."""
+    outputs, inputs = weight.shape
+    biased = weight.bias is not None
+    return MatmulShape(
+        rows, outputs, inputs, weight.format, weight.group or 1, dtype, biased, invariant
+    )
+
+
+def dense_linear(out: torch.Tensor, x: torch.Tensor, weight: GpuWeight) -> None:
+    """A float matmul through cuBLAS, summed in fp32 and rounded once."""
+    matrix = weight.tensor.t()
+    if out.dtype == x.dtype:
+        torch.mm(x, matrix, out=out)
+    elif x.is_cuda:
+        torch.mm(x, matrix, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(x.to(out.dtype), matrix.to(out.dtype), out=out)
+    if weight.bias is not None:
+        out.add_(weight.bias)
+
+
+def _blocks(width: int) -> tuple[int, int]:
+    """How a row is cut: the size of a block and how many there are."""
+    block = min(power_of_two(width), MAX_BLOCK)
+    return block, -(-width // block)
+
+
+def _warps(block: int) -> int:
+    """Warps of a program that handles so many elements: 8 or more a thread."""
+    return max(1, min(16, block // 256))
+
+
+def embed_config(weight: GpuWeight) -> tuple[Config, int]:
+    """The lookup in a table of this form, and the blocks of its rows."""
+    block, count = _blocks(weight.shape[1])
+    sizes = {"WIDTH": weight.shape[1], "BLOCK": block}
+    if weight.format == "float":
+        return Config(fused.embed_kernel, sizes, _warps(block)), count
+    bits = 4 if weight.format == "group4" else 8
+    groups = {"STRIDE": weight.stride, "BITS": bits, "GROUP": weight.group}
+    return Config(fused.embed_groups_kernel, {**sizes, **groups}, _warps(block)), count
+
+
+def norm_config(width: int, *, add: bool) -> Config:
+    """A norm over rows of this width."""
+    block = power_of_two(width)
+    return Config(fused.norm_kernel, {"WIDTH": width, "BLOCK": block, "ADD": add}, _warps(block))
+
+
+def quantize_config(width: int) -> Config:
+    """Int8 rows of this width."""
+    block = power_of_two(width)
+    return Config(fused.quantize_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block))
+
+
+def rope_config(heads: Heads, *, norms: bool, quantized: bool) -> Config:
+    """Rotation and the cache's writes."""
+    constants = {
+        "QUERY_HEADS": heads.query,
+        "KV_HEADS": heads.kv,
+        "DIM": heads.dim,
+        "BLOCK": power_of_two(heads.dim // 2),
+        "NORMS": norms,
+        "QUANTIZED": quantized,
+    }
+    return Config(fused.rope_write_kernel, constants, 1)
+
+
+def gated_config(width: int, activation: Activation) -> tuple[Config, int]:
+    """A gate of this width, and the blocks of its rows."""
+    block, count = _blocks(width)
+    constants = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation}
+    return Config(fused.gated_kernel, constants, _warps(block)), count
+
+
+def select_config(width: int) -> tuple[Config, int]:
+    """A gather of rows, and their blocks."""
+    block, count = _blocks(width)
+    return Config(fused.select_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
+
+

@@ -1,0 +1,264 @@
+"""A tape on a GPU: captured once for a few sizes of batch, replayed with one launch a part.
+
+A step is two graphs: the layers, for a bucket of token rows, and the output head with everything
+behind it, for a bucket of logits rows. All are captured before the first request, largest first, in
+one memory pool; nothing is compiled afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.batch import Batch, Samples, Sampling
+from kernels.gpu.ops import Bucket, GpuOps
+from kernels.gpu.sampling import Sampler, SamplerShape, penalize
+from kernels.gpu.staging import Staging
+from kernels.ops import Handle, Instruction, Rows, Tape
+from kernels.sampling import score
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest step: token rows, chunks, and logits rows."""
+
+    rows: int
+    sequences: int
+    samples: int
+
+
+def buckets(most: int, least: int = 1) -> list[int]:
+    """Sizes that a number up to `most` is rounded up to: doubling, with halfway steps from 16."""
+    sizes, size = set(), least
+    while size < most:
+        sizes.add(size)
+        if size >= 16 and size + size // 2 < most:
+            sizes.add(size + size // 2)
+        size *= 2
+    return sorted({*sizes, most})
+
+
+class Graphs:
+    """Captures what it is given on a GPU; elsewhere (the interpreter) it just runs it."""
+
+    def __init__(self, device: torch.device, *, capture: bool) -> None:
+        self._capture = capture and device.type == "cuda"
+        self._graphs: dict[Any, Any] = {}
+        self._pool: Any = None
+
+    def prepare(self, key: Any, launches: Callable[[], None]) -> None:
+        """Compile, warm up and capture."""
+        if not self._capture:
+            return
+        with torch.cuda.stream(torch.cuda.Stream()):
+            launches()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            launches()
+        self._pool = self._pool or graph.pool()
+        self._graphs[key] = graph
+
+    def run(self, key: Any, launches: Callable[[], None]) -> None:
+        """Replay what was prepared under the key, or launch."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            launches()
+        else:
+            graph.replay()
+
+
+class GpuProgram:
+    """A compiled tape with its staging, its graphs and its sampler."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        ops: GpuOps,
+        staging: Staging,
+        limits: Limits,
+        device: torch.device,
+        *,
+        capture: bool = True,
+    ) -> None:
+        self._tape = tape
+        self._ops = ops
+        self._staging = staging
+        self._limits = limits
+        self._device = device
+        self._layers, self._head = split(tape)
+        self._selected: dict[int, torch.Tensor] = {}
+        vocab, samples = tape.logits.width, limits.samples
+        self._logits = torch.zeros(samples, vocab, dtype=torch.float32, device=device)
+        self._sampler = Sampler(SamplerShape(samples, vocab), device)
+        pinned = device.type == "cuda"
+        self._numbers = torch.zeros(8, samples, dtype=torch.int32, pin_memory=pinned)
+        self._parameters = torch.zeros(8, samples, dtype=torch.int32, device=device)
+        self._ids = torch.zeros(samples, dtype=torch.int64, device=device)
+        self._rows = 0
+        self._row_buckets = buckets(limits.rows, 16)
+        self._decode_buckets = buckets(min(limits.sequences, limits.rows))
+        self._sample_buckets = buckets(samples)
+        self._graphs = Graphs(device, capture=capture)
+        self._prepare()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> None:
+        """Compute the logits of the batch's sampled rows and keep them."""
+        self._staging.copy(batch)
+        rows, self._rows = len(batch.token_ids), len(batch.sample_rows)
+        decode = rows == len(batch.context_lengths) == self._rows
+        bucket = self._decode(rows) if decode else self._mixed(rows)
+        self._graphs.run(bucket, lambda: self._run_layers(bucket))
+        if self._rows:
+            samples = fit(self._rows, self._sample_buckets)
+            self._graphs.run(samples, lambda: self._run_head(samples))
+
+    @torch.inference_mode()
+    def sample(self, sampling: Sampling) -> Samples:
+        """Draw or score one token for each row of the kept logits."""
+        count = len(sampling.targets)
+        if not count:
+            return Samples([])
+        self._send(sampling, count)
+        logits = self._logits
+        if sampling.bias_rows or sampling.penalties:
+            logits = self._edited(sampling, count)
+            self._draw(count, logits)
+        else:
+            samples = fit(count, self._sample_buckets)
+            self._graphs.run(("draw", samples), lambda: self._draw(samples, logits))
+        ids = self._ids[:count]
+        result = Samples(ids.tolist())
+        score(self._logits[:count], ids, sampling, result)
+        return result
+
+    def buffer_bytes(self, sampled_rows: int) -> int:
+        """Bytes of activations, at their most, and of logits."""
+        widest = sum(sorted(h.width for i in self._tape.instructions for h in i.results)[-3:])
+        return self._limits.rows * widest * 2 + self._logits.nbytes
+
+    def logits(self) -> torch.Tensor:
+        """The kept logits, fp32 `[samples, vocab]`, on the host."""
+        return self._logits[: self._rows].cpu()
+
+    def _decode(self, rows: int) -> Bucket:
+        size = fit(rows, self._decode_buckets)
+        return Bucket(size, size, size, decode=True)
+
+    def _mixed(self, rows: int) -> Bucket:
+        limits = self._limits
+        return Bucket(fit(rows, self._row_buckets), limits.sequences, limits.samples, decode=False)
+
+    @torch.inference_mode()
+    def _prepare(self) -> None:
+        for size in reversed(self._row_buckets):
+            bucket = self._mixed(size)
+            self._graphs.prepare(bucket, lambda b=bucket: self._run_layers(b))
+        for size in reversed(self._decode_buckets):
+            bucket = self._decode(size)
+            self._graphs.prepare(bucket, lambda b=bucket: self._run_layers(b))
+        for size in reversed(self._sample_buckets):
+            self._graphs.prepare(size, lambda s=size: self._run_head(s))
+            self._graphs.prepare(("draw", size), lambda s=size: self._draw(s, self._logits))
+
+    def _run_layers(self, bucket: Bucket) -> None:
+        """The layers, and the rows of their results that the head wants, at a fixed place."""
+        self._ops.bucket = bucket
+        values = self._replay(self._layers, {})
+        for index, value in values.items():
+            if index not in self._selected:
+                size = (self._limits.samples, value.shape[1])
+                self._selected[index] = torch.zeros(size, dtype=value.dtype, device=self._device)
+            self._selected[index][: bucket.samples].copy_(value)
+
+    def _run_head(self, samples: int) -> None:
+        values = {index: value[:samples] for index, value in self._selected.items()}
+        self._replay(self._head, values)
+
+    def _replay(
+        self, instructions: Sequence[tuple[Instruction, tuple[int, ...]]], values: dict[int, Any]
+    ) -> dict[int, torch.Tensor]:
+        for instruction, dead in instructions:
+            arguments = [
+                values[a.index] if isinstance(a, Handle) else a for a in instruction.arguments
+            ]
+            last = instruction.results[-1] == self._tape.logits
+            self._ops.logits = self._logits if last else None
+            produced = getattr(self._ops, instruction.op)(*arguments)
+            if len(instruction.results) == 1:
+                produced = (produced,)
+            for handle, value in zip(instruction.results, produced, strict=True):
+                values[handle.index] = value
+            for index in dead:
+                values.pop(index)
+        return values
+
+    def _draw(self, rows: int, logits: torch.Tensor) -> None:
+        floats, ints = self._parameters[:3].view(torch.float32), self._parameters[3:]
+        self._sampler.draw(rows, logits, floats, ints, self._ids, self._staging.last_ids)
+
+    def _send(self, sampling: Sampling, count: int) -> None:
+        numbers = self._numbers.numpy()
+        floats = numbers.view(np.float32)
+        floats[0, :count] = sampling.temperature
+        floats[1, :count] = sampling.top_p
+        floats[2, :count] = sampling.min_p
+        numbers[3, :count] = np.where(sampling.top_k < self._tape.logits.width, sampling.top_k, 0)
+        numbers[4, :count] = sampling.targets
+        numbers[5, :] = -1
+        # The row's random number, 53 bits, as two words: the key of its noise.
+        bits = (sampling.uniform * 2.0**53).astype(np.uint64)
+        pairs = numbers[6:].reshape(-1)[: 2 * count].view(np.uint32)
+        pairs[0::2], pairs[1::2] = bits & np.uint64(0xFFFFFFFF), bits >> np.uint64(32)
+        self._parameters.copy_(self._numbers, non_blocking=True)
+
+    def _edited(self, sampling: Sampling, count: int) -> torch.Tensor:
+        """The logits with biases and penalties, a copy."""
+        logits, device = self._logits[:count].clone(), self._device
+        if sampling.bias_rows:
+            rows = torch.tensor(sampling.bias_rows, device=device)
+            ids = torch.tensor(sampling.bias_ids, device=device)
+            addends = torch.tensor(sampling.bias_values, dtype=torch.float32, device=device)
+            logits.index_put_((rows, ids), addends, accumulate=True)
+        if sampling.penalties:
+            rows = torch.tensor([p.row for p in sampling.penalties], device=device)
+            counts = torch.from_numpy(np.stack([p.counts for p in sampling.penalties]))
+            seen = torch.from_numpy(np.stack([p.seen for p in sampling.penalties]).view(np.int8))
+            where = [p.row for p in sampling.penalties]
+            factors = np.stack(
+                [
+                    sampling.repetition_penalty[where],
+                    sampling.presence_penalty[where],
+                    sampling.frequency_penalty[where],
+                ]
+            ).astype(np.float32)
+            penalize(
+                logits,
+                rows,
+                counts.to(device),
+                seen.to(device),
+                torch.from_numpy(factors).to(device),
+            )
+        return logits
+
+
+def split(
+    tape: Tape,
+) -> tuple[
+    list[tuple[Instruction, tuple[int, ...]]], list[tuple[Instruction, tuple[int, ...]]]
+]:
+    """What runs on token rows, the selection included, and what runs on logits rows."""
+    steps = list(zip(tape.instructions, tape.last_use, strict=True))
+    layers = [s for s in steps if s[0].op == "select_rows" or s[0].results[0].rows is Rows.TOKENS]
+    head = [s for s in steps if s not in layers]
+    return layers, head
+
+
+def fit(number: int, sizes: Sequence[int]) -> int:
+    """The smallest of the sizes that holds so many."""
+    return next(size for size in sizes if size >= number)

@@ -1,0 +1,84 @@
+"""A step's inputs on the device: one buffer, filled on the host, copied once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kernels.batch import Batch
+
+
+class Staging:
+    """Fixed places for the batch's arrays, all int32, so that captured launches find them.
+
+    What a batch does not fill is harmless: rows behind it write to `trash`, the cache's last slot,
+    and chunks behind it are empty. `last_ids` int64 `[slots]` is each slot's last token; the first
+    `fed` rows of a step read theirs from there, at `slots`.
+    """
+
+    def __init__(
+        self, rows: int, sequences: int, table_width: int, trash: int, device: torch.device
+    ) -> None:
+        sizes = {
+            "token_ids": rows,
+            "positions": rows,
+            "kv_slots": rows,
+            "sample_rows": rows,
+            "slots": rows,
+            "query_starts": sequences + 1,
+            "context_lengths": sequences,
+            "fed": 1,
+            "page_table": sequences * table_width,
+        }
+        # Every array starts at 16 bytes, as the kernels are compiled for.
+        starts, total = {}, 0
+        for name, size in sizes.items():
+            starts[name] = total
+            total += -(-size // 4) * 4
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=pinned)
+        self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        flat = self._host.numpy()
+        self._arrays = {n: flat[starts[n] : starts[n] + size] for n, size in sizes.items()}
+        for name, size in sizes.items():
+            setattr(self, name, self._device[starts[name] : starts[name] + size])
+        self.page_table = self.page_table.view(sequences, table_width)
+        self.last_ids = torch.zeros(max(sequences, 1), dtype=torch.int64, device=device)
+        self._trash = trash
+        self._arrays["kv_slots"][:] = trash
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    sample_rows: torch.Tensor
+    slots: torch.Tensor
+    query_starts: torch.Tensor
+    context_lengths: torch.Tensor
+    fed: torch.Tensor
+    page_table: torch.Tensor
+
+    def copy(self, batch: Batch, fed: int = 0) -> None:
+        """Fill in a batch and send it."""
+        arrays, rows = self._arrays, len(batch.token_ids)
+        sequences, samples = len(batch.context_lengths), len(batch.sample_rows)
+        for name, values in (
+            ("token_ids", batch.token_ids),
+            ("positions", batch.positions),
+            ("kv_slots", batch.kv_slots),
+            ("sample_rows", batch.sample_rows),
+            ("query_starts", batch.query_starts),
+            ("context_lengths", batch.context_lengths),
+        ):
+            arrays[name][: len(values)] = values
+        arrays["kv_slots"][rows:] = self._trash
+        arrays["token_ids"][rows:] = 0
+        arrays["positions"][rows:] = 0
+        arrays["sample_rows"][samples:] = 0
+        arrays["query_starts"][sequences + 1 :] = rows
+        arrays["context_lengths"][sequences:] = 0
+        arrays["fed"][0] = fed
+        arrays["slots"][:fed] = batch.table_rows[:fed]
+        width = min(self.page_table.shape[1], batch.page_table.shape[1])
+        table = arrays["page_table"].reshape(self.page_table.shape)
+        np.take(batch.page_table[:, :width], batch.table_rows, 0, table[:sequences, :width])
+        self._device.copy_(self._host, non_blocking=True)
