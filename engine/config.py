@@ -24,7 +24,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     name: str = "smollm2-135m"
     revision: str | None = None
     served_name: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     max_context: NonNegative = 0
     keep_packed: bool = True
 
@@ -68,9 +68,11 @@ class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The device. `threads` 0 uses every core; `instructions` is for the native kernels."""
+    """The device. `threads` 0 uses every core; `instructions` is for the native kernels.
+    `batch_invariant` makes a GPU's results independent of the batch, at a price; a CPU's are."""
 
     backend: str = "auto"
+    batch_invariant: bool = False
     instructions: Literal["auto", "avx2", "avx512", "avx512bf16"] = "auto"
     threads: NonNegative = 0
     stall_seconds: Annotated[float, Meta(gt=0)] = 30.0

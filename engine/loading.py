@@ -113,6 +113,7 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
                 threads=config.execution.threads,
                 instructions=config.execution.instructions,
                 packed_file=_packed_file(config, path),
+                batch_invariant=config.execution.batch_invariant,
             )
         except ValueError as error:
             raise ConfigError(f"execution.backend: {error}") from error
@@ -136,7 +137,7 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
     parts = _assemble(config, model, tokenizer, CostModel(profile), runner, cold_slots, shape)
     parts.fingerprint = fingerprint
     page_bytes = runner.page_bytes
-    left = available_memory() or 4 << 30
+    left = backend.free_bytes() or available_memory() or 4 << 30
     parts.budget = Budget(
         program=before,
         weights=backend.loaded_bytes(),
@@ -144,14 +145,16 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         cache=(shape.pages + 1) * page_bytes,
         headroom=max(0, left - shape.pages * page_bytes),
     )
-    if config.cache.adaptive:
+    if config.cache.adaptive and backend.free_bytes() is None:
         floor = -(-shape.context // shape.page_size)
         low = min(LOW_MEMORY, left // 8)
         controller = CacheController(parts.scheduler.pool, page_bytes, low, floor)
         parts.upkeep = Upkeep(parts.scheduler, controller, read_pressure)
     parts.timeline = timeline
     size = backend.loaded_bytes() / 1e6
-    parts.device = f"CPU, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"
+    parts.device = (
+        f"{backend.device}, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"
+    )
     return parts
 
 
@@ -180,7 +183,7 @@ def _allocate(
     if context < 2:
         raise ConfigError("model.max_context is 1; a prompt and its answer need at least 2 tokens")
     layout = CacheLayout(shape.layers, shape.heads, section.page_size, kv_dtype, context)
-    pages = cache_pages(section, layout, context, batch.max_running)
+    pages = cache_pages(section, layout, context, batch.max_running, backend.free_bytes())
     try:
         # One page more, for what is written for nobody.
         backend.allocate_cache(layout, pages + 1)
@@ -188,7 +191,7 @@ def _allocate(
         raise ConfigError(f"{error}; execution.backend=torch takes any") from error
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
-    program = backend.compile(tape, batch.max_batch_tokens)
+    program = backend.compile(tape, batch.max_batch_tokens, batch.max_running)
     context = min(context, pages * section.page_size)
     cold_slots = section.cold_tokens // section.page_size
     cache = _cache(section, backend, kv_dtype, cold_slots)
@@ -206,10 +209,10 @@ def _allocate(
 
 def _cache(section: CacheSection, backend: Backend, kv_dtype: str, cold_slots: int) -> Cache:
     """The cache, and where its evicted pages go."""
-    parts = backend.cache_parts()
+    pages = backend.pages()
     if not cold_slots:
-        return Cache(parts)
-    codec, page_bytes = None, sum(part.shape[1] for part in parts)
+        return Cache(pages)
+    codec, page_bytes = None, pages.page_bytes
     if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
         try:
             codec = backend.page_codec(section.cold_dtype)
@@ -217,7 +220,7 @@ def _cache(section: CacheSection, backend: Backend, kv_dtype: str, cold_slots: i
             raise ConfigError(str(error)) from error
         page_bytes = codec.page_bytes
     folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
-    return Cache(parts, ColdFile(folder, cold_slots, page_bytes), codec)
+    return Cache(pages, ColdFile(folder, cold_slots, page_bytes), codec)
 
 
 def _assemble(

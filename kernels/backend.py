@@ -17,7 +17,7 @@ from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Heads, Tape, Weight
 
 DType = Literal["float32", "bfloat16"]
-WeightFormat = Literal["auto", "float32", "bfloat16", "int8"]
+WeightFormat = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 CacheDType = Literal["float32", "bfloat16", "int8", "int4"]
 logger = logging.getLogger("ryzanstein.kernels")
 
@@ -87,6 +87,28 @@ class CacheLayout:
         return vectors * (self.vector_bytes + self.scale_bytes)
 
 
+class Pages(Protocol):
+    """The cache's pages as they are moved; `page_bytes` in all layers together."""
+
+    page_bytes: int
+
+    def copy(self, source: int, target: int) -> None:
+        """One page to another."""
+        ...
+
+    def read(self, page: int, block: npt.NDArray[np.uint8]) -> None:
+        """Fill `block`, uint8 `[page_bytes]`, with a page."""
+        ...
+
+    def write(self, block: npt.NDArray[np.uint8], page: int) -> None:
+        """Make a page of what `read` left in `block`."""
+        ...
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give the memory of pages back to the system, where that can be done."""
+        ...
+
+
 class PageCodec(Protocol):
     """Pages of the cache as blocks of bytes in another format, which loses what it cannot hold."""
 
@@ -125,6 +147,8 @@ class Backend(Protocol):
     """One device. `load` is called for every weight before `compile`."""
 
     name: str
+    device: str
+    """What it runs on, in a word."""
 
     def describe(self) -> str:
         """What computes: the same words mean the same numbers."""
@@ -138,21 +162,24 @@ class Backend(Protocol):
         """Bytes that the placed weights occupy."""
         ...
 
-    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
-        """Allocate the paged KV cache. Its memory is only taken as pages are first written."""
+    def free_bytes(self) -> int | None:
+        """Bytes of memory that the device has left; None if it is the host's memory."""
         ...
 
-    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
-        """The cache as it lies in host memory: uint8 `[pages, bytes]`, one part for each layer's
-        keys, values and scales; a page is the same row of each."""
+    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
+        """Allocate the paged KV cache. On the host its memory is only taken as pages are first written."""
+        ...
+
+    def pages(self) -> Pages:
+        """The allocated cache's pages."""
         ...
 
     def page_codec(self, dtype: CacheDType) -> PageCodec:
         """Pages of the cache in another format. Raises ValueError if there is no such codec."""
         ...
 
-    def compile(self, tape: Tape, max_rows: int) -> Program:
-        """Make the tape runnable for steps of up to `max_rows` rows."""
+    def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> Program:
+        """Make the tape runnable for steps of up to `max_rows` rows of `max_sequences` chunks."""
         ...
 
     def close(self) -> None:
@@ -202,13 +229,16 @@ def select_backend(
     threads: int,
     instructions: str = "auto",
     packed_file: tuple[Path, str] | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Backend, CacheDType]:
     """The named backend, and the dtype that its KV cache takes.
 
     `native` packs weights and is the fastest, `torch` computes in float32 or bfloat16, `reference`
-    is the slow oracle. `auto` is `native` where this machine can, with a warning where it cannot.
+    is the slow oracle; `triton` serves on an NVIDIA GPU. `auto` is `triton` where there is one, else
+    `native` where this machine can, with a warning where it cannot.
     `threads` of 0 means one per core; `instructions` names the native kernels' instruction set.
     `packed_file` is where they keep packed weights for the next start, and what those are made of.
+    `batch_invariant` is for the GPU, at a price; native results do not depend on the batch anyway.
     Raises ValueError if the backend is unknown or cannot serve.
     """
     from kernels.cpu.native_backend import NativeBackend, unavailable_reason
@@ -218,6 +248,12 @@ def select_backend(
     from kernels.torch_backend import TorchBackend
 
     threads = threads or available_cores()
+    if name == "triton" or (name == "auto" and torch.cuda.is_available()):
+        found = _select_gpu(name, dtype, cache_dtype, batch_invariant)
+        if found is not None:
+            return found
+    if dtype == "int4":
+        raise ValueError("dtype int4 packs weights for a GPU; the native kernels serve 4-bit GGUF")
     if name in ("auto", "native"):
         reason = unavailable_reason(instructions)
         if reason is None:
@@ -237,7 +273,7 @@ def select_backend(
         name = "torch"
     families = {"torch": TorchCpuOps, "reference": ReferenceOps}
     if name not in families:
-        known = ", ".join(["auto", "native", *families])
+        known = ", ".join(["auto", "native", "triton", *families])
         raise ValueError(f"backend {name!r} is not known; choose one of {known}")
     if dtype == "int8" or cache_dtype in ("int8", "int4"):
         asked = "int8" if dtype == "int8" else cache_dtype
@@ -247,3 +283,26 @@ def select_backend(
     return TorchBackend(
         name, families[name], dense
     ), dense if cache_dtype == "auto" else cache_dtype
+
+
+def _select_gpu(
+    name: str,
+    dtype: WeightFormat,
+    cache_dtype: Literal["auto"] | CacheDType,
+    batch_invariant: bool,
+) -> tuple[Backend, CacheDType] | None:
+    """The GPU backend; None, with a warning, if it cannot serve and was not asked for by name."""
+    from kernels.gpu_available import unavailable_reason
+
+    reason = unavailable_reason()
+    if reason is not None:
+        if name == "triton":
+            raise ValueError(f"the Triton kernels cannot serve: {reason}")
+        logger.warning("this machine has a GPU that cannot serve: %s. The CPU does.", reason)
+        return None
+    from kernels.gpu.backend import GpuBackend
+
+    computed: DType = "float32" if dtype == "float32" else "bfloat16"
+    device = torch.device("cuda", torch.cuda.current_device())
+    backend = GpuBackend(dtype, computed, device, invariant=batch_invariant)
+    return backend, computed if cache_dtype == "auto" else cache_dtype

@@ -20,6 +20,7 @@ from kernels.backend import (
     TernaryTensor,
 )
 from kernels.batch import Batch, Samples, Sampling
+from kernels.host_pages import HostPages
 from kernels.ops import Tape, Weight
 from kernels.reference import LayerCache, ReferenceOps, TorchWeight
 from kernels.sampling import sample
@@ -30,6 +31,7 @@ class TorchBackend:
 
     def __init__(self, name: str, ops_class: type[ReferenceOps], dtype: DType) -> None:
         self.name = name
+        self.device = "CPU"
         self._ops_class = ops_class
         self._dtype = TORCH_DTYPES[dtype]
         self._bytes = 0
@@ -65,15 +67,22 @@ class TorchBackend:
             for _ in range(layout.layers)
         ]
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
+        """The cache as it lies in memory, see `HostPages`."""
         tensors = [tensor for cache in self._caches for tensor in (cache.keys, cache.values)]
         flat = [tensor.view(-1).view(torch.uint8).numpy() for tensor in tensors]
         return [part.reshape(self._pages, -1) for part in flat]
 
+    def pages(self) -> HostPages:
+        return HostPages(self.cache_parts())
+
     def page_codec(self, dtype: CacheDType) -> PageCodec:
         raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
 
-    def compile(self, tape: Tape, max_rows: int) -> TorchProgram:
+    def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> TorchProgram:
         return TorchProgram(tape, self._ops_class(self._caches, self._page_size))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Pages of the KV cache as bytes: copies, the cold tier's file, and memory that is given back."""
+"""Pages of the KV cache on the move: copies, the cold tier's file, memory that is given back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.scheduling.plan import Move
-from kernels.backend import PageCodec
+from kernels.backend import PageCodec, Pages
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -33,37 +33,30 @@ class ColdFile:
 
 
 class Cache:
-    """All that holds KV pages: `parts` are uint8 `[pages, bytes]`, one for each layer's keys,
-    values and scales; a page is the same row of each. Addresses never change.
-
-    Pages lie in the cold tier byte for byte, or as a `codec` makes them.
-    """
+    """All that holds KV pages: those of the device, and the cold tier behind them, where pages lie
+    byte for byte, or as a `codec` makes them."""
 
     def __init__(
-        self, parts: Sequence[Bytes], cold: ColdFile | None = None, codec: PageCodec | None = None
+        self, pages: Pages, cold: ColdFile | None = None, codec: PageCodec | None = None
     ) -> None:
-        self._parts = list(parts)
+        self._pages = pages
         self._cold = cold
         self._codec = codec
-        ends = np.cumsum([part.shape[1] for part in self._parts]).tolist()
-        # Where each part lies in a cold page.
-        self._spans = [slice(e - p.shape[1], e) for p, e in zip(self._parts, ends, strict=True)]
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page in all parts."""
-        return sum(part.shape[1] for part in self._parts)
+        """Bytes of one page in all layers."""
+        return self._pages.page_bytes
 
     def move(self, moves: Sequence[tuple[Move, int, int]]) -> None:
         """Make a step's moves, in order."""
         discarded: list[int] = []
         for kind, source, target in moves:
             if kind is not Move.DISCARD and discarded:
-                self.discard(discarded)  # before anything is put where they were
+                self._pages.discard(discarded)  # before anything is put where they were
                 discarded = []
             if kind is Move.COPY:
-                for part in self._parts:
-                    part[target] = part[source]
+                self._pages.copy(source, target)
             elif kind is Move.DISCARD:
                 discarded.append(source)
             elif kind is Move.DEMOTE:
@@ -71,61 +64,18 @@ class Cache:
             else:
                 self._restore(source, target)
         if discarded:
-            self.discard(discarded)
-
-    def discard(self, pages: Sequence[int]) -> None:
-        """Give the memory of pages back to the system; they read as zeros afterwards."""
-        for first, last in _runs(sorted(pages)):
-            for part in self._parts:
-                give_back(part[first:last])
+            self._pages.discard(discarded)
 
     def close(self) -> None:
-        """Forget all pages."""
-        self._parts, self._cold, self._codec = [], None, None
+        """Forget the cold pages."""
+        self._cold, self._codec = None, None
 
     def _demote(self, page: int, slot: int) -> None:
         assert self._cold is not None
-        block = self._cold.pages[slot]
-        if self._codec is not None:
-            return self._codec.compress(page, block)
-        for part, span in zip(self._parts, self._spans, strict=True):
-            block[span] = part[page]
-        return None
+        fill = self._pages.read if self._codec is None else self._codec.compress
+        fill(page, self._cold.pages[slot])
 
     def _restore(self, slot: int, page: int) -> None:
         assert self._cold is not None
-        block = self._cold.pages[slot]
-        if self._codec is not None:
-            return self._codec.restore(block, page)
-        for part, span in zip(self._parts, self._spans, strict=True):
-            part[page] = block[span]
-        return None
-
-
-def give_back(memory: Bytes) -> None:
-    """Return the whole system pages within `memory` (contiguous); addresses stay."""
-    size = mmap.PAGESIZE
-    start = memory.ctypes.data
-    first, last = -(-start // size) * size, (start + memory.nbytes) // size * size
-    if last > first:
-        _madvise(first, last - first)
-
-
-def _madvise(address: int, length: int) -> None:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if libc.madvise(address, length, mmap.MADV_DONTNEED):
-        raise OSError(ctypes.get_errno(), "madvise failed")
-
-
-def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring pages together, as (first, behind the last)."""
-    runs: list[tuple[int, int]] = []
-    for page in pages:
-        if runs and runs[-1][1] == page:
-            runs[-1] = (runs[-1][0], page + 1)
-        else:
-            runs.append((page, page + 1))
-    return runs
+        make = self._pages.write if self._codec is None else self._codec.restore
+        make(self._cold.pages[slot], page)

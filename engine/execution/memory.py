@@ -123,13 +123,19 @@ def _number(file: Path) -> int | None:
 
 
 def cache_pages(
-    section: CacheSection, layout: CacheLayout, max_context: int, max_running: int
+    section: CacheSection,
+    layout: CacheLayout,
+    max_context: int,
+    max_running: int,
+    device_bytes: int | None = None,
 ) -> int:
-    """Pages of the pool: as configured, or a fraction of the free memory, and no more than every
+    """Pages of the pool: as configured, or a fraction of the free memory (the device's, if it has
+    its own), and no more than every
     slot at full context could use. Raises ConfigError if not even one page fits."""
     if section.tokens:
         return -(-section.tokens // section.page_size)
-    budget = int((available_memory() or 4 << 30) * section.memory_fraction)
+    free = available_memory() if device_bytes is None else device_bytes
+    budget = int((free or 4 << 30) * section.memory_fraction)
     pages = min(budget // layout.bytes_per_page, max_running * -(-max_context // section.page_size))
     if pages < 1:
         raise ConfigError(

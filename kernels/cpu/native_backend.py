@@ -30,6 +30,7 @@ from kernels.backend import (
 )
 from kernels.cpu.native_program import NativeProgram
 from kernels.cpu.packed_file import PackedFile
+from kernels.host_pages import HostPages
 from kernels.ops import Tape, Weight
 
 # Numbers of the packed formats, as in native/weight.h.
@@ -130,6 +131,7 @@ class NativeBackend:
     """Packs weights, owns the paged cache and the threads."""
 
     name = "native"
+    device = "CPU"
 
     def __init__(
         self,
@@ -198,7 +200,14 @@ class NativeBackend:
             for _ in range(layout.layers)
         ]
 
+    def free_bytes(self) -> int | None:
+        return None
+
+    def pages(self) -> HostPages:
+        return HostPages(self.cache_parts())
+
     def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
+        """The cache as it lies in memory, see `HostPages`."""
         layout = self._layout
         vectors = layout.page_size * layout.heads.kv
         element, scale = vectors * layout.vector_bytes, vectors * layout.scale_bytes
@@ -225,7 +234,7 @@ class NativeBackend:
         codec = self._native.PageCodec(self.device, layers, CACHE_FORMATS[dtype])
         return NativeCodec(codec, self._cache)
 
-    def compile(self, tape: Tape, max_rows: int) -> NativeProgram:
+    def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> NativeProgram:
         if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:
             self._packed_file.save()
         layout = self._layout

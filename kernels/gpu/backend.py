@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from kernels.backend import (
@@ -29,19 +27,6 @@ SCORED_ROWS = 64
 MAX_HEAD_DIM = 256
 
 
-def unavailable_reason() -> str | None:
-    """Why Triton kernels cannot serve on this machine; None if they can."""
-    try:
-        import triton  # noqa: F401
-    except ModuleNotFoundError:
-        return "the triton package is not installed (pip install 'ryzanstein[gpu]')"
-    if not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None
-
-
 class GpuBackend:
     """Places weights on `device`, computes in `dtype`; `invariant` makes every step use one form of
     each kernel, so that results do not depend on the batch."""
@@ -57,6 +42,9 @@ class GpuBackend:
         invariant: bool = False,
         capture: bool = True,
     ) -> None:
+        self.device = "CPU"
+        if device.type == "cuda":
+            self.device = torch.cuda.get_device_name(device)
         self._format = weight_format
         self._dtype = TORCH_DTYPES[dtype]
         self._device = device
@@ -69,8 +57,7 @@ class GpuBackend:
 
     def describe(self) -> str:
         """The device's name and the mode."""
-        where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "host"
-        return f"{self.name} {where}{' batch-invariant' if self._invariant else ''} kernels"
+        return f"{self.name} {self.device}{' batch-invariant' if self._invariant else ''} kernels"
 
     def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
         """Place one weight; see `weights.place`."""
@@ -114,10 +101,6 @@ class GpuBackend:
             )
             for _ in range(layout.layers)
         ]
-
-    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
-        """Not in host memory: `pages` moves them."""
-        raise ValueError("the cache lies on the device")
 
     def pages(self) -> GpuPages:
         """The cache's pages, to be copied and read."""

@@ -68,9 +68,7 @@ def embed_groups_kernel(
     factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
     low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
     place = row.to(tl.int64) * WIDTH + columns
-    tl.store(
-        out + place, ((values * factor + low) * scale).to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + place, ((values * factor + low) * scale).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

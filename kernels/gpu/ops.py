@@ -327,5 +327,3 @@ def select_config(width: int) -> tuple[Config, int]:
     """A gather of rows, and their blocks."""
     block, count = _blocks(width)
     return Config(fused.select_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
-
-

@@ -249,9 +249,7 @@ class GpuProgram:
 
 def split(
     tape: Tape,
-) -> tuple[
-    list[tuple[Instruction, tuple[int, ...]]], list[tuple[Instruction, tuple[int, ...]]]
-]:
+) -> tuple[list[tuple[Instruction, tuple[int, ...]]], list[tuple[Instruction, tuple[int, ...]]]]:
     """What runs on token rows, the selection included, and what runs on logits rows."""
     steps = list(zip(tape.instructions, tape.last_use, strict=True))
     layers = [s for s in steps if s[0].op == "select_rows" or s[0].results[0].rows is Rows.TOKENS]

@@ -31,9 +31,7 @@ MASS_UNIT = tl.constexpr(float(1 << 40))
 def row_best(partial_best, row, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr):
     """The largest scaled logit of a row, from its blocks'."""
     blocks = tl.arange(0, BLOCKS_PADDED)
-    parts = tl.load(
-        partial_best + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf")
-    )
+    parts = tl.load(partial_best + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf"))
     return tl.max(parts, 0)
 
 

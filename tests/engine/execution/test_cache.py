@@ -11,6 +11,7 @@ import pytest
 from engine.execution.cache import Cache, ColdFile
 from engine.execution.memory import private_memory
 from engine.scheduling.plan import Move
+from kernels.host_pages import HostPages
 
 
 def parts(pages: int, *sizes: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
@@ -21,7 +22,7 @@ def parts(pages: int, *sizes: int) -> list[np.ndarray[tuple[int, int], np.dtype[
 def test_moves_are_made_in_order(tmp_path: Path) -> None:
     held = parts(4, 64, 8)
     before = [part.copy() for part in held]
-    cache = Cache(held, ColdFile(tmp_path, 2, 72))
+    cache = Cache(HostPages(held), ColdFile(tmp_path, 2, 72))
     assert cache.page_bytes == 72
     cache.move([(Move.DEMOTE, 0, 1), (Move.COPY, 3, 0), (Move.RESTORE, 1, 2)])
     for part, old in zip(held, before, strict=True):
@@ -35,7 +36,7 @@ def test_what_is_discarded_goes_back_to_the_system() -> None:
     pages, size = 64, mmap.PAGESIZE * 64
     held = [np.zeros((pages, size), np.uint8) for _ in range(2)]
     address = held[0].ctypes.data
-    cache = Cache(held)
+    cache = Cache(HostPages(held))
     for part in held:
         part[:] = 7
     full = private_memory()

@@ -1,0 +1,68 @@
+"""Pages of a cache that lies in host memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class HostPages:
+    """`parts` are uint8 `[pages, bytes]`, one for each layer's keys, values and scales; a page is
+    the same row of each. Addresses never change."""
+
+    def __init__(self, parts: Sequence[Bytes]) -> None:
+        self._parts = list(parts)
+        ends = np.cumsum([part.shape[1] for part in self._parts]).tolist()
+        # Where each part lies in a block.
+        self._spans = [slice(e - p.shape[1], e) for p, e in zip(self._parts, ends, strict=True)]
+        self.page_bytes: int = ends[-1] if ends else 0
+
+    def copy(self, source: int, target: int) -> None:
+        for part in self._parts:
+            part[target] = part[source]
+
+    def read(self, page: int, block: Bytes) -> None:
+        for part, span in zip(self._parts, self._spans, strict=True):
+            block[span] = part[page]
+
+    def write(self, block: Bytes, page: int) -> None:
+        for part, span in zip(self._parts, self._spans, strict=True):
+            part[page] = block[span]
+
+    def discard(self, pages: Sequence[int]) -> None:
+        for first, last in _runs(sorted(pages)):
+            for part in self._parts:
+                give_back(part[first:last])
+
+
+def give_back(memory: Bytes) -> None:
+    """Return the whole system pages within `memory` (contiguous); addresses stay."""
+    size = mmap.PAGESIZE
+    start = memory.ctypes.data
+    first, last = -(-start // size) * size, (start + memory.nbytes) // size * size
+    if last > first:
+        _madvise(first, last - first)
+
+
+def _madvise(address: int, length: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if libc.madvise(address, length, mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise failed")
+
+
+def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring pages together, as (first, behind the last)."""
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], page + 1)
+        else:
+            runs.append((page, page + 1))
+    return runs
