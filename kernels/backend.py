@@ -167,7 +167,7 @@ class Backend(Protocol):
         ...
 
     def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
-        """Allocate the paged KV cache. On the host its memory is only taken as pages are first written."""
+        """Allocate the paged KV cache. On the host its memory is only taken as it is written."""
         ...
 
     def pages(self) -> Pages:
@@ -234,8 +234,8 @@ def select_backend(
     """The named backend, and the dtype that its KV cache takes.
 
     `native` packs weights and is the fastest, `torch` computes in float32 or bfloat16, `reference`
-    is the slow oracle; `triton` serves on an NVIDIA GPU. `auto` is `triton` where there is one, else
-    `native` where this machine can, with a warning where it cannot.
+    is the slow oracle; `triton` serves on an NVIDIA GPU. `auto` is `triton` where there is one,
+    else `native` where this machine can, with a warning where it cannot.
     `threads` of 0 means one per core; `instructions` names the native kernels' instruction set.
     `packed_file` is where they keep packed weights for the next start, and what those are made of.
     `batch_invariant` is for the GPU, at a price; native results do not depend on the batch anyway.

@@ -1,4 +1,4 @@
-"""One launch of a kernel, as data: what runs, and what a build without a GPU compiles and checks."""
+"""A kernel's launch as data: what runs, or is compiled and checked where there is no GPU."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """`x @ weight.T` for weights of 16, 8 and 4 bits.
 
-The weight is the left operand: its outputs fill the matrix unit's fixed side of 64, the step's rows
-its free one, so that few rows waste nothing and weights that are unpacked in registers are used from
-there (the exchange of operands of Machete, Neural Magic 2024). For few rows the inputs are split
-among programs (split-K); the last one to arrive adds all parts in order, so the sum never depends
-on who came first.
+The weight is the left operand: its outputs fill the matrix unit's fixed side of 64, the step's
+rows its free one, so that few rows waste nothing and weights that are unpacked in registers are
+used from there (the exchange of operands of Machete, Neural Magic 2024). For few rows the inputs
+are split among programs (split-K); the last one to arrive adds all parts in order, so the sum never
+depends on who came first.
 """
 
 from __future__ import annotations

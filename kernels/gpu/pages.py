@@ -1,4 +1,4 @@
-"""Pages of the cache: copied on the device, or packed into one block of bytes on their way to it."""
+"""Pages of a cache on a device: copied there, or as one block of bytes on the host."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from kernels.gpu.launch import Config, power_of_two
 
 BLOCK = 4096
+WARPS = 16
 BINS = 1024
 # Logits further below the best than this have no weight that fp32 could show.
 RANGE = 32.0
@@ -260,7 +261,7 @@ def penalize_kernel(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Penalties of the rows that have them, in place; `counts` int32, `seen` int8 `[rows, vocab]`."""
+    """Penalties of some rows, in place; `counts` int32, `seen` int8 `[rows, vocab]`."""
     index, block = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < VOCAB
@@ -293,11 +294,11 @@ class SamplerShape:
         vocab = {"VOCAB": self.vocab, "BLOCK": BLOCK, "BLOCKS": self.blocks}
         blocks = {"BLOCKS": self.blocks, "BLOCKS_PADDED": power_of_two(self.blocks)}
         bins = {"BINS": BINS, "RANGE": RANGE}
-        made = [Config(best_kernel, vocab)]
+        made = [Config(best_kernel, vocab, WARPS)]
         for level in range(4):
-            made.append(Config(histogram_kernel, {**vocab, **blocks, **bins, "LEVEL": level}))
+            made.append(Config(histogram_kernel, {**vocab, **blocks, **bins, "LEVEL": level}, WARPS))
             made.append(Config(pivot_kernel, {**blocks, **bins, "LEVEL": level}))
-        return [*made, Config(draw_kernel, {**vocab, **blocks}), Config(pick_kernel, blocks)]
+        return [*made, Config(draw_kernel, {**vocab, **blocks}, WARPS), Config(pick_kernel, blocks)]
 
 
 class Sampler:
@@ -359,5 +360,5 @@ def penalize(
 ) -> None:
     """Apply penalties to `rows` int64 of `logits`, in place; `factors` fp32 `[3, rows]`."""
     vocab = logits.shape[1]
-    config = Config(penalize_kernel, {"VOCAB": vocab, "BLOCK": BLOCK})
+    config = Config(penalize_kernel, {"VOCAB": vocab, "BLOCK": BLOCK}, WARPS)
     config.launch((len(rows), -(-vocab // BLOCK)), logits, rows, counts, seen, *factors)

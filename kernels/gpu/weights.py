@@ -1,9 +1,9 @@
 """Weights as the GPU kernels read them.
 
-Quantized GGUF blocks keep their bits: 4-bit ones become nibbles in blocks of 128 inputs with a scale
-and a lowest value for each group of 32, 8-bit ones int8 in groups of 32. `int4` packs a float
-checkpoint in groups of 128, `int8` in one scale an output with int8 activations; ternary weights are
-such int8 weights, which is BitNet's own arithmetic. Everything else is stored in `dtype`.
+Quantized GGUF blocks keep their bits: 4-bit ones become nibbles in blocks of 128 inputs with a
+scale and a lowest value for each group of 32, 8-bit ones int8 in groups of 32. `int4` packs a float
+checkpoint in groups of 128, `int8` in one scale an output with int8 activations; ternary weights
+are such int8 weights, which is BitNet's own arithmetic. Everything else is stored in `dtype`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton's interpreter, made to compute in bf16 as a GPU does.
 
-As it comes it multiplies bf16 matrices as if their bits were integers, and cuts instead of rounding.
-Here both go through fp32, with rounding to nearest, ties to even.
+As it comes it multiplies bf16 matrices as if their bits were integers, and cuts instead of
+rounding. Here both go through fp32, with rounding to nearest, ties to even.
 """
 
 from __future__ import annotations

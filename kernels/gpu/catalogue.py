@@ -1,0 +1,222 @@
+"""Every kernel that a model's steps launch, with the types it is compiled for.
+
+This is what is compiled where there is no GPU, and checked: registers, spills, instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.gpu.attention import AttentionShape
+from kernels.gpu.launch import Compiled, Config, pointer
+from kernels.gpu.matmul import Format, MatmulShape
+from kernels.gpu.ops import (
+    gated_config,
+    norm_config,
+    quantize_config,
+    rope_config,
+    select_config,
+)
+from kernels.gpu.pages import copy_kernel
+from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
+from kernels.ops import Heads
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+INT8, INT32, INT64 = torch.int8, torch.int32, torch.int64
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A model's sizes, as far as kernels are compiled for them."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: Heads
+    vocab: int
+    norms: bool = False
+    tied: bool = False
+
+
+LLAMA_1B = Dimensions("Llama-3.2-1B", 2048, 8192, 16, Heads(32, 8, 64), 128256, tied=True)
+QWEN_06B = Dimensions(
+    "Qwen3-0.6B", 1024, 3072, 28, Heads(16, 8, 128), 151936, norms=True, tied=True
+)
+LLAMA_8B = Dimensions("Llama-3.1-8B", 4096, 14336, 32, Heads(32, 8, 128), 128256)
+MODELS = (LLAMA_1B, QWEN_06B, LLAMA_8B)
+PAGE = 16
+
+
+def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
+    """The attention kernel of a shape, and its merging one."""
+    main, merge = shape.configs()
+    dtype, cache = shape.dtype, INT8 if shape.quantized else shape.dtype
+    scales = pointer(F32 if shape.quantized else cache)
+    signature = {
+        "out": pointer(dtype),
+        "partial": pointer(F32),
+        "partial_sums": pointer(F32),
+        "queries": pointer(dtype),
+        "keys": pointer(cache),
+        "values": pointer(cache),
+        "key_scales": scales,
+        "value_scales": scales,
+        "query_starts": pointer(INT32),
+        "context_lengths": pointer(INT32),
+        "page_table": pointer(INT32),
+        "scale": "fp32",
+        "window": "i32",
+        "sequences": "i32",
+        "table_width": "i32",
+    }
+    yield Compiled(f"attention {label}", main, signature)
+    if merge is not None:
+        signature = {
+            "out": pointer(dtype),
+            "partial": pointer(F32),
+            "partial_sums": pointer(F32),
+            "query_starts": pointer(INT32),
+            "sequences": "i32",
+        }
+        yield Compiled(f"merge {label}", merge, signature)
+
+
+def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Compiled:
+    """A matmul of a shape."""
+    stored = {"float": shape.dtype, "int8": INT8, "group8": INT8, "group4": INT32}[shape.format]
+    scales = {"float": shape.dtype, "int8": F32}.get(shape.format, F16)
+    x = INT8 if shape.format == "int8" else shape.dtype
+    signature = {
+        "out": pointer(out),
+        "x": pointer(x),
+        "x_scales": pointer(F32 if shape.format == "int8" else x),
+        "weight": pointer(stored),
+        "scales": pointer(scales),
+        "lows": pointer(F16 if shape.format in ("group8", "group4") else stored),
+        "bias": pointer(F32 if shape.bias else stored),
+        "partial": pointer(F32),
+        "arrived": pointer(INT32),
+        "rows": "i32",
+        "outputs": "i32",
+        "inputs": "i32",
+        "stride": "i32",
+    }
+    return Compiled(f"matmul {label}", shape.config(), signature, ("outputs", "inputs", "stride"))
+
+
+def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
+    """Norms, rotation, gate and gather of a model."""
+    row = {"out": pointer(BF16), "total": pointer(BF16), "x": pointer(BF16)}
+    signature = {**row, "residual": pointer(BF16), "weight": pointer(F32), "eps": "fp32"}
+    yield Compiled("add_rms_norm", norm_config(model.hidden, add=True), signature)
+    yield Compiled("rms_norm", norm_config(model.hidden, add=False), signature)
+    numbers = {"out": pointer(INT8), "scales": pointer(F32), "x": pointer(BF16)}
+    yield Compiled("quantize", quantize_config(model.intermediate), numbers)
+    cache = pointer(INT8 if quantized else BF16)
+    scales = pointer(F32 if quantized else BF16)
+    signature = {
+        "out": pointer(BF16),
+        "keys": cache,
+        "values": cache,
+        "key_scales": scales,
+        "value_scales": scales,
+        "qkv": pointer(BF16),
+        "positions": pointer(INT32),
+        "slots": pointer(INT32),
+        "cosine": pointer(F32),
+        "sine": pointer(F32),
+        "query_norm": pointer(F32),
+        "key_norm": pointer(F32),
+        "eps": "fp32",
+    }
+    config = rope_config(model.heads, norms=model.norms, quantized=quantized)
+    yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'}", config, signature)
+    pair = {"out": pointer(BF16), "x": pointer(BF16)}
+    yield Compiled("gated", gated_config(model.intermediate, "silu")[0], pair)
+    config = select_config(model.hidden)[0]
+    yield Compiled("select_rows", config, {**pair, "sample_rows": pointer(INT32)})
+
+
+def sampling_launches(vocab: int, rows: int) -> Iterator[Compiled]:
+    """Every kernel of a draw, and the penalties."""
+    types: dict[str, str] = {
+        **dict.fromkeys(("counts", "targets", "slots", "top_k", "keys", "partial_ids"), "*i32"),
+        **dict.fromkeys(("masses", "above", "ids", "last_ids"), "*i64"),
+    }
+    for config in SamplerShape(rows, vocab).configs():
+        yield _typed(config, types)
+    constants = {"VOCAB": vocab, "BLOCK": BLOCK}
+    yield _typed(Config(penalize_kernel, constants, WARPS), {"rows": "*i64", "counts": "*i32", "seen": "*i8"})
+
+
+def page_launches() -> Iterator[Compiled]:
+    """A page's copy."""
+    words = {"target": "*i64", "source": "*i64", "target_pages": "*i32", "source_pages": "*i32"}
+    sizes = {"words": "i32", "target_stride": "i32", "source_stride": "i32"}
+    config = Config(copy_kernel, {"BLOCK": 1024})
+    yield Compiled("copy_page", config, {**words, **sizes}, tuple(sizes))
+
+
+def _typed(config: Config, types: dict[str, str]) -> Compiled:
+    """A kernel whose arguments are all pointers, fp32 if not said otherwise."""
+    names = [n for n in config.kernel.arg_names if n not in config.constants]
+    level = config.constants.get("LEVEL")
+    label = config.kernel.__name__.removesuffix("_kernel")
+    label = label if level is None else f"{label} {level}"
+    return Compiled(label, config, {n: types.get(n, pointer(F32)) for n in names})
+
+
+def launches(model: Dimensions, rows: tuple[int, ...] = (1, 16, 64, 512)) -> list[Compiled]:
+    """All of a model's launches, at these sizes of batch."""
+    made: list[Compiled] = []
+    for quantized in (False, True):
+        made += fused_launches(model, quantized=quantized)
+        cache = "int8" if quantized else "bf16"
+        for count in rows:
+            for decode in (True, False):
+                if decode and count > 64 or not decode and count < 64:
+                    continue
+                sequences = count if decode else 64
+                shape = AttentionShape(
+                    model.heads, PAGE, BF16, quantized, False, count, sequences, decode
+                )
+                kind = "decode" if decode else "mixed"
+                made += attention_launches(shape, f"{kind} {cache} {count}")
+    widths: dict[str, tuple[int, int]] = {
+        "qkv": (model.heads.qkv_width, model.hidden),
+        "down": (model.hidden, model.intermediate),
+    }
+    formats: tuple[tuple[Format, int], ...] = (
+        ("int8", 1), ("group8", 32), ("group4", 32), ("group4", 128), ("float", 1),
+    )  # fmt: skip
+    for kind, group in formats:
+        for name, (outputs, inputs) in widths.items():
+            for count in (1, 64, 512):
+                invariant = kind == "float"
+                shape_ = MatmulShape(count, outputs, inputs, kind, group, BF16, False, invariant)
+                label = f"{kind}{f'/{group}' if group > 1 else ''} {name} {count}"
+                made.append(matmul_launch(shape_, label))
+    made += sampling_launches(model.vocab, 64)
+    made += page_launches()
+    return _distinct(made)
+
+
+def _distinct(made: list[Compiled]) -> list[Compiled]:
+    """Without those that are compiled alike."""
+    seen: dict[Any, Compiled] = {}
+    for one in made:
+        config = one.config
+        key = (
+            config.kernel.__name__,
+            tuple(sorted(config.constants.items())),
+            tuple(one.signature.items()),
+            config.warps,
+            config.stages,
+        )
+        seen.setdefault(key, one)
+    return list(seen.values())

@@ -1,0 +1,90 @@
+"""Matmuls of every weight format, for few rows and many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+
+from kernels.gpu.matmul import MatmulShape
+from kernels.gpu.weights import pack_nibbles, quantize_groups
+from tests.kernels.gpu.filled import run_linear
+from tests.kernels.native import Host, quantized
+
+
+def inputs(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.Q4_K], ids=lambda k: k.name)
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_ggml_blocks_are_multiplied_in_their_own_bits(kind: Type, rows: int) -> None:
+    columns = 256 if kind == Type.Q4_K else 160
+    weight, x = quantized(kind, 70, columns), inputs(rows, columns)
+    found = run_linear(weight, x)
+    wanted = x @ weight.values.T
+    # Q4_K's scales are products of two numbers, which fp16 holds to 11 bits.
+    assert torch.allclose(found, wanted, atol=2e-2 if kind == Type.Q4_K else 1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_int4_packs_a_float_matrix_in_groups_of_128(rows: int) -> None:
+    weight, x = Host(inputs(70, 200)), inputs(rows, 200)
+    groups = quantize_groups(weight.values, 128)
+    spread = [t.repeat_interleave(128, 1)[:, :200] for t in (groups.scales, groups.lows)]
+    rounded = groups.numbers * spread[0] + spread[1]
+    assert (rounded - weight.values).abs().max() < spread[0].max() * 0.55
+    assert torch.allclose(run_linear(weight, x, weights="int4"), x @ rounded.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_int8_multiplies_whole_numbers_exactly(rows: int) -> None:
+    weight, x = Host(inputs(70, 160)), inputs(rows, 160)
+    found = run_linear(weight, x, weights="int8")
+    steps = weight.values.abs().amax(1, keepdim=True) / 127
+    largest = x.abs().amax(1, keepdim=True)
+    numbers = (x * (127 / largest)).round() @ (weight.values / steps).round().T
+    assert torch.allclose(found, numbers * (largest / 127) * steps.T, rtol=1e-5, atol=1e-5)
+
+
+def test_ternary_weights_follow_bitnets_arithmetic() -> None:
+    signs = torch.randint(-1, 2, (70, 96), generator=torch.Generator().manual_seed(0))
+    weight = Host(signs * 0.5, "TERNARY", signs.to(torch.int8), scale=0.5)
+    x = inputs(4, 96)
+    factor = 127.0 / x.abs().amax(-1, keepdim=True)
+    wanted = (x * factor).round() @ signs.float().T * (0.5 / factor)
+    assert torch.allclose(run_linear(weight, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+def test_a_bias_is_added(weights: str) -> None:
+    weight, x, bias = Host(inputs(70, 160)), inputs(3, 160), torch.arange(70.0)
+    plain = run_linear(weight, x, weights=weights)
+    assert torch.allclose(run_linear(weight, x, bias, weights=weights), plain + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+def test_in_the_invariant_mode_rows_do_not_depend_on_their_number(weights: str) -> None:
+    weight, x = Host(inputs(70, 160)), inputs(70, 160)
+    together = run_linear(weight, x, weights=weights, invariant=True)
+    for count in (1, 17):
+        alone = run_linear(weight, x[:count], weights=weights, invariant=True)
+        assert torch.equal(alone, together[:count])
+
+
+def test_a_shift_unpacks_sixteen_neighbours() -> None:
+    numbers = torch.randint(0, 16, (3, 200), generator=torch.Generator().manual_seed(0))
+    words = pack_nibbles(numbers.to(torch.uint8))
+    assert words.shape == (3, 32)
+    for part in range(8):
+        found = (words[:, :16] >> (part * 4)) & 15
+        assert torch.equal(found.long(), numbers[:, part * 16 : part * 16 + 16])
+
+
+def test_few_rows_split_their_inputs_until_the_device_is_full() -> None:
+    one = MatmulShape(1, 4096, 4096, "group4", 128, torch.bfloat16, False)
+    assert one.few
+    assert one.splits == 8
+    assert one.grid == (64, 1, 8)
+    many = MatmulShape(512, 4096, 4096, "group4", 128, torch.bfloat16, False)
+    assert (many.splits, many.block_out, many.block_rows) == (1, 128, 128)
