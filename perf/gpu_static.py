@@ -69,9 +69,7 @@ def compile_one(launch: Compiled, architecture: int) -> Report:
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32)
     by_shared = (SHARED[architecture] // max(shared + 1024, 1)) * config.warps
     warps = min(MAX_WARPS, by_registers // config.warps * config.warps, by_shared)
-    report = Report(
-        launch.label, architecture, registers, shared, spilled, warps, counts, []
-    )
+    report = Report(launch.label, architecture, registers, shared, spilled, warps, counts, [])
     report.problems.extend(judge(report, launch))
     return report
 
@@ -109,10 +107,8 @@ def judge(report: Report, launch: Compiled) -> list[str]:
     least = {"attention_kernel": 4, "matmul_kernel": 4}.get(config.kernel.__name__, 16)
     if report.occupancy < least:
         problems.append(f"only {report.occupancy} warps fit a multiprocessor")
-    for wanted in _wanted(report, launch):
-        if not any(counts.get(name) for name in wanted):
-            problems.append(f"has no {' or '.join(wanted)}")
-    return problems
+    missing = [w for w in _wanted(report, launch) if not any(counts.get(name) for name in w)]
+    return problems + [f"has no {' or '.join(names)}" for names in missing]
 
 
 def _wanted(report: Report, launch: Compiled) -> list[tuple[str, ...]]:
@@ -165,13 +161,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set; the compiler needs it unset")
     from kernels.gpu.catalogue import MODELS, launches
 
-    reports = []
-    for model in MODELS:
-        if options.model in model.name:
-            for launch in launches(model):
-                if options.kernel in launch.label:
-                    for architecture in options.architecture or (80, 90):
-                        reports.append(compile_one(launch, architecture))
+    wanted = [
+        launch
+        for model in MODELS
+        if options.model in model.name
+        for launch in launches(model)
+        if options.kernel in launch.label
+    ]
+    reports = [
+        compile_one(launch, architecture)
+        for launch in wanted
+        for architecture in options.architecture or (80, 90)
+    ]
     print(table(reports))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1))

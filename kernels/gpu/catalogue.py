@@ -151,7 +151,9 @@ def sampling_launches(vocab: int, rows: int) -> Iterator[Compiled]:
     for config in SamplerShape(rows, vocab).configs():
         yield _typed(config, types)
     constants = {"VOCAB": vocab, "BLOCK": BLOCK}
-    yield _typed(Config(penalize_kernel, constants, WARPS), {"rows": "*i64", "counts": "*i32", "seen": "*i8"})
+    yield _typed(
+        Config(penalize_kernel, constants, WARPS), {"rows": "*i64", "counts": "*i32", "seen": "*i8"}
+    )
 
 
 def page_launches() -> Iterator[Compiled]:
@@ -179,7 +181,7 @@ def launches(model: Dimensions, rows: tuple[int, ...] = (1, 16, 64, 512)) -> lis
         cache = "int8" if quantized else "bf16"
         for count in rows:
             for decode in (True, False):
-                if decode and count > 64 or not decode and count < 64:
+                if (decode and count > 64) or (not decode and count < 64):
                     continue
                 sequences = count if decode else 64
                 shape = AttentionShape(

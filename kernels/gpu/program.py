@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from kernels.batch import Batch, Samples, Sampling
+from kernels.gpu.draws import Draws
 from kernels.gpu.ops import Bucket, GpuOps
-from kernels.gpu.sampling import Sampler, SamplerShape, penalize
 from kernels.gpu.staging import Staging
 from kernels.ops import Handle, Instruction, Rows, Tape
 from kernels.sampling import score
@@ -94,11 +93,7 @@ class GpuProgram:
         self._selected: dict[int, torch.Tensor] = {}
         vocab, samples = tape.logits.width, limits.samples
         self._logits = torch.zeros(samples, vocab, dtype=torch.float32, device=device)
-        self._sampler = Sampler(SamplerShape(samples, vocab), device)
-        pinned = device.type == "cuda"
-        self._numbers = torch.zeros(8, samples, dtype=torch.int32, pin_memory=pinned)
-        self._parameters = torch.zeros(8, samples, dtype=torch.int32, device=device)
-        self._ids = torch.zeros(samples, dtype=torch.int64, device=device)
+        self._draws = Draws(samples, vocab, staging.last_ids, device)
         self._rows = 0
         self._row_buckets = buckets(limits.rows, 16)
         self._decode_buckets = buckets(min(limits.sequences, limits.rows))
@@ -124,15 +119,7 @@ class GpuProgram:
         count = len(sampling.targets)
         if not count:
             return Samples([])
-        self._send(sampling, count)
-        logits = self._logits
-        if sampling.bias_rows or sampling.penalties:
-            logits = self._edited(sampling, count)
-            self._draw(count, logits)
-        else:
-            samples = fit(count, self._sample_buckets)
-            self._graphs.run(("draw", samples), lambda: self._draw(samples, logits))
-        ids = self._ids[:count]
+        ids = self._draws.draw(self._logits, sampling, self._replay_draw)
         result = Samples(ids.tolist())
         score(self._logits[:count], ids, sampling, result)
         return result
@@ -164,7 +151,7 @@ class GpuProgram:
             self._graphs.prepare(bucket, lambda b=bucket: self._run_layers(b))
         for size in reversed(self._sample_buckets):
             self._graphs.prepare(size, lambda s=size: self._run_head(s))
-            self._graphs.prepare(("draw", size), lambda s=size: self._draw(s, self._logits))
+            self._graphs.prepare(("draw", size), lambda s=size: self._draws.launch(s, self._logits))
 
     def _run_layers(self, bucket: Bucket) -> None:
         """The layers, and the rows of their results that the head wants, at a fixed place."""
@@ -175,6 +162,10 @@ class GpuProgram:
                 size = (self._limits.samples, value.shape[1])
                 self._selected[index] = torch.zeros(size, dtype=value.dtype, device=self._device)
             self._selected[index][: bucket.samples].copy_(value)
+
+    def _replay_draw(self, count: int) -> None:
+        rows = fit(count, self._sample_buckets)
+        self._graphs.run(("draw", rows), lambda: self._draws.launch(rows, self._logits))
 
     def _run_head(self, samples: int) -> None:
         values = {index: value[:samples] for index, value in self._selected.items()}
@@ -197,54 +188,6 @@ class GpuProgram:
             for index in dead:
                 values.pop(index)
         return values
-
-    def _draw(self, rows: int, logits: torch.Tensor) -> None:
-        floats, ints = self._parameters[:3].view(torch.float32), self._parameters[3:]
-        self._sampler.draw(rows, logits, floats, ints, self._ids, self._staging.last_ids)
-
-    def _send(self, sampling: Sampling, count: int) -> None:
-        numbers = self._numbers.numpy()
-        floats = numbers.view(np.float32)
-        floats[0, :count] = sampling.temperature
-        floats[1, :count] = sampling.top_p
-        floats[2, :count] = sampling.min_p
-        numbers[3, :count] = np.where(sampling.top_k < self._tape.logits.width, sampling.top_k, 0)
-        numbers[4, :count] = sampling.targets
-        numbers[5, :] = -1
-        # The row's random number, 53 bits, as two words: the key of its noise.
-        bits = (sampling.uniform * 2.0**53).astype(np.uint64)
-        pairs = numbers[6:].reshape(-1)[: 2 * count].view(np.uint32)
-        pairs[0::2], pairs[1::2] = bits & np.uint64(0xFFFFFFFF), bits >> np.uint64(32)
-        self._parameters.copy_(self._numbers, non_blocking=True)
-
-    def _edited(self, sampling: Sampling, count: int) -> torch.Tensor:
-        """The logits with biases and penalties, a copy."""
-        logits, device = self._logits[:count].clone(), self._device
-        if sampling.bias_rows:
-            rows = torch.tensor(sampling.bias_rows, device=device)
-            ids = torch.tensor(sampling.bias_ids, device=device)
-            addends = torch.tensor(sampling.bias_values, dtype=torch.float32, device=device)
-            logits.index_put_((rows, ids), addends, accumulate=True)
-        if sampling.penalties:
-            rows = torch.tensor([p.row for p in sampling.penalties], device=device)
-            counts = torch.from_numpy(np.stack([p.counts for p in sampling.penalties]))
-            seen = torch.from_numpy(np.stack([p.seen for p in sampling.penalties]).view(np.int8))
-            where = [p.row for p in sampling.penalties]
-            factors = np.stack(
-                [
-                    sampling.repetition_penalty[where],
-                    sampling.presence_penalty[where],
-                    sampling.frequency_penalty[where],
-                ]
-            ).astype(np.float32)
-            penalize(
-                logits,
-                rows,
-                counts.to(device),
-                seen.to(device),
-                torch.from_numpy(factors).to(device),
-            )
-        return logits
 
 
 def split(

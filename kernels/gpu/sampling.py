@@ -89,7 +89,9 @@ def histogram_kernel(
     """
     row, block = tl.program_id(0), tl.program_id(1)
     k, p = tl.load(top_k + row), tl.load(top_p + row)
-    wanted = (k > 0) & (LEVEL < 2) | (p < 1.0) & (LEVEL >= 2)
+    wanted = k > 0
+    if LEVEL >= 2:
+        wanted = p < 1.0
     if wanted & (tl.load(temperature + row) > 0.0):
         columns = block * BLOCK + tl.arange(0, BLOCK)
         x = scaled_logits(logits, temperature, row, columns, VOCAB)
@@ -104,9 +106,8 @@ def histogram_kernel(
         bins = tl.minimum((best - x) / width, BINS - 1.0).to(tl.int32)
         if LEVEL % 2 == 1:
             edge = tl.load(edges + row)
-            refined = edge > float("-inf")
-            edge = tl.where(refined, edge, best)
-            inside = inside & refined & (bins == ((best - edge) / width + 0.5).to(tl.int32))
+            # No bin is refined where the edge lies above the best logit.
+            inside = inside & (bins == ((best - edge) / width + 0.5).to(tl.int32))
             finer = tl.maximum((edge - x) / (width / BINS), 0.0)
             bins = tl.minimum(finer, BINS - 1.0).to(tl.int32)
         mass = (tl.exp(x - best) * MASS_UNIT).to(tl.int64)
@@ -133,7 +134,8 @@ def pivot_kernel(
 ):
     """Find the bin in which a row's threshold falls, and leave the histogram empty.
 
-    Coarse passes write `edges` fp32 `[rows]`, the upper edge of the bin, and `above` int64
+    Coarse passes write `edges` fp32 `[rows]`, the upper edge of the bin (above every
+    logit if nothing is to be dropped), and `above` int64
     `[rows, 2]`: how much lies above it, and how much is to be kept (tokens for top-k, mass for
     top-p). Fine ones write `thresholds` fp32 `[rows]`, the least scaled logit that is kept.
     """
@@ -141,7 +143,9 @@ def pivot_kernel(
     k, p = tl.load(top_k + row), tl.load(top_p + row)
     if LEVEL == 0:
         tl.store(thresholds + row, float("-inf"))
-    wanted = (k > 0) & (LEVEL < 2) | (p < 1.0) & (LEVEL >= 2)
+    wanted = k > 0
+    if LEVEL >= 2:
+        wanted = p < 1.0
     if wanted & (tl.load(temperature + row) > 0.0):
         index = tl.arange(0, BINS)
         if LEVEL < 2:
@@ -160,8 +164,9 @@ def pivot_kernel(
                 keep = tl.maximum((total.to(tl.float64) * p.to(tl.float64)).to(tl.int64), 1)
             # The lowest bin holds everything below the range: nothing there is ever dropped.
             found = tl.min(tl.where(sums >= keep, index, BINS - 1), 0)
-            edge = row_best(partial_best, row, BLOCKS, BLOCKS_PADDED) - found * width
-            tl.store(edges + row, tl.where(found < BINS - 1, edge, float("-inf")))
+            best = row_best(partial_best, row, BLOCKS, BLOCKS_PADDED)
+            edge = tl.where(found < BINS - 1, best - found * width, best + 1.0)
+            tl.store(edges + row, edge)
             tl.store(above + row * 2, tl.sum(tl.where(index < found, amount, 0), 0))
             tl.store(above + row * 2 + 1, keep)
         else:
@@ -170,7 +175,7 @@ def pivot_kernel(
             found = tl.min(tl.where(sums >= rest, index, BINS - 1), 0)
             # A little less: a logit on the edge must not fall out by rounding.
             threshold = edge - (found + 1) * (width / BINS) - 0.25 * (width / BINS)
-            if edge > float("-inf"):
+            if edge <= row_best(partial_best, row, BLOCKS, BLOCKS_PADDED):
                 tl.store(thresholds + row, tl.maximum(threshold, tl.load(thresholds + row)))
 
 
@@ -296,7 +301,9 @@ class SamplerShape:
         bins = {"BINS": BINS, "RANGE": RANGE}
         made = [Config(best_kernel, vocab, WARPS)]
         for level in range(4):
-            made.append(Config(histogram_kernel, {**vocab, **blocks, **bins, "LEVEL": level}, WARPS))
+            made.append(
+                Config(histogram_kernel, {**vocab, **blocks, **bins, "LEVEL": level}, WARPS)
+            )
             made.append(Config(pivot_kernel, {**blocks, **bins, "LEVEL": level}))
         return [*made, Config(draw_kernel, {**vocab, **blocks}, WARPS), Config(pick_kernel, blocks)]
 

@@ -65,6 +65,6 @@ def run_linear(
     recorder = Recorder()
     hidden = recorder.select_rows(recorder.embed(table, 1.0))
     tape = recorder.finish(recorder.linear(hidden, placed))
-    program = backend.compile(tape, len(x), 1)
+    program = backend.compile(tape, len(x), len(x))
     program.forward(batch_of(range(len(x)), range(len(x))))
     return program.logits().clone()

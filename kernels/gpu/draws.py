@@ -1,0 +1,90 @@
+"""A step's sampling on the device: parameters sent, edits applied, ids brought back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kernels.batch import Sampling
+from kernels.gpu.sampling import Sampler, SamplerShape, penalize
+
+FLOATS, INTS = slice(0, 3), slice(3, 8)
+
+
+class Draws:
+    """Draws for up to `rows` rows over a vocabulary; drawn ids also go to `last_ids`."""
+
+    def __init__(self, rows: int, vocab: int, last_ids: torch.Tensor, device: torch.device) -> None:
+        self._vocab = vocab
+        self._device = device
+        self._last_ids = last_ids
+        self._sampler = Sampler(SamplerShape(rows, vocab), device)
+        pinned = device.type == "cuda"
+        self._numbers = torch.zeros(8, rows, dtype=torch.int32, pin_memory=pinned)
+        self._parameters = torch.zeros(8, rows, dtype=torch.int32, device=device)
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def draw(
+        self, logits: torch.Tensor, sampling: Sampling, replay: Callable[[int], None]
+    ) -> torch.Tensor:
+        """Ids, int64 on the device, of the first rows of `logits`; `replay` launches for so many
+        rows of these logits, unless edits make it others."""
+        count = len(sampling.targets)
+        self._send(sampling, count)
+        if sampling.bias_rows or sampling.penalties:
+            self.launch(count, self._edited(logits[:count], sampling))
+        else:
+            replay(count)
+        return self._ids[:count]
+
+    def launch(self, rows: int, logits: torch.Tensor) -> None:
+        """All kernels of a draw, with the parameters that were sent last."""
+        floats, ints = self._parameters[FLOATS].view(torch.float32), self._parameters[INTS]
+        self._sampler.draw(rows, logits, floats, ints, self._ids, self._last_ids)
+
+    def _send(self, sampling: Sampling, count: int) -> None:
+        numbers = self._numbers.numpy()
+        floats = numbers.view(np.float32)
+        floats[0, :count] = sampling.temperature
+        floats[1, :count] = sampling.top_p
+        floats[2, :count] = sampling.min_p
+        numbers[3, :count] = np.where(sampling.top_k < self._vocab, sampling.top_k, 0)
+        numbers[4, :count] = sampling.targets
+        numbers[5, :] = -1
+        # The best token alone is what a greedy row takes.
+        floats[0, :count][sampling.top_k == 1] = 0.0
+        # The row's random number, 53 bits, as two words: the key of its noise.
+        bits = (sampling.uniform * 2.0**53).astype(np.uint64)
+        pairs = numbers[6:].reshape(-1)[: 2 * count].view(np.uint32)
+        pairs[0::2], pairs[1::2] = bits & np.uint64(0xFFFFFFFF), bits >> np.uint64(32)
+        self._parameters.copy_(self._numbers, non_blocking=True)
+
+    def _edited(self, logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        """A copy of the logits with biases and penalties."""
+        logits, device = logits.clone(), self._device
+        if sampling.bias_rows:
+            rows = torch.tensor(sampling.bias_rows, device=device)
+            ids = torch.tensor(sampling.bias_ids, device=device)
+            addends = torch.tensor(sampling.bias_values, dtype=torch.float32, device=device)
+            logits.index_put_((rows, ids), addends, accumulate=True)
+        if sampling.penalties:
+            where = [penalty.row for penalty in sampling.penalties]
+            counts = np.stack([penalty.counts for penalty in sampling.penalties])
+            seen = np.stack([penalty.seen for penalty in sampling.penalties]).view(np.int8)
+            factors = np.stack(
+                (
+                    sampling.repetition_penalty[where],
+                    sampling.presence_penalty[where],
+                    sampling.frequency_penalty[where],
+                )
+            )
+            penalize(
+                logits,
+                torch.tensor(where, device=device),
+                torch.from_numpy(counts).to(device),
+                torch.from_numpy(seen).to(device),
+                torch.from_numpy(factors).to(device),
+            )
+        return logits
