@@ -161,17 +161,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set; the compiler needs it unset")
     from kernels.gpu.catalogue import MODELS, launches
 
-    wanted = [
-        launch
-        for model in MODELS
-        if options.model in model.name
-        for launch in launches(model)
-        if options.kernel in launch.label
-    ]
     reports = [
         compile_one(launch, architecture)
-        for launch in wanted
+        for model in MODELS
+        if options.model in model.name
         for architecture in options.architecture or (80, 90)
+        for launch in launches(model, hopper=architecture >= 90)
+        if options.kernel in launch.label
     ]
     print(table(reports))
     if options.json:

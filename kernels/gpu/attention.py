@@ -202,6 +202,7 @@ class AttentionShape:
     """What a launch for up to `rows` token rows of up to `sequences` chunks is compiled for.
 
     With `decode` every chunk is one token; `page` is tokens a page, `dtype` of the queries.
+    `hopper` GPUs multiply 64 rows by the four warps of a group.
     """
 
     heads: Heads
@@ -213,6 +214,7 @@ class AttentionShape:
     sequences: int
     decode: bool
     invariant: bool = False
+    hopper: bool = True
 
     @property
     def group(self) -> int:
@@ -270,7 +272,7 @@ class AttentionShape:
                 "WINDOWED": self.windowed,
                 "PRECISION": "ieee" if wide else "tf32",
             },
-            warps=4,
+            warps=4 if self.hopper or self.block_m < 64 else 8,
             stages=1 if wide else 2 if padded > 128 else 3,
         )
         merge = Config(merge_kernel, shared, warps=2) if self.splits > 1 else None

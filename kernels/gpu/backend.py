@@ -45,6 +45,9 @@ class GpuBackend:
         self.device = "CPU"
         if device.type == "cuda":
             self.device = torch.cuda.get_device_name(device)
+        self._hopper = True
+        if device.type == "cuda":
+            self._hopper = torch.cuda.get_device_capability(device) >= (9, 0)
         self._format = weight_format
         self._dtype = TORCH_DTYPES[dtype]
         self._device = device
@@ -126,7 +129,7 @@ class GpuBackend:
             self._caches,
             layout.page_size,
             staging,
-            Workspace(self._device),
+            Workspace(self._device, self._hopper),
             self._dtype,
             layout.max_context,
             self._invariant,

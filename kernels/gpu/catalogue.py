@@ -173,7 +173,9 @@ def _typed(config: Config, types: dict[str, str]) -> Compiled:
     return Compiled(label, config, {n: types.get(n, pointer(F32)) for n in names})
 
 
-def launches(model: Dimensions, rows: tuple[int, ...] = (1, 16, 64, 512)) -> list[Compiled]:
+def launches(
+    model: Dimensions, rows: tuple[int, ...] = (1, 16, 64, 512), *, hopper: bool = True
+) -> list[Compiled]:
     """All of a model's launches, at these sizes of batch."""
     made: list[Compiled] = []
     for quantized in (False, True):
@@ -185,7 +187,16 @@ def launches(model: Dimensions, rows: tuple[int, ...] = (1, 16, 64, 512)) -> lis
                     continue
                 sequences = count if decode else 64
                 shape = AttentionShape(
-                    model.heads, PAGE, BF16, quantized, False, count, sequences, decode
+                    model.heads,
+                    PAGE,
+                    BF16,
+                    quantized,
+                    False,
+                    count,
+                    sequences,
+                    decode,
+                    False,
+                    hopper,
                 )
                 kind = "decode" if decode else "mixed"
                 made += attention_launches(shape, f"{kind} {cache} {count}")
@@ -200,7 +211,9 @@ def launches(model: Dimensions, rows: tuple[int, ...] = (1, 16, 64, 512)) -> lis
         for name, (outputs, inputs) in widths.items():
             for count in (1, 64, 512):
                 invariant = kind == "float"
-                shape_ = MatmulShape(count, outputs, inputs, kind, group, BF16, False, invariant)
+                shape_ = MatmulShape(
+                    count, outputs, inputs, kind, group, BF16, False, invariant, hopper
+                )
                 label = f"{kind}{f'/{group}' if group > 1 else ''} {name} {count}"
                 made.append(matmul_launch(shape_, label))
     made += sampling_launches(model.vocab, 64)

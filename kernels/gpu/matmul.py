@@ -141,6 +141,7 @@ class MatmulShape:
     dtype: torch.dtype
     bias: bool
     invariant: bool = False
+    hopper: bool = True
 
     @property
     def few(self) -> bool:
@@ -166,7 +167,9 @@ class MatmulShape:
             return WORD_BLOCK
         if self.format == "group8":
             return min(self.group, 64)
-        return {"int8": 128, "float": 32 if self.dtype == torch.float32 else 64}[self.format]
+        if self.format == "int8":
+            return 128
+        return 64 if self.hopper and self.dtype != torch.float32 else 32
 
     @property
     def splits(self) -> int:

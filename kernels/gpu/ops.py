@@ -45,6 +45,7 @@ class Workspace:
     """Memory that launches share because they run one after another."""
 
     device: torch.device
+    hopper: bool = True
     counters: dict[int, torch.Tensor] = field(default_factory=dict)
     rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -124,7 +125,7 @@ class GpuOps:
             scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
             quantize_config(x.shape[1]).launch((len(x),), numbers, scales, x)
             x = numbers
-        shape = matmul_shape(len(x), placed, self._dtype, invariant=self._invariant)
+        shape = self._matmul_shape(len(x), placed)
         parts = len(x) * weight.shape[0] * shape.splits if shape.splits > 1 else 1
         partial = torch.empty(parts, dtype=torch.float32, device=x.device)
         tiles = shape.grid[0] * shape.grid[1]
@@ -185,6 +186,7 @@ class GpuOps:
             bucket.sequences,
             bucket.decode and not self._invariant,
             self._invariant,
+            self._workspace.hopper,
         )
         out = torch.empty_like(q)
         partial, sums = shape.workspace(q.device)
@@ -225,6 +227,20 @@ class GpuOps:
         config.launch((self.bucket.samples, blocks), out, x, self._staging.sample_rows)
         return out
 
+    def _matmul_shape(self, rows: int, weight: GpuWeight) -> MatmulShape:
+        outputs, inputs = weight.shape
+        return MatmulShape(
+            rows,
+            outputs,
+            inputs,
+            weight.format,
+            weight.group or 1,
+            self._dtype,
+            weight.bias is not None,
+            self._invariant,
+            self._workspace.hopper,
+        )
+
     def _rows(self, rows: int, width: int) -> torch.Tensor:
         return torch.empty(rows, width, dtype=self._dtype, device=self._workspace.device)
 
@@ -243,17 +259,6 @@ def gpu(weight: Weight) -> GpuWeight:
     """The form of a weight that this backend placed."""
     assert isinstance(weight, GpuWeight)
     return weight
-
-
-def matmul_shape(
-    rows: int, weight: GpuWeight, dtype: torch.dtype, *, invariant: bool
-) -> MatmulShape:
-    """The matmul of so many rows with a weight."""
-    outputs, inputs = weight.shape
-    biased = weight.bias is not None
-    return MatmulShape(
-        rows, outputs, inputs, weight.format, weight.group or 1, dtype, biased, invariant
-    )
 
 
 def dense_linear(out: torch.Tensor, x: torch.Tensor, weight: GpuWeight) -> None:

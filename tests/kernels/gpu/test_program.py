@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType as Type
 
-from kernels.backend import select_backend
-from kernels.gpu.program import buckets
-from tests.kernels.gpu.filled import program_of
-from tests.kernels.native import chunks_batch
+from engine.models import load_model
+from engine.weights.checkpoint import open_checkpoint
+from kernels.backend import CacheLayout, select_backend
+from kernels.gpu.backend import GpuBackend
+from kernels.gpu.program import GpuProgram, buckets
+from kernels.ops import Heads, Recorder
+from tests.kernels.gpu.filled import HOST, program_of
+from tests.kernels.native import Host, batch_of, chunks_batch, quantized
 from tests.kernels.test_sampling import options
 from tests.tiny import write_llama
 
@@ -42,51 +47,77 @@ def logits_of(program: Any) -> list[torch.Tensor]:
     return found
 
 
-def test_a_model_gives_the_references_logits_at_every_mixture(folder: Path) -> None:
-    from engine.models import load_model
-    from engine.weights.checkpoint import open_checkpoint
-    from kernels.backend import CacheLayout
-    from kernels.ops import Recorder
+@pytest.fixture(scope="module")
+def computed(folder: Path) -> tuple[GpuProgram, GpuBackend, list[torch.Tensor]]:
+    """A program in fp32 after STEPS, and their logits."""
+    with np.errstate(all="ignore"):
+        program, backend = program_of(folder)
+        return program, backend, logits_of(program)
 
+
+@pytest.fixture(scope="module")
+def wanted(folder: Path) -> list[torch.Tensor]:
+    """The reference's logits."""
     backend, _ = select_backend("reference", dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(folder), backend)
     backend.allocate_cache(CacheLayout(2, model.config.heads, SIZE, "float32"), 128)
     recorder = Recorder()
-    wanted = logits_of(backend.compile(recorder.finish(model.forward(recorder)), 512))
-    for ours, theirs in zip(logits_of(program_of(folder)[0]), wanted, strict=True):
+    return logits_of(backend.compile(recorder.finish(model.forward(recorder)), 512))
+
+
+def test_a_model_gives_the_references_logits_at_every_mixture(
+    computed: tuple[GpuProgram, GpuBackend, list[torch.Tensor]], wanted: list[torch.Tensor]
+) -> None:
+    for ours, theirs in zip(computed[2], wanted, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_bf16_rounds_and_does_nothing_else(folder: Path, wanted: list[torch.Tensor]) -> None:
     narrow = logits_of(program_of(folder, weights="bfloat16", cache="bfloat16")[0])
     for ours, theirs in zip(narrow, wanted, strict=True):
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < 0.05
 
 
-def test_sampling_returns_ids_logprobs_and_the_best(folder: Path) -> None:
-    program, _ = program_of(folder)
-    logits = logits_of(program)[-1]
+def test_sampling_returns_ids_logprobs_and_the_best(
+    computed: tuple[GpuProgram, GpuBackend, list[torch.Tensor]],
+) -> None:
+    program, _, found = computed
+    logits = found[-1]
     samples = program.sample(options(len(logits), temperature=0, top_logprobs=2))
     assert samples.ids == logits.argmax(-1).tolist()
-    wanted = torch.log_softmax(logits, -1).max(-1).values
-    assert samples.logprobs == pytest.approx(wanted.tolist(), abs=1e-5)
-    assert [best[0][0] for best in samples.top] == samples.ids
-    assert all(len(best) == 2 for best in samples.top)
+    best = torch.log_softmax(logits, -1).max(-1).values
+    assert samples.logprobs == pytest.approx(best.tolist(), abs=1e-5)
+    assert [top[0][0] for top in samples.top] == samples.ids
+    assert all(len(top) == 2 for top in samples.top)
 
 
-@pytest.mark.parametrize("cache", ["float32", "int8"])
-def test_pages_are_copied_and_go_to_the_host_and_back(folder: Path, cache: str) -> None:
-    program, backend = program_of(folder, cache=cache)
-    logits_of(program)
+def test_pages_are_copied_and_go_to_the_host_and_back() -> None:
+    backend = GpuBackend("bfloat16", "bfloat16", HOST)
+    backend.allocate_cache(CacheLayout(2, Heads(4, 2, 8), SIZE, "int8", 64), 8)
     pages = backend.pages()
-    block, other = (np.zeros(pages.page_bytes, np.uint8) for _ in range(2))
-    used = int(np.random.default_rng(0).permutation(120)[0])
-    pages.read(used, block)
-    assert block.any()
-    pages.copy(used, 127)
-    pages.read(127, other)
-    assert (block == other).all()
-    pages.write(block[::-1].copy(), 126)
-    pages.read(126, other)
-    assert (other == block[::-1]).all()
-    pages.discard([126])
+    assert pages.page_bytes == 2 * 2 * SIZE * 2 * (8 + 4)
+    block = np.random.default_rng(0).integers(0, 255, pages.page_bytes, np.uint8)
+    found = np.zeros_like(block)
+    pages.write(block, 3)
+    pages.copy(3, 6)
+    pages.read(6, found)
+    assert (found == block).all()
+    pages.read(5, found)
+    assert not found.any()
+    pages.discard([6])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_rows_of_quantized_tables_are_looked_up(kind: str) -> None:
+    table = quantized(Type[kind], 40, 160)
+    backend = GpuBackend("auto", "float32", HOST)
+    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "float32", 16), 8)
+    placed, unit = backend.load([table]), backend.load([Host(torch.eye(160))])
+    recorder = Recorder()
+    hidden = recorder.select_rows(recorder.embed(placed, 2.0))
+    program = backend.compile(recorder.finish(recorder.linear(hidden, unit)), 8, 8)
+    program.forward(batch_of([39, 0, 7], [0, 1, 2]))
+    assert torch.allclose(program.logits(), table.values[[39, 0, 7]] * 2, atol=1e-5)
 
 
 def test_sizes_are_rounded_up_to_few() -> None:
@@ -98,6 +129,9 @@ def test_sizes_are_rounded_up_to_few() -> None:
 def test_what_cannot_be_held_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="int4 takes the native kernels"):
         program_of(folder, cache="int4")
+    layout = CacheLayout(1, Heads(1, 1, 20), 16, "float32", 16)
+    with pytest.raises(ValueError, match="20 wide"):
+        GpuBackend("auto", "float32", HOST).allocate_cache(layout, 8)
     with pytest.raises(ValueError, match="cannot serve"):
         select_backend("triton", dtype="auto", cache_dtype="auto", threads=1)
     with pytest.raises(ValueError, match="for a GPU"):
