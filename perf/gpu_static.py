@@ -134,8 +134,9 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [folder / name, option, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [str(folder / name), option, file.name]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return result.stdout
 
 
 def table(reports: list[Report]) -> str:

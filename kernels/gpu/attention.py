@@ -273,10 +273,14 @@ class AttentionShape:
                 "PRECISION": "ieee" if wide else "tf32",
             },
             warps=4 if self.hopper or self.block_m < 64 else 8,
-            stages=1 if wide else 2 if padded > 128 else 3,
+            stages=1 if wide else self._stages(padded),
         )
         merge = Config(merge_kernel, shared, warps=2) if self.splits > 1 else None
         return main, merge
+
+    def _stages(self, padded: int) -> int:
+        """How many tiles of keys and values are on their way at once, as registers allow."""
+        return 2 if padded > 128 or (self.quantized and not self.hopper) else 3
 
     def workspace(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the splits leave their parts: fp32 `[rows, query heads, splits, dim]`, and the

@@ -136,6 +136,8 @@ class GpuBackend:
         )
         samples = min(max_rows, max_sequences + max(SCORED_ROWS, layout.page_size))
         limits = Limits(max_rows, max_sequences, samples)
+        spare = self._pages - 1
+        self.pages().copy(spare, spare)  # compiled now, not with the first shared page
         return GpuProgram(tape, ops, staging, limits, self._device, capture=self._capture)
 
     def close(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.batch import Sampling
@@ -39,6 +41,11 @@ class Draws:
             replay(count)
         return self._ids[:count]
 
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Compile what only some steps launch: penalties."""
+        history = np.zeros((2, logits.shape[1]), np.int32)
+        self._penalize(logits[:1].clone(), [0], history[:1], history[1:] > 0, np.ones((1, 4)))
+
     def launch(self, rows: int, logits: torch.Tensor) -> None:
         """All kernels of a draw, with the parameters that were sent last."""
         floats, ints = self._parameters[FLOATS].view(torch.float32), self._parameters[INTS]
@@ -72,19 +79,32 @@ class Draws:
         if sampling.penalties:
             where = [penalty.row for penalty in sampling.penalties]
             counts = np.stack([penalty.counts for penalty in sampling.penalties])
-            seen = np.stack([penalty.seen for penalty in sampling.penalties]).view(np.int8)
+            seen = np.stack([penalty.seen for penalty in sampling.penalties])
             factors = np.stack(
                 (
                     sampling.repetition_penalty[where],
                     sampling.presence_penalty[where],
                     sampling.frequency_penalty[where],
-                )
+                    np.zeros(len(where)),
+                ),
+                axis=1,
             )
-            penalize(
-                logits,
-                torch.tensor(where, device=device),
-                torch.from_numpy(counts).to(device),
-                torch.from_numpy(seen).to(device),
-                torch.from_numpy(factors).to(device),
-            )
+            self._penalize(logits, where, counts, seen, factors)
         return logits
+
+    def _penalize(
+        self,
+        logits: torch.Tensor,
+        rows: list[int],
+        counts: npt.NDArray[np.int32],
+        seen: npt.NDArray[np.bool_],
+        factors: npt.NDArray[Any],
+    ) -> None:
+        device = self._device
+        penalize(
+            logits,
+            torch.tensor(rows, device=device),
+            torch.from_numpy(counts).to(device),
+            torch.from_numpy(seen.view(np.int8)).to(device),
+            torch.from_numpy(factors.astype(np.float32)).to(device),
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,12 +51,14 @@ class Graphs:
         self._pool: Any = None
 
     def prepare(self, key: Any, launches: Callable[[], None]) -> None:
-        """Compile, warm up and capture."""
+        """Compile, warm up and capture; without a key only what comes before."""
         if not self._capture:
             return
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             launches()
         torch.cuda.synchronize()
+        if key is None:
+            return
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             launches()
@@ -118,6 +121,8 @@ class GpuProgram:
         """Draw or score one token for each row of the kept logits."""
         count = len(sampling.targets)
         if not count:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # so that the step takes as long as it takes
             return Samples([])
         ids = self._draws.draw(self._logits, sampling, self._replay_draw)
         result = Samples(ids.tolist())
@@ -143,15 +148,15 @@ class GpuProgram:
 
     @torch.inference_mode()
     def _prepare(self) -> None:
+        prepare = self._graphs.prepare
+        prepare(None, partial(self._draws.warm_up, self._logits))
         for size in reversed(self._row_buckets):
-            bucket = self._mixed(size)
-            self._graphs.prepare(bucket, lambda b=bucket: self._run_layers(b))
+            prepare(self._mixed(size), partial(self._run_layers, self._mixed(size)))
         for size in reversed(self._decode_buckets):
-            bucket = self._decode(size)
-            self._graphs.prepare(bucket, lambda b=bucket: self._run_layers(b))
+            prepare(self._decode(size), partial(self._run_layers, self._decode(size)))
         for size in reversed(self._sample_buckets):
-            self._graphs.prepare(size, lambda s=size: self._run_head(s))
-            self._graphs.prepare(("draw", size), lambda s=size: self._draws.launch(s, self._logits))
+            prepare(size, partial(self._run_head, size))
+            prepare(("draw", size), partial(self._draws.launch, size, self._logits))
 
     def _run_layers(self, bucket: Bucket) -> None:
         """The layers, and the rows of their results that the head wants, at a fixed place."""

@@ -260,13 +260,12 @@ def penalize_kernel(
     rows,
     counts,
     seen,
-    repetition,
-    presence,
-    frequency,
+    factors,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Penalties of some rows, in place; `counts` int32, `seen` int8 `[rows, vocab]`."""
+    """Penalties of some rows, in place; `counts` int32, `seen` int8 `[rows, vocab]`,
+    `factors` fp32 `[rows, 4]`: repetition, presence, frequency and nothing."""
     index, block = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < VOCAB
@@ -275,10 +274,10 @@ def penalize_kernel(
     history = index.to(tl.int64) * VOCAB + columns
     count = tl.load(counts + history, mask=inside, other=0).to(tl.float32)
     known = tl.load(seen + history, mask=inside, other=0) != 0
-    factor = tl.load(repetition + index)
+    factor = tl.load(factors + index * 4)
     x = tl.where(known, tl.where(x > 0.0, x / factor, x * factor), x)
-    x -= count * tl.load(frequency + index)
-    x -= tl.where(count > 0.0, tl.load(presence + index), 0.0)
+    x -= count * tl.load(factors + index * 4 + 2)
+    x -= tl.where(count > 0.0, tl.load(factors + index * 4 + 1), 0.0)
     tl.store(place, x, mask=inside)
 
 
@@ -365,7 +364,7 @@ def penalize(
     seen: torch.Tensor,
     factors: torch.Tensor,
 ) -> None:
-    """Apply penalties to `rows` int64 of `logits`, in place; `factors` fp32 `[3, rows]`."""
+    """Apply penalties to `rows` int64 of `logits`, in place; arguments as the kernel's."""
     vocab = logits.shape[1]
     config = Config(penalize_kernel, {"VOCAB": vocab, "BLOCK": BLOCK}, WARPS)
-    config.launch((len(rows), -(-vocab // BLOCK)), logits, rows, counts, seen, *factors)
+    config.launch((len(rows), -(-vocab // BLOCK)), logits, rows, counts, seen, factors)

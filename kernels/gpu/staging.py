@@ -37,15 +37,16 @@ class Staging:
             total += -(-size // 4) * 4
         pinned = device.type == "cuda"
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=pinned)
-        self._device = torch.zeros(total, dtype=torch.int32, device=device)
         flat = self._host.numpy()
         self._arrays = {n: flat[starts[n] : starts[n] + size] for n, size in sizes.items()}
+        self._arrays["kv_slots"][:] = trash
+        self._device = self._host.to(device, copy=True)
         for name, size in sizes.items():
             setattr(self, name, self._device[starts[name] : starts[name] + size])
         self.page_table = self.page_table.view(sequences, table_width)
         self.last_ids = torch.zeros(max(sequences, 1), dtype=torch.int64, device=device)
         self._trash = trash
-        self._arrays["kv_slots"][:] = trash
+        self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -59,6 +60,8 @@ class Staging:
 
     def copy(self, batch: Batch, fed: int = 0) -> None:
         """Fill in a batch and send it."""
+        if self._sent is not None:
+            self._sent.synchronize()  # a step that draws nothing does not wait for itself
         arrays, rows = self._arrays, len(batch.token_ids)
         sequences, samples = len(batch.context_lengths), len(batch.sample_rows)
         for name, values in (
@@ -82,3 +85,5 @@ class Staging:
         table = arrays["page_table"].reshape(self.page_table.shape)
         np.take(batch.page_table[:, :width], batch.table_rows, 0, table[:sequences, :width])
         self._device.copy_(self._host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()

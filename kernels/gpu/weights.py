@@ -85,15 +85,16 @@ def place(
         four = kinds <= FOUR_BITS
         if four or not kinds & FOUR_BITS:
             return _place_groups(name, shape, groups, 4 if four else 8, GGUF_GROUP, added, device)
-    dense = torch.cat([part.dense().float() for part in parts])
+    if weight_format not in ("int4", "int8"):
+        stacked = torch.cat([part.dense().to(device, dtype) for part in parts])
+        return GpuWeight(name, shape, "float", stacked, bias=added)
+    dense = torch.cat([part.dense().to(device).float() for part in parts])
     if weight_format == "int4":
         groups = [quantize_groups(dense, INT4_GROUP)]
         return _place_groups(name, shape, groups, 4, INT4_GROUP, added, device)
-    if weight_format == "int8":
-        steps = dense.abs().amax(1).clamp(min=1e-12) / 127
-        numbers = (dense / steps[:, None]).round().to(torch.int8)
-        return GpuWeight(name, shape, "int8", numbers.to(device), steps.to(device), bias=added)
-    return GpuWeight(name, shape, "float", dense.to(dtype).to(device), bias=added)
+    steps = dense.abs().amax(1).clamp(min=1e-12) / 127
+    numbers = (dense / steps[:, None]).round().to(torch.int8)
+    return GpuWeight(name, shape, "int8", numbers, steps, bias=added)
 
 
 def quantize_groups(dense: torch.Tensor, group: int) -> Groups:
@@ -114,7 +115,7 @@ def pack_nibbles(numbers: torch.Tensor) -> torch.Tensor:
     rows, columns = numbers.shape
     padded = torch.nn.functional.pad(numbers, (0, -columns % WORD_BLOCK)).to(torch.int64)
     blocks = padded.view(rows, -1, NIBBLES, WORD_BLOCK // NIBBLES)
-    shifts = torch.arange(0, 32, 4)[:, None]
+    shifts = torch.arange(0, 32, 4, device=numbers.device)[:, None]
     words = (blocks << shifts).sum(2)
     words = torch.where(words >= 1 << 31, words - (1 << 32), words)
     return words.to(torch.int32).view(rows, -1).contiguous()

@@ -1,0 +1,264 @@
+"""The GPU kernels one by one: against float64, against themselves again, against the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.backend import WeightFormat
+from kernels.batch import Batch
+from kernels.gpu.catalogue import LLAMA_1B, LLAMA_8B, QWEN_06B
+from kernels.gpu.draws import Draws
+from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
+from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
+from kernels.gpu.staging import Staging
+from kernels.gpu.weights import GpuWeight, place
+from kernels.ops import Heads
+
+PAGE = 16
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A float matrix as a checkpoint's tensor."""
+
+    values: torch.Tensor
+    name: str = "random"
+    format: str = "BF16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def dense(self) -> torch.Tensor:
+        return self.values
+
+    def packed(self) -> torch.Tensor:
+        raise ValueError("not in blocks")
+
+
+def dense_of(weight: GpuWeight) -> torch.Tensor:
+    """The values that a placed weight stands for, float64 `[out, in]`."""
+    columns = weight.shape[1]
+    tensor = weight.tensor
+    if weight.format == "float":
+        return tensor.double()
+    assert weight.scales is not None
+    if weight.format == "int8":
+        return tensor.double() * weight.scales.double()[:, None]
+    if weight.format == "group4":
+        shifts = torch.arange(0, 32, 4, device=tensor.device)
+        words = tensor.view(len(tensor), -1, 1, 16) >> shifts[:, None]
+        tensor = (words & 15).reshape(len(tensor), -1)[:, :columns]
+    assert weight.lows is not None
+    spread = [
+        t.double().t().repeat_interleave(weight.group, 1)[:, :columns]
+        for t in (weight.scales, weight.lows)
+    ]
+    return tensor.double() * spread[0] + spread[1]
+
+
+class Attention:
+    """A cache with random content, and one launch of attention over it."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        heads: Heads,
+        counts: list[int],
+        before: list[int],
+        *,
+        quantized: bool = False,
+        invariant: bool = False,
+    ) -> None:
+        self.heads, self.counts, self.before = heads, counts, before
+        width = max(-(-(c + b) // PAGE) for c, b in zip(counts, before, strict=True))
+        pages = width * len(counts)
+        rng = np.random.default_rng(0)
+        table = rng.permutation(pages).reshape(len(counts), width).astype(np.int32)
+        spans = [np.arange(b, b + c) for c, b in zip(counts, before, strict=True)]
+        positions, rows = np.concatenate(spans), np.repeat(np.arange(len(counts)), counts)
+        self.table = torch.from_numpy(table).to(device)
+        batch = Batch(
+            token_ids=np.zeros(len(rows), np.int64),
+            positions=positions,
+            kv_slots=table[rows, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
+            query_starts=np.cumsum([0, *counts]).astype(np.int32),
+            context_lengths=(np.array(counts) + before).astype(np.int32),
+            table_rows=np.arange(len(counts), dtype=np.int32),
+            page_table=table,
+            sample_rows=np.zeros(0, np.int64),
+        )
+        staging = Staging(len(rows), len(counts), width, pages * PAGE - 1, device)
+        staging.copy(batch)
+        shape = (pages * PAGE, heads.kv, heads.dim)
+        if quantized:
+            numbers = [torch.randint(-127, 128, shape, device=device).to(torch.int8) for _ in "kv"]
+            scales = [torch.rand(shape[:2], device=device) * 0.02 for _ in "kv"]
+            self.cache = GpuCache(numbers[0], numbers[1], scales[0], scales[1])
+        else:
+            made = [torch.randn(shape, device=device).to(BF16) for _ in "kv"]
+            self.cache = GpuCache(made[0], made[1])
+        self.queries = torch.randn(len(rows), heads.query * heads.dim, device=device).to(BF16)
+        workspace = Workspace(device)
+        self.ops = GpuOps([self.cache], PAGE, staging, workspace, BF16, width * PAGE, invariant)
+        decode = all(count == 1 for count in counts)
+        self.ops.bucket = Bucket(len(rows), len(counts), 1, decode)
+
+    def run(self) -> torch.Tensor:
+        """bf16 `[rows, query heads * dim]`."""
+        return self.ops.attention(self.queries, 0, self.heads, self.heads.dim**-0.5, 0)
+
+    def exact(self) -> torch.Tensor:
+        """The same in float64, from what the cache holds."""
+        heads, first, outputs = self.heads, 0, []
+        cache = self.cache
+        for chunk, (count, before) in enumerate(zip(self.counts, self.before, strict=True)):
+            length = count + before
+            slots = self.table[chunk].long()[:, None] * PAGE
+            slots = (slots + torch.arange(PAGE, device=slots.device)).flatten()[:length]
+            keys, values = cache.keys[slots].double(), cache.values[slots].double()
+            if cache.key_scales is not None and cache.value_scales is not None:
+                keys = keys * cache.key_scales[slots].double()[..., None]
+                values = values * cache.value_scales[slots].double()[..., None]
+            group = heads.query // heads.kv
+            keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+            q = self.queries[first : first + count].double().view(count, heads.query, heads.dim)
+            scores = torch.einsum("qhd,khd->hqk", q, keys) * heads.dim**-0.5
+            place = torch.arange(before, length, device=slots.device)[:, None]
+            hidden = torch.arange(length, device=slots.device)[None] > place
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", weights, values).reshape(count, -1))
+            first += count
+        return torch.cat(outputs)
+
+
+def linear_of(
+    device: torch.device, weight: GpuWeight, *, invariant: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The op on one weight, without a model."""
+    staging = Staging(16, 1, 1, 0, device)
+    ops = GpuOps([], PAGE, staging, Workspace(device), BF16, PAGE, invariant)
+    return lambda x: ops.linear(x, weight)
+
+
+def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
+    """Largest error of each kernel relative to its largest output, and whether a repetition ever
+    gave other bits."""
+    found: list[dict[str, Any]] = []
+    repeats = 2 if smoke else 200
+
+    def check(name: str, run: Callable[[], torch.Tensor], exact: torch.Tensor, most: float) -> None:
+        first = run()
+        error = float((first.double() - exact).abs().max() / exact.abs().max())
+        races = sum(not torch.equal(run(), first) for _ in range(repeats))
+        found.append(
+            {"name": name, "error": error, "races": races, "ok": error < most and not races}
+        )
+
+    heads = Heads(4, 2, 32) if smoke else Heads(32, 8, 128)
+    long = 70 if smoke else 3000
+    mixtures = {
+        "decode": ([1] * 3, [long, 0, 33]),
+        "prefill": ([17 if smoke else 300], [0]),
+        "mixed": ([1, 7, 1, 3], [long, 4, 0, 22]),
+    }
+    if smoke:
+        mixtures = {"mixed": mixtures["mixed"]}
+    for name, (counts, before) in mixtures.items():
+        for quantized in (False, True):
+            for invariant in (False, True):
+                made = Attention(
+                    device, heads, counts, before, quantized=quantized, invariant=invariant
+                )
+                label = f"attention {name} {'int8' if quantized else 'bf16'}"
+                label += " invariant" if invariant else ""
+                check(label, made.run, made.exact(), 2e-2)
+    outputs, inputs = (70, 160) if smoke else (4096, 4096)
+    matrix = torch.randn(outputs, inputs, device=device).to(BF16)
+    formats: tuple[WeightFormat, ...] = ("int4",) if smoke else ("bfloat16", "int8", "int4")
+    for kind in formats:
+        weight = place("w", [Matrix(matrix)], [], kind, BF16, device)
+        for rows in (1, 20) if smoke else (1, 7, 16, 33, 300):
+            x = torch.randn(rows, inputs, device=device).to(BF16)
+            for invariant in (False, True):
+                linear = linear_of(device, weight, invariant=invariant)
+                exact = x.double() @ dense_of(weight).t()
+                label = f"matmul {kind} {rows} rows{' invariant' if invariant else ''}"
+                # int8 also rounds the activations.
+                check(label, lambda f=linear, x=x: f(x), exact, 3e-2)  # type: ignore[misc]
+    found.append(_check_draws(device, 300 if smoke else 128256))
+    return found
+
+
+def _check_draws(device: torch.device, vocab: int) -> dict[str, Any]:
+    """Greedy and top-k draws of random logits fall where sorting says that they may."""
+    from perf.gpu import greedy
+
+    rows = 4
+    logits = torch.randn(rows, vocab, device=device) * 3
+    draws = Draws(rows, vocab, torch.zeros(rows, dtype=torch.int64, device=device), device)
+    wrong = 0
+    for temperature in (0.0, 1.0):
+        sampling = greedy(rows)
+        sampling.temperature[:], sampling.top_k[:] = temperature, 50
+        for draw in range(3):
+            sampling.uniform[:] = (draw + 0.5) / 3
+            ids = draws.draw(logits, sampling, lambda n: draws.launch(n, logits))
+            rank = (logits > logits.gather(1, ids[:, None])).sum(1)
+            wrong += int((rank >= (50 if temperature else 1)).sum())
+    return {"name": "draws", "error": float(wrong), "races": 0, "ok": wrong == 0}
+
+
+def time_kernels(device: torch.device) -> list[str]:
+    """Kernel times beside torch's own and the roofline, as lines of text."""
+    from triton.testing import do_bench
+
+    card = card_of(torch.cuda.get_device_name(device)) or H100
+    lines = [f"{'kernel':36} {'us':>9} {'peer us':>9} {'roofline us':>11} share"]
+
+    def line(
+        name: str, run: Callable[[], Any], peer: Callable[[], Any] | None, bound: float
+    ) -> None:
+        ours = do_bench(run, return_mode="median") * 1e3
+        theirs = do_bench(peer, return_mode="median") * 1e3 if peer else float("nan")
+        share = bound * 1e6 / ours
+        lines.append(f"{name:36} {ours:9.1f} {theirs:9.1f} {bound * 1e6:11.1f} {share:5.0%}")
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    for model in (LLAMA_8B, QWEN_06B):
+        heads = model.heads
+        for rows, context in ((1, 8192), (16, 4096), (64, 4096), (256, 1024)):
+            made = Attention(device, heads, [1] * rows, [context - 1] * rows)
+            q = made.queries.view(rows, heads.query, 1, heads.dim)
+            shape = (rows, heads.kv, context, heads.dim)
+            k, v = (torch.randn(shape, device=device).to(BF16) for _ in "kv")
+            bound = attention_seconds(model, card, rows, context)
+            line(
+                f"decode attention {model.name} {rows}x{context}",
+                made.run,
+                lambda q=q, k=k, v=v: sdpa(q, k, v, enable_gqa=True),  # type: ignore[misc]
+                bound,
+            )
+            del made, k, v
+    for model in (LLAMA_1B, LLAMA_8B):
+        outputs, inputs = 2 * model.intermediate, model.hidden
+        matrix = torch.randn(outputs, inputs, device=device).to(BF16)
+        formats: tuple[WeightFormat, ...] = ("bfloat16", "int8", "int4")
+        for kind in formats:
+            weight = place("w", [Matrix(matrix)], [], kind, BF16, device)
+            for rows in (1, 16, 64, 512):
+                x = torch.randn(rows, inputs, device=device).to(BF16)
+                linear = linear_of(device, weight)
+                line(
+                    f"matmul {kind} {model.name} {rows} rows",
+                    lambda f=linear, x=x: f(x),  # type: ignore[misc]
+                    lambda x=x, m=matrix: x @ m.t(),  # type: ignore[misc]
+                    matmul_seconds(card, rows, outputs, inputs, kind),
+                )
+    return lines
