@@ -223,7 +223,9 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 bound = None
                 if card is not None:
                     length = before + sum(counts) / len(counts) / 2
-                    bound = step_seconds(model, card, sum(counts), int(length), weights)
+                    bound = step_seconds(
+                        model, card, sum(counts), int(length), weights, len(counts)
+                    )
                 found.append(
                     {
                         "model": model.name,

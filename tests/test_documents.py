@@ -24,6 +24,12 @@ def test_the_example_configuration_lists_every_setting_with_its_default() -> Non
             assert re.search(rf"^(# )?{field} = ", text, re.MULTILINE), f"{section}.{field}"
 
 
+def test_the_configuration_for_a_gpu_can_be_read() -> None:
+    config = load_config(ROOT / "configs/gpu.toml")
+    assert config.execution.backend == "triton"
+    assert config.scheduler.max_running > Config().scheduler.max_running
+
+
 def test_documented_overrides_exist() -> None:
     for document in DOCUMENTS:
         for override in re.findall(r"--set ([a-z_.]+=[^\s`\"]+)", document.read_text()):

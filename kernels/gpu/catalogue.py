@@ -15,6 +15,7 @@ from kernels.gpu.attention import AttentionShape
 from kernels.gpu.launch import Compiled, Config, pointer
 from kernels.gpu.matmul import Format, MatmulShape
 from kernels.gpu.ops import (
+    embed_config,
     gated_config,
     norm_config,
     quantize_config,
@@ -142,6 +143,22 @@ def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
     yield Compiled("select_rows", config, {**pair, "sample_rows": pointer(INT32)})
 
 
+def embed_launches(model: Dimensions) -> Iterator[Compiled]:
+    """The lookup in a table, as float and in groups of 8 bits."""
+    inputs = {
+        "token_ids": pointer(INT32),
+        "last_ids": pointer(INT64),
+        "slots": pointer(INT32),
+        "fed": pointer(INT32),
+        "scale": "fp32",
+    }
+    tables = {"out": pointer(BF16), "table": pointer(BF16)}
+    yield Compiled("embed", embed_config("float", model.hidden)[0], {**tables, **inputs})
+    tables |= {"table": pointer(INT8), "scales": pointer(F16), "lows": pointer(F16)}
+    config = embed_config("group8", model.hidden, model.hidden, 32)[0]
+    yield Compiled("embed group8", config, {**tables, **inputs, "rows": "i32"}, ("rows",))
+
+
 def sampling_launches(vocab: int, rows: int) -> Iterator[Compiled]:
     """Every kernel of a draw, and the penalties."""
     types: dict[str, str] = {
@@ -216,6 +233,10 @@ def launches(
                 )
                 label = f"{kind}{f'/{group}' if group > 1 else ''} {name} {count}"
                 made.append(matmul_launch(shape_, label))
+    for decode in (True, False):
+        window = AttentionShape(model.heads, PAGE, BF16, False, True, 64, 64, decode, hopper=hopper)
+        made += attention_launches(window, f"{'decode' if decode else 'mixed'} window 64")
+    made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches()
     return _distinct(made)

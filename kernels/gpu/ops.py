@@ -9,7 +9,7 @@ import torch
 from kernels.gpu import fused
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.launch import Config, power_of_two
-from kernels.gpu.matmul import MatmulShape
+from kernels.gpu.matmul import Format, MatmulShape
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight
 from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
@@ -84,7 +84,7 @@ class GpuOps:
     def embed(self, table: Weight, scale: float) -> torch.Tensor:
         weight, s = gpu(table), self._staging
         out = self._rows(self.bucket.rows, table.shape[1])
-        config, blocks = embed_config(weight)
+        config, blocks = embed_config(weight.format, table.shape[1], weight.stride, weight.group)
         inputs = (s.token_ids, s.last_ids, s.slots, s.fed, scale)
         grid = (self.bucket.rows, blocks)
         if weight.format == "float":
@@ -285,14 +285,13 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def embed_config(weight: GpuWeight) -> tuple[Config, int]:
+def embed_config(kind: Format, width: int, stride: int = 0, group: int = 0) -> tuple[Config, int]:
     """The lookup in a table of this form, and the blocks of its rows."""
-    block, count = _blocks(weight.shape[1])
-    sizes = {"WIDTH": weight.shape[1], "BLOCK": block}
-    if weight.format == "float":
+    block, count = _blocks(width)
+    sizes = {"WIDTH": width, "BLOCK": block}
+    if kind == "float":
         return Config(fused.embed_kernel, sizes, _warps(block)), count
-    bits = 4 if weight.format == "group4" else 8
-    groups = {"STRIDE": weight.stride, "BITS": bits, "GROUP": weight.group}
+    groups = {"STRIDE": stride, "BITS": 4 if kind == "group4" else 8, "GROUP": group}
     return Config(fused.embed_groups_kernel, {**sizes, **groups}, _warps(block)), count
 
 

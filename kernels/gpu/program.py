@@ -54,6 +54,7 @@ class Graphs:
         """Compile, warm up and capture; without a key only what comes before."""
         if not self._capture:
             return
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             launches()
         torch.cuda.synchronize()

@@ -41,11 +41,17 @@ def kv_bytes(model: Dimensions, element: float = 2.0) -> float:
 
 
 def step_seconds(
-    model: Dimensions, card: Card, rows: int, context: int, weights: str = "bfloat16"
+    model: Dimensions,
+    card: Card,
+    rows: int,
+    context: int,
+    weights: str = "bfloat16",
+    sequences: int = 0,
 ) -> float:
-    """A step of `rows` tokens, each behind `context` tokens: the longer of moving and computing."""
+    """A step of `rows` tokens of so many sequences (as many if 0), each token behind `context`
+    others: the longer of moving and computing. A sequence's tokens read its pages once."""
     elements = weight_elements(model)
-    moved = elements * BITS[weights] / 8 + rows * context * kv_bytes(model)
+    moved = elements * BITS[weights] / 8 + (sequences or rows) * context * kv_bytes(model)
     attention = 4 * model.layers * model.heads.query * model.heads.dim * context
     return max(moved / card.bandwidth, rows * (2 * elements + attention) / card.operations)
 

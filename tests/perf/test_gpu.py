@@ -43,5 +43,7 @@ def test_the_roofline_is_the_longer_of_moving_and_computing() -> None:
     assert 1 / four == pytest.approx(840, rel=0.01)
     full = roofline.step_seconds(LLAMA_8B, roofline.H100, 4096, 0)
     assert full == pytest.approx(4096 * 2 * 7.5e9 / 989e12, rel=0.01)
+    chunk = roofline.step_seconds(LLAMA_1B, roofline.H100, 2048, 1024, sequences=1)
+    assert chunk < 1.3 * 2048 * 2 * 1.236e9 / 989e12
     assert roofline.card_of("NVIDIA H200") is roofline.H200
     assert roofline.card_of("NVIDIA A100") is None

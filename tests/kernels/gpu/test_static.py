@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.gpu import attention, fused, matmul, pages, sampling
 from kernels.gpu.catalogue import LLAMA_8B, launches
 
 ROOT = Path(__file__).parents[3]
@@ -32,6 +33,12 @@ def test_every_launch_compiles_to_what_it_is_meant_to_run_on(
     kernels = json.loads(report.read_text())
     assert len(kernels) >= least
     assert all(k["spilled"] == 0 and not k["problems"] for k in kernels)
+
+
+def test_the_catalogue_has_every_kernel() -> None:
+    modules = (attention, fused, matmul, pages, sampling)
+    kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
+    assert {one.config.kernel.__name__ for one in launches(LLAMA_8B)} == kernels
 
 
 def test_a_kernel_that_spills_or_misses_its_instructions_is_a_problem() -> None:
