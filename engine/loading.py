@@ -153,7 +153,7 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
     parts.timeline = timeline
     size = backend.loaded_bytes() / 1e6
     parts.device = (
-        f"{backend.device}, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"
+        f"{backend.hardware}, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"
     )
     return parts
 

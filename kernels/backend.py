@@ -147,7 +147,7 @@ class Backend(Protocol):
     """One device. `load` is called for every weight before `compile`."""
 
     name: str
-    device: str
+    hardware: str
     """What it runs on, in a word."""
 
     def describe(self) -> str:

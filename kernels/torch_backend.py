@@ -31,7 +31,7 @@ class TorchBackend:
 
     def __init__(self, name: str, ops_class: type[ReferenceOps], dtype: DType) -> None:
         self.name = name
-        self.device = "CPU"
+        self.hardware = "CPU"
         self._ops_class = ops_class
         self._dtype = TORCH_DTYPES[dtype]
         self._bytes = 0

@@ -131,7 +131,7 @@ class NativeBackend:
     """Packs weights, owns the paged cache and the threads."""
 
     name = "native"
-    device = "CPU"
+    hardware = "CPU"
 
     def __init__(
         self,

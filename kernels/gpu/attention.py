@@ -279,8 +279,9 @@ class AttentionShape:
         return main, merge
 
     def _stages(self, padded: int) -> int:
-        """How many tiles of keys and values are on their way at once, as registers allow."""
-        return 2 if padded > 128 or (self.quantized and not self.hopper) else 3
+        """How many tiles of keys and values are on their way at once: what compiles unspilled."""
+        narrow = self.quantized and not self.hopper and padded <= 64
+        return 2 if padded > 128 or narrow else 3
 
     def workspace(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the splits leave their parts: fp32 `[rows, query heads, splits, dim]`, and the

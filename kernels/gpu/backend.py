@@ -42,9 +42,9 @@ class GpuBackend:
         invariant: bool = False,
         capture: bool = True,
     ) -> None:
-        self.device = "CPU"
+        self.hardware = "CPU"
         if device.type == "cuda":
-            self.device = torch.cuda.get_device_name(device)
+            self.hardware = torch.cuda.get_device_name(device)
         self._hopper = True
         if device.type == "cuda":
             self._hopper = torch.cuda.get_device_capability(device) >= (9, 0)
@@ -60,7 +60,7 @@ class GpuBackend:
 
     def describe(self) -> str:
         """The device's name and the mode."""
-        return f"{self.name} {self.device}{' batch-invariant' if self._invariant else ''} kernels"
+        return f"{self.name} {self.hardware}{' batch-invariant' if self._invariant else ''} kernels"
 
     def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
         """Place one weight; see `weights.place`."""

@@ -9,7 +9,7 @@ import pytest
 
 from kernels.gpu import roofline
 from kernels.gpu.catalogue import LLAMA_1B, LLAMA_8B, QWEN_06B
-from perf import gpu
+from perf import gpu, gpu_engine
 from tests.kernels.gpu.interpreter import patch
 
 patch()
@@ -47,3 +47,14 @@ def test_the_roofline_is_the_longer_of_moving_and_computing() -> None:
     assert chunk < 1.3 * 2048 * 2 * 1.236e9 / 989e12
     assert roofline.card_of("NVIDIA H200") is roofline.H200
     assert roofline.card_of("NVIDIA A100") is None
+
+
+def test_requests_go_through_the_engine_to_their_full_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "engine.json"
+    assert gpu_engine.main(["--smoke", "--requests", "5", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["engine"]
+    assert found["tokens_per_second"] > 0
+    assert found["device"].startswith("CPU, native")
+    assert "toy engine" in capsys.readouterr().out

@@ -1,0 +1,162 @@
+"""Whole requests through the real engine, on a model with random weights, beside `transformers`.
+
+    PYTHONPATH=. python -m perf.gpu_engine [--model Qwen3-0.6B] [--requests 256] [--peer]
+
+The load of nano-vllm's benchmark: 256 requests at once, prompts and answers of 100 to 1,024 tokens
+each, drawn evenly, every answer to its full length. Then one request alone. A folder with a random
+model is written first, so that loading is real, too. `--peer` gives the same requests to
+`transformers`' continuous batching. `--smoke` tries it all at toy sizes on whatever there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from engine import AsyncEngine, SamplingParams
+from kernels.gpu.catalogue import MODELS, Dimensions
+from perf.gpu import TOY, RandomCheckpoint
+
+Requests = list[tuple[list[int], int]]
+
+
+def write_folder(model: Dimensions, folder: Path, context: int, device: torch.device) -> None:
+    """A model in Hugging Face layout with random weights and a tokenizer of bytes."""
+    checkpoint = RandomCheckpoint(model, device, context)
+    name = "Qwen3ForCausalLM" if model.norms else "LlamaForCausalLM"
+    more = {"architectures": [name], "eos_token_id": 0, "bos_token_id": 0, "rms_norm_eps": 1e-6}
+    (folder / "config.json").write_text(json.dumps(checkpoint.config | more))
+    tensors = {
+        name: checkpoint.tensor(name).dense().to(torch.bfloat16).cpu()
+        for name in sorted(checkpoint.names())
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+
+
+def requests_of(count: int, least: int, most: int, vocab: int) -> Requests:
+    """Random prompts and lengths of answers; the same every time."""
+    rng = random.Random(0)
+    return [
+        (
+            [rng.randrange(1, min(vocab, 256)) for _ in range(rng.randint(least, most))],
+            rng.randint(least, most),
+        )
+        for _ in range(count)
+    ]
+
+
+async def through_engine(folder: Path, requests: Requests, settings: dict[str, Any]) -> Any:
+    """Output tokens a second of all requests together, and of the first alone."""
+    start = time.perf_counter()
+    async with AsyncEngine.from_pretrained(str(folder), **settings) as engine:
+        loaded = time.perf_counter() - start
+
+        async def run(prompt: list[int], count: int) -> int:
+            params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+            seen = 0
+            async for delta in engine.generate(prompt, params):
+                seen += len(delta.token_ids)
+            assert seen == count, (seen, count)
+            return seen
+
+        await run(requests[0][0], 2)
+        start = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            for prompt, count in requests:
+                group.start_soon(run, prompt, count)
+        together = time.perf_counter() - start
+        start = time.perf_counter()
+        alone = await run(*requests[0])
+        return {
+            "device": engine.parts.device,
+            "load_seconds": loaded,
+            "seconds": together,
+            "tokens_per_second": sum(count for _, count in requests) / together,
+            "alone_tokens_per_second": alone / (time.perf_counter() - start),
+        }
+
+
+def through_transformers(folder: Path, requests: Requests, device: torch.device) -> dict[str, Any]:
+    """The same with `transformers`' continuous batching; it wants one length for all answers, so
+    every answer has the mean length."""
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = model.to(device)
+    mean = sum(count for _, count in requests) // len(requests)
+    make: Any = transformers.GenerationConfig
+    generation = make(max_new_tokens=mean, min_new_tokens=mean, do_sample=False, eos_token_id=-1)
+    prompts = [prompt for prompt, _ in requests]
+    # The first call captures its graphs, which ours did while loading.
+    model.generate_batch(prompts, generation, persistent_manager=True)
+    start = time.perf_counter()
+    outputs = model.generate_batch(prompts, generation, persistent_manager=True)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(output.generated_tokens) for output in outputs.values())
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--model", default="Qwen3-0.6B", choices=[m.name for m in MODELS])
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = next(m for m in MODELS if m.name == options.model)
+    least, most, context = 100, 1024, 2048
+    settings: dict[str, Any] = {
+        "model__dtype": options.dtype,
+        "scheduler__max_running": 256,
+        "scheduler__max_batch_tokens": 2048,
+        "cache__memory_fraction": 0.8,
+        "cache__prefix_caching": False,
+    }
+    if options.smoke:
+        model, least, most, context = TOY, 3, 9, 64
+        settings |= {"scheduler__max_running": 4, "scheduler__max_batch_tokens": 32}
+        settings |= {"cache__tokens": 512}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_folder(model, folder, context, device)
+        requests = requests_of(options.requests, least, most, model.vocab)
+        result: dict[str, Any] = {"model": model.name, "requests": len(requests)}
+        result["engine"] = anyio.run(through_engine, folder, requests, settings)
+        if options.peer:
+            result["transformers"] = through_transformers(folder, requests, device)
+    for part in ("engine", "transformers"):
+        if part in result:
+            found = ", ".join(
+                f"{key} {value:,.1f}" if isinstance(value, float) else str(value)
+                for key, value in result[part].items()
+            )
+            print(f"{model.name} {part}: {found}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
