@@ -25,7 +25,7 @@ from engine.execution.memory import (
 )
 from engine.execution.profile import Shape, load_or_measure
 from engine.execution.runner import Runner, StagingShape
-from engine.execution.stepper import Stepper, ThreadStepper
+from engine.execution.stepper import AheadStepper, Stepper, ThreadStepper
 from engine.models import Model, load_model
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import Pace, SchedulerLimits
@@ -257,7 +257,7 @@ def _assemble(
         tokenizer=tokenizer,
         vocab_size=model.config.vocab_size,
         scheduler=scheduler,
-        stepper=ThreadStepper(runner),
+        stepper=AheadStepper(runner) if runner.runs_behind else ThreadStepper(runner),
         limits=Limits(shape.context, batch.max_waiting, batch.max_waiting_tokens),
         fingerprint=b"",
         clock=clock,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +140,21 @@ class Program(Protocol):
 
     def logits(self) -> torch.Tensor:
         """The kept logits, fp32 `[samples, vocab]` (for tests and quality measurements)."""
+        ...
+
+
+@runtime_checkable
+class AheadProgram(Program, Protocol):
+    """A program whose device runs behind: a step can be started while the one before it runs."""
+
+    def start(
+        self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
+    ) -> Callable[[], Samples]:
+        """Launch a step; what is returned waits for its tokens.
+
+        The first `fed` rows take the token last drawn at their slot (`batch.table_rows`); what the
+        logits rows `drawn` draw stays at `slots`.
+        """
         ...
 
 

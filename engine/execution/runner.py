@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from engine.execution.history import Histories
 from engine.scheduling.budget import MAX_SCORED_ROWS
 from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
-from kernels.backend import Backend, Program
+from kernels.backend import AheadProgram, Backend, Program
 from kernels.batch import Batch, Sampling, counter_uniform
 
 LOWEST_TEMPERATURE = 1e-5
@@ -116,6 +117,39 @@ class Runner:
         end = time.perf_counter()
         seconds["forward"], seconds["sample"] = middle - start, end - middle
         return StepResult(ids, samples.logprobs, samples.top, seconds)
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the device can be given a step while it runs another."""
+        return isinstance(self._program, AheadProgram)
+
+    def needs_history(self, filled: Filled) -> bool:
+        """Whether a step depends on what those before it drew, beyond their last tokens."""
+        return bool(filled.sampling.penalties)
+
+    def launch(self, filled: Filled) -> Callable[[], StepResult]:
+        """Start a filled step on a device that runs behind; what is returned waits for it."""
+        assert isinstance(self._program, AheadProgram)
+        start = time.perf_counter()
+        if filled.moves:
+            self._cache.move(filled.moves)
+        seconds = {"move": time.perf_counter() - start} if filled.moves else {}
+        if not len(filled.batch.token_ids):
+            return lambda: StepResult([], [], [], seconds)
+        start = time.perf_counter()
+        wait = self._program.start(
+            filled.batch, filled.sampling, filled.fed, filled.drawn, filled.slots
+        )
+        launched = time.perf_counter()
+
+        def collect() -> StepResult:
+            samples = wait()
+            ids = samples.ids
+            self._histories.add(filled.slots, [ids[row] for row in filled.drawn])
+            seconds["sample"], seconds["forward"] = launched - start, time.perf_counter() - launched
+            return StepResult(ids, samples.logprobs, samples.top, seconds)
+
+        return collect
 
     def buffer_bytes(self) -> int:
         """Bytes of activations, logits and staging."""

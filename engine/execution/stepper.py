@@ -11,6 +11,8 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from engine.errors import EngineFailed
@@ -102,12 +104,60 @@ class ThreadStepper(Generic[F]):
     def _loop(self) -> None:
         while (work := self._work.get()) is not None:
             filled, fill_seconds = work
-            outcome: StepResult | BaseException
+            self._conclude(partial(self._executor.run, filled), fill_seconds)
+
+    def _conclude(self, result_of: Callable[[], StepResult], fill_seconds: float) -> None:
+        outcome: StepResult | BaseException
+        try:
+            outcome = result_of()
+            outcome.seconds["fill"] = fill_seconds
+        except BaseException as error:  # noqa: BLE001  (handed to the loop, which raises it)
+            outcome = error
+        # In this order, so that whoever sees the outcome finds the byte, which may not block.
+        os.write(self._write, b"\0")
+        self._outcomes.append(outcome)
+
+
+class AheadExecutor(Executor[F], Protocol[F]):
+    """What an `AheadStepper` drives: its device is given steps while it runs others."""
+
+    def needs_history(self, filled: F) -> bool:
+        """Whether the results of all steps before this one have to be there first."""
+        ...
+
+    def launch(self, filled: F) -> Callable[[], StepResult]:
+        """Start a step; what is returned waits for its result."""
+        ...
+
+
+class AheadStepper(ThreadStepper[F]):
+    """Starts each step as soon as it is there; another thread waits for the results, in order."""
+
+    def __init__(self, executor: AheadExecutor[F]) -> None:
+        self._launcher = executor
+        self._launched: queue.Queue[tuple[Callable[[], StepResult], float] | None] = queue.Queue()
+        super().__init__(executor)
+
+    def _loop(self) -> None:
+        collector = threading.Thread(target=self._collect, name="ryzanstein-collect", daemon=True)
+        collector.start()
+        while (work := self._work.get()) is not None:
+            filled, fill_seconds = work
+            if self._launcher.needs_history(filled):
+                self._launched.join()
             try:
-                outcome = self._executor.run(filled)
-                outcome.seconds["fill"] = fill_seconds
+                result_of = self._launcher.launch(filled)
             except BaseException as error:  # noqa: BLE001  (handed to the loop, which raises it)
-                outcome = error
-            # In this order, so that whoever sees the outcome finds the byte, which may not block.
-            os.write(self._write, b"\0")
-            self._outcomes.append(outcome)
+                result_of = partial(_raise, error)
+            self._launched.put((result_of, fill_seconds))
+        self._launched.put(None)
+        collector.join()
+
+    def _collect(self) -> None:
+        while (launched := self._launched.get()) is not None:
+            self._conclude(*launched)
+            self._launched.task_done()
+
+
+def _raise(error: BaseException) -> StepResult:
+    raise error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,21 @@ class Draws:
         self._numbers = torch.zeros(8, rows, dtype=torch.int32, pin_memory=pinned)
         self._parameters = torch.zeros(8, rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     def draw(
-        self, logits: torch.Tensor, sampling: Sampling, replay: Callable[[int], None]
+        self,
+        logits: torch.Tensor,
+        sampling: Sampling,
+        replay: Callable[[int], None],
+        drawn: Sequence[int] = (),
+        slots: Sequence[int] = (),
     ) -> torch.Tensor:
-        """Ids, int64 on the device, of the first rows of `logits`; `replay` launches for so many
-        rows of these logits, unless edits make it others."""
+        """Ids, int64 on the device, of the first rows of `logits`; those of the rows `drawn` also
+        go to `last_ids`, at `slots`. `replay` launches for so many rows of these logits, unless
+        edits make it others."""
         count = len(sampling.targets)
-        self._send(sampling, count)
+        self._send(sampling, count, drawn, slots)
         if sampling.bias_rows or sampling.penalties:
             self.launch(count, self._edited(logits[:count], sampling))
         else:
@@ -51,7 +58,11 @@ class Draws:
         floats, ints = self._parameters[FLOATS].view(torch.float32), self._parameters[INTS]
         self._sampler.draw(rows, logits, floats, ints, self._ids, self._last_ids)
 
-    def _send(self, sampling: Sampling, count: int) -> None:
+    def _send(
+        self, sampling: Sampling, count: int, drawn: Sequence[int], slots: Sequence[int]
+    ) -> None:
+        if self._sent is not None:
+            self._sent.synchronize()  # the step before may not have read them yet
         numbers = self._numbers.numpy()
         floats = numbers.view(np.float32)
         floats[0, :count] = sampling.temperature
@@ -60,6 +71,7 @@ class Draws:
         numbers[3, :count] = np.where(sampling.top_k < self._vocab, sampling.top_k, 0)
         numbers[4, :count] = sampling.targets
         numbers[5, :] = -1
+        numbers[5, drawn] = slots
         # The best token alone is what a greedy row takes.
         floats[0, :count][sampling.top_k == 1] = 0.0
         # The row's random number, 53 bits, as two words: the key of its noise.
@@ -67,6 +79,8 @@ class Draws:
         pairs = numbers[6:].reshape(-1)[: 2 * count].view(np.uint32)
         pairs[0::2], pairs[1::2] = bits & np.uint64(0xFFFFFFFF), bits >> np.uint64(32)
         self._parameters.copy_(self._numbers, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
     def _edited(self, logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """A copy of the logits with biases and penalties."""

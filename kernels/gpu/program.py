@@ -93,6 +93,7 @@ class GpuProgram:
         self._staging = staging
         self._limits = limits
         self._device = device
+        self._pinned = device.type == "cuda"
         self._layers, self._head = split(tape)
         self._selected: dict[int, torch.Tensor] = {}
         vocab, samples = tape.logits.width, limits.samples
@@ -106,9 +107,37 @@ class GpuProgram:
         self._prepare()
 
     @torch.inference_mode()
+    def start(
+        self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
+    ) -> Callable[[], Samples]:
+        """Launch a step behind those that run, see `AheadProgram`; logprobs wait for it here."""
+        self._forward(batch, fed)
+        count = len(sampling.targets)
+        ids = self._draws.draw(self._logits, sampling, self._replay_draw, drawn, slots)
+        # Its own memory on both sides: the next step draws to the same place.
+        kept = torch.empty(count, dtype=torch.int64, pin_memory=self._pinned)
+        kept.copy_(ids, non_blocking=True)
+        done = torch.cuda.Event() if self._pinned else None  # type: ignore[no-untyped-call]
+        if done is not None:
+            done.record()
+        result = Samples([])
+        score(self._logits[:count], ids, sampling, result)
+
+        def wait() -> Samples:
+            if done is not None:
+                done.synchronize()
+            result.ids = kept.tolist()
+            return result
+
+        return wait
+
+    @torch.inference_mode()
     def forward(self, batch: Batch) -> None:
         """Compute the logits of the batch's sampled rows and keep them."""
-        self._staging.copy(batch)
+        self._forward(batch, 0)
+
+    def _forward(self, batch: Batch, fed: int) -> None:
+        self._staging.copy(batch, fed)
         rows, self._rows = len(batch.token_ids), len(batch.sample_rows)
         decode = rows == len(batch.context_lengths) == self._rows
         bucket = self._decode(rows) if decode else self._mixed(rows)
