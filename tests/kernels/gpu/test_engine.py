@@ -25,14 +25,15 @@ SETTINGS: dict[str, Any] = {
 
 
 async def text_of(folder: Path, **changes: Any) -> list[list[int]]:
-    """Token ids of two requests that share a beginning, greedy and drawn."""
+    """Token ids of requests that share a beginning; one has penalties and logprobs."""
     prompt = list(range(30, 39))
     greedy = SamplingParams(max_tokens=3, temperature=0.0)
+    penalized = SamplingParams(max_tokens=3, temperature=0.0, repetition_penalty=1.8, logprobs=1)
     async with AsyncEngine.from_pretrained(str(folder), **(SETTINGS | changes)) as served:
         found = []
-        for tail in ([1], [2, 3]):
+        for tail, params in (([1], greedy), ([2, 3], penalized)):
             ids: list[int] = []
-            async for delta in served.generate(prompt + tail, greedy):
+            async for delta in served.generate(prompt + tail, params):
                 ids += delta.token_ids
             found.append(ids)
         return found
