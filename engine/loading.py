@@ -137,15 +137,16 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
     parts = _assemble(config, model, tokenizer, CostModel(profile), runner, cold_slots, shape)
     parts.fingerprint = fingerprint
     page_bytes = runner.page_bytes
+    on_host = backend.free_bytes() is None
     left = backend.free_bytes() or available_memory() or 4 << 30
     parts.budget = Budget(
         program=before,
         weights=backend.loaded_bytes(),
         activations=runner.buffer_bytes(),
         cache=(shape.pages + 1) * page_bytes,
-        headroom=max(0, left - shape.pages * page_bytes),
+        headroom=max(0, left - (shape.pages * page_bytes if on_host else 0)),
     )
-    if config.cache.adaptive and backend.free_bytes() is None:
+    if config.cache.adaptive and on_host:
         floor = -(-shape.context // shape.page_size)
         low = min(LOW_MEMORY, left // 8)
         controller = CacheController(parts.scheduler.pool, page_bytes, low, floor)

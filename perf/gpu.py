@@ -11,6 +11,7 @@ then whole models with random weights decode and prefill, with and without captu
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -125,24 +126,24 @@ def build(
     weights: WeightFormat,
     context: int,
     sequences: int,
+    pages: int,
     rows: int,
     capture: bool,
 ) -> tuple[GpuProgram, GpuBackend]:
-    """A model with random weights, compiled; its cache holds `sequences` of `context` tokens."""
+    """A model with random weights and a cache of so many pages, compiled."""
     backend = GpuBackend(weights, "bfloat16", device, capture=capture)
     checkpoint = RandomCheckpoint(model, device, context)
     config = read_config(checkpoint.config, None)
     placed = Llama(config, WeightLoader(checkpoint, backend, lambda *_: None))
-    pages = sequences * -(-context // PAGE) + 1
     backend.allocate_cache(CacheLayout(model.layers, model.heads, PAGE, "bfloat16", context), pages)
     recorder = Recorder()
     tape = recorder.finish(placed.forward(recorder))
     return backend.compile(tape, rows, sequences), backend
 
 
-def batch_of(counts: list[int], before: int, context: int, vocab: int) -> Batch:
+def batch_of(counts: list[int], before: int, vocab: int) -> Batch:
     """Chunks of these sizes, each behind `before` tokens, on pages of its own."""
-    width = -(-context // PAGE)
+    width = -(-(before + max(counts)) // PAGE)
     rng = np.random.default_rng(0)
     table = rng.permutation(width * len(counts)).reshape(len(counts), width).astype(np.int32)
     positions = np.concatenate([np.arange(before, before + count) for count in counts])
@@ -162,12 +163,22 @@ def batch_of(counts: list[int], before: int, context: int, vocab: int) -> Batch:
 
 def greedy(rows: int) -> Sampling:
     """Every row takes its best token."""
-    zeros, ones = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    none = np.full(rows, -1, np.int32)
+
+    def full(value: float, dtype: type = np.float32) -> Any:
+        return np.full(rows, value, dtype)
+
     return Sampling(
-        none.astype(np.int64), zeros, none * 0, ones, zeros, zeros.astype(np.float64), none,
-        ones, zeros, zeros,
-    )  # fmt: skip
+        targets=full(-1, np.int64),
+        temperature=full(0),
+        top_k=full(0, np.int32),
+        top_p=full(1),
+        min_p=full(0),
+        uniform=full(0, np.float64),
+        top_logprobs=full(-1, np.int32),
+        repetition_penalty=full(1),
+        presence_penalty=full(0),
+        frequency_penalty=full(0),
+    )
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> float:
@@ -196,19 +207,21 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
     found = []
     for model, weights in plan:
         for capture in (True,) if smoke else (True, False):
-            context = before + max(prefill, 64)
+            context = before + max(prefill, PAGE)
+            decoding = -(-(before + PAGE) // PAGE) * max(sizes)
             program, backend = build(
                 model,
                 device,
                 weights=weights,
                 context=context,
                 sequences=max(sizes),
+                pages=max(decoding, -(-context // PAGE)) + 1,
                 rows=max(prefill, *sizes),
                 capture=capture,
             )
             batches = [(f"decode {n}", [1] * n) for n in sizes] + [("prefill", [prefill])]
             for name, counts in batches:
-                batch = batch_of(counts, before, context, model.vocab)
+                batch = batch_of(counts, before, model.vocab)
                 sampling = greedy(len(counts))
 
                 def step(
@@ -238,7 +251,8 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                     }
                 )
             backend.close()
-            del program, backend
+            del program, backend, step
+            gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return found

@@ -11,6 +11,7 @@ model is written first, so that loading is real, too. `--peer` gives the same re
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -144,6 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
         requests = requests_of(options.requests, least, most, model.vocab)
         result: dict[str, Any] = {"model": model.name, "requests": len(requests)}
         result["engine"] = anyio.run(through_engine, folder, requests, settings)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if options.peer:
             result["transformers"] = through_transformers(folder, requests, device)
     for part in ("engine", "transformers"):

@@ -192,27 +192,36 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 label = f"matmul {kind} {rows} rows{' invariant' if invariant else ''}"
                 # int8 also rounds the activations.
                 check(label, lambda f=linear, x=x: f(x), exact, 3e-2)  # type: ignore[misc]
-    found.append(_check_draws(device, 300 if smoke else 128256))
+    found.append(_check_draws(device, 300 if smoke else 128256, repeats // 2))
     return found
 
 
-def _check_draws(device: torch.device, vocab: int) -> dict[str, Any]:
-    """Greedy and top-k draws of random logits fall where sorting says that they may."""
+def _check_draws(device: torch.device, vocab: int, repeats: int) -> dict[str, Any]:
+    """Greedy, top-k and top-p draws of random logits fall where sorting says that they may, and
+    are the same every time."""
     from perf.gpu import greedy
 
     rows = 4
     logits = torch.randn(rows, vocab, device=device) * 3
     draws = Draws(rows, vocab, torch.zeros(rows, dtype=torch.int64, device=device), device)
-    wrong = 0
-    for temperature in (0.0, 1.0):
+    ordered = torch.softmax(logits.double(), -1).sort(descending=True).values.cumsum(1)
+    nucleus = (ordered < 0.6).sum(1) + 1
+    wrong = races = 0
+    for temperature, top_k, top_p in ((0.0, 50, 1.0), (1.0, 50, 1.0), (1.0, 0, 0.6)):
         sampling = greedy(rows)
-        sampling.temperature[:], sampling.top_k[:] = temperature, 50
+        sampling.temperature[:], sampling.top_k[:] = temperature, top_k
+        sampling.top_p[:] = top_p
+        most = nucleus if top_p < 1 else top_k if temperature else 1
         for draw in range(3):
             sampling.uniform[:] = (draw + 0.5) / 3
-            ids = draws.draw(logits, sampling, lambda n: draws.launch(n, logits))
+            ids = draws.draw(logits, sampling, lambda n: draws.launch(n, logits)).clone()
             rank = (logits > logits.gather(1, ids[:, None])).sum(1)
-            wrong += int((rank >= (50 if temperature else 1)).sum())
-    return {"name": "draws", "error": float(wrong), "races": 0, "ok": wrong == 0}
+            wrong += int((rank >= most).sum())
+            for _ in range(repeats):
+                again = draws.draw(logits, sampling, lambda n: draws.launch(n, logits))
+                races += not torch.equal(again, ids)
+    ok = wrong == races == 0
+    return {"name": "draws", "error": float(wrong), "races": races, "ok": ok}
 
 
 def time_kernels(device: torch.device) -> list[str]:

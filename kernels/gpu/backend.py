@@ -48,6 +48,8 @@ class GpuBackend:
         self._hopper = True
         if device.type == "cuda":
             self._hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+            # Sums in fp32, rounded once.
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._format = weight_format
         self._dtype = TORCH_DTYPES[dtype]
         self._device = device
@@ -77,12 +79,21 @@ class GpuBackend:
         """Bytes of device memory that are free; None without a device."""
         if self._device.type != "cuda":
             return None
+        torch.cuda.empty_cache()  # what packing weights took for a moment
         return torch.cuda.mem_get_info(self._device)[0]
 
     def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
         """Allocate pages of keys and values, and their scales, for each layer."""
         if layout.dtype == "int4":
             raise ValueError("cache.dtype=int4 takes the native kernels; a GPU serves int8")
+        if layout.dtype != "int8" and TORCH_DTYPES[layout.dtype] != self._dtype:
+            kept = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self._dtype]
+            raise ValueError(
+                f"cache.dtype is {layout.dtype}, but the model computes in {kept}; a GPU takes "
+                f"{kept} or int8"
+            )
+        if layout.dtype == "int8" and layout.page_size * layout.heads.kv % 2:
+            raise ValueError("an int8 cache takes an even number of heads and tokens a page")
         if layout.heads.dim > MAX_HEAD_DIM or layout.heads.dim % 8:
             raise ValueError(
                 f"heads are {layout.heads.dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
@@ -142,4 +153,4 @@ class GpuBackend:
 
     def close(self) -> None:
         """Release the cache."""
-        self._caches = []
+        self._caches.clear()  # the program's own list, too

@@ -157,6 +157,12 @@ def embed_launches(model: Dimensions) -> Iterator[Compiled]:
     tables |= {"table": pointer(INT8), "scales": pointer(F16), "lows": pointer(F16)}
     config = embed_config("group8", model.hidden, model.hidden, 32)[0]
     yield Compiled("embed group8", config, {**tables, **inputs, "rows": "i32"}, ("rows",))
+    tables |= {"table": pointer(INT32)}
+    config = embed_config("group4", model.hidden, model.hidden // 8, 128)[0]
+    yield Compiled("embed group4", config, {**tables, **inputs, "rows": "i32"}, ("rows",))
+    tables |= {"table": pointer(INT8), "scales": pointer(F32), "lows": pointer(INT8)}
+    config = embed_config("int8", model.hidden, model.hidden)[0]
+    yield Compiled("embed int8", config, {**tables, **inputs, "rows": "i32"}, ("rows",))
 
 
 def sampling_launches(vocab: int, rows: int) -> Iterator[Compiled]:

@@ -36,7 +36,7 @@ def embed_kernel(
 
 
 @triton.jit
-def embed_groups_kernel(
+def embed_numbers_kernel(
     out,
     table,
     scales,
@@ -49,26 +49,29 @@ def embed_groups_kernel(
     rows,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
+    FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows of a table in groups of 4 or 8 bits (`weights.GroupWeight`)."""
+    """Rows of a table of whole numbers, in any of `matmul.Format`."""
     row = tl.program_id(0)
     token = token_of(row, token_ids, last_ids, slots, fed)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    if BITS == 4:
+    if FORMAT == "group4":
         word = columns // 128 * 16 + columns % 16
         words = tl.load(table + token * STRIDE + word, mask=inside, other=0)
         values = ((words >> (columns % 128 // 16 * 4)) & 15).to(tl.float32)
     else:
         values = tl.load(table + token * STRIDE + columns, mask=inside, other=0).to(tl.float32)
-    place = (columns // GROUP).to(tl.int64) * rows + token
-    factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
-    low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
+    if FORMAT == "int8":
+        values *= tl.load(scales + token)
+    else:
+        place = (columns // GROUP).to(tl.int64) * rows + token
+        factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+        values = values * factor + tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
     place = row.to(tl.int64) * WIDTH + columns
-    tl.store(out + place, ((values * factor + low) * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, (values * scale).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

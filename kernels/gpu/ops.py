@@ -90,7 +90,8 @@ class GpuOps:
         if weight.format == "float":
             config.launch(grid, out, weight.tensor, *inputs)
         else:
-            tables = (weight.tensor, weight.scales, weight.lows)
+            lows = weight.lows if weight.lows is not None else weight.tensor
+            tables = (weight.tensor, weight.scales, lows)
             config.launch(grid, out, *tables, *inputs, table.shape[0])
         return out
 
@@ -291,8 +292,8 @@ def embed_config(kind: Format, width: int, stride: int = 0, group: int = 0) -> t
     sizes = {"WIDTH": width, "BLOCK": block}
     if kind == "float":
         return Config(fused.embed_kernel, sizes, _warps(block)), count
-    groups = {"STRIDE": stride, "BITS": 4 if kind == "group4" else 8, "GROUP": group}
-    return Config(fused.embed_groups_kernel, {**sizes, **groups}, _warps(block)), count
+    groups = {"STRIDE": stride, "FORMAT": kind, "GROUP": group}
+    return Config(fused.embed_numbers_kernel, {**sizes, **groups}, _warps(block)), count
 
 
 def norm_config(width: int, *, add: bool) -> Config:

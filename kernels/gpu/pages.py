@@ -42,9 +42,12 @@ class GpuPages:
         self._spans = [slice(e - p.shape[1], e) for p, e in zip(flat, ends, strict=True)]
         self.page_bytes: int = ends[-1]
         self._device = tensors[0].device
+        self._on_gpu = self._device.type == "cuda"
 
     def copy(self, source: int, target: int) -> None:
         """One page to another, in every tensor."""
+        if self._on_gpu:
+            torch.cuda.set_device(self._device)  # a thread starts with the first
         ends = torch.tensor([target, source], dtype=torch.int32, device=self._device)
         for part in self._parts:
             words = part.shape[1]

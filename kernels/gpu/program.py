@@ -49,19 +49,21 @@ class Graphs:
         self._capture = capture and device.type == "cuda"
         self._graphs: dict[Any, Any] = {}
         self._pool: Any = None
+        # One stream for all: cuBLAS keeps a workspace for each that it sees.
+        self._stream: Any = torch.cuda.Stream(device) if self._capture else None  # type: ignore[no-untyped-call]
 
     def prepare(self, key: Any, launches: Callable[[], None]) -> None:
         """Compile, warm up and capture; without a key only what comes before."""
         if not self._capture:
             return
         torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
             launches()
         torch.cuda.synchronize()
         if key is None:
             return
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             launches()
         self._pool = self._pool or graph.pool()
         self._graphs[key] = graph
@@ -111,6 +113,8 @@ class GpuProgram:
         self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
     ) -> Callable[[], Samples]:
         """Launch a step behind those that run, see `AheadProgram`; logprobs wait for it here."""
+        if self._pinned:
+            torch.cuda.set_device(self._device)  # a thread starts with the first
         self._forward(batch, fed)
         count = len(sampling.targets)
         ids = self._draws.draw(self._logits, sampling, self._replay_draw, drawn, slots)
@@ -134,6 +138,8 @@ class GpuProgram:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> None:
         """Compute the logits of the batch's sampled rows and keep them."""
+        if self._pinned:
+            torch.cuda.set_device(self._device)  # a thread starts with the first
         self._forward(batch, 0)
 
     def _forward(self, batch: Batch, fed: int) -> None:

@@ -42,6 +42,8 @@ def scaled_logits(logits, temperature, row, columns, VOCAB: tl.constexpr):
     values = tl.load(
         logits + row.to(tl.int64) * VOCAB + columns, mask=columns < VOCAB, other=float("-inf")
     )
+    # A broken model's NaN must not become an id that no table has.
+    values = tl.where(values == values, values, float("-inf"))
     heat = tl.load(temperature + row)
     return values / tl.where(heat > 0.0, heat, 1.0)
 
@@ -152,6 +154,8 @@ def pivot_kernel(
             amount = tl.load(counts + row * BINS + index).to(tl.int64)
         else:
             amount = tl.load(masses + row * BINS + index)
+        # Loads and stores may lie on other threads: nobody empties what another has yet to read.
+        tl.debug_barrier()
         tl.store(counts + row * BINS + index, tl.zeros([BINS], tl.int32))
         tl.store(masses + row * BINS + index, tl.zeros([BINS], tl.int64))
         sums = tl.cumsum(amount, 0)
@@ -234,6 +238,7 @@ def pick_kernel(
     partial_ids,
     targets,
     slots,
+    VOCAB: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCKS_PADDED: tl.constexpr,
 ):
@@ -245,7 +250,8 @@ def pick_kernel(
         partial_values + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf")
     )
     _, place = tl.max(values, 0, return_indices=True)
-    token = tl.load(partial_ids + row * BLOCKS + place).to(tl.int64)
+    token = tl.load(partial_ids + row * BLOCKS + tl.minimum(place, BLOCKS - 1)).to(tl.int64)
+    token = tl.minimum(token, VOCAB - 1)
     target = tl.load(targets + row).to(tl.int64)
     token = tl.where(target >= 0, target, token)
     tl.store(ids + row, token)
@@ -304,7 +310,11 @@ class SamplerShape:
                 Config(histogram_kernel, {**vocab, **blocks, **bins, "LEVEL": level}, WARPS)
             )
             made.append(Config(pivot_kernel, {**blocks, **bins, "LEVEL": level}))
-        return [*made, Config(draw_kernel, {**vocab, **blocks}, WARPS), Config(pick_kernel, blocks)]
+        return [
+            *made,
+            Config(draw_kernel, {**vocab, **blocks}, WARPS),
+            Config(pick_kernel, {"VOCAB": self.vocab, **blocks}),
+        ]
 
 
 class Sampler:

@@ -43,6 +43,7 @@ class Staging:
         self._device = self._host.to(device, copy=True)
         for name, size in sizes.items():
             setattr(self, name, self._device[starts[name] : starts[name] + size])
+        self._tables = starts["page_table"]
         self.page_table = self.page_table.view(sequences, table_width)
         self.last_ids = torch.zeros(max(sequences, 1), dtype=torch.int64, device=device)
         self._trash = trash
@@ -84,6 +85,8 @@ class Staging:
         width = min(self.page_table.shape[1], batch.page_table.shape[1])
         table = arrays["page_table"].reshape(self.page_table.shape)
         np.take(batch.page_table[:, :width], batch.table_rows, 0, table[:sequences, :width])
-        self._device.copy_(self._host, non_blocking=True)
+        # The tables come last: those of chunks that are not there stay behind.
+        end = self._tables + sequences * self.page_table.shape[1]
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
         if self._sent is not None:
             self._sent.record()

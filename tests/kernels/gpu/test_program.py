@@ -107,6 +107,21 @@ def test_pages_are_copied_and_go_to_the_host_and_back() -> None:
     pages.discard([6])
 
 
+def test_rows_of_an_int8_table_are_looked_up() -> None:
+    table = Host(torch.randn(40, 160, generator=torch.Generator().manual_seed(0)))
+    backend = GpuBackend("int8", "float32", HOST)
+    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "float32", 16), 8)
+    placed = backend.load([table])
+    unit = GpuBackend("float32", "float32", HOST).load([Host(torch.eye(160))])
+    recorder = Recorder()
+    hidden = recorder.select_rows(recorder.embed(placed, 1.0))
+    program = backend.compile(recorder.finish(recorder.linear(hidden, unit)), 8, 8)
+    program.forward(batch_of([39, 0], [0, 1]))
+    wanted = table.values[[39, 0]]
+    steps = wanted.abs().amax(1, keepdim=True) / 127
+    assert ((program.logits() - wanted).abs() <= steps * 0.51).all()
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_rows_of_quantized_tables_are_looked_up(kind: str) -> None:
     table = quantized(Type[kind], 40, 160)
@@ -129,6 +144,8 @@ def test_sizes_are_rounded_up_to_few() -> None:
 def test_what_cannot_be_held_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="int4 takes the native kernels"):
         program_of(folder, cache="int4")
+    with pytest.raises(ValueError, match="takes float32 or int8"):
+        program_of(folder, cache="bfloat16")
     layout = CacheLayout(1, Heads(1, 1, 20), 16, "float32", 16)
     with pytest.raises(ValueError, match="20 wide"):
         GpuBackend("auto", "float32", HOST).allocate_cache(layout, 8)

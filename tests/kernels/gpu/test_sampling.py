@@ -124,6 +124,15 @@ def test_greedy_rows_take_the_first_best_token_whatever_else_is_asked() -> None:
     assert draw(logits, options(3, top_k=1)) == found
 
 
+def test_a_broken_models_logits_still_give_ids_of_the_vocabulary() -> None:
+    logits = random_logits(2)
+    logits[0] = float("nan")
+    logits[1, ::2] = float("nan")
+    found = draw(logits, options(2, top_p=0.9))
+    assert all(0 <= token < VOCAB for token in found)
+    assert found[1] % 2 == 1
+
+
 def test_given_tokens_are_scored_not_drawn_and_company_changes_nothing() -> None:
     logits = random_logits(5)
     targets = np.array([-1, 7, -1, 9, -1])
