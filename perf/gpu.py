@@ -1,10 +1,11 @@
 """Everything about the GPU path in one command: correctness, races, speed beside the roofline.
 
-    PYTHONPATH=. python -m perf.gpu [--json FILE] [--only kernels,steps]
+    PYTHONPATH=. python -m perf.gpu [--json FILE] [--only kernels,steps,engine]
 
-Needs torch, triton and an NVIDIA GPU; no network. Kernels are checked against float64 on random
-inputs and repeated for races; timed against torch's attention and cuBLAS and against the roofline;
-then whole models with random weights decode and prefill, with and without captured graphs.
+Needs an NVIDIA GPU and what the engine imports; no network. Kernels are checked against float64 on
+random inputs and repeated for races; timed against torch's attention and cuBLAS and against the
+roofline; then whole models with random weights decode and prefill, with and without captured
+graphs; last, 256 requests go through the real engine and `transformers` (`perf.gpu_engine`).
 `--smoke` runs it all at toy sizes, in Triton's interpreter if TRITON_INTERPRET is set.
 """
 
@@ -273,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the parts; 1 if a check fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="kernels,steps")
+    parser.add_argument("--only", default="kernels,steps,engine")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.smoke:
@@ -295,6 +296,11 @@ def main(arguments: list[str] | None = None) -> int:
     if "steps" in parts:
         result["steps"] = time_steps(device, smoke=options.smoke)
         print_steps(result["steps"])
+    if "engine" in parts:
+        from perf import gpu_engine
+
+        load = ["--smoke", "--requests", "5"] if options.smoke else ["--peer"]
+        result["engine"] = gpu_engine.measure(load)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
     print(f"{name}: {failed} checks failed")

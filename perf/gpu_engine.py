@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -115,8 +114,8 @@ def through_transformers(folder: Path, requests: Requests, device: torch.device)
     return {"seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure and print."""
+def measure(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print, and return what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--model", default="Qwen3-0.6B", choices=[m.name for m in MODELS])
     parser.add_argument("--requests", type=int, default=256)
@@ -159,8 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{model.name} {part}: {found}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
-    return 0
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measure()

@@ -156,7 +156,9 @@ def test_recording_finds_weights_that_do_not_fit(call: Any, message: str) -> Non
 
 
 def test_unknown_backends_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'tpu' is not known; choose one of auto, native, torch"):
+    with pytest.raises(
+        ValueError, match="'tpu' is not known; choose one of auto, native, triton, torch"
+    ):
         select_backend("tpu", dtype="float32", cache_dtype="auto", threads=1)
 
 

@@ -85,6 +85,19 @@ def test_a_shift_unpacks_sixteen_neighbours() -> None:
         assert torch.equal(found.long(), numbers[:, part * 16 : part * 16 + 16])
 
 
+@pytest.mark.parametrize(("weights", "columns"), [("int4", 1100), ("int8", 1100)])
+def test_shares_of_the_inputs_are_added_by_the_last_to_arrive(weights: str, columns: int) -> None:
+    weight, x, bias = Host(inputs(70, columns)), inputs(3, columns), torch.arange(70.0)
+    kind = "group4" if weights == "int4" else "int8"
+    shape = MatmulShape(3, 70, columns, kind, 128, torch.float32, True)  # type: ignore[arg-type]
+    assert shape.splits > 1
+    found = run_linear(weight, x, bias, weights=weights)
+    # Twice: the counters are back at zero. Whole, as the invariant mode does it: the same sums.
+    assert torch.equal(run_linear(weight, x, bias, weights=weights), found)
+    whole = run_linear(weight, x, bias, weights=weights, invariant=True)
+    assert torch.allclose(found, whole, rtol=1e-5, atol=1e-3)
+
+
 def test_few_rows_split_their_inputs_until_the_device_is_full() -> None:
     one = MatmulShape(1, 4096, 4096, "group4", 128, torch.bfloat16, False)
     assert one.few

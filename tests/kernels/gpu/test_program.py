@@ -14,8 +14,11 @@ from engine.models import load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.gpu.backend import GpuBackend
+from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.program import GpuProgram, buckets
-from kernels.ops import Heads, Recorder
+from kernels.gpu.staging import Staging
+from kernels.ops import Activation, Heads, Recorder
+from kernels.reference import ReferenceOps
 from tests.kernels.gpu.filled import HOST, program_of
 from tests.kernels.native import Host, batch_of, chunks_batch, quantized
 from tests.kernels.test_sampling import options
@@ -89,6 +92,15 @@ def test_sampling_returns_ids_logprobs_and_the_best(
     assert samples.logprobs == pytest.approx(best.tolist(), abs=1e-5)
     assert [top[0][0] for top in samples.top] == samples.ids
     assert all(len(top) == 2 for top in samples.top)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu2"])
+def test_gates_equal_the_reference(activation: Activation) -> None:
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * 4
+    staging = Staging(3, 3, 1, 0, HOST)
+    ops = GpuOps([], SIZE, staging, Workspace(HOST), torch.float32, 16, invariant=False)
+    wanted = ReferenceOps([], SIZE).gated(x, activation)
+    assert torch.allclose(ops.gated(x, activation), wanted, atol=1e-5)
 
 
 def test_pages_are_copied_and_go_to_the_host_and_back() -> None:
