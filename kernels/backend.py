@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.batch import Batch, Samples, Sampling
-from kernels.ops import Heads, Tape, Weight
+from kernels.ops import Heads, Rope, Tape, Weight
 
 DType = Literal["float32", "bfloat16"]
 WeightFormat = Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -200,6 +200,13 @@ class Backend(Protocol):
     def close(self) -> None:
         """Release what the device holds."""
         ...
+
+
+def rotation_tables(rope: Rope, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position, fp32 `[positions, head_dim / 2]`."""
+    frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos().contiguous(), angles.sin().contiguous()
 
 
 def supports_bfloat16() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,7 @@ class HostPages:
 
     def __init__(self, parts: Sequence[Bytes]) -> None:
         self._parts = list(parts)
-        ends = np.cumsum([part.shape[1] for part in self._parts]).tolist()
-        # Where each part lies in a block.
-        self._spans = [slice(e - p.shape[1], e) for p, e in zip(self._parts, ends, strict=True)]
-        self.page_bytes: int = ends[-1] if ends else 0
+        self._spans, self.page_bytes = spans_of([part.shape[1] for part in self._parts])
 
     def copy(self, source: int, target: int) -> None:
         for part in self._parts:
@@ -39,6 +37,12 @@ class HostPages:
         for first, last in _runs(sorted(pages)):
             for part in self._parts:
                 give_back(part[first:last])
+
+
+def spans_of(sizes: Sequence[int]) -> tuple[list[slice], int]:
+    """Where parts of so many bytes lie in a page's block, and the bytes of all."""
+    ends = list(accumulate(sizes))
+    return [slice(e - s, e) for s, e in zip(sizes, ends, strict=True)], sum(sizes)
 
 
 def give_back(memory: Bytes) -> None:

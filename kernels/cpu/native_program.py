@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.backend import rotation_tables
 from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Handle, HeadNorms, Heads, Instruction, Rope, Tape
 from kernels.sampling import Rows, sample
@@ -202,11 +203,8 @@ class NativeProgram:
         self._program.add("select_rows", in_=x, out=out)
 
     def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of every position, fp32 `[context, head_dim / 2]`."""
         if rope not in self._rotations:
-            frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
-            angles = torch.arange(self._positions, dtype=torch.float32)[:, None] * frequencies
-            self._rotations[rope] = (angles.cos().contiguous(), angles.sin().contiguous())
+            self._rotations[rope] = rotation_tables(rope, self._positions)
         return self._rotations[rope]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from kernels.batch import Sampling
 from kernels.gpu.sampling import Sampler, SamplerShape, penalize
+from kernels.gpu.staging import Mirror
 
 FLOATS, INTS = slice(0, 3), slice(3, 8)
 
@@ -23,11 +24,8 @@ class Draws:
         self._device = device
         self._last_ids = last_ids
         self._sampler = Sampler(SamplerShape(rows, vocab), device)
-        pinned = device.type == "cuda"
-        self._numbers = torch.zeros(8, rows, dtype=torch.int32, pin_memory=pinned)
-        self._parameters = torch.zeros(8, rows, dtype=torch.int32, device=device)
+        self._mirror = Mirror(torch.zeros(8, rows, dtype=torch.int32), device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     def draw(
         self,
@@ -55,15 +53,15 @@ class Draws:
 
     def launch(self, rows: int, logits: torch.Tensor) -> None:
         """All kernels of a draw, with the parameters that were sent last."""
-        floats, ints = self._parameters[FLOATS].view(torch.float32), self._parameters[INTS]
+        parameters = self._mirror.device
+        floats, ints = parameters[FLOATS].view(torch.float32), parameters[INTS]
         self._sampler.draw(rows, logits, floats, ints, self._ids, self._last_ids)
 
     def _send(
         self, sampling: Sampling, count: int, drawn: Sequence[int], slots: Sequence[int]
     ) -> None:
-        if self._sent is not None:
-            self._sent.synchronize()  # the step before may not have read them yet
-        numbers = self._numbers.numpy()
+        self._mirror.wait()
+        numbers = self._mirror.numbers
         floats = numbers.view(np.float32)
         floats[0, :count] = sampling.temperature
         floats[1, :count] = sampling.top_p
@@ -78,9 +76,7 @@ class Draws:
         bits = (sampling.uniform * 2.0**53).astype(np.uint64)
         pairs = numbers[6:].reshape(-1)[: 2 * count].view(np.uint32)
         pairs[0::2], pairs[1::2] = bits & np.uint64(0xFFFFFFFF), bits >> np.uint64(32)
-        self._parameters.copy_(self._numbers, non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
+        self._mirror.send()
 
     def _edited(self, logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """A copy of the logits with biases and penalties."""

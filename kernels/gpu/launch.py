@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 TRITON_TYPES: dict[torch.dtype, str] = {
     torch.float32: "fp32",
@@ -17,7 +16,6 @@ TRITON_TYPES: dict[torch.dtype, str] = {
     torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
-    torch.bool: "i1",
 }
 
 
@@ -55,12 +53,6 @@ class Compiled:
 def pointer(dtype: torch.dtype) -> str:
     """The compiler's name of a pointer to elements of `dtype`."""
     return "*" + TRITON_TYPES[dtype]
-
-
-def constant(value: torch.dtype) -> tl.dtype:
-    """A torch dtype as a kernel's constant."""
-    names = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
-    return names[TRITON_TYPES[value]]
 
 
 def power_of_two(value: int) -> int:

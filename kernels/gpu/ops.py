@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kernels.backend import rotation_tables
 from kernels.gpu import fused
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.launch import Config, power_of_two
@@ -246,13 +247,10 @@ class GpuOps:
         return torch.empty(rows, width, dtype=self._dtype, device=self._workspace.device)
 
     def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of every position, fp32 `[context, head_dim / 2]`."""
-        made = self._workspace.rotations
+        made, device = self._workspace.rotations, self._workspace.device
         if rope not in made:
-            frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
-            angles = torch.arange(self._context, dtype=torch.float32)[:, None] * frequencies
-            device = self._workspace.device
-            made[rope] = (angles.cos().to(device), angles.sin().to(device))
+            cosine, sine = rotation_tables(rope, self._context)
+            made[rope] = (cosine.to(device), sine.to(device))
         return made[rope]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import Config, power_of_two
+from kernels.host_pages import spans_of
 
 
 @triton.jit
@@ -38,9 +38,7 @@ class GpuPages:
     def __init__(self, tensors: Sequence[torch.Tensor], pages: int) -> None:
         flat = [tensor.view(-1).view(torch.uint8).view(pages, -1) for tensor in tensors]
         self._parts = [part.view(torch.int64) for part in flat]
-        ends = list(accumulate(part.shape[1] for part in flat))
-        self._spans = [slice(e - p.shape[1], e) for p, e in zip(flat, ends, strict=True)]
-        self.page_bytes: int = ends[-1]
+        self._spans, self.page_bytes = spans_of([part.shape[1] for part in flat])
         self._device = tensors[0].device
         self._on_gpu = self._device.type == "cuda"
 

@@ -113,8 +113,6 @@ class GpuProgram:
         self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
     ) -> Callable[[], Samples]:
         """Launch a step behind those that run, see `AheadProgram`; logprobs wait for it here."""
-        if self._pinned:
-            torch.cuda.set_device(self._device)  # a thread starts with the first
         self._forward(batch, fed)
         count = len(sampling.targets)
         ids = self._draws.draw(self._logits, sampling, self._replay_draw, drawn, slots)
@@ -138,11 +136,11 @@ class GpuProgram:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> None:
         """Compute the logits of the batch's sampled rows and keep them."""
-        if self._pinned:
-            torch.cuda.set_device(self._device)  # a thread starts with the first
         self._forward(batch, 0)
 
     def _forward(self, batch: Batch, fed: int) -> None:
+        if self._pinned:
+            torch.cuda.set_device(self._device)  # a thread starts with the first
         self._staging.copy(batch, fed)
         rows, self._rows = len(batch.token_ids), len(batch.sample_rows)
         decode = rows == len(batch.context_lengths) == self._rows
@@ -157,7 +155,7 @@ class GpuProgram:
         """Draw or score one token for each row of the kept logits."""
         count = len(sampling.targets)
         if not count:
-            if self._device.type == "cuda":
+            if self._pinned:
                 torch.cuda.synchronize(self._device)  # so that the step takes as long as it takes
             return Samples([])
         ids = self._draws.draw(self._logits, sampling, self._replay_draw)

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.batch import Batch
+
+
+class Mirror:
+    """int32 numbers that are filled in on the host (`numbers`) and sent to the `device`'s copy."""
+
+    def __init__(self, host: torch.Tensor, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._host = host.pin_memory() if pinned else host
+        self.numbers: npt.NDArray[np.int32] = self._host.numpy()
+        self.device = self._host.to(device, copy=True)
+        self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Until what was sent last has left the host: a step may still run before it."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def send(self, end: int | None = None) -> None:
+        """Start copying, up to `end` of the first dimension."""
+        self.device[:end].copy_(self._host[:end], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
 
 class Staging:
@@ -35,19 +58,17 @@ class Staging:
         for name, size in sizes.items():
             starts[name] = total
             total += -(-size // 4) * 4
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=pinned)
-        flat = self._host.numpy()
-        self._arrays = {n: flat[starts[n] : starts[n] + size] for n, size in sizes.items()}
-        self._arrays["kv_slots"][:] = trash
-        self._device = self._host.to(device, copy=True)
-        for name, size in sizes.items():
-            setattr(self, name, self._device[starts[name] : starts[name] + size])
+        host = torch.zeros(total, dtype=torch.int32)
+        host[starts["kv_slots"] : starts["kv_slots"] + rows] = trash
+        self._mirror = Mirror(host, device)
+        places = {name: slice(starts[name], starts[name] + size) for name, size in sizes.items()}
+        self._arrays = {name: self._mirror.numbers[place] for name, place in places.items()}
+        for name, place in places.items():
+            setattr(self, name, self._mirror.device[place])
         self._tables = starts["page_table"]
         self.page_table = self.page_table.view(sequences, table_width)
         self.last_ids = torch.zeros(max(sequences, 1), dtype=torch.int64, device=device)
         self._trash = trash
-        self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -61,8 +82,7 @@ class Staging:
 
     def copy(self, batch: Batch, fed: int = 0) -> None:
         """Fill in a batch and send it."""
-        if self._sent is not None:
-            self._sent.synchronize()  # a step that draws nothing does not wait for itself
+        self._mirror.wait()
         arrays, rows = self._arrays, len(batch.token_ids)
         sequences, samples = len(batch.context_lengths), len(batch.sample_rows)
         for name, values in (
@@ -86,7 +106,4 @@ class Staging:
         table = arrays["page_table"].reshape(self.page_table.shape)
         np.take(batch.page_table[:, :width], batch.table_rows, 0, table[:sequences, :width])
         # The tables come last: those of chunks that are not there stay behind.
-        end = self._tables + sequences * self.page_table.shape[1]
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
+        self._mirror.send(self._tables + sequences * self.page_table.shape[1])
