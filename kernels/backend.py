@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.batch import Batch, Samples, Sampling
+from kernels.collectives import Place, SharedMemory, join
 from kernels.ops import Heads, Rope, Tape, Weight
 
 DType = Literal["float32", "bfloat16"]
@@ -39,6 +40,15 @@ class HostTensor(Protocol):
         """The stored format's name: `F32`, `F16`, `BF16`, or a ggml type such as `Q4_1`."""
         ...
 
+    @property
+    def block(self) -> int:
+        """Values of a row that are stored together: columns are cut at multiples of it."""
+        ...
+
+    def narrow(self, dimension: int, start: int, length: int) -> HostTensor:
+        """A part of it, as in `torch.narrow`; no more than the part is read later."""
+        ...
+
     def dense(self) -> torch.Tensor:
         """The values as a float tensor (fp32, fp16 or bf16 as stored; fp32 if quantized)."""
         ...
@@ -57,6 +67,8 @@ class TernaryTensor(HostTensor, Protocol):
     def signs(self) -> torch.Tensor:
         """-1, 0 or 1, int8 `[out, in]`; the values are these times `scale`."""
         ...
+
+    def narrow(self, dimension: int, start: int, length: int) -> TernaryTensor: ...
 
 
 @dataclass(frozen=True)
@@ -173,6 +185,11 @@ class Backend(Protocol):
         """Place one weight, its parts stacked along the output dimension, with its bias."""
         ...
 
+    def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
+        """At multiples of how many columns a weight can be cut so that the pieces hold the numbers
+        of the whole, and multiply what it would; None if its rows have to stay whole."""
+        ...
+
     def loaded_bytes(self) -> int:
         """Bytes that the placed weights occupy."""
         ...
@@ -252,6 +269,7 @@ def select_backend(
     instructions: str = "auto",
     packed_file: tuple[Path, str] | None = None,
     batch_invariant: bool = False,
+    place: Place | None = None,
 ) -> tuple[Backend, CacheDType]:
     """The named backend, and the dtype that its KV cache takes.
 
@@ -261,6 +279,7 @@ def select_backend(
     `threads` of 0 means one per core; `instructions` names the native kernels' instruction set.
     `packed_file` is where they keep packed weights for the next start, and what those are made of.
     `batch_invariant` is for the GPU, at a price; native results do not depend on the batch anyway.
+    With a `place` this is one of several ranks, which meet here.
     Raises ValueError if the backend is unknown or cannot serve.
     """
     from kernels.cpu.native_backend import NativeBackend, unavailable_reason
@@ -271,7 +290,7 @@ def select_backend(
 
     threads = threads or available_cores()
     if name == "triton" or (name == "auto" and torch.cuda.is_available()):
-        found = _select_gpu(name, dtype, cache_dtype, batch_invariant)
+        found = _select_gpu(name, dtype, cache_dtype, batch_invariant, place)
         if found is not None:
             return found
     if dtype == "int4":
@@ -285,7 +304,9 @@ def select_backend(
             if cache_dtype != "auto":
                 kv_dtype = cache_dtype
             packed = PackedFile(*packed_file) if packed_file is not None else None
-            return NativeBackend(dtype, threads, instructions, packed), kv_dtype
+            collectives = join(place, "cpu") if place is not None else None
+            assert collectives is None or isinstance(collectives, SharedMemory)
+            return NativeBackend(dtype, threads, instructions, packed, collectives), kv_dtype
         if name == "native" or instructions != "auto":
             raise ValueError(f"the native kernels cannot serve: {reason}")
         logger.warning(
@@ -302,9 +323,9 @@ def select_backend(
         raise ValueError(f"backend {name} does not compute in {asked}; only the native kernels do")
     torch.set_num_threads(threads)
     dense = resolve_dtype(dtype)
-    return TorchBackend(
-        name, families[name], dense
-    ), dense if cache_dtype == "auto" else cache_dtype
+    collectives = join(place, "cpu") if place is not None else None
+    backend = TorchBackend(name, families[name], dense, collectives)
+    return backend, dense if cache_dtype == "auto" else cache_dtype
 
 
 def _select_gpu(
@@ -312,6 +333,7 @@ def _select_gpu(
     dtype: WeightFormat,
     cache_dtype: Literal["auto"] | CacheDType,
     batch_invariant: bool,
+    place: Place | None,
 ) -> tuple[Backend, CacheDType] | None:
     """The GPU backend; None, with a warning, if it cannot serve and was not asked for by name."""
     from kernels.gpu_available import unavailable_reason
@@ -325,6 +347,11 @@ def _select_gpu(
     from kernels.gpu.backend import GpuBackend
 
     computed: DType = "float32" if dtype == "float32" else "bfloat16"
+    if place is not None:
+        torch.cuda.set_device(place.rank)
     device = torch.device("cuda", torch.cuda.current_device())
-    backend = GpuBackend(dtype, computed, device, invariant=batch_invariant)
+    collectives = join(place, "cuda") if place is not None else None
+    backend = GpuBackend(
+        dtype, computed, device, invariant=batch_invariant, collectives=collectives
+    )
     return backend, computed if cache_dtype == "auto" else cache_dtype

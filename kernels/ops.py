@@ -78,8 +78,11 @@ class Ops(Protocol[T]):
     Activations are float; a backend may store them narrower than fp32 if it says so.
     """
 
-    def embed(self, table: Weight, scale: float) -> T:
-        """Rows of `table` for the batch's token ids, times `scale`: `[tokens, columns]`."""
+    def embed(self, table: Weight, scale: float, first: int = 0) -> T:
+        """Rows of `table` for the batch's token ids, times `scale`: `[tokens, columns]`.
+
+        The table begins with token `first`; tokens that it does not hold have rows of zeros.
+        """
         ...
 
     def rms_norm(self, x: T, weight: Weight, eps: float) -> T:
@@ -117,6 +120,14 @@ class Ops(Protocol[T]):
 
     def select_rows(self, x: T) -> T:
         """The rows whose logits the step needs: `[tokens, n] -> [samples, n]`."""
+        ...
+
+    def all_reduce(self, x: T) -> T:
+        """The sum of all ranks' `x`, which are of one width."""
+        ...
+
+    def all_gather(self, x: T, widths: tuple[int, ...]) -> T:
+        """All ranks' `x` side by side, rank r's `widths[r]` wide: `[rows, sum(widths)]`."""
         ...
 
 
@@ -183,8 +194,8 @@ class Recorder:
             dead[number].append(index)
         return Tape(tuple(self._instructions), logits, tuple(tuple(d) for d in dead))
 
-    def embed(self, table: Weight, scale: float) -> Handle:
-        return self._emit("embed", (table, scale), Rows.TOKENS, table.shape[1])
+    def embed(self, table: Weight, scale: float, first: int = 0) -> Handle:
+        return self._emit("embed", (table, scale, first), Rows.TOKENS, table.shape[1])
 
     def rms_norm(self, x: Handle, weight: Weight, eps: float) -> Handle:
         self._expect(weight.shape == (x.width,), f"{weight.name} does not fit width {x.width}")
@@ -223,6 +234,13 @@ class Recorder:
     def select_rows(self, x: Handle) -> Handle:
         self._expect(x.rows is Rows.TOKENS, "rows are selected from token rows, once")
         return self._emit("select_rows", (x,), Rows.SAMPLES, x.width)
+
+    def all_reduce(self, x: Handle) -> Handle:
+        return self._emit("all_reduce", (x,), x.rows, x.width)
+
+    def all_gather(self, x: Handle, widths: tuple[int, ...]) -> Handle:
+        self._expect(x.width in widths, f"no rank's part is {x.width} wide")
+        return self._emit("all_gather", (x, widths), x.rows, sum(widths))
 
     def _emit(self, op: str, arguments: tuple[Any, ...], rows: Rows, width: int) -> Handle:
         result = self._handle(rows, width)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.batch import Batch
+from kernels.collectives import Collectives
 from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
 
 
@@ -39,9 +40,12 @@ def tensor_of(weight: Weight) -> TorchWeight:
 class ReferenceOps:
     """An `Ops[torch.Tensor]`: activations in fp32, weights and cache as they are stored."""
 
-    def __init__(self, caches: list[LayerCache], page_size: int) -> None:
+    def __init__(
+        self, caches: list[LayerCache], page_size: int, collectives: Collectives | None = None
+    ) -> None:
         self.caches = caches
         self.page_size = page_size
+        self._collectives = collectives
         self.batch: Batch
         self._inverse_frequencies: dict[Rope, torch.Tensor] = {}
 
@@ -54,8 +58,11 @@ class ReferenceOps:
         self.sample_rows = torch.from_numpy(batch.sample_rows)
         self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def embed(self, table: Weight, scale: float) -> torch.Tensor:
-        rows = tensor_of(table).tensor[self.token_ids].float()
+    def embed(self, table: Weight, scale: float, first: int = 0) -> torch.Tensor:
+        index = self.token_ids - first
+        inside = (index >= 0) & (index < table.shape[0])
+        rows = tensor_of(table).tensor[index.clamp(0, table.shape[0] - 1)].float()
+        rows = torch.where(inside[:, None], rows, 0.0)
         return rows if scale == 1.0 else rows * scale
 
     def rms_norm(self, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
@@ -126,6 +133,14 @@ class ReferenceOps:
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.sample_rows]
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._collectives is not None, "one rank has nobody to meet"
+        return self._collectives.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+        assert self._collectives is not None, "one rank has nobody to meet"
+        return self._collectives.all_gather(x, widths)
 
     def context_slots(self, chunk: int) -> torch.Tensor:
         """Flat cache slots of a chunk's whole context, int64 `[context]`, in position order."""

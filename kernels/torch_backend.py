@@ -20,6 +20,7 @@ from kernels.backend import (
     TernaryTensor,
 )
 from kernels.batch import Batch, Samples, Sampling
+from kernels.collectives import Collectives
 from kernels.host_pages import HostPages
 from kernels.ops import Tape, Weight
 from kernels.reference import LayerCache, ReferenceOps, TorchWeight
@@ -29,8 +30,15 @@ from kernels.sampling import sample
 class TorchBackend:
     """Runs tapes with the given ops class; matrices are stored in `dtype`, vectors in fp32."""
 
-    def __init__(self, name: str, ops_class: type[ReferenceOps], dtype: DType) -> None:
+    def __init__(
+        self,
+        name: str,
+        ops_class: type[ReferenceOps],
+        dtype: DType,
+        collectives: Collectives | None = None,
+    ) -> None:
         self.name = name
+        self._collectives = collectives
         self.hardware = "CPU"
         self._ops_class = ops_class
         self._dtype = TORCH_DTYPES[dtype]
@@ -54,6 +62,9 @@ class TorchBackend:
         self._bytes += tensor.nbytes + (added.nbytes if added is not None else 0)
         name = "+".join(p.name for p in parts)
         return TorchWeight(name, tuple(tensor.shape), tensor, added, scales)
+
+    def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
+        return None if parts[0].format == "TERNARY" else parts[0].block
 
     def loaded_bytes(self) -> int:
         return self._bytes
@@ -83,7 +94,7 @@ class TorchBackend:
         raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> TorchProgram:
-        return TorchProgram(tape, self._ops_class(self._caches, self._page_size))
+        return TorchProgram(tape, self._ops_class(self._caches, self._page_size, self._collectives))
 
     def close(self) -> None:
         self._caches = []

@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,12 @@ class RandomTensor:
     shape: tuple[int, ...]
     device: torch.device
     format: str = "BF16"
+    block: int = 1
+
+    def narrow(self, dimension: int, start: int, length: int) -> RandomTensor:
+        shape = list(self.shape)
+        shape[dimension] = length
+        return replace(self, shape=tuple(shape))
 
     def dense(self) -> torch.Tensor:
         if len(self.shape) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,14 @@ class Matrix:
     values: torch.Tensor
     name: str = "random"
     format: str = "BF16"
+    block: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
+
+    def narrow(self, dimension: int, start: int, length: int) -> Matrix:
+        return replace(self, values=self.values.narrow(dimension, start, length))
 
     def dense(self) -> torch.Tensor:
         return self.values

@@ -8,17 +8,20 @@ from typing import Protocol
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig, read_config
 from engine.models.gemma3 import Gemma3
-from engine.models.layers import WeightLoader
+from engine.models.layers import ALONE, WeightLoader
 from engine.models.llama import Llama
+from engine.models.shard import Shard
 from engine.weights.checkpoint import Checkpoint
 from kernels.backend import Backend
-from kernels.ops import Ops, T
+from kernels.ops import Heads, Ops, T
 
 
 class Model(Protocol):
     """Weights in place, and a forward pass that is a function of an `Ops` alone."""
 
     config: ModelConfig
+    heads: Heads
+    """Those of this rank."""
 
     def forward(self, ops: Ops[T]) -> T: ...
 
@@ -37,8 +40,12 @@ def load_model(
     checkpoint: Checkpoint,
     backend: Backend,
     progress: Callable[[int, int], None] = lambda *_: None,
+    shard: Shard = ALONE,
+    *,
+    exact: bool = False,
 ) -> Model:
-    """Read the checkpoint's configuration and place its weights on the backend.
+    """Read the checkpoint's configuration and place its weights, or a rank's `shard` of them, on
+    the backend; see `WeightLoader` for `exact`.
 
     Raises ConfigError naming the key or tensor that is wrong.
     """
@@ -46,4 +53,5 @@ def load_model(
     if model_type not in MODELS:
         raise ConfigError(f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}")
     config = read_config(checkpoint.config, checkpoint.rope_factors())
-    return MODELS[model_type](config, WeightLoader(checkpoint, backend, progress))
+    loader = WeightLoader(checkpoint, backend, progress, shard, exact=exact)
+    return MODELS[model_type](config, loader)

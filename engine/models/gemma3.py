@@ -33,8 +33,9 @@ class Gemma3:
 
     def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
         self.config = config
+        self.heads = load.shard.own_heads(config.heads)
         hidden = config.hidden
-        self.embedding = load.matrix("model.embed_tokens.weight", config.vocab_size, hidden)
+        self.embedding = load.vocabulary("model.embed_tokens.weight", config.vocab_size, hidden)
         self.layers = [
             Layer(
                 load.vector(f"model.layers.{n}.input_layernorm.weight", hidden),
@@ -53,7 +54,7 @@ class Gemma3:
     def forward(self, ops: Ops[T]) -> T:
         """Logits of the step's sampled rows, `[samples, vocab]`."""
         config, eps = self.config, self.config.norm_eps
-        residual = ops.embed(self.embedding, config.embedding_scale)
+        residual = self.embedding.embed(ops, config.embedding_scale)
         x = ops.rms_norm(residual, self.layers[0].before_attention, eps)
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
             x = layer.attention.forward(ops, x, config)
@@ -65,4 +66,4 @@ class Gemma3:
                 x, residual = ops.add_rms_norm(x, residual, following.before_attention, eps)
         x, residual = ops.select_rows(x), ops.select_rows(residual)
         x, _ = ops.add_rms_norm(x, residual, self.norm, eps)
-        return ops.linear(x, self.head)
+        return self.head.logits(ops, x)

@@ -9,9 +9,10 @@ import torch
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
+from engine.models.shard import Shard, Span
 from engine.weights.checkpoint import Checkpoint
 from kernels.backend import Backend, HostTensor
-from kernels.ops import HeadNorms, Ops, T, Weight
+from kernels.ops import HeadNorms, Heads, Ops, T, Weight
 
 # Buffers that older checkpoints store beside their weights; the values follow from the config.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias")
@@ -19,6 +20,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias")
 
 # Families whose norms multiply by 1 + weight.
 ONE_CENTRED = ("gemma3_text",)
+ALONE = Shard()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,13 @@ class PlusOne:
     def format(self) -> str:
         return "F32"
 
+    @property
+    def block(self) -> int:
+        return self.tensor.block
+
+    def narrow(self, dimension: int, start: int, length: int) -> PlusOne:
+        return PlusOne(self.tensor.narrow(dimension, start, length))
+
     def dense(self) -> torch.Tensor:
         return self.tensor.dense().float() + 1.0
 
@@ -46,32 +55,116 @@ class PlusOne:
         return self.tensor.packed()
 
 
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm (arXiv 1910.07467)."""
+
+    weight: Weight
+    eps: float
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A matrix with a row for each token, this rank's `weight` beginning with token `first`;
+    `widths` are the ranks' numbers of tokens, empty if there is one rank."""
+
+    weight: Weight
+    first: int = 0
+    widths: tuple[int, ...] = ()
+
+    def embed(self, ops: Ops[T], scale: float) -> T:
+        """The batch's tokens, `[tokens, columns]`."""
+        x = ops.embed(self.weight, scale, self.first)
+        return ops.all_reduce(x) if self.widths else x
+
+    def logits(self, ops: Ops[T], x: T) -> T:
+        """A number for each token, `[rows, tokens of the vocabulary]`."""
+        x = ops.linear(x, self.weight)
+        return ops.all_gather(x, self.widths) if self.widths else x
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """A block's last linear: its input is split among the ranks, its output is whole again.
+
+    Either each rank multiplies the inputs that it has and the products are summed (`sums`), or, for
+    weights and norms that want whole rows, inputs of the widths `inputs` are gathered and each rank
+    makes some of the `outputs`, which are gathered, too.
+    """
+
+    weight: Weight
+    norm: Norm | None = None
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    sums: bool = False
+
+    def forward(self, ops: Ops[T], x: T) -> T:
+        """`[tokens, this rank's inputs] -> [tokens, hidden]`."""
+        if self.inputs:
+            x = ops.all_gather(x, self.inputs)
+        if self.norm is not None:
+            x = ops.rms_norm(x, self.norm.weight, self.norm.eps)
+        x = ops.linear(x, self.weight)
+        if self.sums:
+            return ops.all_reduce(x)
+        return ops.all_gather(x, self.outputs) if self.outputs else x
+
+
 class WeightLoader:
-    """Places a checkpoint's tensors on a backend, checks shapes, and notes what was used."""
+    """Places a checkpoint's tensors on a backend, checks shapes, and notes what was used.
+
+    Of every tensor only the part is read that belongs to this rank's `shard`. With `exact`, ranks
+    pass on activations instead of sums, so that they compute the bits that one rank would.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, backend: Backend, progress: Callable[[int, int], None]
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        progress: Callable[[int, int], None],
+        shard: Shard = ALONE,
+        *,
+        exact: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
+        self.shard = shard
+        self._exact = exact
         self._backend = backend
         self._unused = set(checkpoint.names())
         self._total = len(self._unused)
         self._progress = progress
 
     def vector(self, name: str, size: int) -> Weight:
-        """A norm's weight, `[size]`."""
+        """A norm's weight, `[size]`; every rank has it."""
         tensor = self._take(name, (size,))
         shifted = self.checkpoint.config.get("model_type") in ONE_CENTRED
         if shifted and not self.checkpoint.norms_include_one:
             tensor = PlusOne(tensor)
         return self._backend.load([tensor])
 
-    def matrix(self, name: str, rows: int, columns: int) -> Weight:
-        """An embedding table or an output head, `[rows, columns]`."""
-        return self._backend.load([self._take(name, (rows, columns))])
+    def vocabulary(self, name: str, rows: int, columns: int) -> Vocabulary:
+        """An embedding table or an output head, `[rows, columns]`, split by rows."""
+        tensor, shard = self._take(name, (rows, columns)), self.shard
+        if shard.ranks == 1:
+            return Vocabulary(self._backend.load([tensor]))
+        spans = self.spans(rows, "vocab_size")
+        own = spans[shard.rank]
+        widths = tuple(span.length for span in spans)
+        weight = self._backend.load([tensor.narrow(0, own.start, own.length)])
+        return Vocabulary(weight, own.start, widths)
 
-    def linear(self, names: Sequence[str], rows: Sequence[int], columns: int) -> Weight:
-        """Projections of one input, stacked: modules `names`, with biases if the file has them."""
+    def spans(self, total: int, what: str, unit: int = 1) -> list[Span]:
+        """Every rank's part of a dimension, cut at multiples of `unit` where that can be."""
+        spans = self.shard.spans(total, unit) or self.shard.spans(total)
+        if spans is None:
+            raise ConfigError(f"{what} is {total}, too little for {self.shard.ranks} ranks")
+        return spans
+
+    def linear(
+        self, names: Sequence[str], rows: Sequence[int], columns: int, own: Sequence[Span]
+    ) -> Weight:
+        """Projections of one input, stacked: modules `names`, with biases if the file has them; of
+        each the outputs in `own`."""
         parts = [
             self._take(f"{name}.weight", (r, columns)) for name, r in zip(names, rows, strict=True)
         ]
@@ -83,7 +176,35 @@ class WeightLoader:
             if all(biased)
             else []
         )
-        return self._backend.load(parts, bias)
+        if self.shard.ranks == 1:
+            return self._backend.load(parts, bias)
+        return self._backend.load(_narrowed(parts, own), _narrowed(bias, own))
+
+    def output(
+        self, name: str, rows: int, columns: int, inputs: Sequence[Span], norm: Norm | None
+    ) -> OutputProjection:
+        """A block's last linear, of whose inputs each rank has those in `inputs`."""
+        tensor, shard = self._take(f"{name}.weight", (rows, columns)), self.shard
+        bias = []
+        if f"{name}.bias" in self._unused:
+            bias = [self._take(f"{name}.bias", (rows,))]
+        if shard.ranks == 1:
+            return OutputProjection(self._backend.load([tensor], bias), norm)
+        unit = None if self._exact or norm is not None else self._backend.column_unit([tensor])
+        own = inputs[shard.rank]
+        if unit is not None and all(span.start % unit == 0 for span in inputs):
+            part = tensor.narrow(1, own.start, own.length)
+            added = bias if shard.rank == 0 else []
+            return OutputProjection(self._backend.load([part], added), sums=True)
+        outputs = self.spans(rows, "hidden_size")
+        mine = [outputs[shard.rank]]
+        weight = self._backend.load(_narrowed([tensor], mine), _narrowed(bias, mine))
+        before, after = ([span.length for span in spans] for spans in (inputs, outputs))
+        return OutputProjection(weight, norm, tuple(before), tuple(after))
+
+    def column_unit(self, name: str) -> int:
+        """Where the columns of a linear may be cut, see `Backend.column_unit`; 1 if nowhere."""
+        return self._backend.column_unit([self.checkpoint.tensor(f"{name}.weight")]) or 1
 
     def finish(self, *, tied: bool) -> None:
         """Refuse a file with tensors that the model has no place for: results would be wrong."""
@@ -109,25 +230,31 @@ class WeightLoader:
         return tensor
 
 
+def _narrowed(tensors: Sequence[HostTensor], spans: Sequence[Span]) -> list[HostTensor]:
+    """Of each tensor the rows in its span; none of none."""
+    if not tensors:
+        return []
+    pairs = zip(tensors, spans, strict=True)
+    return [tensor.narrow(0, span.start, span.length) for tensor, span in pairs]
+
+
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention (arXiv 2305.13245) over the paged cache."""
+    """Grouped-query attention (arXiv 2305.13245) over the paged cache; `heads` are this rank's."""
 
     layer: int
+    heads: Heads
     qkv: Weight
-    output: Weight
     norms: HeadNorms | None
-    inner_norm: Weight | None
+    output: OutputProjection
 
     def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
         """`[tokens, hidden] -> [tokens, hidden]`; writes this layer's keys and values."""
         rope, window = config.ropes[self.layer], config.windows[self.layer]
         qkv = ops.linear(x, self.qkv)
-        q = ops.rope_write_kv(qkv, self.layer, config.heads, rope, self.norms)
-        mixed = ops.attention(q, self.layer, config.heads, config.attention_scale, window)
-        if self.inner_norm is not None:
-            mixed = ops.rms_norm(mixed, self.inner_norm, config.norm_eps)
-        return ops.linear(mixed, self.output)
+        q = ops.rope_write_kv(qkv, self.layer, self.heads, rope, self.norms)
+        mixed = ops.attention(q, self.layer, self.heads, config.attention_scale, window)
+        return self.output.forward(ops, mixed)
 
 
 @dataclass(frozen=True)
@@ -135,15 +262,11 @@ class GatedFeedForward:
     """A gated feed-forward block (arXiv 2002.05202)."""
 
     gate_up: Weight
-    down: Weight
-    inner_norm: Weight | None
+    down: OutputProjection
 
     def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
         """`[tokens, hidden] -> [tokens, hidden]`."""
-        active = ops.gated(ops.linear(x, self.gate_up), config.activation)
-        if self.inner_norm is not None:
-            active = ops.rms_norm(active, self.inner_norm, config.norm_eps)
-        return ops.linear(active, self.down)
+        return self.down.forward(ops, ops.gated(ops.linear(x, self.gate_up), config.activation))
 
 
 def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Attention:
@@ -155,12 +278,19 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     if config.head_norms:
         query = load.vector(f"{name}.q_norm.weight", heads.dim)
         norms = HeadNorms(query, load.vector(f"{name}.k_norm.weight", heads.dim), config.norm_eps)
+    inner = None
+    if config.inner_norms:
+        inner = Norm(load.vector(f"{name}.attn_sub_norm.weight", q), config.norm_eps)
+    spans = load.shard.head_spans(heads)
+    own = spans[load.shard.rank]
+    rows = [own.query.times(heads.dim), *[own.kv.times(heads.dim)] * 2]
+    inputs = [span.query.times(heads.dim) for span in spans]
     return Attention(
         layer,
-        load.linear([f"{name}.{p}_proj" for p in "qkv"], [q, kv, kv], config.hidden),
-        load.linear([f"{name}.o_proj"], [config.hidden], q),
+        own.of(heads),
+        load.linear([f"{name}.{p}_proj" for p in "qkv"], [q, kv, kv], config.hidden, rows),
         norms,
-        load.vector(f"{name}.attn_sub_norm.weight", q) if config.inner_norms else None,
+        load.output(f"{name}.o_proj", config.hidden, q, inputs, inner),
     )
 
 
@@ -168,15 +298,20 @@ def load_feed_forward(load: WeightLoader, config: ModelConfig, layer: int) -> Ga
     """The feed-forward block of one layer, gate and up projections stacked into one."""
     name = f"model.layers.{layer}.mlp"
     wide = config.intermediate
+    inner = None
+    if config.inner_norms:
+        inner = Norm(load.vector(f"{name}.ffn_sub_norm.weight", wide), config.norm_eps)
+    spans = load.spans(wide, "intermediate_size", load.column_unit(f"{name}.down_proj"))
+    rows = [spans[load.shard.rank]] * 2
+    gate_up = [f"{name}.gate_proj", f"{name}.up_proj"]
     return GatedFeedForward(
-        load.linear([f"{name}.gate_proj", f"{name}.up_proj"], [wide, wide], config.hidden),
-        load.linear([f"{name}.down_proj"], [config.hidden], wide),
-        load.vector(f"{name}.ffn_sub_norm.weight", wide) if config.inner_norms else None,
+        load.linear(gate_up, [wide, wide], config.hidden, rows),
+        load.output(f"{name}.down_proj", config.hidden, wide, spans, inner),
     )
 
 
-def load_head(load: WeightLoader, config: ModelConfig, embedding: Weight) -> Weight:
+def load_head(load: WeightLoader, config: ModelConfig, embedding: Vocabulary) -> Vocabulary:
     """The output head: a matrix of its own, or the embedding table again."""
     if config.tied_embeddings:
         return embedding
-    return load.matrix("lm_head.weight", config.vocab_size, config.hidden)
+    return load.vocabulary("lm_head.weight", config.vocab_size, config.hidden)

@@ -9,7 +9,8 @@ lies beside them as `weight_scale`, which multiplies under `autobitlinear` and d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +24,33 @@ SMALLEST_MEAN = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class BitNetTensor:
-    """A `TernaryTensor`: signs that are read when asked for, and their scale."""
+    """A `TernaryTensor`: signs that are read when asked for, and their scale.
+
+    `read` gives the signs of rows (first, behind the last), int8 `[rows, in]`; `rows` is which of
+    them this is.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    columns: int
     scale: float
-    read_signs: Callable[[], torch.Tensor]
+    rows: tuple[int, int]
+    read: Callable[[int, int], torch.Tensor]
 
     format = "TERNARY"
+    block = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows[1] - self.rows[0], self.columns)
+
+    def narrow(self, dimension: int, start: int, length: int) -> BitNetTensor:
+        assert dimension == 0, "a ternary matrix multiplies whole rows"
+        first = self.rows[0] + start
+        return replace(self, rows=(first, first + length))
 
     def signs(self) -> torch.Tensor:
         """int8 `[out, in]`."""
-        return self.read_signs()
+        return self.read(*self.rows)
 
     def dense(self) -> torch.Tensor:
         return self.signs().float() * self.scale
@@ -60,24 +76,25 @@ class BitNetLayout:
             and not any(part == module or f"{part}." in module for part in self.kept)
         )
 
-    def open(
-        self, name: str, stored: Callable[[], torch.Tensor], scale: torch.Tensor | None
-    ) -> BitNetTensor:
-        """The ternary tensor of what the file stores. Raises ConfigError if it is none."""
-        weight = stored()
+    def open(self, name: str, stored: Any, scale: torch.Tensor | None) -> BitNetTensor:
+        """The ternary tensor of what the file stores (a slice of safetensors, not yet read).
+
+        Raises ConfigError if it is none.
+        """
+        rows, columns = stored.get_shape()
         if scale is None:
             if not self.online:
                 raise ConfigError(f"tensor {name!r} has no weight_scale beside it")
-            mean = max(float(weight.float().abs().mean()), SMALLEST_MEAN)
-            return BitNetTensor(name, tuple(weight.shape), mean, lambda: _nearest(stored(), mean))
+            mean = max(float(stored[:].float().abs().mean()), SMALLEST_MEAN)
+            return BitNetTensor(name, columns, mean, (0, rows), partial(_nearest, stored, mean))
         value = float(scale.float().reshape(-1)[0])
         if scale.numel() != 1 or not value > 0:
             raise ConfigError(f"the weight_scale of {name!r} is not one positive number")
         factor = 1.0 / value if self.divides else value
-        if weight.dtype != torch.uint8:
-            return BitNetTensor(name, tuple(weight.shape), factor, lambda: _nearest(stored(), 1.0))
-        shape = (weight.shape[0] * PER_BYTE, weight.shape[1])
-        return BitNetTensor(name, shape, factor, lambda: unpack(stored(), name))
+        if stored.get_dtype() != "U8":
+            return BitNetTensor(name, columns, factor, (0, rows), partial(_nearest, stored, 1.0))
+        read = partial(unpack_rows, stored, name)
+        return BitNetTensor(name, columns, factor, (0, rows * PER_BYTE), read)
 
 
 def read_layout(config: dict[str, Any]) -> BitNetLayout:
@@ -95,14 +112,26 @@ def read_layout(config: dict[str, Any]) -> BitNetLayout:
     )
 
 
-def unpack(packed: torch.Tensor, name: str) -> torch.Tensor:
-    """uint8 `[out / 4, in]` to signs, int8 `[out, in]`."""
-    fields = [(packed >> (2 * i)) & 3 for i in range(PER_BYTE)]
-    codes = torch.cat(fields)
+def unpack_rows(stored: Any, name: str, first: int, last: int) -> torch.Tensor:
+    """Signs of rows first .. last, reading only the packed rows that hold them."""
+    packed_rows, columns = stored.get_shape()
+    signs = torch.empty(last - first, columns, dtype=torch.int8)
+    for field in range(PER_BYTE):
+        start, end = max(first, field * packed_rows), min(last, (field + 1) * packed_rows)
+        if start < end:
+            bytes_ = stored[start - field * packed_rows : end - field * packed_rows]
+            signs[start - first : end - first] = unpack(bytes_, field, name)
+    return signs
+
+
+def unpack(packed: torch.Tensor, field: int, name: str) -> torch.Tensor:
+    """One of the four fields of packed rows, uint8 `[rows, in]`, as signs, int8."""
+    codes = (packed >> (2 * field)) & 3
     if bool((codes == 3).any()):
         raise ConfigError(f"tensor {name!r} holds a code that is no ternary value; it is damaged")
     return codes.to(torch.int8) - 1
 
 
-def _nearest(weight: torch.Tensor, scale: float) -> torch.Tensor:
+def _nearest(stored: Any, scale: float, first: int, last: int) -> torch.Tensor:
+    weight: torch.Tensor = stored[first:last]
     return (weight.float() * (1.0 / scale)).round().clamp(-1, 1).to(torch.int8)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import ConfigError
@@ -63,7 +63,8 @@ MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """A tensor in the mapped file. `row_order` lists which stored row each logical row is."""
+    """A tensor in the mapped file, or a part of it. `raw` is uint8 `[rows, bytes per row]` as
+    stored; `row_order` lists which stored row each logical row is."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,6 +75,23 @@ class GGUFTensor:
     @property
     def format(self) -> str:
         return self.entry.type.name
+
+    @property
+    def block(self) -> int:
+        return GGML_QUANT_SIZES[self.entry.type][0]
+
+    def narrow(self, dimension: int, start: int, length: int) -> GGUFTensor:
+        shape = list(self.shape)
+        shape[dimension] = length
+        if dimension:
+            assert start % self.block == length % self.block == 0, "a block cannot be cut"
+            values, size = GGML_QUANT_SIZES[self.entry.type]
+            columns = slice(start // values * size, (start + length) // values * size)
+            return replace(self, shape=tuple(shape), raw=self.raw[:, columns])
+        rows = slice(start, start + length)
+        if self.row_order is not None:
+            return replace(self, shape=tuple(shape), row_order=self.row_order[rows])
+        return replace(self, shape=tuple(shape), raw=self.raw[rows])
 
     def dense(self) -> torch.Tensor:
         if self.entry.type in FLOATS:
@@ -93,12 +111,8 @@ class GGUFTensor:
 
     def _rows(self) -> npt.NDArray[np.uint8]:
         """The stored bytes, `[rows, bytes per row]`, rows in logical order, writable."""
-        rows = self.raw.reshape(self.shape[0] if len(self.shape) > 1 else 1, -1)
-        if self.row_order is None:
-            return rows.copy()
-        if len(self.shape) == 1:
-            return rows.reshape(self.shape[0], -1)[self.row_order].reshape(1, -1)
-        return rows[self.row_order]
+        rows = self.raw.copy() if self.row_order is None else self.raw[self.row_order]
+        return rows if len(self.shape) > 1 else rows.reshape(1, -1)
 
 
 class GGUFCheckpoint:
@@ -137,6 +151,9 @@ class GGUFCheckpoint:
 
     def _open(self, name: str, entry: TensorEntry) -> GGUFTensor:
         raw = np.frombuffer(self._map, np.uint8, entry.size, entry.start)
+        # A vector has one row a value, so that it can be narrowed, too; blocks are never cut.
+        whole = len(entry.shape) == 1 and entry.type not in FLOATS
+        raw = raw.reshape(1 if whole else entry.shape[0], -1)
         return GGUFTensor(name, entry.shape, entry, raw, self._row_order(name))
 
     def _row_order(self, name: str) -> npt.NDArray[np.int64] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,29 @@ SCALE = "_scale"  # after a ternary tensor's name
 
 @dataclass(frozen=True, eq=False)
 class SafeTensor:
-    """A tensor in a memory-mapped file."""
+    """A tensor in a memory-mapped file, or the part of it within `spans` (first, behind the last)
+    of each dimension."""
 
     name: str
-    shape: tuple[int, ...]
     format: str
     file: Any
+    spans: tuple[tuple[int, int], ...]
+
+    block = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(last - first for first, last in self.spans)
+
+    def narrow(self, dimension: int, start: int, length: int) -> SafeTensor:
+        spans = list(self.spans)
+        first = spans[dimension][0] + start
+        spans[dimension] = (first, first + length)
+        return replace(self, spans=tuple(spans))
 
     def dense(self) -> torch.Tensor:
-        tensor: torch.Tensor = self.file.get_tensor(self.name)
+        part = self.file.get_slice(self.name)
+        tensor: torch.Tensor = part[tuple(slice(*span) for span in self.spans)]
         return tensor
 
     def packed(self) -> torch.Tensor:
@@ -68,14 +82,15 @@ class SafetensorsCheckpoint:
         if self._bitnet is not None and self._bitnet.converts(name):
             beside = self._files.get(name + SCALE)
             scale = beside.get_tensor(name + SCALE) if beside is not None else None
-            return self._bitnet.open(name, lambda: file.get_tensor(name), scale)
+            return self._bitnet.open(name, file.get_slice(name), scale)
         part = file.get_slice(name)
         if part.get_dtype() not in FORMATS:
             raise ConfigError(
                 f"tensor {name!r} is stored as {part.get_dtype()}; "
                 f"{', '.join(FORMATS)} can be loaded"
             )
-        return SafeTensor(name, tuple(part.get_shape()), part.get_dtype(), file)
+        spans = tuple((0, size) for size in part.get_shape())
+        return SafeTensor(name, part.get_dtype(), file, spans)
 
     def rope_factors(self) -> list[float] | None:
         return None

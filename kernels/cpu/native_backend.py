@@ -10,6 +10,7 @@ sums run in one order.
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from kernels.backend import (
     TernaryTensor,
     WeightFormat,
 )
+from kernels.collectives import SharedMemory
 from kernels.cpu.native_program import NativeProgram
 from kernels.cpu.packed_file import PackedFile
 from kernels.host_pages import HostPages
@@ -139,6 +141,7 @@ class NativeBackend:
         threads: int,
         instructions: str = "auto",
         packed_file: PackedFile | None = None,
+        collectives: SharedMemory | None = None,
     ) -> None:
         native = native_module()
         assert native is not None, "checked by the caller"
@@ -149,6 +152,7 @@ class NativeBackend:
             self.instructions = native.instruction_sets()[0]
         self.device = native.Device(self.instructions, threads)
         self._packed_file = packed_file
+        self._collectives = collectives
         self._packing_seconds = 0.0
         self._arena = native.Arena()
         self._bytes = 0
@@ -169,6 +173,11 @@ class NativeBackend:
         added = torch.cat([b.dense().float() for b in bias]) if bias else None
         self._bytes += packed.bytes + (added.nbytes if added is not None else 0)
         return NativeWeight(name, shape, packed=packed, bias=added)
+
+    def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
+        target = self._target(parts)
+        unit = {F32: 1, BF16: 2, TERNARY: 0}.get(target, GROUP)
+        return math.lcm(unit, *(part.block for part in parts)) or None
 
     def loaded_bytes(self) -> int:
         return self._bytes
@@ -238,7 +247,10 @@ class NativeBackend:
         if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:
             self._packed_file.save()
         layout = self._layout
-        program = NativeProgram(self._native, self.device, tape, max_rows, layout.max_context)
+        exchange = self._collectives.exchange if self._collectives is not None else None
+        program = NativeProgram(
+            self._native, self.device, tape, max_rows, layout.max_context, exchange
+        )
         for layer in self._cache:
             program.add_cache(layer, self._native_cache(layer))
         return program

@@ -53,10 +53,16 @@ class NativeProgram:
     """A tape turned into native instructions; `forward` is one call."""
 
     def __init__(
-        self, native: ModuleType, device: Any, tape: Tape, max_rows: int, max_context: int
+        self,
+        native: ModuleType,
+        device: Any,
+        tape: Tape,
+        max_rows: int,
+        max_context: int,
+        exchange: Any = None,
     ) -> None:
         self._choose = NativeChooser(device)
-        self._program = native.Program(device, max_rows)
+        self._program = native.Program(device, max_rows, exchange)
         self._tape = tape  # the program holds addresses into its weights
         self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._logits = _lazy_floats(max_rows, tape.logits.width)
@@ -139,8 +145,8 @@ class NativeProgram:
             for index in dead:
                 free[kinds[index]].append(buffers[index])
 
-    def _emit_embed(self, table: NativeWeight, scale: float, out: int) -> None:
-        self._program.add("embed", out=out, weight=table.packed, scalar=scale)
+    def _emit_embed(self, table: NativeWeight, scale: float, first: int, out: int) -> None:
+        self._program.add("embed", out=out, weight=table.packed, scalar=scale, first=first)
 
     def _emit_rms_norm(self, x: int, weight: NativeWeight, eps: float, out: int) -> None:
         self._program.add("rms_norm", in_=x, out=out, vector=weight.address, scalar=eps)
@@ -159,10 +165,19 @@ class NativeProgram:
         )
 
     def _emit_linear(self, x: int, weight: NativeWeight, out: int | None) -> None:
-        place = {"target": self._logits.data_ptr()} if out is None else {"out": out}
         self._program.add(
-            "linear", in_=x, weight=weight.packed, vector=weight.bias_address, **place
+            "linear", in_=x, weight=weight.packed, vector=weight.bias_address, **self._place(out)
         )
+
+    def _emit_all_reduce(self, x: int, out: int) -> None:
+        self._program.add("all_reduce", in_=x, out=out)
+
+    def _emit_all_gather(self, x: int, widths: tuple[int, ...], out: int | None) -> None:
+        self._program.add("all_gather", in_=x, widths=list(widths), **self._place(out))
+
+    def _place(self, out: int | None) -> dict[str, int]:
+        """Where an instruction writes: a buffer, or the logits."""
+        return {"target": self._logits.data_ptr()} if out is None else {"out": out}
 
     def _emit_rope_write_kv(
         self, qkv: int, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None, out: int
@@ -247,8 +262,8 @@ def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:
     writer = next(i for i in tape.instructions if handle in i.results)
     if writer.op in ("linear", "rope_write_kv") and not wanted <= {"floats"}:
         raise ValueError(f"the native kernels cannot quantize what {writer.op} writes")
-    if writer.op in ("linear", "attention", "rope_write_kv"):
-        wanted.add("floats")  # they write floats; attention makes the others from those
+    if writer.op in ("linear", "attention", "rope_write_kv", "all_reduce", "all_gather"):
+        wanted.add("floats")  # they write floats; some make the others from those
     return tuple(form in wanted for form in FORMS)
 
 

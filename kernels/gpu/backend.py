@@ -15,11 +15,12 @@ from kernels.backend import (
     PageCodec,
     WeightFormat,
 )
+from kernels.collectives import Collectives
 from kernels.gpu.ops import GpuCache, GpuOps, Workspace
 from kernels.gpu.pages import GpuPages
 from kernels.gpu.program import GpuProgram, Limits
 from kernels.gpu.staging import Staging
-from kernels.gpu.weights import GpuWeight, place
+from kernels.gpu.weights import GpuWeight, column_unit, place
 from kernels.ops import Tape, Weight
 
 # Rows of a prompt that may be scored in one step beside those that draw (at least a page).
@@ -41,6 +42,7 @@ class GpuBackend:
         *,
         invariant: bool = False,
         capture: bool = True,
+        collectives: Collectives | None = None,
     ) -> None:
         self.hardware = "CPU"
         if device.type == "cuda":
@@ -55,6 +57,7 @@ class GpuBackend:
         self._device = device
         self._invariant = invariant
         self._capture = capture
+        self._collectives = collectives
         self._bytes = 0
         self._layout: CacheLayout
         self._pages = 0
@@ -70,6 +73,10 @@ class GpuBackend:
         weight: GpuWeight = place(name, parts, bias, self._format, self._dtype, self._device)
         self._bytes += weight.bytes
         return weight
+
+    def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
+        """See `weights.column_unit`."""
+        return column_unit(parts, self._format)
 
     def loaded_bytes(self) -> int:
         """Bytes of device memory that weights occupy."""
@@ -144,6 +151,7 @@ class GpuBackend:
             self._dtype,
             layout.max_context,
             self._invariant,
+            self._collectives,
         )
         samples = min(max_rows, max_sequences + max(SCORED_ROWS, layout.page_size))
         limits = Limits(max_rows, max_sequences, samples)

@@ -151,18 +151,20 @@ def embed_launches(model: Dimensions) -> Iterator[Compiled]:
         "slots": pointer(INT32),
         "fed": pointer(INT32),
         "scale": "fp32",
+        "rows": "i32",
+        "first": "i32",
     }
     tables = {"out": pointer(BF16), "table": pointer(BF16)}
     yield Compiled("embed", embed_config("float", model.hidden)[0], {**tables, **inputs})
     tables |= {"table": pointer(INT8), "scales": pointer(F16), "lows": pointer(F16)}
     config = embed_config("group8", model.hidden, model.hidden, 32)[0]
-    yield Compiled("embed group8", config, {**tables, **inputs, "rows": "i32"}, ("rows",))
+    yield Compiled("embed group8", config, {**tables, **inputs}, ("rows",))
     tables |= {"table": pointer(INT32)}
     config = embed_config("group4", model.hidden, model.hidden // 8, 128)[0]
-    yield Compiled("embed group4", config, {**tables, **inputs, "rows": "i32"}, ("rows",))
+    yield Compiled("embed group4", config, {**tables, **inputs}, ("rows",))
     tables |= {"table": pointer(INT8), "scales": pointer(F32), "lows": pointer(INT8)}
     config = embed_config("int8", model.hidden, model.hidden)[0]
-    yield Compiled("embed int8", config, {**tables, **inputs, "rows": "i32"}, ("rows",))
+    yield Compiled("embed int8", config, {**tables, **inputs}, ("rows",))
 
 
 def sampling_launches(vocab: int, rows: int) -> Iterator[Compiled]:

@@ -22,12 +22,30 @@ def token_of(row, token_ids, last_ids, slots, fed):
 
 
 @triton.jit
+def place_of(token, first, rows, scale):
+    """Where a token lies in a table of `rows` tokens from `first` on, and what its values are to be
+    multiplied with: `scale`, or 0 if it lies elsewhere."""
+    index = tl.minimum(tl.maximum(token - first, 0), rows - 1)
+    return index, tl.where(index == token - first, scale, 0.0)
+
+
+@triton.jit
 def embed_kernel(
-    out, table, token_ids, last_ids, slots, fed, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    out,
+    table,
+    token_ids,
+    last_ids,
+    slots,
+    fed,
+    scale,
+    rows,
+    first,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Rows of a float table."""
     row = tl.program_id(0)
-    token = token_of(row, token_ids, last_ids, slots, fed)
+    token, scale = place_of(token_of(row, token_ids, last_ids, slots, fed), first, rows, scale)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     values = tl.load(table + token * WIDTH + columns, mask=inside).to(tl.float32) * scale
@@ -47,6 +65,7 @@ def embed_numbers_kernel(
     fed,
     scale,
     rows,
+    first,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -55,7 +74,7 @@ def embed_numbers_kernel(
 ):
     """Rows of a table of whole numbers, in any of `matmul.Format`."""
     row = tl.program_id(0)
-    token = token_of(row, token_ids, last_ids, slots, fed)
+    token, scale = place_of(token_of(row, token_ids, last_ids, slots, fed), first, rows, scale)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     if FORMAT == "group4":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kernels.backend import rotation_tables
+from kernels.collectives import Collectives
 from kernels.gpu import fused
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.launch import Config, power_of_two
@@ -70,6 +71,7 @@ class GpuOps:
         dtype: torch.dtype,
         context: int,
         invariant: bool,
+        collectives: Collectives | None = None,
     ) -> None:
         self._caches = caches
         self._page = page_size
@@ -78,22 +80,23 @@ class GpuOps:
         self._dtype = dtype
         self._context = context
         self._invariant = invariant
+        self._collectives = collectives
         self.bucket = Bucket(1, 1, 1, True)
         self.logits: torch.Tensor | None = None
-        """Where the next linear writes, if it is the output head."""
+        """Where the next op writes, if it makes logits."""
 
-    def embed(self, table: Weight, scale: float) -> torch.Tensor:
+    def embed(self, table: Weight, scale: float, first: int = 0) -> torch.Tensor:
         weight, s = gpu(table), self._staging
         out = self._rows(self.bucket.rows, table.shape[1])
         config, blocks = embed_config(weight.format, table.shape[1], weight.stride, weight.group)
-        inputs = (s.token_ids, s.last_ids, s.slots, s.fed, scale)
+        inputs = (s.token_ids, s.last_ids, s.slots, s.fed, scale, table.shape[0], first)
         grid = (self.bucket.rows, blocks)
         if weight.format == "float":
             config.launch(grid, out, weight.tensor, *inputs)
         else:
             lows = weight.lows if weight.lows is not None else weight.tensor
             tables = (weight.tensor, weight.scales, lows)
-            config.launch(grid, out, *tables, *inputs, table.shape[0])
+            config.launch(grid, out, *tables, *inputs)
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
@@ -228,6 +231,17 @@ class GpuOps:
         config, blocks = select_config(x.shape[1])
         config.launch((self.bucket.samples, blocks), out, x, self._staging.sample_rows)
         return out
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._collectives is not None, "one rank has nobody to meet"
+        return self._collectives.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+        assert self._collectives is not None, "one rank has nobody to meet"
+        gathered = self._collectives.all_gather(x, widths)
+        if self.logits is None:
+            return gathered
+        return self.logits[: len(x)].copy_(gathered)
 
     def _matmul_shape(self, rows: int, weight: GpuWeight) -> MatmulShape:
         outputs, inputs = weight.shape

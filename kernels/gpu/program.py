@@ -100,6 +100,13 @@ class GpuProgram:
         self._selected: dict[int, torch.Tensor] = {}
         vocab, samples = tape.logits.width, limits.samples
         self._logits = torch.zeros(samples, vocab, dtype=torch.float32, device=device)
+        self._targets = {tape.logits.index: self._logits}
+        if self._head and (last := self._head[-1][0]).op == "all_gather":
+            # A rank's part of them, as exact as the whole.
+            part: Handle = last.arguments[0]
+            self._targets[part.index] = torch.zeros(
+                samples, part.width, dtype=torch.float32, device=device
+            )
         self._draws = Draws(samples, vocab, staging.last_ids, device)
         self._rows = 0
         self._row_buckets = buckets(limits.rows, 16)
@@ -217,8 +224,7 @@ class GpuProgram:
             arguments = [
                 values[a.index] if isinstance(a, Handle) else a for a in instruction.arguments
             ]
-            last = instruction.results[-1] == self._tape.logits
-            self._ops.logits = self._logits if last else None
+            self._ops.logits = self._targets.get(instruction.results[-1].index)
             produced = getattr(self._ops, instruction.op)(*arguments)
             if len(instruction.results) == 1:
                 produced = (produced,)

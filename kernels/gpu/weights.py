@@ -8,6 +8,7 @@ are such int8 weights, which is BitNet's own arithmetic. Everything else is stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -95,6 +96,17 @@ def place(
     steps = dense.abs().amax(1).clamp(min=1e-12) / 127
     numbers = (dense / steps[:, None]).round().to(torch.int8)
     return GpuWeight(name, shape, "int8", numbers, steps, bias=added)
+
+
+def column_unit(parts: Sequence[HostTensor], weight_format: WeightFormat) -> int | None:
+    """See `Backend.column_unit`: int8 weights have one scale for a whole row."""
+    kinds = {part.format for part in parts}
+    if kinds == {"TERNARY"} or weight_format == "int8":
+        return None
+    unit = {"auto": GGUF_GROUP, "int4": INT4_GROUP}.get(weight_format, 1)
+    if weight_format == "auto" and not kinds <= READERS.keys():
+        unit = 1
+    return math.lcm(unit, *(part.block for part in parts))
 
 
 def quantize_groups(dense: torch.Tensor, group: int) -> Groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,16 @@ class Host:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
+
+    @property
+    def block(self) -> int:
+        kinds = Type.__members__
+        return gguf.GGML_QUANT_SIZES[kinds[self.format]][0] if self.format in kinds else 1
+
+    def narrow(self, dimension: int, start: int, length: int) -> Host:
+        assert dimension == 0, "only rows are needed here"
+        blocks = None if self.blocks is None else self.blocks.narrow(0, start, length)
+        return replace(self, values=self.values.narrow(0, start, length), blocks=blocks)
 
     def dense(self) -> torch.Tensor:
         return self.values

@@ -135,7 +135,8 @@ struct Device {
 Instruction instruction(const std::string& op, int in, int in2, int out, int out2,
                         std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2,
                         uintptr_t cosine, uintptr_t sine, uintptr_t target, float scalar, int layer,
-                        int heads, int activation, int64_t window) {
+                        int heads, int activation, int64_t window, int64_t first,
+                        std::vector<int64_t> widths) {
   const auto name = std::find(kOpNames.begin(), kOpNames.end(), op);
   if (name == kOpNames.end()) throw std::invalid_argument("no op is called " + op);
   Instruction i;
@@ -155,6 +156,8 @@ Instruction instruction(const std::string& op, int in, int in2, int out, int out
   i.heads = heads;
   i.activation = activation;
   i.window = window;
+  i.first = first;
+  i.widths = std::move(widths);
   return i;
 }
 
@@ -219,11 +222,33 @@ NB_MODULE(_native, m) {
         c.restore(at<uint8_t>(block), page);
       });
 
+  nb::class_<Exchange>(m, "Exchange")
+      .def("__init__",
+           [](Exchange* e, int fd, int rank, int ranks, int64_t slot) {
+             new (e) Exchange(fd, rank, ranks, slot);
+           })
+      .def_static("bytes", &Exchange::bytes)
+      .def("gather",
+           [](Exchange& e, const Device& device, uintptr_t in, int64_t rows,
+              const std::vector<int64_t>& widths, uintptr_t out) {
+             nb::gil_scoped_release release;
+             e.gather(*device.pool, at<const float>(in), rows, widths, at<float>(out));
+           })
+      .def("sum",
+           [](Exchange& e, const Device& device, uintptr_t in, int64_t rows, int64_t width,
+              uintptr_t out) {
+             nb::gil_scoped_release release;
+             e.sum(*device.pool, at<const float>(in), rows, width, at<float>(out));
+           })
+      .def("abort", &Exchange::abort);
+
   nb::class_<Program>(m, "Program")
       .def("__init__",
-           [](Program* p, const Device& device, int64_t max_rows) {
-             new (p) Program(device.pool, device.kernels, max_rows);
-           })
+           [](Program* p, const Device& device, int64_t max_rows,
+              std::shared_ptr<Exchange> exchange) {
+             new (p) Program(device.pool, device.kernels, max_rows, std::move(exchange));
+           },
+           "device"_a, "max_rows"_a, "exchange"_a.none() = nb::none())
       .def("add_buffer", &Program::add_buffer, "width"_a, "floats"_a, "groups"_a, "whole"_a,
            "bf16"_a)
       .def("add_cache", &Program::add_cache, "cache"_a)
@@ -232,14 +257,16 @@ NB_MODULE(_native, m) {
           [](Program& p, const std::string& op, int in, int in2, int out, int out2,
              std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2, uintptr_t cosine,
              uintptr_t sine, uintptr_t target, float scalar, int layer, int heads, int activation,
-             int64_t window) {
+             int64_t window, int64_t first, std::vector<int64_t> widths) {
             p.add(instruction(op, in, in2, out, out2, std::move(weight), vector, vector2, cosine,
-                              sine, target, scalar, layer, heads, activation, window));
+                              sine, target, scalar, layer, heads, activation, window, first,
+                              std::move(widths)));
           },
           "op"_a, nb::kw_only(), "in_"_a = -1, "in2"_a = -1, "out"_a = -1, "out2"_a = -1,
           "weight"_a.none() = nb::none(), "vector"_a = 0, "vector2"_a = 0, "cosine"_a = 0,
           "sine"_a = 0, "target"_a = 0, "scalar"_a = 0.0f, "layer"_a = 0, "heads"_a = 0,
-          "activation"_a = 0, "window"_a = 0)
+          "activation"_a = 0, "window"_a = 0, "first"_a = 0,
+          "widths"_a = std::vector<int64_t>{})
       .def("profile", &Program::profile)
       .def("nanoseconds",
            [](const Program& p) {

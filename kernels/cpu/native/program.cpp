@@ -29,8 +29,12 @@ Activations Program::Value::activations() const {
           offsets.get(), row_values.get(), row_scales.get(), row_offsets.get()};
 }
 
-Program::Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max_rows)
-    : pool_(std::move(pool)), kernels_(*kernels), max_rows_(max_rows) {}
+Program::Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max_rows,
+                 std::shared_ptr<Exchange> exchange)
+    : pool_(std::move(pool)),
+      kernels_(*kernels),
+      max_rows_(max_rows),
+      exchange_(std::move(exchange)) {}
 
 int Program::add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16) {
   if (width <= 0 || width > kMaxWidth) throw std::invalid_argument("buffer width out of range");
@@ -63,6 +67,9 @@ void Program::add_cache(const LayerCache& cache) {
 }
 
 void Program::add(Instruction i) {
+  if ((i.op == Op::kAllReduce || i.op == Op::kAllGather) && !exchange_) {
+    throw std::invalid_argument("a program of one rank has no collectives");
+  }
   if (i.out >= 0) {
     values_[i.out].samples =
         i.op == Op::kSelectRows || (i.in >= 0 && values_[i.in].samples);
@@ -106,6 +113,8 @@ void Program::step(const Instruction& i, const Batch& batch) {
     case Op::kLinear: return linear_step(i, rows_of(i.in, batch));
     case Op::kRopeWriteKv: return rope_step(i, batch);
     case Op::kAttention: return attention_step(i, batch);
+    case Op::kAllReduce:
+    case Op::kAllGather: return collective_step(i, rows_of(i.in, batch));
     default: break;
   }
   const Value& out = values_[i.out];
@@ -116,9 +125,15 @@ void Program::step(const Instruction& i, const Batch& batch) {
     for (int64_t row = first; row < last; ++row) {
       const float* x = in ? in->floats.get() + row * in->width : nullptr;
       switch (i.op) {
-        case Op::kEmbed:
-          kernels_.embed_row(*i.weight, batch.token_ids[row], i.scalar, row_values);
+        case Op::kEmbed: {
+          const int64_t index = batch.token_ids[row] - i.first;
+          if (index >= 0 && index < i.weight->rows) {
+            kernels_.embed_row(*i.weight, index, i.scalar, row_values);
+          } else {
+            std::fill_n(row_values, width, 0.0f);
+          }
           break;
+        }
         case Op::kRmsNorm:
           kernels_.rms_norm_row(x, i.vector, i.scalar, width, row_values);
           break;
@@ -230,13 +245,28 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
       }
     }
   });
-  if (out.values || out.row_values || out.bf16) {
-    pool_->run(batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        kernels_.store_forms(out.floats.get() + row * out.width, out.width, row, out.activations());
-      }
-    });
+  make_forms(out, batch.tokens);
+}
+
+void Program::collective_step(const Instruction& i, int64_t rows) {
+  const Value& in = values_[i.in];
+  float* out = i.target ? i.target : values_[i.out].floats.get();
+  if (i.op == Op::kAllReduce) {
+    exchange_->sum(*pool_, in.floats.get(), rows, in.width, out);
+  } else {
+    exchange_->gather(*pool_, in.floats.get(), rows, i.widths, out);
   }
+  if (i.out >= 0) make_forms(values_[i.out], rows);
+}
+
+void Program::make_forms(const Value& value, int64_t rows) const {
+  if (!value.values && !value.row_values && !value.bf16) return;
+  pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const float* floats = value.floats.get() + row * value.width;
+      kernels_.store_forms(floats, value.width, row, value.activations());
+    }
+  });
 }
 
 }  // namespace ryzanstein

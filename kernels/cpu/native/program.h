@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "exchange.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -25,11 +26,12 @@ struct Batch {
 };
 
 enum class Op {
-  kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows
+  kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
+  kAllReduce, kAllGather
 };
-constexpr std::array<const char*, 8> kOpNames = {
+constexpr std::array<const char*, 10> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
-    "select_rows"};
+    "select_rows", "all_reduce", "all_gather"};
 
 // One op; fields that it does not have keep their defaults. Values are numbers of buffers.
 struct Instruction {
@@ -43,12 +45,15 @@ struct Instruction {
   float scalar = 0.0f;      // eps, or a scale
   int layer = 0, heads = 0, activation = 0;
   int64_t window = 0;
+  int64_t first = 0;            // token of an embedding table's first row
+  std::vector<int64_t> widths;  // of the ranks' parts
 };
 
 class Program {
  public:
-  // Buffers hold up to `max_rows` rows.
-  Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max_rows);
+  // Buffers hold up to `max_rows` rows. `exchange` is for the collectives; null if there are none.
+  Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max_rows,
+          std::shared_ptr<Exchange> exchange);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
@@ -87,6 +92,9 @@ class Program {
   void linear_step(const Instruction& i, int64_t rows);
   void rope_step(const Instruction& i, const Batch& batch);
   void attention_step(const Instruction& i, const Batch& batch);
+  void collective_step(const Instruction& i, int64_t rows);
+  // Makes the other forms that readers want of the floats of `value`.
+  void make_forms(const Value& value, int64_t rows) const;
   // Finishes a row that was computed into `row_values`: stores it in every form of `value`.
   void store_row(const Value& value, int64_t row, const float* row_values) const;
   int64_t rows_of(int value, const Batch& batch) const;
@@ -94,6 +102,7 @@ class Program {
   std::shared_ptr<Pool> pool_;
   const Kernels& kernels_;
   int64_t max_rows_;
+  std::shared_ptr<Exchange> exchange_;
   std::vector<Value> values_;
   std::vector<LayerCache> caches_;
   std::vector<Instruction> instructions_;

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 from engine.errors import ConfigError
 from engine.models import load_model
-from engine.weights.bitnet import read_layout, unpack
+from engine.weights.bitnet import read_layout, unpack_rows
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import select_backend
 from tests.engine.models.test_parity import COMMON, run
@@ -129,9 +129,25 @@ def test_the_default_formats_stay_close(pair: tuple[Path, torch.Tensor]) -> None
     assert float(errors_of(logits_in_chunks(program, TOKENS, [60]), expected).max()) < 0.12
 
 
-def test_unpacking_undoes_the_published_packing() -> None:
+class Stored:
+    """A tensor as safetensors gives it: sliced, and asked for its shape."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        return self._tensor[part]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 12), (0, 3), (2, 9), (11, 12)])
+def test_unpacking_undoes_the_published_packing(first: int, last: int) -> None:
+    """Of any rows, wherever they lie in the bytes."""
     signs = torch.randint(-1, 2, (12, 7))
-    assert torch.equal(unpack(pack_weights(signs.clone()), "w"), signs.to(torch.int8))
+    stored = Stored(pack_weights(signs.clone()))
+    assert torch.equal(unpack_rows(stored, "w", first, last), signs[first:last].to(torch.int8))
 
 
 def test_what_is_no_bitnet_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -143,7 +159,7 @@ def test_what_is_no_bitnet_checkpoint_is_refused_by_name(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=message):
             read_layout(described)
     with pytest.raises(ConfigError, match=r"'w' holds a code that is no ternary value"):
-        unpack(torch.full((2, 2), 255, dtype=torch.uint8), "w")
+        unpack_rows(Stored(torch.full((2, 2), 255, dtype=torch.uint8)), "w", 0, 8)
 
 
 def test_a_missing_or_senseless_scale_is_an_error(tmp_path: Path) -> None:
