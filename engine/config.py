@@ -69,9 +69,13 @@ class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The device. `threads` 0 uses every core; `instructions` is for the native kernels.
-    `batch_invariant` makes a GPU's results independent of the batch, at a price; a CPU's are."""
+    `batch_invariant` makes a GPU's results independent of the batch, at a price; a CPU's are.
+    `tensor_parallel` ranks, a process each, share the model, and the cores or a GPU each; then
+    `threads` are those of one. `exact_ranks` have them compute the very bits that one would."""
 
     backend: str = "auto"
+    tensor_parallel: Annotated[int, Meta(ge=1, le=63)] = 1
+    exact_ranks: bool = False
     batch_invariant: bool = False
     instructions: Literal["auto", "avx2", "avx512", "avx512bf16"] = "auto"
     threads: NonNegative = 0

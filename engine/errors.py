@@ -32,5 +32,13 @@ class EngineFailed(RyzansteinError):
     """The engine could not finish the request, through no fault of the request."""
 
 
+class DeviceLost(EngineFailed):
+    """Whatever ran is lost, with the KV cache. `final` says that nothing will run any more."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
 class ConfigError(RyzansteinError):
     """A setting or a model file is wrong; the message names the field, tensor or key."""

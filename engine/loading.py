@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
 
 import numpy as np
 
-from engine.config import CacheSection, Config
+from engine.config import Config
 from engine.errors import ConfigError
-from engine.execution.cache import Cache, ColdFile
+from engine.execution.device import Device, place_model, stage
 from engine.execution.memory import (
     Budget,
     available_memory,
-    cache_pages,
     private_memory,
     read_pressure,
 )
 from engine.execution.profile import Shape, load_or_measure
-from engine.execution.runner import Runner, StagingShape
-from engine.execution.stepper import AheadStepper, Stepper, ThreadStepper
-from engine.models import Model, load_model
+from engine.execution.rank import weights_identity
+from engine.execution.stepper import Stepper
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import Pace, SchedulerLimits
 from engine.scheduling.cold import ColdIndex
@@ -41,15 +38,7 @@ from engine.upkeep import Upkeep
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.gguf import GGUFCheckpoint
 from engine.weights.sources import KNOWN_MODELS, Progress, cache_folder, resolve
-from kernels.backend import (
-    Backend,
-    CacheDType,
-    CacheLayout,
-    available_cores,
-    build_identity,
-    select_backend,
-)
-from kernels.ops import Recorder
+from kernels.backend import available_cores, build_identity
 
 # Memory that is short, in bytes; an eighth of what was left at start if that is less.
 LOW_MEMORY = 512 << 20
@@ -95,54 +84,55 @@ def load(
 
 def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool]) -> Parts:
     timeline: list[tuple[str, float]] = []
-    before = private_memory()
-    with _stage(timeline, "find"):
+    with stage(timeline, "find"):
         path = resolve(
             config.model.name,
             revision=config.model.revision,
             accept_terms=accept_terms,
             progress=progress,
         )
-    with _stage(timeline, "open"):
+    with stage(timeline, "open"):
         checkpoint = open_checkpoint(path)
-        try:
-            backend, kv_dtype = select_backend(
-                config.execution.backend,
-                dtype=config.model.dtype,
-                cache_dtype=config.cache.dtype,
-                threads=config.execution.threads,
-                instructions=config.execution.instructions,
-                packed_file=_packed_file(config, path),
-                batch_invariant=config.execution.batch_invariant,
-            )
-        except ValueError as error:
-            raise ConfigError(f"execution.backend: {error}") from error
-    with _stage(timeline, "tokenizer"):
+    with stage(timeline, "tokenizer"):
         tokenizer = open_tokenizer(checkpoint)
-    with _stage(timeline, "weights"):
-        model = load_model(checkpoint, backend, lambda done, total: progress("load", done, total))
-    with _stage(timeline, "cache"):
-        runner, cold_slots, shape = _allocate(config, model, backend, kv_dtype)
+    device = place_model(config, checkpoint, partial(progress, "load"), timeline)
+    try:
+        parts = _finish(config, path, device, tokenizer, progress, timeline)
+    except BaseException:
+        device.stepper.close()
+        raise
+    parts.timeline = timeline
+    return parts
+
+
+def _finish(
+    config: Config,
+    path: Path,
+    device: Device,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    timeline: list[tuple[str, float]],
+) -> Parts:
+    """Measure the model in place, and put everything together."""
+    before = private_memory()
+    facts, shape = device.facts, device.shape
     # What came back from a tier that rounds is not what was computed.
     rounded = config.cache.cold_dtype if config.cache.cold_tokens else "auto"
-    formats = (f"{backend.describe()} {config.model.dtype}", kv_dtype, rounded)
+    formats = (device.description, config.model.dtype, facts[0].kv_dtype, rounded)
     fingerprint = _fingerprint(path, formats)
-    with _stage(timeline, "profile"):
-        profile = load_or_measure(
-            _profile_file(config, fingerprint, shape),
-            runner,
-            shape,
-            lambda done, total: progress("profile", done, total),
-        )
-    parts = _assemble(config, model, tokenizer, CostModel(profile), runner, cold_slots, shape)
+    with stage(timeline, "profile"):
+        file = _profile_file(config, fingerprint, shape)
+        profile = load_or_measure(file, device.run, shape, partial(progress, "profile"))
+    parts = _assemble(config, device, tokenizer, CostModel(profile))
     parts.fingerprint = fingerprint
-    page_bytes = runner.page_bytes
-    on_host = backend.free_bytes() is None
-    left = backend.free_bytes() or available_memory() or 4 << 30
+    on_host = facts[0].free is None
+    page_bytes = sum(rank.page for rank in facts)
+    left = sum(rank.free or 0 for rank in facts) or available_memory() or 4 << 30
+    weights = sum(rank.weights for rank in facts)
     parts.budget = Budget(
-        program=before,
-        weights=backend.loaded_bytes(),
-        activations=runner.buffer_bytes(),
+        program=before + sum(rank.program for rank in facts if len(facts) > 1),
+        weights=weights,
+        activations=device.buffers,
         cache=(shape.pages + 1) * page_bytes,
         headroom=max(0, left - (shape.pages * page_bytes if on_host else 0)),
     )
@@ -151,10 +141,9 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         low = min(LOW_MEMORY, left // 8)
         controller = CacheController(parts.scheduler.pool, page_bytes, low, floor)
         parts.upkeep = Upkeep(parts.scheduler, controller, read_pressure)
-    parts.timeline = timeline
-    size = backend.loaded_bytes() / 1e6
     parts.device = (
-        f"{backend.hardware}, {backend.describe()}, {size:.0f} MB of weights, {kv_dtype} KV cache"
+        f"{facts[0].hardware}, {device.description}, {weights / 1e6:.0f} MB of weights, "
+        f"{facts[0].kv_dtype} KV cache"
     )
     return parts
 
@@ -175,66 +164,9 @@ def served_name(config: Config) -> str:
     return Path(config.model.name.split(":", 1)[-1]).name.removesuffix(".gguf")
 
 
-def _allocate(
-    config: Config, model: Model, backend: Backend, kv_dtype: CacheDType
-) -> tuple[Runner, int, Shape]:
-    """Size the cache, record the model, and make the runner; also the cold tier's slots."""
-    shape, section, batch = model.config, config.cache, config.scheduler
-    context = min(shape.max_context, config.model.max_context or shape.max_context)
-    if context < 2:
-        raise ConfigError("model.max_context is 1; a prompt and its answer need at least 2 tokens")
-    layout = CacheLayout(shape.layers, shape.heads, section.page_size, kv_dtype, context)
-    pages = cache_pages(section, layout, context, batch.max_running, backend.free_bytes())
-    try:
-        # One page more, for what is written for nobody.
-        backend.allocate_cache(layout, pages + 1)
-    except ValueError as error:
-        raise ConfigError(f"{error}; execution.backend=torch takes any") from error
-    recorder = Recorder()
-    tape = recorder.finish(model.forward(recorder))
-    program = backend.compile(tape, batch.max_batch_tokens, batch.max_running)
-    context = min(context, pages * section.page_size)
-    cold_slots = section.cold_tokens // section.page_size
-    cache = _cache(section, backend, kv_dtype, cold_slots)
-    staging = StagingShape(
-        slots=batch.max_running,
-        pages=pages,
-        pages_per_sequence=-(-context // section.page_size),
-        page_size=section.page_size,
-        vocab_size=shape.vocab_size,
-    )
-    runner = Runner(backend, program, cache, staging)
-    step = Shape(batch.max_batch_tokens, batch.max_running, context, section.page_size, pages)
-    return runner, cold_slots, step
-
-
-def _cache(section: CacheSection, backend: Backend, kv_dtype: str, cold_slots: int) -> Cache:
-    """The cache, and where its evicted pages go."""
-    pages = backend.pages()
-    if not cold_slots:
-        return Cache(pages)
-    codec, page_bytes = None, pages.page_bytes
-    if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
-        try:
-            codec = backend.page_codec(section.cold_dtype)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        page_bytes = codec.page_bytes
-    folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
-    return Cache(pages, ColdFile(folder, cold_slots, page_bytes), codec)
-
-
-def _assemble(
-    config: Config,
-    model: Model,
-    tokenizer: Tokenizer,
-    cost: CostModel,
-    runner: Runner,
-    cold_slots: int,
-    shape: Shape,
-) -> Parts:
+def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostModel) -> Parts:
     """Put scheduler and stepper together."""
-    section, batch = config.cache, config.scheduler
+    section, batch, shape = config.cache, config.scheduler, device.shape
     clock = MonotonicClock()
     limits = SchedulerLimits(
         max_batch_tokens=batch.max_batch_tokens,
@@ -251,14 +183,14 @@ def _assemble(
         limits,
         clock,
         cost,
-        cold=ColdIndex(cold_slots, page_seconds),
+        cold=ColdIndex(section.cold_tokens // section.page_size, page_seconds),
     )
     return Parts(
         model_name=served_name(config),
         tokenizer=tokenizer,
-        vocab_size=model.config.vocab_size,
+        vocab_size=device.facts[0].vocab_size,
         scheduler=scheduler,
-        stepper=AheadStepper(runner) if runner.runs_behind else ThreadStepper(runner),
+        stepper=device.stepper,
         limits=Limits(shape.context, batch.max_waiting, batch.max_waiting_tokens),
         fingerprint=b"",
         clock=clock,
@@ -272,9 +204,9 @@ def _profile_file(config: Config, fingerprint: bytes, shape: Shape) -> Path:
         lines = cpuinfo.read_text().splitlines()
         processor = next((line for line in lines if line.startswith("model name")), "")
     machine = (platform.machine(), platform.release(), processor, available_cores())
-    threads = config.execution.threads
+    ways = (config.execution.threads, config.execution.tensor_parallel)
     text = repr(
-        (fingerprint, machine, threads, build_identity(), package_version("ryzanstein"), shape)
+        (fingerprint, machine, ways, build_identity(), package_version("ryzanstein"), shape)
     )
     name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     return cache_folder() / "profiles" / f"{name}.json"
@@ -282,31 +214,5 @@ def _profile_file(config: Config, fingerprint: bytes, shape: Shape) -> Path:
 
 def _fingerprint(path: Path, formats: tuple[str, ...]) -> bytes:
     """Names the numbers that a cached page depends on: the weights' file, and all formats."""
-    text = repr((_identity(path), formats, np.dtype(np.int32).byteorder))
+    text = repr((weights_identity(path), formats, np.dtype(np.int32).byteorder))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _identity(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files that hold the weights and say how to read them."""
-    files = [path]
-    if path.is_dir():
-        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-
-
-def _packed_file(config: Config, path: Path) -> tuple[Path, str] | None:
-    """Where packed weights are kept, and what they are made from; None if they are not to be."""
-    if not config.model.keep_packed:
-        return None
-    dtype = config.model.dtype
-    # One file for each source and format: a new version of the source takes the old one's place.
-    place = hashlib.blake2b(repr((str(path.resolve()), dtype)).encode(), digest_size=8).hexdigest()
-    file = cache_folder() / "packed" / f"{path.stem[:40]}-{place}.packed"
-    return file, repr((_identity(path), dtype))
-
-
-@contextmanager
-def _stage(timeline: list[tuple[str, float]], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timeline.append((name, time.perf_counter() - start))

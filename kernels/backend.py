@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.batch import Batch, Samples, Sampling
-from kernels.collectives import Place, SharedMemory, join
+from kernels.collectives import Collectives, Place, SharedMemory, join
 from kernels.ops import Heads, Rope, Tape, Weight
 
 DType = Literal["float32", "bfloat16"]
@@ -176,6 +176,8 @@ class Backend(Protocol):
     name: str
     hardware: str
     """What it runs on, in a word."""
+    collectives: Collectives | None
+    """How it meets the other ranks, if there are any."""
 
     def describe(self) -> str:
         """What computes: the same words mean the same numbers."""

@@ -38,7 +38,7 @@ class TorchBackend:
         collectives: Collectives | None = None,
     ) -> None:
         self.name = name
-        self._collectives = collectives
+        self.collectives = collectives
         self.hardware = "CPU"
         self._ops_class = ops_class
         self._dtype = TORCH_DTYPES[dtype]
@@ -94,7 +94,7 @@ class TorchBackend:
         raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> TorchProgram:
-        return TorchProgram(tape, self._ops_class(self._caches, self._page_size, self._collectives))
+        return TorchProgram(tape, self._ops_class(self._caches, self._page_size, self.collectives))
 
     def close(self) -> None:
         self._caches = []

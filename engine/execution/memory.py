@@ -9,7 +9,6 @@ from pathlib import Path
 from engine.config import CacheSection
 from engine.errors import ConfigError
 from engine.scheduling.controller import Readings
-from kernels.backend import CacheLayout
 
 # Limit and usage of the control group, in version 2 and version 1.
 MEMORY_FILES = (
@@ -124,22 +123,24 @@ def _number(file: Path) -> int | None:
 
 def cache_pages(
     section: CacheSection,
-    layout: CacheLayout,
+    page_bytes: int,
     max_context: int,
     max_running: int,
     device_bytes: int | None = None,
 ) -> int:
-    """Pages of the pool: as configured, or a fraction of the free memory (the device's, if it has
-    its own), and no more than every
-    slot at full context could use. Raises ConfigError if not even one page fits."""
+    """Pages of the pool, each of `page_bytes`: as configured, or a fraction of the free memory (the
+    device's, if it has its own), and no more than every slot at full context could use.
+
+    Raises ConfigError if not even one page fits.
+    """
     if section.tokens:
         return -(-section.tokens // section.page_size)
     free = available_memory() if device_bytes is None else device_bytes
     budget = int((free or 4 << 30) * section.memory_fraction)
-    pages = min(budget // layout.bytes_per_page, max_running * -(-max_context // section.page_size))
+    pages = min(budget // page_bytes, max_running * -(-max_context // section.page_size))
     if pages < 1:
         raise ConfigError(
             f"cache.memory_fraction leaves {budget} bytes for the KV cache, "
-            f"but one page needs {layout.bytes_per_page}; free memory or raise the fraction"
+            f"but one page needs {page_bytes}; free memory or raise the fraction"
         )
     return pages

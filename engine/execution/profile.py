@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 
-from engine.execution.runner import Runner
 from engine.scheduling.cost import Profile
 from engine.scheduling.plan import Chunk, Plan
 from engine.scheduling.sequence import Sequence
@@ -37,10 +36,10 @@ class Shape(msgspec.Struct, frozen=True):
 
 
 class Profiler:
-    """Times steps of made-up sequences; what they write to the cache is never published."""
+    """Times steps of made-up sequences on `run`; what they write is never published."""
 
-    def __init__(self, runner: Runner, shape: Shape) -> None:
-        self._runner = runner
+    def __init__(self, run: Callable[[Plan], object], shape: Shape) -> None:
+        self._run = run
         self._shape = shape
         self._longest = max(1, min(shape.context - 1, (shape.pages - 1) * shape.page_size))
         self._most = min(shape.step_tokens, self._longest)
@@ -79,7 +78,7 @@ class Profiler:
 
     def _time(self, plan: Plan) -> float:
         start = time.perf_counter()
-        self._runner.run(self._runner.fill(plan))
+        self._run(plan)
         return time.perf_counter() - start
 
     def _sequence(self, slot: int, tokens: int) -> Sequence:
@@ -110,20 +109,23 @@ class Profiler:
 
 
 def load_or_measure(
-    file: Path | None, runner: Runner, shape: Shape, progress: Callable[[int, int], None]
+    file: Path | None,
+    run: Callable[[Plan], object],
+    shape: Shape,
+    progress: Callable[[int, int], None],
 ) -> Profile:
     """The profile that an earlier start on this machine and build has kept, or a new one.
 
     A folder that cannot be read or written costs the next start a second, and is logged.
     """
     if file is None:
-        return Profiler(runner, shape).measure(progress)
+        return Profiler(run, shape).measure(progress)
     try:
         if file.exists():
             return msgspec.json.decode(file.read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError) as error:
         logger.warning("the profile in %s is measured again: %s", file.parent, error)
-    profile = Profiler(runner, shape).measure(progress)
+    profile = Profiler(run, shape).measure(progress)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")

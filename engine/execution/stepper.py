@@ -32,12 +32,20 @@ class Stepper(Protocol):
         once."""
         ...
 
+    @property
+    def available(self) -> bool:
+        """Whether steps can be submitted now; if not, they can be again later."""
+        ...
+
     def ready(self) -> bool:
         """Whether a step has finished whose result was not taken yet."""
         ...
 
     def result(self) -> StepResult:
-        """The oldest finished step's result, or the exception that it raised."""
+        """The oldest finished step's result, or the exception that it raised.
+
+        DeviceLost ends every step that has been submitted so far, and may come without any.
+        """
         ...
 
     def fileno(self) -> int:
@@ -75,6 +83,10 @@ class ThreadStepper(Generic[F]):
         start = time.perf_counter()
         filled = self._executor.fill(plan)
         self._work.put((filled, time.perf_counter() - start))
+
+    @property
+    def available(self) -> bool:
+        return True
 
     def ready(self) -> bool:
         return bool(self._outcomes)
@@ -121,6 +133,11 @@ class ThreadStepper(Generic[F]):
 class AheadExecutor(Executor[F], Protocol[F]):
     """What an `AheadStepper` drives: its device is given steps while it runs others."""
 
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the device can be."""
+        ...
+
     def needs_history(self, filled: F) -> bool:
         """Whether the results of all steps before this one have to be there first."""
         ...
@@ -157,6 +174,11 @@ class AheadStepper(ThreadStepper[F]):
         while (launched := self._launched.get()) is not None:
             self._conclude(*launched)
             self._launched.task_done()
+
+
+def stepper_for(executor: AheadExecutor[F]) -> Stepper:
+    """What suits an executor's device."""
+    return AheadStepper(executor) if executor.runs_behind else ThreadStepper(executor)
 
 
 def _raise(error: BaseException) -> StepResult:

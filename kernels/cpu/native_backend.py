@@ -29,7 +29,7 @@ from kernels.backend import (
     TernaryTensor,
     WeightFormat,
 )
-from kernels.collectives import SharedMemory
+from kernels.collectives import Collectives, SharedMemory
 from kernels.cpu.native_program import NativeProgram
 from kernels.cpu.packed_file import PackedFile
 from kernels.host_pages import HostPages
@@ -152,7 +152,8 @@ class NativeBackend:
             self.instructions = native.instruction_sets()[0]
         self.device = native.Device(self.instructions, threads)
         self._packed_file = packed_file
-        self._collectives = collectives
+        self.collectives: Collectives | None = collectives
+        self._exchange = collectives.exchange if collectives is not None else None
         self._packing_seconds = 0.0
         self._arena = native.Arena()
         self._bytes = 0
@@ -247,9 +248,8 @@ class NativeBackend:
         if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:
             self._packed_file.save()
         layout = self._layout
-        exchange = self._collectives.exchange if self._collectives is not None else None
         program = NativeProgram(
-            self._native, self.device, tape, max_rows, layout.max_context, exchange
+            self._native, self.device, tape, max_rows, layout.max_context, self._exchange
         )
         for layer in self._cache:
             program.add_cache(layer, self._native_cache(layer))

@@ -57,7 +57,7 @@ class GpuBackend:
         self._device = device
         self._invariant = invariant
         self._capture = capture
-        self._collectives = collectives
+        self.collectives = collectives
         self._bytes = 0
         self._layout: CacheLayout
         self._pages = 0
@@ -151,7 +151,7 @@ class GpuBackend:
             self._dtype,
             layout.max_context,
             self._invariant,
-            self._collectives,
+            self.collectives,
         )
         samples = min(max_rows, max_sequences + max(SCORED_ROWS, layout.page_size))
         limits = Limits(max_rows, max_sequences, samples)

@@ -21,9 +21,9 @@ namespace {
 
 constexpr int kMostRanks = 63;
 constexpr int64_t kRowGrain = 4;
-// Looks at a flag before the core is given away, and before a look is worth a sleep: about 20
-// microseconds, then some milliseconds.
-constexpr int kSpins = 2000, kYields = 20000;
+// Looks at a flag before the core is given away, and before a look is worth a sleep: about ten
+// microseconds, since another rank may wait for this very core, then some milliseconds.
+constexpr int kSpins = 200, kYields = 5000;
 
 inline void relax() {
 #if defined(__x86_64__)

@@ -1,0 +1,157 @@
+"""The processes of all ranks of one model: started, talked to, ended. Nothing outlives them: they
+meet in memory without a name, and speak over socket pairs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.execution.messages import (
+    Channel,
+    Failed,
+    FromRank,
+    Log,
+    Setup,
+    Stop,
+    encode,
+    from_rank,
+)
+from kernels.collectives import shared_memory
+
+logger = logging.getLogger("ryzanstein.engine")
+
+# What a rank that was told to stop, or that is gone, has left to end.
+STOP_SECONDS = 2.0
+ROOT = Path(__file__).parents[2]
+
+
+class RankLost(Exception):
+    """A rank cannot go on, and so none can."""
+
+
+class Crew:
+    """Starts a process for each rank. `wake` is a descriptor that ends a wait."""
+
+    def __init__(self, config: Config, path: str, wake: int) -> None:
+        self.ranks = config.execution.tensor_parallel
+        self._wake = wake
+        self._said: set[str] = set()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(wake, selectors.EVENT_READ, None)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._channels: list[Channel] = []
+        self._memory = shared_memory(self.ranks)
+        try:
+            for rank in range(self.ranks):
+                self._spawn(rank)
+                setup = Setup(config, path, rank, self.ranks, self._memory)
+                self._channels[rank].send(encode(setup))
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes, first rank first."""
+        return [process.pid for process in self._processes]
+
+    def send(self, data: bytes) -> bool:
+        """Send a message to all; False if some of it waits until `receive` sends it."""
+        sent = [channel.send(data) for channel in self._channels]
+        return all(sent)
+
+    def receive(self, timeout: float | None) -> list[tuple[int, FromRank]] | None:
+        """What ranks say, with their numbers; empty if woken, None if nobody says anything for
+        `timeout` seconds. Raises RankLost if one is gone or gives up, ConfigError if it was given
+        something that cannot be."""
+        events = self._selector.select(timeout)
+        messages: list[tuple[int, FromRank]] = []
+        for key, _ in events:
+            if key.data is None:
+                os.read(self._wake, 4096)
+                continue
+            rank = key.data
+            try:
+                messages += [(rank, from_rank(body)) for body in self._channels[rank].receive()]
+            except EOFError:
+                messages.append((rank, Failed(self._epitaph(rank))))
+        self._flush()
+        self._heed(messages)
+        return messages if events else None
+
+    def stop(self) -> None:
+        """End the processes, which may finish what they do."""
+        self.send(encode(Stop()))
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                break
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes now, stopped ones included, and release everything."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        for channel in self._channels:
+            channel.close()
+        self._selector.close()
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
+
+    def _spawn(self, rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        module = "engine.execution.rank_process"
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(), self._memory),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": path},
+            )
+        self._processes.append(process)
+        channel = Channel(ours)
+        self._channels.append(channel)
+        self._selector.register(channel, selectors.EVENT_READ, rank)
+
+    def _flush(self) -> None:
+        """Send what waits, and see that the next wait ends when more can be sent."""
+        for rank, channel in enumerate(self._channels):
+            write = 0 if channel.flush() else selectors.EVENT_WRITE
+            self._selector.modify(channel, selectors.EVENT_READ | write, rank)
+
+    def _heed(self, messages: list[tuple[int, FromRank]]) -> None:
+        """Log what ranks log, each line once; raise what ends them."""
+        for rank, message in messages:
+            if isinstance(message, Log) and message.text not in self._said:
+                self._said.add(message.text)
+                name = logging.getLogger(message.name)
+                name.log(message.level, "rank %d: %s", rank, message.text)
+        failed = [(rank, m) for rank, m in messages if isinstance(m, Failed)]
+        # Those that lost another say so, too; whoever blames nobody else is the cause.
+        for rank, message in sorted(failed, key=lambda f: "another rank" in f[1].reason):
+            if message.refused:
+                raise ConfigError(message.reason)
+            raise RankLost(f"rank {rank} failed: {message.reason}")
+
+    def _epitaph(self, rank: int) -> str:
+        process = self._processes[rank]
+        try:
+            status = process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        return f"it was ended by signal {-status}" if status < 0 else f"it exited with {status}"

@@ -1,0 +1,105 @@
+"""A model in place, on one rank in this process or on several in others, ready to run steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from engine.config import Config
+from engine.execution.memory import cache_pages
+from engine.execution.parallel import RankStepper
+from engine.execution.profile import Shape
+from engine.execution.rank import Rank, RankFacts
+from engine.execution.stepper import Stepper, stepper_for
+from engine.scheduling.plan import Plan, StepResult
+from engine.weights.checkpoint import Checkpoint
+
+Timeline = list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a scheduler drives. `run` runs one step while nothing else does; `facts` are those of
+    each rank; `buffers` are bytes of activations."""
+
+    stepper: Stepper
+    run: Callable[[Plan], StepResult]
+    facts: Sequence[RankFacts]
+    shape: Shape
+    buffers: int
+    description: str
+
+
+def place_model(
+    config: Config,
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None],
+    timeline: Timeline,
+) -> Device:
+    """Load the weights and allocate the cache; seconds go to `timeline`. Raises ConfigError."""
+    if config.execution.tensor_parallel > 1:
+        return _place_on_ranks(config, checkpoint, progress, timeline)
+    with stage(timeline, "weights"):
+        rank = Rank(config, checkpoint, None, progress)
+    with stage(timeline, "cache"):
+        pages = pages_for(config, [rank.facts])
+        runner = rank.allocate(pages)
+    return Device(
+        stepper_for(runner),
+        lambda plan: runner.run(runner.fill(plan)),
+        [rank.facts],
+        step_shape(config, rank.facts, pages),
+        runner.buffer_bytes(),
+        rank.facts.description,
+    )
+
+
+def pages_for(config: Config, facts: Sequence[RankFacts]) -> int:
+    """Pages of the cache, which all ranks have a part of. Raises ConfigError if none fits."""
+    section, running, first = config.cache, config.scheduler.max_running, facts[0]
+    if first.free is None:
+        page = sum(rank.page for rank in facts)
+        return cache_pages(section, page, first.context, running)
+    return min(cache_pages(section, rank.page, rank.context, running, rank.free) for rank in facts)
+
+
+def step_shape(config: Config, facts: RankFacts, pages: int) -> Shape:
+    """What steps can be made of."""
+    size, batch = config.cache.page_size, config.scheduler
+    context = min(facts.context, pages * size)
+    return Shape(batch.max_batch_tokens, batch.max_running, context, size, pages)
+
+
+def _place_on_ranks(
+    config: Config,
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None],
+    timeline: Timeline,
+) -> Device:
+    ranks = config.execution.tensor_parallel
+    with stage(timeline, "ranks"):
+        stepper = RankStepper(
+            config,
+            str(checkpoint.path),
+            partial(pages_for, config),
+            progress,
+        )
+    facts = stepper.facts
+    timeline.append(("weights, slowest rank", max(rank.seconds for rank in facts)))
+    # Exact ranks compute what one would, so what they cached is the same.
+    description = facts[0].description
+    if not config.execution.exact_ranks:
+        description += f" on {ranks} ranks"
+    shape = step_shape(config, facts[0], stepper.pages)
+    return Device(stepper, stepper.run, facts, shape, stepper.buffers, description)
+
+
+@contextmanager
+def stage(timeline: Timeline, name: str) -> Iterator[None]:
+    """Note how long something takes."""
+    start = time.perf_counter()
+    yield
+    timeline.append((name, time.perf_counter() - start))

@@ -1,0 +1,281 @@
+"""Many ranks as one `Stepper`: starts their processes, watches them, and starts them again.
+
+Every rank is a process, so that none can take the server with it. A thread of the server's sends
+them steps and collects their answers. A rank that dies, says that it failed, or does not answer in
+time takes all with it: they are killed at once, one `DeviceLost` says so, and others are started.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from engine.config import Config
+from engine.errors import ConfigError, DeviceLost, EngineFailed
+from engine.execution.crew import Crew, RankLost
+from engine.execution.messages import Allocate, Done, Loaded, Loading, Log, Ready, encode
+from engine.execution.mirror import PlanWriter
+from engine.execution.rank import RankFacts
+from engine.execution.stepper import CLOSE_SECONDS
+from engine.scheduling.plan import Plan, StepResult
+
+logger = logging.getLogger("ryzanstein.engine")
+
+# Losses in a row, without a step between them, after which nothing is started any more.
+MAX_LOSSES = 3
+# A step hangs that takes longer than this, and than so many times almost all steps before it.
+LEAST_SECONDS, TIMES_USUAL = 1.0, 10.0
+# Steps that are remembered, and how often the usual time is found anew.
+REMEMBERED, EVERY = 512, 64
+# Starting ranks say what they do; one that is silent for so long hangs.
+SILENT_SECONDS = 300.0
+
+
+class Pace:
+    """How long steps usually take, and so when one hangs."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._count = 0
+        self._usual = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """A step has taken so long."""
+        self._seconds.append(seconds)
+        if self._count % EVERY == 0 or seconds > self._usual:
+            self._usual = sorted(self._seconds)[int(0.99 * (len(self._seconds) - 1))]
+        self._count += 1
+
+    def limit(self, predicted: float) -> float:
+        """Seconds after which a step hangs that should take `predicted`. The very first ones, that
+        show what a machine can do, have long."""
+        if not self._seconds:
+            return SILENT_SECONDS
+        return max(LEAST_SECONDS, TIMES_USUAL * max(self._usual, predicted))
+
+
+@dataclass
+class Flight:
+    """A step under way: since when, how long it should take, and which ranks have finished it."""
+
+    number: int
+    begun: float
+    predicted: float
+    done: dict[int, Done] = field(default_factory=dict)
+
+
+class RankStepper:
+    """Runs plans on `ranks` processes. `pages` says how many pages the cache has, given what the
+    ranks are. Raises ConfigError if they cannot be started."""
+
+    def __init__(
+        self,
+        config: Config,
+        path: str,
+        pages: Callable[[Sequence[RankFacts]], int],
+        progress: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
+        self._config = config
+        self._path = path
+        self._choose = pages
+        self._progress = progress
+        self.pages = 0
+        """Pages of the cache."""
+        self.facts: list[RankFacts] = []
+        self.buffers = 0
+        """Bytes of all ranks' activations."""
+        self.losses = 0
+        self.pids: list[int] = []
+        """Processes of the ranks, first rank first."""
+        self._pace = Pace()
+        self._writer = PlanWriter()
+        self._lock = threading.Lock()
+        self._crew: Crew | None = None
+        self._flights: deque[Flight] = deque()
+        self._outcomes: deque[StepResult | DeviceLost] = deque()
+        self._lost = False
+        self._steps = 0
+        self._closing = False
+        self._read, self._write = os.pipe()
+        self._wake_read, self._wake_write = os.pipe()
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._supervise, args=(started,), name="ryzanstein-ranks", daemon=True
+        )
+        self._thread.start()
+        started.result()
+
+    @property
+    def available(self) -> bool:
+        return self._crew is not None and not self._lost
+
+    def submit(self, plan: Plan) -> None:
+        data = encode(self._writer.write(plan))
+        with self._lock:
+            if self._lost:
+                return  # it goes with those before it
+            if self._crew is None:
+                raise EngineFailed("the model's ranks are being started")
+            self._flights.append(Flight(plan.step, time.monotonic(), plan.predicted))
+            if not self._crew.send(data):
+                self._wake()
+
+    def ready(self) -> bool:
+        return bool(self._outcomes)
+
+    def result(self) -> StepResult:
+        os.read(self._read, 1)
+        with self._lock:
+            outcome = self._outcomes.popleft()
+            if isinstance(outcome, StepResult):
+                return outcome
+            self._writer, self._lost = PlanWriter(), False
+        raise outcome
+
+    def run(self, plan: Plan) -> StepResult:
+        """Submit a plan and wait for its result."""
+        self.submit(plan)
+        while not self.ready():
+            select.select([self._read], [], [])
+        return self.result()
+
+    def fileno(self) -> int:
+        return self._read
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._wake()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            raise EngineFailed("the thread that watches the ranks hangs; it was left behind")
+        for descriptor in (self._read, self._write, self._wake_read, self._wake_write):
+            os.close(descriptor)
+
+    def _wake(self) -> None:
+        os.write(self._wake_write, b"\0")
+
+    def _supervise(self, started: Future[None]) -> None:
+        """Keep ranks running until closed, or until it is no use."""
+        in_a_row = 0
+        while not self._closing:
+            self._steps = 0
+            crew = None
+            try:
+                crew = Crew(self._config, self._path, self._wake_read)
+                self._start(crew)
+                if not started.done():
+                    started.set_result(None)
+                self._serve(crew)
+            except BaseException as error:  # noqa: BLE001  (whoever waits gets it, or the log)
+                if crew is not None:
+                    crew.kill()
+                if not started.done():
+                    started.set_exception(_refusal(error))
+                    return
+                in_a_row = 1 if self._steps else in_a_row + 1
+                self._lose(error, final=in_a_row >= MAX_LOSSES)
+                if in_a_row >= MAX_LOSSES:
+                    return
+            else:
+                crew.stop()
+
+    def _start(self, crew: Crew) -> None:
+        """Bring all ranks to where they run steps. Raises RankLost, or ConfigError."""
+        loaded: dict[int, RankFacts] = {}
+        ready: dict[int, int] = {}
+        sized = False
+        while len(ready) < crew.ranks and not self._closing:
+            messages = crew.receive(SILENT_SECONDS)
+            if messages is None:
+                raise RankLost(f"the ranks said nothing for {SILENT_SECONDS:.0f} s while starting")
+            for rank, message in messages:
+                if isinstance(message, Loading) and rank == 0 and not self.pages:
+                    self._progress(message.done, message.total)
+                elif isinstance(message, Loaded):
+                    loaded[rank] = message.facts
+                elif isinstance(message, Ready):
+                    ready[rank] = message.buffers
+            if len(loaded) == crew.ranks and not sized:
+                self.facts = [loaded[rank] for rank in range(crew.ranks)]
+                # Those that take others' places have the cache that they had.
+                self.pages = self.pages or self._choose(self.facts)
+                crew.send(encode(Allocate(self.pages)))
+                sized = True
+        self.buffers = sum(ready.values())
+        with self._lock:
+            self.pids = crew.pids
+            self._crew = crew
+
+    def _serve(self, crew: Crew) -> None:
+        """Collect results until closed. Raises RankLost."""
+        while not self._closing:
+            with self._lock:
+                oldest = self._flights[0] if self._flights else None
+            wait, limit = None, 0.0
+            if oldest is not None:
+                limit = self._pace.limit(oldest.predicted)
+                wait = max(0.0, oldest.begun + limit - time.monotonic())
+            messages = crew.receive(wait)
+            if messages is None:
+                # One more look: it may be this thread that was held up.
+                messages = crew.receive(0.0)
+            if messages is None:
+                raise RankLost(f"a step hangs: it took more than {limit:.1f} s")
+            for rank, message in messages:
+                assert isinstance(message, Done | Log), "a rank that runs has nothing else to say"
+                if isinstance(message, Done):
+                    self._take(rank, message)
+
+    def _take(self, rank: int, done: Done) -> None:
+        """Note that a rank has finished a step; when all have, it has a result."""
+        now = time.monotonic()
+        with self._lock:
+            flight = next(f for f in self._flights if rank not in f.done)
+            assert flight.number == done.number, "ranks run steps in order"
+            flight.done[rank] = done
+            if len(flight.done) < self._config.execution.tensor_parallel:
+                return
+            self._flights.popleft()
+            if self._flights:
+                self._flights[0].begun = now
+        if len({each.checksum for each in flight.done.values()}) > 1:
+            raise RankLost(f"ranks drew different tokens in step {flight.number}")
+        self._pace.observe(now - flight.begun)
+        self._steps += 1
+        first = flight.done[0]
+        self._put(StepResult(first.ids, first.logprobs, first.top, first.seconds))
+
+    def _lose(self, error: BaseException, *, final: bool) -> None:
+        """Everything under way is lost."""
+        expected = isinstance(error, RankLost | ConfigError)
+        logger.error("the ranks are lost: %s", error, exc_info=None if expected else error)
+        with self._lock:
+            running, self._crew, self.pids = self._crew is not None, None, []
+            self._flights.clear()
+            self._lost = self._lost or running
+            self.losses += 1
+        if final:
+            message = f"{MAX_LOSSES} times in a row the ranks were lost: {error}"
+            self._put(DeviceLost(message, final=True))
+        elif running:
+            message = "a rank of the model was lost, and with it the answer; try again"
+            self._put(DeviceLost(message))
+
+    def _put(self, outcome: StepResult | DeviceLost) -> None:
+        # In this order, so that whoever sees the outcome finds the byte, which may not block.
+        os.write(self._write, b"\0")
+        self._outcomes.append(outcome)
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """What is raised to whoever wanted ranks that could not be started."""
+    return ConfigError(f"cannot start the ranks: {error}") if isinstance(error, RankLost) else error

@@ -1,0 +1,156 @@
+"""One rank: a model, or its shard of one, in place on a device."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from engine.config import CacheSection, Config
+from engine.errors import ConfigError
+from engine.execution.cache import Cache, ColdFile
+from engine.execution.memory import private_memory
+from engine.execution.runner import Runner, StagingShape
+from engine.models import load_model
+from engine.models.shard import Shard
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.sources import cache_folder
+from kernels.backend import Backend, CacheDType, CacheLayout, available_cores, select_backend
+from kernels.collectives import Place
+from kernels.ops import Recorder
+
+
+class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is, once its weights are in place; sizes are bytes. `free` is None where the
+    cache lies in the host's memory; `program` is the interpreter's and its libraries' memory."""
+
+    description: str
+    hardware: str
+    kv_dtype: CacheDType
+    vocab_size: int
+    context: int
+    page: int
+    weights: int
+    program: int
+    free: int | None
+    seconds: float
+
+
+class Rank:
+    """Loads the weights; `allocate` then makes what runs steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        place: Place | None,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        start, before = time.perf_counter(), private_memory()
+        self._config = config
+        execution = config.execution
+        shard = Shard() if place is None else Shard(place.rank, place.ranks)
+        cores = max(1, available_cores() // shard.ranks)
+        try:
+            self._backend, kv_dtype = select_backend(
+                execution.backend,
+                dtype=config.model.dtype,
+                cache_dtype=config.cache.dtype,
+                threads=execution.threads or cores,
+                instructions=execution.instructions,
+                packed_file=_packed_file(config, checkpoint.path, shard),
+                batch_invariant=execution.batch_invariant,
+                place=place,
+            )
+        except ValueError as error:
+            raise ConfigError(f"execution.backend: {error}") from error
+        self._model = load_model(
+            checkpoint, self._backend, progress, shard, exact=execution.exact_ranks
+        )
+        shape = self._model.config
+        context = min(shape.max_context, config.model.max_context or shape.max_context)
+        if context < 2:
+            raise ConfigError(
+                "model.max_context is 1; a prompt and its answer need at least 2 tokens"
+            )
+        size = config.cache.page_size
+        self._layout = CacheLayout(shape.layers, self._model.heads, size, kv_dtype, context)
+        self.facts = RankFacts(
+            description=self._backend.describe(),
+            hardware=self._backend.hardware,
+            kv_dtype=kv_dtype,
+            vocab_size=shape.vocab_size,
+            context=context,
+            page=self._layout.bytes_per_page,
+            weights=self._backend.loaded_bytes(),
+            program=before,
+            free=self._backend.free_bytes(),
+            seconds=time.perf_counter() - start,
+        )
+
+    def abort(self) -> None:
+        """Let the other ranks know that this one will not meet them again."""
+        if self._backend.collectives is not None:
+            self._backend.collectives.abort()
+
+    def allocate(self, pages: int) -> Runner:
+        """A runner with a cache of so many pages. Raises ConfigError if the kernels have no such
+        cache."""
+        batch, backend, layout = self._config.scheduler, self._backend, self._layout
+        try:
+            # One page more, for what is written for nobody.
+            backend.allocate_cache(layout, pages + 1)
+        except ValueError as error:
+            raise ConfigError(f"{error}; execution.backend=torch takes any") from error
+        recorder = Recorder()
+        tape = recorder.finish(self._model.forward(recorder))
+        program = backend.compile(tape, batch.max_batch_tokens, batch.max_running)
+        context = min(layout.max_context, pages * layout.page_size)
+        staging = StagingShape(
+            slots=batch.max_running,
+            pages=pages,
+            pages_per_sequence=-(-context // layout.page_size),
+            page_size=layout.page_size,
+            vocab_size=self.facts.vocab_size,
+        )
+        cache = _cache(self._config.cache, backend, layout.dtype)
+        return Runner(backend, program, cache, staging)
+
+
+def weights_identity(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files that hold the weights and say how to read them."""
+    files = [path]
+    if path.is_dir():
+        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def _cache(section: CacheSection, backend: Backend, kv_dtype: str) -> Cache:
+    """The cache, and where its evicted pages go."""
+    pages, cold_slots = backend.pages(), section.cold_tokens // section.page_size
+    if not cold_slots:
+        return Cache(pages)
+    codec, page_bytes = None, pages.page_bytes
+    if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
+        try:
+            codec = backend.page_codec(section.cold_dtype)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        page_bytes = codec.page_bytes
+    folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
+    return Cache(pages, ColdFile(folder, cold_slots, page_bytes), codec)
+
+
+def _packed_file(config: Config, path: Path, shard: Shard) -> tuple[Path, str] | None:
+    """Where packed weights are kept, and what they are made from; None if they are not to be."""
+    if not config.model.keep_packed:
+        return None
+    made = (config.model.dtype, shard.rank, shard.ranks, config.execution.exact_ranks)
+    # One file for each source and format: a new version of the source takes the old one's place.
+    text = repr((str(path.resolve()), made))
+    place = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    file = cache_folder() / "packed" / f"{path.stem[:40]}-{place}.packed"
+    return file, repr((weights_identity(path), made))
