@@ -71,11 +71,11 @@ class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The device. `threads` 0 uses every core; `instructions` is for the native kernels.
     `batch_invariant` makes a GPU's results independent of the batch, at a price; a CPU's are.
     `tensor_parallel` ranks, a process each, share the model, and the cores or a GPU each; then
-    `threads` are those of one. `exact_ranks` have them compute the very bits that one would."""
+    `threads` are those of one. On a CPU `exact_ranks` compute the very bits that one would."""
 
     backend: str = "auto"
     tensor_parallel: Annotated[int, Meta(ge=1, le=63)] = 1
-    exact_ranks: bool = False
+    exact_ranks: bool = True
     batch_invariant: bool = False
     instructions: Literal["auto", "avx2", "avx512", "avx512bf16"] = "auto"
     threads: NonNegative = 0

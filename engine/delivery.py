@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.scheduling.scheduler import Scheduler
@@ -57,10 +57,6 @@ class Delivery:
             any(s.state in (State.WAITING, State.RUNNING) for s in active.sequences)
             for active in self._active.values()
         )
-
-    def ids(self) -> Iterator[str]:
-        """Ids of the active requests."""
-        return iter(self._active)
 
     def open(
         self, request: Request, sequences: list[ScheduledSequence], stream: TokenStream
@@ -135,6 +131,11 @@ class Delivery:
             self._scheduler.finish(sequence, "error")
         active.stream.fail(error)
         self._close(active, "error")
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request with an error."""
+        for request_id in list(self._active):
+            self.fail(request_id, error)
 
     def _push(self, active: Active, sequence: ScheduledSequence) -> None:
         """One new token of one sequence."""

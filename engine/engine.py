@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -16,9 +15,11 @@ import anyio
 
 from engine.config import Config, load_config
 from engine.delivery import Delivery
-from engine.errors import DeadlineExceeded, EngineFailed, InvalidRequest
+from engine.errors import DeadlineExceeded, DeviceLost, EngineFailed, InvalidRequest
+from engine.failures import Failures
 from engine.loading import Parts, load
-from engine.scheduling.admission import Admission, check_ids, check_length, share_tokens
+from engine.requests import make_request
+from engine.scheduling.admission import Admission, check_ids
 from engine.scheduling.plan import Plan
 from engine.scheduling.sequence import Sequence as ScheduledSequence
 from engine.scheduling.tenants import Tenant
@@ -41,11 +42,9 @@ T = TypeVar("T")
 
 # Longer prompts than this are tokenized on another thread.
 LONG_TEXT = 16_384
-# After so many failed steps in a row the engine stops trying.
-MAX_FAILURES = 3
 UPKEEP_SECONDS = 1.0
-# How long before a step's predicted end the next is planned, and the share that it may be off.
-LEAD_SECONDS, LEAD_SHARE = 0.002, 0.1
+# How far off a step's predicted end may be.
+LEAD_SHARE = 0.1
 
 
 class AsyncEngine:
@@ -82,9 +81,8 @@ class AsyncEngine:
         # Steps that have been submitted, oldest first, and when the oldest began to run.
         self._flying: deque[tuple[Plan, float]] = deque()
         self._step_started: float | None = None
-        self._failures = 0
-        self._tainted = 0  # steps in flight that were submitted before one ahead of them failed
-        self._failed: EngineFailed | None = None
+        self._held = False  # whether there is work that waits for the device
+        self._failures = Failures()
         self._draining = False
 
     @classmethod
@@ -124,7 +122,7 @@ class AsyncEngine:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._draining = True
-        self._fail_all(EngineFailed("the engine was closed"))
+        self._delivery.fail_all(EngineFailed("the engine was closed"))
         await self._stack.aclose()
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.parts.stepper.close)
@@ -185,25 +183,14 @@ class AsyncEngine:
         params.validate(self.parts.vocab_size)
         arrival = self.parts.clock.now()
         ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        scheduler, limits = self.parts.scheduler, self.parts.limits
-        tenant = scheduler.queue.tenant(terms.tenant)
-        room = share_tokens(tenant, scheduler.pool.total, scheduler.pool.page_size)
-        max_tokens = check_length(len(ids), params.max_tokens, limits, room)
-        self.check_ids(ids)
-        request = Request(
-            id=request_id or uuid.uuid4().hex,
-            prompt_ids=tuple(ids),
-            sampling=params,
-            max_tokens=max_tokens,
-            seed=(self._seeds() if params.seed is None else params.seed) % 2**64,
+        request = make_request(
+            self.parts,
+            ids,
+            params,
+            terms,
+            request_id=request_id,
+            seed=self._seeds() if params.seed is None else params.seed,
             arrival=arrival,
-            priority=min(terms.priority, tenant.max_priority),
-            deadline=arrival + terms.deadline,
-            first_token_deadline=arrival + terms.first_token_deadline,
-            target_itl=terms.target_itl,
-            tenant=terms.tenant,
-            namespace=terms.namespace,
-            eos_token_ids=self.parts.tokenizer.eos_token_ids,
         )
         self._check_open(request.id)
         self._admission.admit(request, self.parts.clock.now())
@@ -280,11 +267,14 @@ class AsyncEngine:
         return len(self._delivery) if self._parts is not None else 0
 
     def health(self) -> str:
-        """`ok`, `loading`, `draining`, `stalled` (a step hangs) or `failed`."""
-        if self._failed is not None:
+        """`ok`, `loading`, `draining`, `stalled` (a step hangs), `restarting` (the model's ranks
+        are being started again) or `failed`."""
+        if self._failures.final is not None:
             return "failed"
         if self._parts is None:
             return "loading"
+        if not self._parts.stepper.available:
+            return "restarting"
         started = self._step_started
         if started is not None and self.parts.clock.now() - started > self._stall_seconds:
             return "stalled"
@@ -296,11 +286,11 @@ class AsyncEngine:
         with anyio.move_on_after(seconds):
             while self._delivery.moving:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
                 await anyio.sleep(0.02)
-        self._fail_all(EngineFailed("the server shut down before the answer was complete"))
+        self._delivery.fail_all(EngineFailed("the server shut down before the answer was complete"))
 
     def _check_open(self, request_id: str) -> None:
-        if self._failed is not None:
-            raise self._failed
+        if self._failures.final is not None:
+            raise self._failures.final
         if self._draining:
             raise EngineFailed("the server is shutting down and takes no new requests")
         if request_id in self._delivery:
@@ -326,13 +316,12 @@ class AsyncEngine:
 
     async def _run(self) -> None:
         """Turn until cancelled or broken."""
-        while self._failed is None:
+        while self._failures.final is None:
             try:
                 await self._turn()
             except Exception as error:
                 logger.error("the engine's loop failed", exc_info=error)
-                self._failed = EngineFailed("the engine broke; restart the server")
-                self._fail_all(self._failed)
+                self._failures.end(self._delivery, "the engine broke; restart the server")
         # A pipe that nobody reads any more would keep the loop busy.
         asyncio.get_running_loop().remove_reader(self.parts.stepper.fileno())
 
@@ -341,7 +330,7 @@ class AsyncEngine:
         while True:
             await anyio.sleep(UPKEEP_SECONDS)
             late = self.parts.scheduler.deadlines.next <= self.parts.clock.now()
-            if self.parts.upkeep() or late:
+            if self.parts.upkeep() or late or self._held:
                 self._wake.set()
 
     async def _turn(self) -> None:
@@ -350,12 +339,15 @@ class AsyncEngine:
         if not self._flying and not self._submit():
             await self._wake.wait()
             self._wake = anyio.Event()
+            if self.parts.stepper.ready():
+                self._take_loss()
             return
         plan, begun = self._flying[0]
         if self._look_ahead and len(self._flying) == 1:
             # As late as it can be, so that arrivals and aborts are in it.
             expected = begun + plan.predicted
-            await self._step_end(expected - LEAD_SECONDS - LEAD_SHARE * plan.predicted)
+            lead = self.parts.stepper.lead + LEAD_SHARE * plan.predicted
+            await self._step_end(expected - lead)
             if not self.parts.stepper.ready():
                 self._submit()
         await self._step_end()
@@ -371,6 +363,9 @@ class AsyncEngine:
         for sequence in scheduler.deadlines.passed(begin):
             error = DeadlineExceeded("the deadline passed before the answer was complete")
             self._delivery.fail(sequence.request.id, error)
+        self._held = not self.parts.stepper.available and scheduler.has_work
+        if self._held:
+            return False
         plan = scheduler.plan()
         if plan.is_empty:
             return False
@@ -399,10 +394,14 @@ class AsyncEngine:
         self._step_started = arrived if self._flying else None
         try:
             result = self.parts.stepper.result()
-        except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
-            self._step_failed(plan, error)
+        except DeviceLost as error:
+            self._device_lost([plan, *(later for later, _ in self._flying)], error)
             return
-        self._failures, self._tainted = (0, 0) if not self._tainted else (self._failures, 0)
+        except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
+            behind = len(self._flying)
+            self._failures.step_failed(scheduler, self._delivery, plan, error, behind)
+            return
+        self._failures.step_succeeded()
         moved = scheduler.commit(plan, result)
         scheduler.observe(plan, result, arrived - begun)
         committed = clock.now()
@@ -415,26 +414,20 @@ class AsyncEngine:
         # A loop may call this once more after the result has been taken.
         if self.parts.stepper.ready():
             self._stepped.wake()
+            if not self._flying:
+                self._wake.set()  # the device was lost while nothing ran
 
-    def _step_failed(self, plan: Plan, error: Exception) -> None:
-        """End the step's requests with one error; the others go on, unless it keeps happening."""
-        if self._tainted:
-            self._tainted -= 1  # it built on a step that had failed
-        else:
-            self._failures += 1
-            self._tainted = len(self._flying)
-        logger.error("step %d failed: %s", plan.step, error, exc_info=error)
-        failure = EngineFailed(f"the model's step failed: {type(error).__name__}")
-        for sequence in self.parts.scheduler.discard(plan):
-            self._delivery.fail(sequence.request.id, failure)
-        if self._failures >= MAX_FAILURES:
-            self._failed = EngineFailed(f"{MAX_FAILURES} steps in a row failed; restart the server")
-            self._fail_all(self._failed)
+    def _take_loss(self) -> None:
+        """What comes without a step is a loss."""
+        try:
+            self.parts.stepper.result()
+        except DeviceLost as error:
+            self._device_lost([], error)
 
-    def _fail_all(self, error: EngineFailed) -> None:
-        if self._parts is not None:
-            for request_id in list(self._delivery.ids()):
-                self._delivery.fail(request_id, error)
+    def _device_lost(self, plans: Sequence[Plan], error: DeviceLost) -> None:
+        self._flying.clear()
+        self._step_started = None
+        self._failures.device_lost(self.parts.scheduler, self._delivery, plans, error)
 
     def _emit(self, plan: Plan, seconds: dict[str, float]) -> None:
         if self._listeners:

@@ -118,7 +118,7 @@ def _finish(
     facts, shape = device.facts, device.shape
     # What came back from a tier that rounds is not what was computed.
     rounded = config.cache.cold_dtype if config.cache.cold_tokens else "auto"
-    formats = (device.description, config.model.dtype, facts[0].kv_dtype, rounded)
+    formats = (facts[0].description, config.model.dtype, facts[0].kv_dtype, rounded)
     fingerprint = _fingerprint(path, formats)
     with stage(timeline, "profile"):
         file = _profile_file(config, fingerprint, shape)
@@ -142,7 +142,7 @@ def _finish(
         controller = CacheController(parts.scheduler.pool, page_bytes, low, floor)
         parts.upkeep = Upkeep(parts.scheduler, controller, read_pressure)
     parts.device = (
-        f"{facts[0].hardware}, {device.description}, {weights / 1e6:.0f} MB of weights, "
+        f"{facts[0].hardware}, {facts[0].description}, {weights / 1e6:.0f} MB of weights, "
         f"{facts[0].kv_dtype} KV cache"
     )
     return parts

@@ -43,6 +43,13 @@ Overrides = Annotated[
     Parameter(name="--set", help="Any setting, such as cache.tokens=65536; may be repeated."),
 ]
 Threads = Annotated[int | None, Parameter(help="CPU threads for the model; all cores by default.")]
+TensorParallel = Annotated[
+    int | None,
+    Parameter(
+        name="--tensor-parallel",
+        help="Processes that share the model, each with its share of the cores, or a GPU.",
+    ),
+]
 DTypeName = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"] | None,
     Parameter(help="How weights are stored; auto keeps a file's 4-bit and 8-bit weights."),
@@ -72,6 +79,7 @@ def serve(
     config: ConfigFile = None,
     set_: Overrides = (),
     threads: Threads = None,
+    tensor_parallel: TensorParallel = None,
     dtype: DTypeName = None,
     accept_terms: AcceptTerms = False,
 ) -> int:
@@ -81,13 +89,14 @@ def serve(
     """
     from server.serving import serve as run
 
-    network = {
+    more = {
         "server.host": host,
         "server.port": port,
         "server.tenants_file": None if tenants is None else str(tenants),
         "scheduler.target_itl_ms": target_itl_ms,
+        "execution.tensor_parallel": tensor_parallel,
     }
-    settings = _settings(config, set_, model, threads, dtype, network)
+    settings = _settings(config, set_, model, threads, dtype, more)
     return run(settings, accept_terms=_consent(accept_terms), console=errors)
 
 

@@ -10,7 +10,7 @@ def audit(scheduler: Scheduler) -> None:
     """Raises AssertionError if anything is lost, held twice or given away."""
     running = scheduler.running
     retiring = [pages for plan in scheduler.in_flight for pages in plan.retired_pages]
-    scheduler.pool.audit([*(s.pages for s in running), *retiring, *scheduler._prefixes.sources])
+    scheduler.pool.audit([*(s.pages for s in running), *retiring, *scheduler.prefixes.sources])
     slots = [s.slot for s in running] + scheduler._slots
     slots += [slot for plan in scheduler.in_flight for slot in plan.retired_slots]
     assert sorted(slots) == list(range(scheduler.limits.max_running)), "a slot is lost"

@@ -30,7 +30,6 @@ class Device:
     facts: Sequence[RankFacts]
     shape: Shape
     buffers: int
-    description: str
 
 
 def place_model(
@@ -53,7 +52,6 @@ def place_model(
         [rank.facts],
         step_shape(config, rank.facts, pages),
         runner.buffer_bytes(),
-        rank.facts.description,
     )
 
 
@@ -79,7 +77,6 @@ def _place_on_ranks(
     progress: Callable[[int, int], None],
     timeline: Timeline,
 ) -> Device:
-    ranks = config.execution.tensor_parallel
     with stage(timeline, "ranks"):
         stepper = RankStepper(
             config,
@@ -89,12 +86,8 @@ def _place_on_ranks(
         )
     facts = stepper.facts
     timeline.append(("weights, slowest rank", max(rank.seconds for rank in facts)))
-    # Exact ranks compute what one would, so what they cached is the same.
-    description = facts[0].description
-    if not config.execution.exact_ranks:
-        description += f" on {ranks} ranks"
     shape = step_shape(config, facts[0], stepper.pages)
-    return Device(stepper, stepper.run, facts, shape, stepper.buffers, description)
+    return Device(stepper, stepper.run, facts, shape, stepper.buffers)
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from kernels.ops import Recorder
 
 
 class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank is, once its weights are in place; sizes are bytes. `free` is None where the
-    cache lies in the host's memory; `program` is the interpreter's and its libraries' memory."""
+    """What a rank is, once its weights are in place; sizes are bytes. The same `description` means
+    the same numbers. `free` is None where the cache lies in the host's memory; `program` is the
+    interpreter's and its libraries' memory."""
 
     description: str
     hardware: str
@@ -67,9 +68,9 @@ class Rank:
             )
         except ValueError as error:
             raise ConfigError(f"execution.backend: {error}") from error
-        self._model = load_model(
-            checkpoint, self._backend, progress, shard, exact=execution.exact_ranks
-        )
+        # A GPU has other kernels for other shapes, and to meet costs it more.
+        exact = execution.exact_ranks and self._backend.name != "triton"
+        self._model = load_model(checkpoint, self._backend, progress, shard, exact=exact)
         shape = self._model.config
         context = min(shape.max_context, config.model.max_context or shape.max_context)
         if context < 2:
@@ -78,8 +79,11 @@ class Rank:
             )
         size = config.cache.page_size
         self._layout = CacheLayout(shape.layers, self._model.heads, size, kv_dtype, context)
+        description = self._backend.describe()
+        if place is not None and not (exact and self._backend.name == "native"):
+            description += f" on {place.ranks} ranks"
         self.facts = RankFacts(
-            description=self._backend.describe(),
+            description=description,
             hardware=self._backend.hardware,
             kv_dtype=kv_dtype,
             vocab_size=shape.vocab_size,

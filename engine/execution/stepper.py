@@ -37,6 +37,11 @@ class Stepper(Protocol):
         """Whether steps can be submitted now; if not, they can be again later."""
         ...
 
+    @property
+    def lead(self) -> float:
+        """Seconds before a step's end that the next should be submitted, to run right behind it."""
+        ...
+
     def ready(self) -> bool:
         """Whether a step has finished whose result was not taken yet."""
         ...
@@ -87,6 +92,10 @@ class ThreadStepper(Generic[F]):
     @property
     def available(self) -> bool:
         return True
+
+    @property
+    def lead(self) -> float:
+        return 0.002
 
     def ready(self) -> bool:
         return bool(self._outcomes)

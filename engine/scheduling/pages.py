@@ -183,6 +183,17 @@ class PagePool:
         self._blank = sorted([*self._blank, *pages], reverse=True)
         return pages
 
+    def forget(self) -> None:
+        """Make every free page blank, since nothing lies in it any more."""
+        for page in range(self.total):
+            if page in self._order:
+                self._order.remove(page)
+                for digest in self._names[page]:
+                    del self._by_name[digest]
+                self._names[page] = ()
+                self._blank.append(page)
+        self._blank.sort(reverse=True)
+
     def audit(self, holders: Iterable[Sequence[int]]) -> None:
         """Check every invariant against the page lists of all holders; for tests.
 

@@ -78,6 +78,14 @@ class Prefixes:
         self.urgent = self.urgent or bool(pages)
         return len(pages)
 
+    def forget(self) -> None:
+        """Whatever was computed is gone, with the moves that were to come."""
+        for pages in self.sources:
+            self.pool.release(pages)
+        self.sources, self.moves, self.urgent = [], [], False
+        self.pool.forget()
+        self.cold.clear()
+
     def claim(self, chunk: Chunk) -> None:
         """Let others wait for the pages that a chunk computes."""
         sequence, size = chunk.sequence, self.pool.page_size

@@ -54,8 +54,8 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.in_flight: deque[Plan] = deque()
         self.preemptions = 0
-        self._prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
-        self._room = Room(self._prefixes, self.queue, self.lengths, limits.max_running)
+        self.prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
+        self._room = Room(self.prefixes, self.queue, self.lengths, limits.max_running)
         self._clock = clock
         self._steps = 0
         self._slots = list(range(limits.max_running - 1, -1, -1))
@@ -93,7 +93,7 @@ class Scheduler:
             self._admit(plan)
         if self.prefilling:
             self._plan_prefills(plan)
-        prefixes = self._prefixes
+        prefixes = self.prefixes
         if plan.is_empty and not prefixes.urgent:
             return plan
         self._steps += 1
@@ -119,11 +119,11 @@ class Scheduler:
             if sequence in plan.dropped:
                 continue
             sequence.computed = chunk.start + chunk.count
-            self._prefixes.publish(sequence)
+            self.prefixes.publish(sequence)
             if sequence.wants_prompt_logprobs:
                 score_prompt(chunk, result, first)
             if chunk.sample:
-                self._prefixes.publish_tail(sequence)
+                self.prefixes.publish_tail(sequence)
                 self._append(sequence, result, row - 1)
                 moved.append(sequence)
         self._retire(plan)
@@ -191,7 +191,7 @@ class Scheduler:
         """Bring the pages in use to about `pages`; only free ones can go. Returns the change."""
         change = pages - self.pool.available
         if change < 0:
-            return -self._prefixes.park(-change)
+            return -self.prefixes.park(-change)
         self._freed += 1
         return len(self.pool.unpark(change))
 
@@ -234,7 +234,7 @@ class Scheduler:
         for sequence in [self.prefilling[n] for *_, n in ordered]:
             if sequence.state is not State.RUNNING:
                 continue  # made room for an earlier one
-            if not self._prefixes.catch_up(sequence):
+            if not self.prefixes.catch_up(sequence):
                 continue
             count = budget.chunk(sequence)
             if count > 0 and self._grow(sequence, count, plan):
@@ -249,7 +249,7 @@ class Scheduler:
             rows = count
         write = start >= sequence.shared * self.pool.page_size
         chunk = Chunk(sequence, start, count, rows, sample, write)
-        self._prefixes.claim(chunk)
+        self.prefixes.claim(chunk)
         plan.chunks.append(chunk)
         budget.take(chunk)
         sequence.scheduled = start + count
@@ -328,7 +328,7 @@ class Scheduler:
         self._entered.add(sequence)
         self._blocked = None
         self._told.pop(sequence.account, None)
-        reason = f"{self._prefixes.known_pages(sequence)} pages known"
+        reason = f"{self.prefixes.known_pages(sequence)} pages known"
         plan.decisions.append(Decision("admit", sequence.request.id, reason, now))
 
     # Room
@@ -399,7 +399,7 @@ class Scheduler:
         """Give back what only this step still named."""
         for chunk in plan.chunks:
             if chunk.claims:
-                self._prefixes.unclaim(chunk)
+                self.prefixes.unclaim(chunk)
         if plan.retired_pages or plan.retired_slots:
             for pages in plan.retired_pages:
                 self.pool.release(pages)
@@ -418,7 +418,7 @@ class Scheduler:
             length = len(tokens)
             sequence.computed = length
             if not length % size:
-                self._prefixes.publish(sequence)
+                self.prefixes.publish(sequence)
             moved.append(sequence)
             if (
                 token in sequence.ends

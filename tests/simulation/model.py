@@ -6,6 +6,7 @@ import os
 import random
 from collections import deque
 
+from engine.errors import DeviceLost
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from tests.simulation.clock import VirtualLoop
@@ -53,12 +54,38 @@ class FakeStepper:
         self._cold: dict[int, list[tuple[bytes, int] | None]] = {}
         self._last: dict[int, int] = {}
         self._ready: deque[StepResult | Exception] = deque()
+        self._life = 0
+        self._away = False
+        self._told = True
         self._read, self._write = os.pipe()
         self._free_at = 0.0
         # Of failed steps: what they should have written is not there.
         self._lost: set[Sequence] = set()
 
+    @property
+    def available(self) -> bool:
+        return self._told and not self._away
+
+    @property
+    def lead(self) -> float:
+        return 0.002
+
+    def lose(self) -> None:
+        """The device goes, with all that it holds and does, and comes back after a while."""
+        if self._away:
+            return
+        self._life += 1
+        self._away, self._told = True, False
+        self._kv = [None] * len(self._kv)
+        self._cold, self._last, self._lost = {}, {}, set()
+        self._free_at = self._loop.time()
+        self._finish(DeviceLost("gone"), self._life)
+        self._loop.call_later(self._chance.uniform(0.1, 3.0), self._return)
+
     def submit(self, plan: Plan) -> None:
+        if not self._told:
+            return
+        assert not self._away, "a step for a device that is not there"
         seconds = (0.002 + 0.0004 * (plan.work.decodes + plan.work.prefill)) * (
             self._chance.uniform(0.7, 1.5) if self._chance.random() < 0.95 else 8.0
         )
@@ -70,7 +97,7 @@ class FakeStepper:
             self._lost = {*plan.decodes, *(chunk.sequence for chunk in plan.chunks)}
         else:
             outcome = self._run(plan)
-        self._loop.call_at(self._free_at, self._finish, outcome)
+        self._loop.call_at(self._free_at, self._finish, outcome, self._life)
 
     def ready(self) -> bool:
         return bool(self._ready)
@@ -78,6 +105,8 @@ class FakeStepper:
     def result(self) -> StepResult:
         os.read(self._read, 1)
         outcome = self._ready.popleft()
+        if isinstance(outcome, DeviceLost):
+            self._told = True
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -89,7 +118,12 @@ class FakeStepper:
         os.close(self._read)
         os.close(self._write)
 
-    def _finish(self, outcome: StepResult | Exception) -> None:
+    def _return(self) -> None:
+        self._away = False
+
+    def _finish(self, outcome: StepResult | Exception, life: int) -> None:
+        if life != self._life:
+            return
         self._ready.append(outcome)
         os.write(self._write, b"\0")
 

@@ -45,6 +45,7 @@ class World:
     tenants: dict[str, Tenant] = field(default_factory=dict)
     capped: bool = False
     failures: float = 0.0
+    losses: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -54,6 +55,7 @@ class World:
         self.running = chance.choice([2, 4, 8])
         self.capped = chance.random() < 0.3
         self.failures = chance.choice([0.0, 0.0, 0.002])
+        self.losses = chance.choice([0.0, 0.0, 0.0, 0.2])
         for name in "abc"[: chance.randint(1, 3)]:
             self.tenants[name] = Tenant(
                 id=name,
@@ -173,6 +175,14 @@ class Guests:
             self._engine.parts.scheduler.resize(chance.randint(least, pool.total))
         self._engine.parts.scheduler.resize(pool.total)
 
+    async def rob(self) -> None:
+        """Take the device away now and then, with everything on it."""
+        stepper = self._engine.parts.stepper
+        assert isinstance(stepper, FakeStepper)
+        while self.open and self._world.losses:
+            await anyio.sleep(self._world.chance.expovariate(self._world.losses))
+            stepper.lose()
+
     async def _one(self) -> None:
         try:
             outcome = await self._ask()
@@ -214,7 +224,7 @@ class Guests:
             assert self._loop.time() >= begun + deadline, "too early for the deadline"
             raise
         except EngineFailed:
-            assert world.failures, "the engine failed by itself"
+            assert world.failures or world.losses, "the engine failed by itself"
             raise
 
     async def _read(
@@ -258,6 +268,7 @@ async def live(loop: VirtualLoop, world: World, tokenizer: Tokenizer, steps: int
                 group.start_soon(guests.keep_coming, group)
                 if world.chance.random() < 0.3:
                     group.start_soon(guests.squeeze)
+                group.start_soon(guests.rob)
                 while watcher.steps < steps and engine.health() != "failed":
                     await anyio.sleep(0.5)
                     if watcher.failure is not None or guests.failure is not None:
