@@ -76,7 +76,7 @@ class AsyncEngine:
         self._listeners: list[Listener] = []
         # What readers want of their requests, in order; applied between steps.
         self._wishes: list[tuple[Callable[[Delivery, str], None], str]] = []
-        self._wake = anyio.Event()
+        self._wake, self._over = anyio.Event(), anyio.Event()
         self._stepped = Waiter()
         # Steps that have been submitted, oldest first, and when the oldest began to run.
         self._flying: deque[tuple[Plan, float]] = deque()
@@ -280,6 +280,12 @@ class AsyncEngine:
             return "stalled"
         return "draining" if self._draining else "ok"
 
+    async def failure(self) -> EngineFailed:
+        """Wait until the engine has failed for good, and say why."""
+        await self._over.wait()
+        assert self._failures.final is not None
+        return self._failures.final
+
     async def drain(self, seconds: float) -> None:
         """Take nothing new, let running requests finish for up to `seconds`, then end them."""
         self._draining = True
@@ -324,6 +330,7 @@ class AsyncEngine:
                 self._failures.end(self._delivery, "the engine broke; restart the server")
         # A pipe that nobody reads any more would keep the loop busy.
         asyncio.get_running_loop().remove_reader(self.parts.stepper.fileno())
+        self._over.set()
 
     async def _keep_up(self) -> None:
         """See to the memory now and then, also while nothing runs."""

@@ -81,7 +81,8 @@ class Lifecycle:
         try:
             async with self.engine:
                 self._on_loaded()
-                await self._stop.wait()
+                if await self._stop_or_failure():
+                    return
                 logger.warning(
                     "stopping: %d requests have %g s to end; another signal ends them now",
                     self.engine.active_requests,
@@ -98,6 +99,19 @@ class Lifecycle:
             self.failure = error
         finally:
             self.on_stop()
+
+    async def _stop_or_failure(self) -> bool:
+        """Wait until asked to stop, or until the engine has failed for good; whether it has."""
+
+        async def watch() -> None:
+            self.failure = await self.engine.failure()
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await self._stop.wait()
+            group.cancel_scope.cancel()
+        return self.failure is not None
 
 
 def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:

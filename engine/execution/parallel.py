@@ -54,9 +54,9 @@ class Pace:
         self._count += 1
 
     def limit(self, predicted: float) -> float:
-        """Seconds after which a step hangs that should take `predicted`. The very first ones, that
-        show what a machine can do, have long."""
-        if not self._seconds:
+        """Seconds after which a step hangs that should take `predicted`; 0 if nobody knows, as of
+        the very first ones, which have long."""
+        if not self._seconds and not predicted:
             return SILENT_SECONDS
         return max(LEAST_SECONDS, TIMES_USUAL * max(self._usual, predicted))
 
@@ -128,7 +128,9 @@ class RankStepper:
             if self._crew is None:
                 raise EngineFailed("the model's ranks are being started")
             self._flights.append(Flight(plan.step, time.monotonic(), plan.predicted))
-            if not self._crew.send(data):
+            sent = self._crew.send(data)
+            # Whoever watched nothing has a deadline to watch now.
+            if not sent or len(self._flights) == 1:
                 self._wake()
 
     def ready(self) -> bool:

@@ -154,7 +154,9 @@ def run(server: Server) -> None:
     setup = server.ask()
     assert isinstance(setup, Setup)
     level = logging.INFO if setup.rank == 0 else logging.WARNING
-    logging.basicConfig(handlers=[Relay(server, level)], level=level, force=True)
+    logging.basicConfig(
+        handlers=[Relay(server, level)], level=level, format="%(message)s", force=True
+    )
     place = Place(setup.rank, setup.ranks, setup.memory)
     checkpoint = open_checkpoint(Path(setup.path))
     rank = Rank(
