@@ -19,7 +19,8 @@ PolicyName = Literal["lru", "lfu", "sieve", "cost", "adaptive"]
 
 class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model, and how its numbers are stored while serving. `keep_packed` keeps weights that
-    took long to repack for the native kernels on disk, for the next start."""
+    took long to repack for the native kernels on disk, for the next start. `checksums` names a list
+    of `sha256sum`'s, beside the model, by which its files are checked at every start."""
 
     name: str = "smollm2-135m"
     revision: str | None = None
@@ -27,6 +28,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     max_context: NonNegative = 0
     keep_packed: bool = True
+    checksums: str = ""
 
 
 class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

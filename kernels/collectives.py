@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
+# What the native module says where another rank called `abort`.
+GIVEN_UP = "another rank has given up"
 # What a rank passes on at a time: stays in a core's cache, and holds a row of logits.
 SLOT_BYTES = 4 << 20
 

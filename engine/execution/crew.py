@@ -30,6 +30,8 @@ logger = logging.getLogger("ryzanstein.engine")
 
 # What a rank that was told to stop, or that is gone, has left to end.
 STOP_SECONDS = 2.0
+# How long the first failure may come behind those that follow from it.
+CAUSE_SECONDS = 0.1
 ROOT = Path(__file__).parents[2]
 
 
@@ -72,20 +74,21 @@ class Crew:
         """What ranks say, with their numbers; empty if woken, None if nobody says anything for
         `timeout` seconds. Raises RankLost if one is gone or gives up, ConfigError if it was given
         something that cannot be."""
-        events = self._selector.select(timeout)
-        messages: list[tuple[int, FromRank]] = []
-        for key, _ in events:
-            if key.data is None:
-                os.read(self._wake, 4096)
-                continue
-            rank = key.data
-            try:
-                messages += [(rank, from_rank(body)) for body in self._channels[rank].receive()]
-            except EOFError:
-                messages.append((rank, Failed(self._epitaph(rank))))
-        self._flush()
-        self._heed(messages)
-        return messages if events else None
+        messages = self._receive(timeout)
+        if messages is None:
+            return None
+        failed = [(rank, m) for rank, m in messages if isinstance(m, Failed)]
+        if failed and all(message.follows for _, message in failed):
+            # The one that failed first has something to say, too.
+            more = self._receive(CAUSE_SECONDS) or []
+            failed += [(rank, m) for rank, m in more if isinstance(m, Failed)]
+            self._log(more)
+        self._log(messages)
+        for rank, message in sorted(failed, key=lambda f: f[1].follows):
+            if message.refused:
+                raise ConfigError(message.reason)
+            raise RankLost(f"rank {rank} failed: {message.reason}")
+        return messages
 
     def stop(self) -> None:
         """End the processes, which may finish what they do."""
@@ -134,19 +137,28 @@ class Crew:
             write = 0 if channel.flush() else selectors.EVENT_WRITE
             self._selector.modify(channel, selectors.EVENT_READ | write, rank)
 
-    def _heed(self, messages: list[tuple[int, FromRank]]) -> None:
-        """Log what ranks log, each line once; raise what ends them."""
+    def _receive(self, timeout: float | None) -> list[tuple[int, FromRank]] | None:
+        events = self._selector.select(timeout)
+        messages: list[tuple[int, FromRank]] = []
+        for key, _ in events:
+            if key.data is None:
+                os.read(self._wake, 4096)
+                continue
+            rank = key.data
+            try:
+                messages += [(rank, from_rank(body)) for body in self._channels[rank].receive()]
+            except EOFError:
+                messages.append((rank, Failed(self._epitaph(rank))))
+        self._flush()
+        return messages if events else None
+
+    def _log(self, messages: list[tuple[int, FromRank]]) -> None:
+        """Log what ranks log, each line once."""
         for rank, message in messages:
             if isinstance(message, Log) and message.text not in self._said:
                 self._said.add(message.text)
                 name = logging.getLogger(message.name)
                 name.log(message.level, "rank %d: %s", rank, message.text)
-        failed = [(rank, m) for rank, m in messages if isinstance(m, Failed)]
-        # Those that lost another say so, too; whoever blames nobody else is the cause.
-        for rank, message in sorted(failed, key=lambda f: "another rank" in f[1].reason):
-            if message.refused:
-                raise ConfigError(message.reason)
-            raise RankLost(f"rank {rank} failed: {message.reason}")
 
     def _epitaph(self, rank: int) -> str:
         process = self._processes[rank]

@@ -104,10 +104,12 @@ class Done(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """From a rank: it cannot go on. `refused` says that the configuration or a file is to blame."""
+    """From a rank: it cannot go on. `refused` says that the configuration or a file is to blame,
+    `follows` that another rank is."""
 
     reason: str
     refused: bool = False
+    follows: bool = False
 
 
 class Log(msgspec.Struct, tag=True):

@@ -17,6 +17,7 @@ from engine.execution.runner import Runner, StagingShape
 from engine.models import load_model
 from engine.models.shard import Shard
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.checksums import check_files
 from engine.weights.sources import cache_folder
 from kernels.backend import Backend, CacheDType, CacheLayout, available_cores, select_backend
 from kernels.collectives import Place
@@ -70,6 +71,8 @@ class Rank:
             raise ConfigError(f"execution.backend: {error}") from error
         # A GPU has other kernels for other shapes, and to meet costs it more.
         exact = execution.exact_ranks and self._backend.name != "triton"
+        if config.model.checksums:
+            check_files(checkpoint.path, config.model.checksums, shard.rank, shard.ranks)
         self._model = load_model(checkpoint, self._backend, progress, shard, exact=exact)
         shape = self._model.config
         context = min(shape.max_context, config.model.max_context or shape.max_context)

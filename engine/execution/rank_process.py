@@ -44,7 +44,7 @@ from engine.execution.runner import Filled, Runner
 from engine.execution.stepper import Stepper, stepper_for
 from engine.scheduling.plan import Plan, StepResult
 from engine.weights.checkpoint import open_checkpoint
-from kernels.collectives import Place
+from kernels.collectives import GIVEN_UP, Place
 
 PR_SET_PDEATHSIG = 1
 logger = logging.getLogger("ryzanstein.engine")
@@ -192,8 +192,10 @@ def main() -> None:
     except ConfigError as error:
         server.tell(Failed(str(error), refused=True))
     except BaseException as error:
-        logger.error("a rank failed", exc_info=error)
-        server.tell(Failed(f"{type(error).__name__}: {error}"))
+        follows = str(error) == GIVEN_UP
+        if not follows:
+            logger.error("it failed", exc_info=error)
+        server.tell(Failed(f"{type(error).__name__}: {error}", follows=follows))
     # Not waiting for threads: one may be in a step that never ends.
     os._exit(0)
 

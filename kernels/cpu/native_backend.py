@@ -48,6 +48,8 @@ BLOCKS = {
 FLOATS = ("F32", "F16", "BF16")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
+# Values that are converted at a time.
+PACKED_AT_ONCE = 1 << 20
 # Weights that took longer to pack are kept for the next start.
 WORTH_KEEPING_SECONDS = 0.5
 CACHE_FORMATS: dict[CacheDType, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -302,6 +304,14 @@ class NativeBackend:
         return floats if formats & set(FLOATS) else Q8
 
     def _pack(self, packed: Any, first: int, part: HostTensor) -> None:
+        """A few rows at a time, so that hardly more memory is taken than the packed weight's."""
+        rows, columns = part.shape
+        step = max(1, PACKED_AT_ONCE // columns)
+        for start in range(0, rows, step):
+            piece = part.narrow(0, start, min(step, rows - start))
+            self._pack_rows(packed, first + start, piece)
+
+    def _pack_rows(self, packed: Any, first: int, part: HostTensor) -> None:
         rows = part.shape[0]
         if packed.format == TERNARY:
             ternary = cast("TernaryTensor", part)
