@@ -158,7 +158,7 @@ def run(server: Server) -> None:
         handlers=[Relay(server, level)], level=level, format="%(message)s", force=True
     )
     place = Place(setup.rank, setup.ranks, setup.memory)
-    checkpoint = open_checkpoint(Path(setup.path))
+    checkpoint = open_checkpoint(Path(setup.path), texts=False)
     rank = Rank(
         setup.config, checkpoint, place, lambda done, total: server.tell(Loading(done, total))
     )

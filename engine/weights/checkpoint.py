@@ -30,8 +30,9 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a `.gguf` file or a folder in Hugging Face layout.
+def open_checkpoint(path: Path, *, texts: bool = True) -> Checkpoint:
+    """Open a `.gguf` file or a folder in Hugging Face layout. Without `texts` it is enough for the
+    weights, but not for the tokenizer.
 
     Raises ConfigError in one sentence if it is neither, or corrupt.
     """
@@ -41,7 +42,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return SafetensorsCheckpoint(path)
     if path.suffix == ".gguf":
-        return GGUFCheckpoint(path)
+        return GGUFCheckpoint(path, texts=texts)
     raise ConfigError(
         f"{path} is neither a .gguf file nor a folder with config.json and *.safetensors"
     )

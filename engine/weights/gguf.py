@@ -116,18 +116,19 @@ class GGUFTensor:
 
 
 class GGUFCheckpoint:
-    """A GGUF file, memory-mapped; nothing is read before it is asked for."""
+    """A GGUF file, memory-mapped; no tensor is read before it is asked for. Without `texts` the
+    tokenizer cannot be made from it."""
 
     norms_include_one = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, texts: bool = True) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
-        header = read_header(memoryview(self._map), path.name)
+        header = read_header(memoryview(self._map), path.name, texts=texts)
         self.metadata = header.metadata
         if self.metadata.get("split.count", 1) > 1:
             raise ConfigError(f"{path.name} is one part of a split model; merge the parts first")

@@ -46,6 +46,10 @@ class TensorEntry:
     size: int
 
 
+# Keys of the tokenizer begin so.
+TOKENIZER = "tokenizer."
+
+
 @dataclass(frozen=True)
 class GGUFHeader:
     """Metadata by key, and tensors by name."""
@@ -54,8 +58,9 @@ class GGUFHeader:
     tensors: dict[str, TensorEntry]
 
 
-def read_header(data: memoryview, file: str) -> GGUFHeader:
-    """Parse the header at the start of `data`, the whole file's bytes.
+def read_header(data: memoryview, file: str, *, texts: bool = True) -> GGUFHeader:
+    """Parse the header at the start of `data`, the whole file's bytes. Without `texts` the
+    tokenizer's lists of them, most of the header, are left empty.
 
     Raises ConfigError naming the file, and the key or tensor at fault.
     """
@@ -71,7 +76,8 @@ def read_header(data: memoryview, file: str) -> GGUFHeader:
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         key = reader.string("a metadata key")
-        metadata[key] = reader.value(f"key {key!r}")
+        read = reader.value if texts or not key.startswith(TOKENIZER) else reader.skim
+        metadata[key] = read(f"key {key!r}")
     tensors = [_entry(reader) for _ in range(tensor_count)]
     return GGUFHeader(metadata, _place(reader, metadata, tensors))
 
@@ -158,6 +164,18 @@ class _Reader:
             raise ConfigError(f"{self.file}: {what} has the unknown value type {kind}")
         value = self.scalar(SCALARS[kind], what)
         return bool(value) if kind == BOOL else value
+
+    def skim(self, what: str) -> Any:
+        """A value, or no texts in place of an array of them."""
+        start = self.position
+        if self.scalar("I", what) != ARRAY or self.scalar("I", what) != STRING:
+            self.position = start
+            return self.value(what)
+        for _ in range(self.count(self.scalar("Q", what), 8, what)):
+            length = self.scalar("Q", what)
+            self._need(length, what)
+            self.position += length
+        return []
 
     def _array(self, what: str) -> list[Any]:
         kind = self.scalar("I", what)

@@ -30,6 +30,8 @@ class ServerProcess:
         if module == "server.cli":
             command += ["serve", "--port", "0"]
         self.log = ""
+        self.status = 0
+        """With which it is to exit."""
         self._process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
@@ -78,7 +80,7 @@ class ServerProcess:
         self.terminate()
         code = self.wait()
         if kind is None:
-            assert code == 0, self.log
+            assert code == self.status, self.log
 
     def wait_for(self, text: str) -> str:
         """The log up to a line with `text`."""

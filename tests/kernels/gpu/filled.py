@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from engine.models import load_model
+from engine.models.shard import Shard
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout
+from kernels.collectives import Collectives
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.program import GpuProgram
 from kernels.gpu.weights import GpuWeight
@@ -34,15 +36,23 @@ def program_of(
     rows: int = 32,
     sequences: int = 4,
     invariant: bool = False,
+    collectives: Collectives | None = None,
 ) -> tuple[GpuProgram, GpuBackend]:
-    """A model from a checkpoint."""
+    """A model from a checkpoint, or a rank's shard of one."""
     dtype = "float32" if weights in ("float32", "auto") else "bfloat16"
-    backend = GpuBackend(weights, dtype, HOST, invariant=invariant)  # type: ignore[arg-type]
-    model = load_model(open_checkpoint(path), backend)
+    backend = GpuBackend(
+        weights,
+        dtype,  # type: ignore[arg-type]
+        HOST,
+        invariant=invariant,
+        collectives=collectives,
+    )
+    shard = Shard() if collectives is None else Shard(collectives.rank, collectives.ranks)
+    model = load_model(open_checkpoint(path), backend, shard=shard)
     config = model.config
     context = min(config.max_context, 256)
     backend.allocate_cache(
-        CacheLayout(config.layers, config.heads, page_size, cache, context), pages
+        CacheLayout(config.layers, model.heads, page_size, cache, context), pages
     )
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
