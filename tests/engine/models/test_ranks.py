@@ -58,7 +58,7 @@ def check_close(one: torch.Tensor, several: list[torch.Tensor]) -> None:
 
 @needs_native
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+@pytest.mark.parametrize("backend", ["torch", "native"])
 def test_ranks_equal_one_in_every_family(family: Path, backend: str, ranks: int) -> None:
     check_close(*on_one_and(family, backend, ranks))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.kernels.gpu.filled import program_of
@@ -31,9 +32,8 @@ torch.save(logits_of(program), out)
 """
 
 
-def test_two_ranks_give_one_ranks_logits(
-    tmp_path: Path, weights: str = "float32", cache: str = "float32"
-) -> None:
+@pytest.mark.parametrize(("weights", "cache"), [("float32", "float32")])
+def test_two_ranks_give_one_ranks_logits(tmp_path: Path, weights: str, cache: str) -> None:
     model = write_llama(tmp_path / "model")
     memory = os.memfd_create("store")
     outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
