@@ -71,7 +71,7 @@ class AsyncEngine:
         self._stack = AsyncExitStack()
         self._parts: Parts | None = None
         self._delivery: Delivery
-        self._admission: Admission
+        self.admission: Admission
         self._plan_seconds = 0.0
         self._listeners: list[Listener] = []
         # What readers want of their requests, in order; applied between steps.
@@ -108,7 +108,7 @@ class AsyncEngine:
         self._parts = await anyio.to_thread.run_sync(self._load_parts)
         parts = self.parts
         self._delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
-        self._admission = Admission(parts.scheduler, parts.limits)
+        self.admission = Admission(parts.scheduler, parts.limits)
         parts.scheduler.queue.configure(self._tenants, parts.clock.now())
         loop, readable = asyncio.get_running_loop(), parts.stepper.fileno()
         # Registered once: adding and removing a reader a step would be two system calls more.
@@ -193,7 +193,7 @@ class AsyncEngine:
             arrival=arrival,
         )
         self._check_open(request.id)
-        self._admission.admit(request, self.parts.clock.now())
+        self.admission.admit(request, self.parts.clock.now())
         return self._enqueue(request, stream or TokenStream())
 
     async def generate(
@@ -238,7 +238,7 @@ class AsyncEngine:
 
     def allowance(self, tenant: str) -> Allowance:
         """What a tenant may still ask for before it is told to come back later."""
-        return self._admission.allowance(tenant, self.parts.clock.now())
+        return self.admission.allowance(tenant, self.parts.clock.now())
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidRequest unless `ids` are tokens of the model, and at least one."""
@@ -259,7 +259,7 @@ class AsyncEngine:
     def queue_progress(self, request_id: str) -> QueueProgress | None:
         """Where a request stands in the queue; None once it has begun."""
         found = self._delivery.waiting(request_id)
-        return None if found is None else self._admission.progress(found)
+        return None if found is None else self.admission.progress(found)
 
     @property
     def active_requests(self) -> int:

@@ -17,11 +17,13 @@ class InvalidRequest(RyzansteinError):
 
 
 class Overloaded(RyzansteinError):
-    """There is no room now; the same request may succeed after `retry_after` seconds."""
+    """There is no room now; the same request may succeed after `retry_after` seconds. `reason` is
+    one word for statistics."""
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
+    def __init__(self, message: str, *, retry_after: float, reason: str = "queue") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class DeadlineExceeded(RyzansteinError):

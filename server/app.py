@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import ServerSection
@@ -36,6 +36,7 @@ from server.security import Guard
 from server.store import Store
 from server.streams import ClientLeft
 from server.tenants import Directory
+from server.traffic import Traffic, Watch
 
 logger = logging.getLogger("ryzanstein.server")
 
@@ -127,6 +128,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with anyio.create_task_group() as group, app.state.store.open():
             group.start_soon(lifecycle.run)
+            group.start_soon(app.state.metrics.watch)
             group.start_soon(directory.watch, lifecycle.engine.configure_tenants)
             yield
             group.cancel_scope.cancel()
@@ -134,7 +136,11 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
     def rates(tenant: str) -> dict[str, str]:
         return rate_headers(lifecycle.engine, tenant)
 
-    middleware = [Middleware(Guard, settings=settings, directory=directory, rates=rates)]
+    traffic = Traffic()
+    middleware = [
+        Middleware(Watch, traffic=traffic, routes=lambda: routes),
+        Middleware(Guard, settings=settings, directory=directory, rates=rates),
+    ]
     if settings.allowed_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -143,30 +149,31 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "x-should-retry", *RATE_HEADERS],
         )
-        middleware.insert(0, cors)
+        middleware.insert(1, cors)
+    routes: list[BaseRoute] = [
+        Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+        Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.one, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
+        Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
+        Route("/v1/messages", messages.create, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+        Route("/v1/models", openai.list_models, methods=["GET"]),
+        Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
+        Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
+        Route("/tokenize", openai.tokenize, methods=["POST"]),
+        Route("/detokenize", openai.detokenize, methods=["POST"]),
+        Route("/openapi.json", openapi.openapi, methods=["GET"]),
+        Route("/health/live", health.live, methods=["GET"]),
+        Route("/health/ready", health.ready, methods=["GET"]),
+        Route("/metrics", telemetry.metrics, methods=["GET"]),
+        WebSocketRoute("/v1/responses", session.responses_socket),
+        WebSocketRoute("/v1/stream", websocket.stream_endpoint),
+    ]
     app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
-            Route("/v1/completions", openai.completions, methods=["POST"]),
-            Route("/v1/responses", responses.create, methods=["POST"]),
-            Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
-            Route("/v1/responses/{id}", responses.one, methods=["GET", "DELETE"]),
-            Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
-            Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
-            Route("/v1/messages", messages.create, methods=["POST"]),
-            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
-            Route("/v1/models", openai.list_models, methods=["GET"]),
-            Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
-            Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
-            Route("/tokenize", openai.tokenize, methods=["POST"]),
-            Route("/detokenize", openai.detokenize, methods=["POST"]),
-            Route("/openapi.json", openapi.openapi, methods=["GET"]),
-            Route("/health/live", health.live, methods=["GET"]),
-            Route("/health/ready", health.ready, methods=["GET"]),
-            Route("/metrics", telemetry.metrics, methods=["GET"]),
-            WebSocketRoute("/v1/responses", session.responses_socket),
-            WebSocketRoute("/v1/stream", websocket.stream_endpoint),
-        ],
+        routes=routes,
         middleware=middleware,
         exception_handlers={
             HTTPException: _http_exception,
@@ -180,7 +187,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
     )
     app.state.engine = lifecycle.engine
     app.state.directory = directory
-    app.state.metrics = telemetry.Metrics(lifecycle.engine)
+    app.state.metrics = telemetry.Metrics(lifecycle.engine, traffic)
     app.state.started = int(time.time())
     app.state.settings = settings
     app.state.store = Store(lifecycle.engine, settings)

@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from engine.config import CacheSection
 from engine.errors import ConfigError
 from engine.scheduling.controller import Readings
@@ -98,6 +100,14 @@ class Budget:
             ("KV cache, when full", self.cache),
             ("left to the system", self.headroom),
         ]
+
+
+def device_memory() -> tuple[int, int] | None:
+    """Bytes of the current GPU's memory that are taken, and all of them; None without one."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free, total
 
 
 def private_memory() -> int:

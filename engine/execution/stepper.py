@@ -38,6 +38,11 @@ class Stepper(Protocol):
         ...
 
     @property
+    def losses(self) -> int:
+        """How often the device has been lost."""
+        ...
+
+    @property
     def lead(self) -> float:
         """Seconds before a step's end that the next should be submitted, to run right behind it."""
         ...
@@ -92,6 +97,10 @@ class ThreadStepper(Generic[F]):
     @property
     def available(self) -> bool:
         return True
+
+    @property
+    def losses(self) -> int:
+        return 0
 
     @property
     def lead(self) -> float:

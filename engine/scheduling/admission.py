@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,17 +75,28 @@ class Admission:
     def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
         self._scheduler = scheduler
         self._limits = limits
+        self.refusals: Counter[tuple[str, str]] = Counter()
+        """How often whom has been refused, by tenant and reason."""
 
     def admit(self, request: Request, now: float) -> None:
         """Raises Overloaded if the queue is full, the tenant's quota is used up, or the deadline
         cannot be met for those who wait; DeadlineExceeded if it could not be met even alone."""
+        try:
+            self._check(request, now)
+        except (Overloaded, DeadlineExceeded) as error:
+            self.refusals[request.tenant, getattr(error, "reason", "too_late")] += 1
+            raise
+
+    def _check(self, request: Request, now: float) -> None:
         queue, limits = self._scheduler.queue, self._limits
         account = queue.account(request.tenant, now)
         wait = account.wait_for_quota(now)
         if wait > 0:
             rate = account.tenant.tokens_per_second
             raise Overloaded(
-                f"the tenant's rate of {rate:g} tokens/s is used up; retry later", retry_after=wait
+                f"the tenant's rate of {rate:g} tokens/s is used up; retry later",
+                retry_after=wait,
+                reason="rate",
             )
         queued, n = len(queue), request.sampling.n
         tokens = queue.tokens + len(request.prompt_ids) * n
@@ -96,7 +108,7 @@ class Admission:
             )
         crowded = 2 * (queued + n) > limits.max_waiting and len(queue.accounts) > 1
         if crowded and len(account.waiting) + n > queue.share(account, limits.max_waiting):
-            self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting")
+            self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting", "share")
         self._check_deadline(request, account.waiting, now)
 
     def queue_seconds(self) -> float:
@@ -140,9 +152,10 @@ class Admission:
         reason = self._scheduler.waits_for(sequence.account)
         return QueueProgress(position=position, seconds=seconds, reason=reason)
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, why: str, reason: str = "queue") -> None:
         # When half of the queue has gone there is room for those who were told to come back.
-        raise Overloaded(f"{reason}; retry later", retry_after=self.queue_seconds() / 2)
+        wait = self.queue_seconds() / 2
+        raise Overloaded(f"{why}; retry later", retry_after=wait, reason=reason)
 
     def _check_deadline(self, request: Request, waiting: list[Waiting], now: float) -> None:
         """Refuse at once what cannot be in time."""
@@ -165,6 +178,7 @@ class Admission:
                 f"the deadline cannot be met: prompts that take {wait * 1e3:.0f} ms come first; "
                 "retry later or give it more time",
                 retry_after=wait,
+                reason="deadline",
             )
 
     def _prefill_seconds(self, tokens: int) -> float:

@@ -17,6 +17,7 @@ class ColdIndex:
     def __init__(self, slots: int = 0, recompute_seconds: float = float("inf")) -> None:
         self.slots = slots
         self.hits = 0
+        self.stored = 0
         self._recompute_seconds = recompute_seconds
         self._restore_seconds = ASSUMED_SECONDS
         self._by_name: dict[bytes, int] = {}
@@ -36,6 +37,7 @@ class ColdIndex:
         if not self._free:
             self._drop(next(iter(self._names)))
         slot = self._free.pop()
+        self.stored += 1
         fresh = tuple(name for name in names if name not in self._by_name)
         self._names[slot] = fresh
         self._by_name.update(dict.fromkeys(fresh, slot))

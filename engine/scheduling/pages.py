@@ -39,6 +39,8 @@ class PagePool:
         self.total = pages
         self.page_size = page_size
         self.evictions = 0
+        # Cached pages that were forgotten because the machine ran short of memory.
+        self.surrendered = 0
         # Called with (page, names, depth) when content that can still be found is about to go.
         self.on_evict: Callable[[int, tuple[bytes, ...], int], None] = lambda *_: None
         self._references = [0] * pages
@@ -171,6 +173,7 @@ class PagePool:
                 if page in self._order:
                     self._order.remove(page)
                     self._forget(page)
+                    self.surrendered += 1
             parked += group
         self._parked.update(parked)
         self._blank = [page for page in self._blank if page not in self._parked]

@@ -67,6 +67,10 @@ class FakeStepper:
         return self._told and not self._away
 
     @property
+    def losses(self) -> int:
+        return self._life
+
+    @property
     def lead(self) -> float:
         return 0.002
 
