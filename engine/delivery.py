@@ -115,6 +115,11 @@ class Delivery:
             for sequence in active.sequences:
                 self._scheduler.unpause(sequence)
 
+    def request(self, request_id: str) -> Request | None:
+        """An active request; None if it is none."""
+        active = self._active.get(request_id)
+        return None if active is None else active.request
+
     def waiting(self, request_id: str) -> ScheduledSequence | None:
         """The first sequence of a request if none of them has ever been let in."""
         active = self._active.get(request_id)

@@ -70,7 +70,7 @@ class AsyncEngine:
         self._tenants: Mapping[str, Tenant] = {}
         self._stack = AsyncExitStack()
         self._parts: Parts | None = None
-        self._delivery: Delivery
+        self.delivery: Delivery
         self.admission: Admission
         self._plan_seconds = 0.0
         self._listeners: list[Listener] = []
@@ -107,7 +107,7 @@ class AsyncEngine:
     async def __aenter__(self) -> AsyncEngine:
         self._parts = await anyio.to_thread.run_sync(self._load_parts)
         parts = self.parts
-        self._delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
+        self.delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
         self.admission = Admission(parts.scheduler, parts.limits)
         parts.scheduler.queue.configure(self._tenants, parts.clock.now())
         loop, readable = asyncio.get_running_loop(), parts.stepper.fileno()
@@ -122,7 +122,7 @@ class AsyncEngine:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._draining = True
-        self._delivery.fail_all(EngineFailed("the engine was closed"))
+        self.delivery.fail_all(EngineFailed("the engine was closed"))
         await self._stack.aclose()
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.parts.stepper.close)
@@ -258,13 +258,13 @@ class AsyncEngine:
 
     def queue_progress(self, request_id: str) -> QueueProgress | None:
         """Where a request stands in the queue; None once it has begun."""
-        found = self._delivery.waiting(request_id)
+        found = self.delivery.waiting(request_id)
         return None if found is None else self.admission.progress(found)
 
     @property
     def active_requests(self) -> int:
         """Requests that have not finished."""
-        return len(self._delivery) if self._parts is not None else 0
+        return len(self.delivery) if self._parts is not None else 0
 
     def health(self) -> str:
         """`ok`, `loading`, `draining`, `stalled` (a step hangs), `restarting` (the model's ranks
@@ -290,16 +290,16 @@ class AsyncEngine:
         """Take nothing new, let running requests finish for up to `seconds`, then end them."""
         self._draining = True
         with anyio.move_on_after(seconds):
-            while self._delivery.moving:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
+            while self.delivery.moving:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
                 await anyio.sleep(0.02)
-        self._delivery.fail_all(EngineFailed("the server shut down before the answer was complete"))
+        self.delivery.fail_all(EngineFailed("the server shut down before the answer was complete"))
 
     def _check_open(self, request_id: str) -> None:
         if self._failures.final is not None:
             raise self._failures.final
         if self._draining:
             raise EngineFailed("the server is shutting down and takes no new requests")
-        if request_id in self._delivery:
+        if request_id in self.delivery:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
     def _enqueue(self, request: Request, stream: TokenStream) -> TokenStream:
@@ -310,12 +310,12 @@ class AsyncEngine:
         ]
         for sequence in sequences:
             self.parts.scheduler.add(sequence)
-        self._delivery.open(request, sequences, stream)
+        self.delivery.open(request, sequences, stream)
         self._wake.set()
         return stream
 
     def _wish(self, wish: Callable[[Delivery, str], None], request_ids: Sequence[str]) -> None:
-        found = [request_id for request_id in request_ids if request_id in self._delivery]
+        found = [request_id for request_id in request_ids if request_id in self.delivery]
         if found:
             self._wishes += [(wish, request_id) for request_id in found]
             self._wake.set()
@@ -327,7 +327,7 @@ class AsyncEngine:
                 await self._turn()
             except Exception as error:
                 logger.error("the engine's loop failed", exc_info=error)
-                self._failures.end(self._delivery, "the engine broke; restart the server")
+                self._failures.end(self.delivery, "the engine broke; restart the server")
         # A pipe that nobody reads any more would keep the loop busy.
         asyncio.get_running_loop().remove_reader(self.parts.stepper.fileno())
         self._over.set()
@@ -365,14 +365,15 @@ class AsyncEngine:
         scheduler, clock = self.parts.scheduler, self.parts.clock
         wishes, self._wishes = self._wishes, []
         for wish, request_id in wishes:
-            wish(self._delivery, request_id)
+            wish(self.delivery, request_id)
         begin = clock.now()
         for sequence in scheduler.deadlines.passed(begin):
             error = DeadlineExceeded("the deadline passed before the answer was complete")
-            self._delivery.fail(sequence.request.id, error)
-        self._held = not self.parts.stepper.available and scheduler.has_work
-        if self._held:
+            self.delivery.fail(sequence.request.id, error)
+        if not self.parts.stepper.available:
+            self._held = True
             return False
+        self._held = False
         plan = scheduler.plan()
         if plan.is_empty:
             return False
@@ -406,13 +407,13 @@ class AsyncEngine:
             return
         except Exception as error:  # noqa: BLE001  (whatever a step raises ends its requests)
             behind = len(self._flying)
-            self._failures.step_failed(scheduler, self._delivery, plan, error, behind)
+            self._failures.step_failed(scheduler, self.delivery, plan, error, behind)
             return
         self._failures.step_succeeded()
         moved = scheduler.commit(plan, result)
         scheduler.observe(plan, result, arrived - begun)
         committed = clock.now()
-        self._delivery.deliver(moved)
+        self.delivery.deliver(moved)
         times = {"plan": self._plan_seconds, "wait": arrived - begun}
         times |= {"commit": committed - arrived, "stream": clock.now() - committed}
         self._emit(plan, result.seconds | times)
@@ -434,7 +435,7 @@ class AsyncEngine:
     def _device_lost(self, plans: Sequence[Plan], error: DeviceLost) -> None:
         self._flying.clear()
         self._step_started = None
-        self._failures.device_lost(self.parts.scheduler, self._delivery, plans, error)
+        self._failures.device_lost(self.parts.scheduler, self.delivery, plans, error)
 
     def _emit(self, plan: Plan, seconds: dict[str, float]) -> None:
         if self._listeners:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import Config
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DeviceLost
 from engine.execution.device import Device, place_model, stage
 from engine.execution.memory import (
     Budget,
@@ -98,6 +98,9 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
     device = place_model(config, checkpoint, partial(progress, "load"), timeline)
     try:
         parts = _finish(config, path, device, tokenizer, progress, timeline)
+    except DeviceLost as error:
+        device.stepper.close()
+        raise ConfigError("the model's ranks were lost while they were measured") from error
     except BaseException:
         device.stepper.close()
         raise

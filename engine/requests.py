@@ -28,7 +28,7 @@ def make_request(
     check_ids(ids, parts.vocab_size)
     return Request(
         id=request_id or uuid.uuid4().hex,
-        prompt_ids=tuple(ids),
+        prompt_ids=tuple(map(int, ids)),  # an array's numbers are none that can be sent
         sampling=params,
         max_tokens=max_tokens,
         seed=(seed if params.seed is None else params.seed) % 2**64,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.scheduling.plan import Plan
 from engine.scheduling.scheduler import Scheduler
-from engine.types import StepStats
+from engine.types import Ran, StepStats
 
 
 def step_stats(
@@ -26,4 +26,8 @@ def step_stats(
         preemptions=scheduler.preemptions,
         seconds=seconds,
         decisions=tuple(plan.decisions),
+        prefills=tuple(
+            Ran(chunk.sequence.request.id, chunk.start, chunk.count, chunk.sample)
+            for chunk in plan.chunks
+        ),
     )

@@ -230,6 +230,16 @@ class Decision(msgspec.Struct, frozen=True):
     at: float
 
 
+class Ran(msgspec.Struct, frozen=True):
+    """A piece of a prompt that a step computed: `count` tokens from `start` on, and whether its end
+    drew the next token."""
+
+    request_id: str
+    start: int
+    count: int
+    sample: bool
+
+
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """One step: what ran, what it was predicted to take and took (seconds by part), and what the
     pool looks like after it."""
@@ -247,6 +257,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
     seconds: dict[str, float]
     decisions: tuple[Decision, ...] = ()
+    prefills: tuple[Ran, ...] = ()
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -350,6 +350,11 @@ def _select_gpu(
 
     computed: DType = "float32" if dtype == "float32" else "bfloat16"
     if place is not None:
+        if place.ranks > torch.cuda.device_count():
+            raise ValueError(
+                f"execution.tensor_parallel is {place.ranks}, but there are "
+                f"{torch.cuda.device_count()} GPUs"
+            )
         torch.cuda.set_device(place.rank)
     device = torch.device("cuda", torch.cuda.current_device())
     collectives = join(place, "cuda") if place is not None else None

@@ -49,19 +49,13 @@ class Collectives(Protocol):
         ...
 
 
-def shared_bytes(ranks: int) -> int:
-    """Bytes of the memory behind `Place.memory`."""
-    from kernels.cpu.native_backend import native_module
-
-    native = native_module()
-    return int(native.Exchange.bytes(ranks, SLOT_BYTES)) if native is not None else 0
-
-
 class SharedMemory:
     """Collectives through memory that the ranks of one machine map. Activations are fp32."""
 
     def __init__(self, place: Place, native: Any) -> None:
         self.rank, self.ranks = place.rank, place.ranks
+        # Whoever comes first makes it as large; the others change nothing.
+        os.ftruncate(place.memory, native.Exchange.bytes(place.ranks, SLOT_BYTES))
         self.exchange = native.Exchange(place.memory, place.rank, place.ranks, SLOT_BYTES)
         self._device = native.Device(native.instruction_sets()[0], 1)
 
@@ -91,6 +85,9 @@ class ProcessGroup:
             f"/proc/self/fd/{place.memory}", place.ranks
         )
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks)
+        # Its buffers are taken now, so that whoever counts free memory counts them, too.
+        device = "cuda" if backend == "nccl" else "cpu"
+        dist.all_reduce(torch.zeros(1, device=device))
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         if not self._ordered:
@@ -129,8 +126,6 @@ def join(place: Place, device: Literal["cpu", "cuda"]) -> Collectives:
     return ProcessGroup(place, "gloo")
 
 
-def shared_memory(ranks: int) -> int:
-    """A descriptor of memory for so many ranks to meet in; close it when they have it."""
-    descriptor = os.memfd_create("ryzanstein-ranks")
-    os.ftruncate(descriptor, shared_bytes(ranks))
-    return descriptor
+def shared_memory() -> int:
+    """A descriptor of memory for ranks to meet in; close it when they have it."""
+    return os.memfd_create("ryzanstein-ranks")

@@ -79,7 +79,7 @@ def record(path: Path, ranks: int, *, exact: bool) -> Tape:
 
 def collective_seconds(kind: str, ranks: int, rows: int, width: int) -> float:
     """Median seconds of an all-reduce of fp32 `[rows, width]` between processes."""
-    memory = shared_memory(ranks) if kind == "shared" else os.memfd_create("ranks")
+    memory = shared_memory()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 

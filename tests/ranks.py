@@ -26,7 +26,7 @@ R = TypeVar("R")
 @contextmanager
 def places(ranks: int) -> Iterator[list[Place]]:
     """A place for each rank."""
-    memory = shared_memory(ranks)
+    memory = shared_memory()
     try:
         yield [Place(rank, ranks, memory) for rank in range(ranks)]
     finally:

@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from engine.config import Config
+import msgspec
+
+from engine.config import Config, ServerSection
 from engine.errors import ConfigError
 from engine.execution.messages import (
     Channel,
@@ -33,6 +35,16 @@ STOP_SECONDS = 2.0
 # How long the first failure may come behind those that follow from it.
 CAUSE_SECONDS = 0.1
 ROOT = Path(__file__).parents[2]
+# What a rank's process runs. It is the server's to say when to stop, not a terminal's or a service
+# manager's, which signal all processes; and that from the first moment on.
+MAIN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sys.path.append(sys.argv[1])
+from engine.execution.rank_process import main
+main(int(sys.argv[2]))
+"""
 
 
 class RankLost(Exception):
@@ -45,16 +57,21 @@ class Crew:
     def __init__(self, config: Config, path: str, wake: int) -> None:
         self.ranks = config.execution.tensor_parallel
         self._wake = wake
+        self.started = False
+        self.heard = [time.monotonic()] * self.ranks
+        """When each rank last said something."""
         self._said: set[str] = set()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(wake, selectors.EVENT_READ, None)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
-        self._memory = shared_memory(self.ranks)
+        # Keys and addresses are no business of theirs.
+        shared = msgspec.structs.replace(config, server=ServerSection())
+        self._memory = shared_memory()
+        self._selector = selectors.DefaultSelector()
         try:
+            self._selector.register(wake, selectors.EVENT_READ, None)
             for rank in range(self.ranks):
                 self._spawn(rank)
-                setup = Setup(config, path, rank, self.ranks, self._memory)
+                setup = Setup(shared, path, rank, self.ranks, self._memory)
                 self._channels[rank].send(encode(setup))
         except BaseException:
             self.kill()
@@ -116,15 +133,18 @@ class Crew:
 
     def _spawn(self, rank: int) -> None:
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        module = "engine.execution.rank_process"
+        environment = {k: v for k, v in os.environ.items() if k != "RYZANSTEIN_API_KEY"}
+        # The ranks of one machine speak to nobody else.
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environment.setdefault(name, "lo")
         with theirs:
+            # `-P`: nothing is imported from whatever folder this is.
             process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=(theirs.fileno(), self._memory),
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-c", MAIN, str(ROOT), str(os.getpid())],
+                pass_fds=(self._memory,),
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path},
+                env=environment,
             )
         self._processes.append(process)
         channel = Channel(ours)
@@ -145,6 +165,7 @@ class Crew:
                 os.read(self._wake, 4096)
                 continue
             rank = key.data
+            self.heard[rank] = time.monotonic()
             try:
                 messages += [(rank, from_rank(body)) for body in self._channels[rank].receive()]
             except EOFError:
@@ -153,10 +174,11 @@ class Crew:
         return messages if events else None
 
     def _log(self, messages: list[tuple[int, FromRank]]) -> None:
-        """Log what ranks log, each line once."""
+        """Log what ranks log; while they start, what all of them say is logged once."""
         for rank, message in messages:
             if isinstance(message, Log) and message.text not in self._said:
-                self._said.add(message.text)
+                if not self.started:
+                    self._said.add(message.text)
                 name = logging.getLogger(message.name)
                 name.log(message.level, "rank %d: %s", rank, message.text)
 

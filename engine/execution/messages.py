@@ -16,10 +16,12 @@ from engine.types import SamplingParams
 
 LENGTH = struct.Struct("<I")
 READ_BYTES = 1 << 18
+# How often a rank that starts says that it lives.
+PULSE_SECONDS = 5.0
 
 
 class Setup(msgspec.Struct, tag=True):
-    """To a rank: who it is and what it loads. `verify` names files, of which it checks its own."""
+    """To a rank: who it is and what it loads; `memory` is the descriptor by which all meet."""
 
     config: Config
     path: str
@@ -79,6 +81,10 @@ class Loading(msgspec.Struct, tag=True):
     total: int
 
 
+class Alive(msgspec.Struct, tag=True):
+    """From a rank that starts: it is still there."""
+
+
 class Loaded(msgspec.Struct, tag=True):
     """From a rank: its weights are in place."""
 
@@ -121,7 +127,7 @@ class Log(msgspec.Struct, tag=True):
 
 
 ToRank = Setup | Allocate | Step | Stop
-FromRank = Loading | Loaded | Ready | Done | Failed | Log
+FromRank = Alive | Loading | Loaded | Ready | Done | Failed | Log
 _encoder = msgspec.msgpack.Encoder()
 _of_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 _to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from engine.execution.messages import Entered, Part, Step
 from engine.scheduling.plan import Chunk, Plan
 from engine.scheduling.sequence import Sequence
-from engine.types import Request
+from engine.types import Request, SamplingParams
 
 
 class PlanWriter:
@@ -27,7 +27,7 @@ class PlanWriter:
                     sequence.seed,
                     sequence.tokens,
                     sequence.prompt_length,
-                    sequence.request.sampling,
+                    _drawing(sequence.request.sampling),
                     sequence.request.eos_token_ids,
                 )
             )
@@ -77,6 +77,24 @@ class PlanReader:
             for p in step.parts
         ]
         return Plan(step.number, decodes, chunks, admitted, grown, step.moves)
+
+
+def _drawing(sampling: SamplingParams) -> SamplingParams:
+    """What a rank has to know to draw tokens, as numbers that can be sent, whatever they were."""
+    return SamplingParams(
+        min_tokens=int(sampling.min_tokens),
+        temperature=float(sampling.temperature),
+        top_k=int(sampling.top_k),
+        top_p=float(sampling.top_p),
+        min_p=float(sampling.min_p),
+        repetition_penalty=float(sampling.repetition_penalty),
+        presence_penalty=float(sampling.presence_penalty),
+        frequency_penalty=float(sampling.frequency_penalty),
+        logit_bias={int(token): float(value) for token, value in sampling.logit_bias.items()},
+        stop_token_ids=tuple(int(token) for token in sampling.stop_token_ids),
+        logprobs=None if sampling.logprobs is None else int(sampling.logprobs),
+        prompt_logprobs=None if sampling.prompt_logprobs is None else int(sampling.prompt_logprobs),
+    )
 
 
 def _sequence(entered: Entered) -> Sequence:

@@ -20,7 +20,16 @@ from dataclasses import dataclass, field
 from engine.config import Config
 from engine.errors import ConfigError, DeviceLost, EngineFailed
 from engine.execution.crew import Crew, RankLost
-from engine.execution.messages import Allocate, Done, Loaded, Loading, Log, Ready, encode
+from engine.execution.messages import (
+    PULSE_SECONDS,
+    Allocate,
+    Done,
+    Loaded,
+    Loading,
+    Log,
+    Ready,
+    encode,
+)
 from engine.execution.mirror import PlanWriter
 from engine.execution.rank import RankFacts
 from engine.execution.stepper import CLOSE_SECONDS
@@ -34,8 +43,17 @@ MAX_LOSSES = 3
 LEAST_SECONDS, TIMES_USUAL = 1.0, 10.0
 # Steps that are remembered, and how often the usual time is found anew.
 REMEMBERED, EVERY = 512, 64
-# Starting ranks say what they do; one that is silent for so long hangs.
-SILENT_SECONDS = 300.0
+# Starting ranks say that they live; one that is silent for so long hangs.
+SILENT_SECONDS = 60.0
+# A step of which nobody knows what it should take.
+UNKNOWN_SECONDS = 300.0
+# What a page that is moved may take, from a slow disk.
+MOVE_SECONDS = 0.02
+# A turn of the watch that takes so much longer than it should was a pause of this process, and of
+# the ranks with it.
+PAUSE_SECONDS = 0.2
+# Pauses before ranks are started again that were lost without having run a step.
+BACKOFF_SECONDS = (0.0, 2.0)
 
 
 class Pace:
@@ -55,9 +73,9 @@ class Pace:
 
     def limit(self, predicted: float) -> float:
         """Seconds after which a step hangs that should take `predicted`; 0 if nobody knows, as of
-        the very first ones, which have long."""
-        if not self._seconds and not predicted:
-            return SILENT_SECONDS
+        those that measure the machine, which have long."""
+        if not predicted:
+            return UNKNOWN_SECONDS
         return max(LEAST_SECONDS, TIMES_USUAL * max(self._usual, predicted))
 
 
@@ -110,7 +128,11 @@ class RankStepper:
             target=self._supervise, args=(started,), name="ryzanstein-ranks", daemon=True
         )
         self._thread.start()
-        started.result()
+        try:
+            started.result()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def available(self) -> bool:
@@ -127,7 +149,8 @@ class RankStepper:
                 return  # it goes with those before it
             if self._crew is None:
                 raise EngineFailed("the model's ranks are being started")
-            self._flights.append(Flight(plan.step, time.monotonic(), plan.predicted))
+            expected = plan.predicted + MOVE_SECONDS * len(plan.moves)
+            self._flights.append(Flight(plan.step, time.monotonic(), expected))
             sent = self._crew.send(data)
             # Whoever watched nothing has a deadline to watch now.
             if not sent or len(self._flights) == 1:
@@ -148,8 +171,10 @@ class RankStepper:
     def run(self, plan: Plan) -> StepResult:
         """Submit a plan and wait for its result."""
         self.submit(plan)
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
         while not self.ready():
-            select.select([self._read], [], [])
+            poll.poll()
         return self.result()
 
     def fileno(self) -> int:
@@ -191,8 +216,15 @@ class RankStepper:
                 self._lose(error, final=in_a_row >= MAX_LOSSES)
                 if in_a_row >= MAX_LOSSES:
                     return
+                self._pause(BACKOFF_SECONDS[in_a_row - 1])
             else:
                 crew.stop()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, unless woken."""
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        poll.poll(1e3 * seconds)
 
     def _start(self, crew: Crew) -> None:
         """Bring all ranks to where they run steps. Raises RankLost, or ConfigError."""
@@ -200,10 +232,11 @@ class RankStepper:
         ready: dict[int, int] = {}
         sized = False
         while len(ready) < crew.ranks and not self._closing:
-            messages = crew.receive(SILENT_SECONDS)
-            if messages is None:
-                raise RankLost(f"the ranks said nothing for {SILENT_SECONDS:.0f} s while starting")
-            for rank, message in messages:
+            messages = crew.receive(PULSE_SECONDS)
+            silence, silent = min((heard, rank) for rank, heard in enumerate(crew.heard))
+            if time.monotonic() - silence > SILENT_SECONDS:
+                raise RankLost(f"rank {silent} said nothing for {SILENT_SECONDS:.0f} s")
+            for rank, message in messages or ():
                 if isinstance(message, Loading) and rank == 0 and not self.pages:
                     self._progress(message.done, message.total)
                 elif isinstance(message, Loaded):
@@ -211,35 +244,48 @@ class RankStepper:
                 elif isinstance(message, Ready):
                     ready[rank] = message.buffers
             if len(loaded) == crew.ranks and not sized:
-                self.facts = [loaded[rank] for rank in range(crew.ranks)]
+                facts = [loaded[rank] for rank in range(crew.ranks)]
+                if self.facts and any(a.differs(b) for a, b in zip(self.facts, facts, strict=True)):
+                    raise ConfigError("the model's files have changed; restart the server")
+                self.facts = facts
                 # Those that take others' places have the cache that they had.
                 self.pages = self.pages or self._choose(self.facts)
                 crew.send(encode(Allocate(self.pages)))
                 sized = True
         self.buffers = sum(ready.values())
+        crew.started = True
         with self._lock:
             self.pids = crew.pids
             self._crew = crew
 
     def _serve(self, crew: Crew) -> None:
         """Collect results until closed. Raises RankLost."""
+        turn = time.monotonic()
         while not self._closing:
             with self._lock:
                 oldest = self._flights[0] if self._flights else None
-            wait, limit = None, 0.0
+            wait = None
             if oldest is not None:
                 limit = self._pace.limit(oldest.predicted)
-                wait = max(0.0, oldest.begun + limit - time.monotonic())
+                left = oldest.begun + limit - turn
+                if left <= 0:
+                    raise RankLost(f"a step hangs: it took more than {limit:.1f} s")
+                # In slices, so that a pause shows.
+                wait = min(left, PAUSE_SECONDS)
             messages = crew.receive(wait)
-            if messages is None:
-                # One more look: it may be this thread that was held up.
-                messages = crew.receive(0.0)
-            if messages is None:
-                raise RankLost(f"a step hangs: it took more than {limit:.1f} s")
-            for rank, message in messages:
+            before, turn = turn, time.monotonic()
+            if wait is not None and turn - before - wait > PAUSE_SECONDS:
+                self._forgive(turn - before - wait)
+            for rank, message in messages or ():
                 assert isinstance(message, Done | Log), "a rank that runs has nothing else to say"
                 if isinstance(message, Done):
                     self._take(rank, message)
+
+    def _forgive(self, seconds: float) -> None:
+        """Steps under way have so much longer: nothing ran meanwhile."""
+        with self._lock:
+            for flight in self._flights:
+                flight.begun += seconds
 
     def _take(self, rank: int, done: Done) -> None:
         """Note that a rank has finished a step; when all have, it has a result."""
@@ -255,7 +301,8 @@ class RankStepper:
                 self._flights[0].begun = now
         if len({each.checksum for each in flight.done.values()}) > 1:
             raise RankLost(f"ranks drew different tokens in step {flight.number}")
-        self._pace.observe(now - flight.begun)
+        if flight.predicted:
+            self._pace.observe(now - flight.begun)
         self._steps += 1
         first = flight.done[0]
         self._put(StepResult(first.ids, first.logprobs, first.top, first.seconds))
@@ -267,6 +314,8 @@ class RankStepper:
         with self._lock:
             running, self._crew, self.pids = self._crew is not None, None, []
             self._flights.clear()
+            # One that has not been heard of yet says it for both.
+            running = running and not self._lost
             self._lost = self._lost or running
             self.losses += 1
         if final:

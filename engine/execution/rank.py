@@ -27,7 +27,7 @@ from kernels.ops import Recorder
 class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank is, once its weights are in place; sizes are bytes. The same `description` means
     the same numbers. `free` is None where the cache lies in the host's memory; `program` is the
-    interpreter's and its libraries' memory."""
+    interpreter's and its libraries' memory; `files` names the model's, with sizes and times."""
 
     description: str
     hardware: str
@@ -39,6 +39,17 @@ class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     program: int
     free: int | None
     seconds: float
+    files: str
+
+    def differs(self, other: RankFacts) -> bool:
+        """Whether another cannot take this one's place."""
+        return (self.description, self.kv_dtype, self.context, self.page, self.files) != (
+            other.description,
+            other.kv_dtype,
+            other.context,
+            other.page,
+            other.files,
+        )
 
 
 class Rank:
@@ -96,6 +107,7 @@ class Rank:
             program=before,
             free=self._backend.free_bytes(),
             seconds=time.perf_counter() - start,
+            files=repr(weights_identity(checkpoint.path)),
         )
 
     def abort(self) -> None:

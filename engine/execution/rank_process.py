@@ -1,4 +1,4 @@
-"""A rank in a process of its own: `python -m engine.execution.rank_process DESCRIPTOR PARENT`.
+"""A rank in a process of its own, which `crew.py` starts.
 
 It loads its shard, then runs what the server sends until it is told to stop, or the server goes.
 """
@@ -12,7 +12,7 @@ import select
 import selectors
 import signal
 import socket
-import sys
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +22,8 @@ import numpy as np
 
 from engine.errors import ConfigError
 from engine.execution.messages import (
+    PULSE_SECONDS,
+    Alive,
     Allocate,
     Channel,
     Done,
@@ -86,6 +88,26 @@ class Relay(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._server.tell(Log(record.levelno, record.name, self.format(record)))
+
+
+class Pulse:
+    """Says now and then that this process lives, while something goes on that may take long."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._over.wait(PULSE_SECONDS):
+            self._server.tell(Alive())
 
 
 class Reporter:
@@ -159,15 +181,16 @@ def run(server: Server) -> None:
     )
     place = Place(setup.rank, setup.ranks, setup.memory)
     checkpoint = open_checkpoint(Path(setup.path), texts=False)
-    rank = Rank(
-        setup.config, checkpoint, place, lambda done, total: server.tell(Loading(done, total))
-    )
-    server.tell(Loaded(rank.facts))
-    allocate = server.ask()
-    if isinstance(allocate, Stop):
-        return
-    assert isinstance(allocate, Allocate)
-    runner = rank.allocate(allocate.pages)
+    with Pulse(server):
+        rank = Rank(
+            setup.config, checkpoint, place, lambda done, total: server.tell(Loading(done, total))
+        )
+        server.tell(Loaded(rank.facts))
+        allocate = server.ask()
+        if isinstance(allocate, Stop):
+            return
+        assert isinstance(allocate, Allocate)
+        runner = rank.allocate(allocate.pages)
     server.tell(Ready(runner.buffer_bytes()))
     try:
         work(server, stepper_for(Reporter(server, runner, first=setup.rank == 0)))
@@ -176,15 +199,14 @@ def run(server: Server) -> None:
         raise
 
 
-def main() -> None:
-    """Entry point of the process; its exit status says nothing, its last message does."""
-    # Ctrl-C in a terminal reaches all processes, but it is the server's to say when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def main(parent: int) -> None:
+    """What the process does, on its standard input; its exit status says nothing, its last message
+    does. `parent` is the server's process."""
     # A rank does not outlive its server, however that ends.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(sys.argv[2]):
+    if os.getppid() != parent:
         return
-    server = Server(socket.socket(fileno=int(sys.argv[1])))
+    server = Server(socket.socket(fileno=0))
     try:
         run(server)
     except EOFError:
@@ -198,7 +220,3 @@ def main() -> None:
         server.tell(Failed(f"{type(error).__name__}: {error}", follows=follows))
     # Not waiting for threads: one may be in a step that never ends.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

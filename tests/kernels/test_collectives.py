@@ -92,16 +92,18 @@ def test_a_rank_that_gives_up_frees_those_that_wait_for_it() -> None:
 
 @needs_native
 def test_memory_that_is_too_small_or_not_there_is_refused() -> None:
+    native = native_module()
+    assert native is not None
     memory = os.memfd_create("small")
     try:
         with pytest.raises(ValueError, match="too small"):
-            shared(Place(0, 2, memory))
+            native.Exchange(memory, 0, 2, 4096)
         with pytest.raises(ValueError, match="no such rank"):
-            shared(Place(2, 2, memory))
+            native.Exchange(memory, 2, 2, 4096)
     finally:
         os.close(memory)
     with pytest.raises(RuntimeError, match="fstat"):
-        shared(Place(0, 2, memory))
+        native.Exchange(memory, 0, 2, 4096)
 
 
 GLOO = """

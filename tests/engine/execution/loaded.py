@@ -20,7 +20,7 @@ from kernels.collectives import Place, shared_memory
 def main() -> None:
     path, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     config = load_config(values={"model.keep_packed": False, "execution.threads": 1})
-    place = Place(rank, ranks, shared_memory(ranks))
+    place = Place(rank, ranks, shared_memory())
     peak, done = 0, threading.Event()
 
     def watch() -> None:
