@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import ServerSection
+from engine.types import MonotonicClock
 from server import (
     health,
     messages,
@@ -27,6 +28,7 @@ from server import (
     responses,
     session,
     telemetry,
+    timeline,
     usage,
     websocket,
 )
@@ -163,6 +165,7 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
         Route("/v1/models", openai.list_models, methods=["GET"]),
         Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
         Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
+        Route("/v1/requests/{id}/timeline", timeline.get_timeline, methods=["GET"]),
         Route("/tokenize", openai.tokenize, methods=["POST"]),
         Route("/detokenize", openai.detokenize, methods=["POST"]),
         Route("/openapi.json", openapi.openapi, methods=["GET"]),
@@ -192,8 +195,10 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
     app.state.settings = settings
     app.state.store = Store(lifecycle.engine, settings)
     app.state.usage = usage.UsageBook()
+    app.state.timelines = timeline.Timelines(MonotonicClock().now)
     lifecycle.engine.add_listener(app.state.metrics)
     lifecycle.engine.add_listener(app.state.usage)
+    lifecycle.engine.add_listener(app.state.timelines)
     return app
 
 

@@ -16,8 +16,12 @@ async def live(request: Request) -> ASGIApp:
 
 
 async def ready(request: Request) -> ASGIApp:
-    """`GET /health/ready`: 200 only when loaded, not draining and not broken."""
-    state = _engine(request).health()
+    """`GET /health/ready`: 200 only when loaded, neither draining nor broken, with a free place in
+    the queue."""
+    engine = _engine(request)
+    state = engine.health()
+    if state == "ok" and engine.admission.is_full:
+        state = "overloaded"
     return json_response({"status": state}, 200 if state == "ok" else 503)
 
 

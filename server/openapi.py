@@ -62,6 +62,7 @@ OPERATIONS = (
     Operation("get", "/v1/models", "The model that is served"),
     Operation("get", "/v1/models/{model}", "One model"),
     Operation("get", "/v1/usage/{id}", "What an ended answer took"),
+    Operation("get", "/v1/requests/{id}/timeline", "Where an answer's time goes, and why"),
     Operation("post", "/tokenize", "Token ids of text or messages", TokenizeRequest),
     Operation("post", "/detokenize", "The text of token ids", DetokenizeRequest),
     Operation("get", "/health/live", "Whether the process works"),

@@ -6,9 +6,10 @@ it runs and for an hour; the segments are made from them when somebody asks, and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
@@ -17,7 +18,6 @@ from starlette.types import ASGIApp
 from engine import AsyncEngine, RequestStats, StepStats
 from server.errors import HTTPError, json_response
 from server.tenants import client_of
-from server.usage import answer_id
 
 KEEP_SECONDS = 3600.0
 KEPT = 10_000
@@ -86,15 +86,9 @@ class Timelines:
                 break
             self._ended.popitem(last=False)
 
-    def find(self, answer: str) -> Iterator[tuple[str, Record]]:
-        """The requests of an answer, one for each of its prompts, with their ids."""
-        for records in (self._ended, self._live):
-            for request_id in [answer, *(f"{answer}-{n}" for n in range(len(records)))]:
-                if request_id not in records:
-                    if request_id != answer:
-                        break
-                    continue
-                yield request_id, records[request_id]
+    def record(self, request_id: str) -> Record | None:
+        """What is known of a request; None if nothing is."""
+        return self._live.get(request_id) or self._ended.get(request_id)
 
     def segments(self, record: Record, arrival: float) -> list[Segment]:
         """A request's time from its arrival to its end, or to now, without a gap."""
@@ -147,17 +141,22 @@ def segments(events: list[Event], arrival: float, end: float, tokens: int) -> li
 
 
 async def get_timeline(request: HTTPRequest) -> ASGIApp:
-    """`GET /v1/requests/{id}/timeline`: of an answer that runs, or ended within the hour."""
+    """`GET /v1/requests/{id}/timeline`: of an answer that runs, or ended within the hour. Whoever
+    asked for it may see it, and holders of the configuration's own keys any."""
     identifier = request.path_params["id"]
     engine: AsyncEngine = request.app.state.engine
     timelines: Timelines = request.app.state.timelines
     tenant = client_of(request).tenant
     found = []
-    for request_id, record in timelines.find(identifier):
-        running = engine.delivery.request(request_id)
-        about = record.stats or running
-        # Keys of the configuration itself are the operator's.
-        if about is not None and tenant in ("", about.tenant):
+    # An answer to several prompts has a request for each.
+    for number in itertools.count():
+        request_id = f"{identifier}-{number}" if number else identifier
+        running = engine.delivery.request(request_id) if engine.health() != "loading" else None
+        record = timelines.record(request_id) or (Record() if running is not None else None)
+        if record is None and number:
+            break
+        about = running if record is None or record.stats is None else record.stats
+        if record is not None and about is not None and tenant in ("", about.tenant):
             parts = timelines.segments(record, about.arrival)
             found.append(_body(request_id, record, parts))
     if not found:
@@ -182,6 +181,3 @@ def _body(request_id: str, record: Record, parts: list[Segment]) -> dict[str, ob
         "cached_tokens": None if stats is None else stats.cached_tokens,
         "completion_tokens": None if stats is None else stats.completion_tokens,
     }
-
-
-__all__ = ["Timelines", "answer_id", "get_timeline", "segments"]

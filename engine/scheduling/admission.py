@@ -111,6 +111,11 @@ class Admission:
             self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting", "share")
         self._check_deadline(request, account.waiting, now)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether whoever comes now is refused."""
+        return len(self._scheduler.queue) >= self._limits.max_waiting
+
     def queue_seconds(self) -> float:
         """How long the queued work takes: prompts in full steps, outputs of the usual length in
         full batches."""

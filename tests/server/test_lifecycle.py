@@ -216,3 +216,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_a_full_queue_is_not_ready_for_more(mock_server: MockFactory) -> None:
+    server = mock_server(delay=0.05, max_running=1, max_waiting=2)
+    threads = [threading.Thread(target=lambda: complete(server, 12)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while server.metric("ryzanstein_requests_waiting") < 2:
+        time.sleep(0.005)
+    answer = httpx.get(f"{server.url}/health/ready")
+    assert (answer.status_code, answer.json()) == (503, {"status": "overloaded"})
+    assert httpx.get(f"{server.url}/health/live").status_code == 200
+    for thread in threads:
+        thread.join()
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200

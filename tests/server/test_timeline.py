@@ -1,0 +1,177 @@
+"""Where a request's time went."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine import Decision, RequestStats, StepStats
+from engine.types import Ran
+from server.timeline import KEPT, Event, Timelines, segments
+from tests.server.conftest import MockFactory
+from tests.server.process import ServerProcess
+
+
+def shown(events: list[Event], end: float, tokens: int = 0) -> list[tuple[str, str, float]]:
+    return [(s.what, s.why, round(s.ms)) for s in segments(events, 10.0, end, tokens)]
+
+
+def decided(kind: str, at: float, reason: str = "") -> Event:
+    return Event(kind, at, at, reason)
+
+
+def ran(at: float, end: float, tokens: int, *, sample: bool = False) -> Event:
+    return Event("prefill", at, end, tokens=tokens, sample=sample)
+
+
+def test_a_life_is_told_without_a_gap() -> None:
+    events = [
+        decided("wait", 10.1, "batch full"),
+        decided("admit", 10.5),
+        ran(10.5, 10.6, 512),
+        ran(10.8, 10.9, 100, sample=True),
+        decided("preempt", 11.9, "no free pages"),
+        decided("wait", 12.0, "no free pages"),
+        decided("admit", 12.4),
+        ran(12.4, 12.5, 620, sample=True),
+    ]
+    assert shown(events, 13.5) == [
+        ("queued", "others are before it", 100),
+        ("queued", "batch full", 400),
+        ("prefill", "", 100),
+        ("in the batch", "the step's time goes to others", 200),
+        ("prefill", "", 100),
+        ("decode", "", 1000),
+        ("preempted", "no free pages", 100),
+        ("preempted", "no free pages", 400),
+        ("prefill", "", 100),
+        ("decode", "", 1000),
+    ]
+    parts = segments(events, 10.0, 13.5, 40)
+    assert [p.tokens for p in parts if p.what == "decode"] == [20, 20]
+    assert [p.tokens for p in parts if p.what == "prefill"] == [512, 100, 620]
+    assert sum(p.ms for p in parts) == pytest.approx(3500)
+
+
+def test_one_that_never_began_was_queued_all_the_time() -> None:
+    assert shown([], 10.2) == [("queued", "others are before it", 200)]
+
+
+def test_what_a_step_still_does_after_the_end_adds_nothing() -> None:
+    assert shown([decided("admit", 10.0), ran(10.0, 10.4, 9)], 10.1) == [("prefill", "", 100)]
+
+
+def stats(number: int, finished: float) -> RequestStats:
+    return RequestStats(
+        id=f"r{number}",
+        tenant="",
+        arrival=0.0,
+        first_scheduled=None,
+        first_token=None,
+        finished=finished,
+        prompt_tokens=1,
+        cached_tokens=0,
+        completion_tokens=0,
+        preemptions=0,
+        finish_reason="stop",
+    )
+
+
+def test_what_has_ended_is_kept_for_an_hour_and_not_without_end() -> None:
+    timelines = Timelines(lambda: 0.0)
+    timelines.on_request(stats(0, 100.0))
+    timelines.on_request(stats(1, 3000.0))
+    assert timelines.record("r0") is not None
+    timelines.on_request(stats(2, 3800.0))
+    assert timelines.record("r0") is None
+    assert timelines.record("r1") is not None
+    for number in range(KEPT + 5):
+        timelines.on_request(stats(number + 10, 3800.0))
+    assert timelines.record("r2") is None
+
+
+def test_a_step_that_comes_behind_the_end_is_still_noted() -> None:
+    """Requests are reported before the step that finished them."""
+    timelines = Timelines(lambda: 0.0)
+    timelines.on_request(stats(1, 2.0))
+    step = StepStats(
+        step=1,
+        at=2.0,
+        prefill_tokens=4,
+        decode_rows=0,
+        predicted=0.0,
+        running=0,
+        waiting=0,
+        pages_used=0,
+        pages_cached=0,
+        pages_total=1,
+        preemptions=0,
+        seconds={"wait": 0.5},
+        decisions=(Decision("admit", "r1", "", 1.0),),
+        prefills=(Ran("r1", 0, 4, True),),
+    )
+    timelines.on_step(step)
+    record = timelines.record("r1")
+    assert record is not None
+    told = [(s.what, round(s.ms)) for s in timelines.segments(record, 0.0)]
+    assert told == [("queued", 1000), ("in the batch", 500), ("prefill", 500)]
+
+
+def timeline(server: ServerProcess, answer: str, key: str = "") -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.get(f"{server.url}/v1/requests/{answer}/timeline", headers=headers)
+
+
+def test_over_http_while_it_runs_and_afterwards(mock_server: MockFactory) -> None:
+    server = mock_server(delay=0.01, max_running=1)
+    answers: list[str] = []
+
+    def ask() -> None:
+        body = {"model": "mock", "prompt": "abc", "max_tokens": 20, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    found = json.loads(line[6:])["id"]
+                    if found not in answers:
+                        answers.append(found)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while not answers:
+        time.sleep(0.005)
+    live = timeline(server, answers[0]).json()["requests"][0]
+    assert live["state"] == "running"
+    for thread in threads:
+        thread.join()
+    whats = set()
+    for answer in answers:
+        found = timeline(server, answer).json()["requests"][0]
+        assert (found["state"], found["finish_reason"]) == ("finished", "length")
+        assert found["explained"] >= 0.99
+        spent = sum(part["ms"] for part in found["segments"])
+        assert spent == pytest.approx(found["total_ms"], abs=0.01)
+        assert found["completion_tokens"] == 20
+        whats |= {(part["what"], part.get("why", "")) for part in found["segments"]}
+    assert {("queued", "batch full"), ("prefill", ""), ("decode", "")} <= whats
+    assert timeline(server, "cmpl-nobody").status_code == 404
+
+
+def test_it_is_shown_to_its_owner_and_to_the_operator(
+    mock_server: MockFactory, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text('[tenants.a]\nkeys = ["key-a"]\n[tenants.b]\nkeys = ["key-b"]\n')
+    server = mock_server({"tenants_file": str(file), "api_keys": ["operator"]})
+    body = {"model": "mock", "prompt": ["abc", "de"], "max_tokens": 3}
+    headers = {"authorization": "Bearer key-a"}
+    made = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).json()["id"]
+    assert len(timeline(server, made, "key-a").json()["requests"]) == 2
+    assert timeline(server, made, "operator").status_code == 200
+    assert timeline(server, made, "key-b").status_code == 404
+    assert timeline(server, made).status_code == 401
