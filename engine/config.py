@@ -115,6 +115,26 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return bool(self.api_keys or self.tenants_file)
 
 
+class LoggingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is logged to standard error: lines for people, or `json` in the Elastic Common Schema;
+    with `requests` a line for each that has ended. Prompts and answers never are."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: bool = False
+
+
+class TracingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Traces, sent to an OTLP collector's `endpoint` (http://host:4318/v1/traces) if there is one:
+    a share of all requests, those whose client traces them, and all that fail or take
+    `slow_seconds`."""
+
+    endpoint: str = ""
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    slow_seconds: Annotated[float, Meta(gt=0)] = 10.0
+    service: str = "ryzanstein"
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set."""
 
@@ -123,6 +143,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scheduler: SchedulerSection = SchedulerSection()
     execution: ExecutionSection = ExecutionSection()
     server: ServerSection = ServerSection()
+    logging: LoggingSection = LoggingSection()
+    tracing: TracingSection = TracingSection()
 
 
 def load_config(

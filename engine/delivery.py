@@ -190,6 +190,7 @@ class Delivery:
             completion_tokens=usage.completion_tokens,
             preemptions=sum(s.preemptions for s in active.sequences),
             finish_reason=reason,
+            trace=active.request.trace,
         )
         for listener in self._listeners:
             listener.on_request(stats)

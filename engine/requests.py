@@ -39,5 +39,6 @@ def make_request(
         target_itl=terms.target_itl,
         tenant=terms.tenant,
         namespace=terms.namespace,
+        trace=terms.trace,
         eos_token_ids=parts.tokenizer.eos_token_ids,
     )

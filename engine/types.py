@@ -114,7 +114,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     Higher `priority` runs first, within its tenant. A `deadline` that passes ends the request with
     DeadlineExceeded: the whole answer's, or the first token's. `target_itl` is the time between
     tokens that others' prompts may not exceed while it runs; 0 takes the engine's. Tenants with
-    different `namespace` share no pages of the cache.
+    different `namespace` share no pages of the cache. `trace` is W3C's `traceparent`, passed on.
     """
 
     tenant: str = ""
@@ -123,6 +123,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float = math.inf
     first_token_deadline: float = math.inf
     target_itl: float = 0.0
+    trace: str = ""
 
 
 DEFAULT_TERMS = Terms()
@@ -147,6 +148,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     target_itl: float = 0.0
     tenant: str = ""
     namespace: bytes = b""
+    trace: str = ""
     eos_token_ids: frozenset[int] = frozenset()
 
     @property
@@ -274,6 +276,7 @@ class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     preemptions: int
     finish_reason: str
+    trace: str = ""
 
 
 class Clock(Protocol):

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
-from engine.config import ServerSection
+from engine.config import LoggingSection, ServerSection, TracingSection
 from engine.types import MonotonicClock
 from server import (
     health,
@@ -33,17 +33,22 @@ from server import (
     websocket,
 )
 from server.errors import HTTPError, error_response
+from server.journal import RequestLog
 from server.rates import RATE_HEADERS, rate_headers
 from server.security import Guard
 from server.store import Store
 from server.streams import ClientLeft
 from server.tenants import Directory
+from server.tracing import Tracing
 from server.traffic import Traffic, Watch
 
 logger = logging.getLogger("ryzanstein.server")
 
 # What a client that left would have got; nobody reads it (nginx's number for it).
 CLIENT_CLOSED_REQUEST = 499
+DEFAULT_LOGGING, DEFAULT_TRACING = LoggingSection(), TracingSection()
+# How long an exit waits for traces to be sent.
+FLUSH_SECONDS = 5.0
 
 
 class LoadingStopped(Exception):
@@ -117,7 +122,12 @@ class Lifecycle:
         return self.failure is not None
 
 
-def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
+def create_app(
+    lifecycle: Lifecycle,
+    settings: ServerSection,
+    logs: LoggingSection = DEFAULT_LOGGING,
+    tracing: TracingSection = DEFAULT_TRACING,
+) -> Starlette:
     """The application; it answers health checks at once and everything else when loaded.
 
     Raises ConfigError if the tenants' file is wrong.
@@ -134,6 +144,9 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             group.start_soon(directory.watch, lifecycle.engine.configure_tenants)
             yield
             group.cancel_scope.cancel()
+        if app.state.tracing is not None:
+            with anyio.move_on_after(FLUSH_SECONDS):
+                await anyio.to_thread.run_sync(app.state.tracing.close, abandon_on_cancel=True)
 
     def rates(tenant: str) -> dict[str, str]:
         return rate_headers(lifecycle.engine, tenant)
@@ -149,7 +162,13 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", "x-should-retry", *RATE_HEADERS],
+            expose_headers=[
+                "x-request-id",
+                "x-trace-id",
+                "retry-after",
+                "x-should-retry",
+                *RATE_HEADERS,
+            ],
         )
         middleware.insert(1, cors)
     routes: list[BaseRoute] = [
@@ -199,6 +218,13 @@ def create_app(lifecycle: Lifecycle, settings: ServerSection) -> Starlette:
     lifecycle.engine.add_listener(app.state.metrics)
     lifecycle.engine.add_listener(app.state.usage)
     lifecycle.engine.add_listener(app.state.timelines)
+    app.state.tracing = None
+    if tracing.endpoint:
+        app.state.tracing = Tracing(lifecycle.engine, app.state.timelines, tracing)
+        lifecycle.engine.add_listener(app.state.tracing)
+    app.state.metrics.tracing = app.state.tracing
+    if logs.requests:
+        lifecycle.engine.add_listener(RequestLog())
     return app
 
 

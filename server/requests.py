@@ -91,6 +91,7 @@ def terms_of(client: Client, body: Sampled) -> Terms:
         deadline=_seconds("deadline_ms", body.deadline_ms),
         first_token_deadline=_seconds("x-slo-ttft-ms", client.headers.get("x-slo-ttft-ms")),
         target_itl=0.0 if target is None else _seconds("target_itl_ms", target),
+        trace=client.trace,
     )
 
 

@@ -20,7 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.config import ServerSection
 from server.errors import MESSAGES_PATH, HTTPError, error_response
+from server.journal import bind
 from server.tenants import Directory
+from server.tracing import trace_of
 
 logger = logging.getLogger("ryzanstein.server")
 
@@ -56,7 +58,9 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        trace = trace_of(headers)
+        scope.setdefault("state", {}).update(request_id=request_id, trace=trace)
+        bind(request_id, trace)
         send = self._with_headers(send, scope, request_id)
         try:
             self._check(scope, headers)
@@ -106,7 +110,10 @@ class Guard:
     def _with_headers(self, send: Send, scope: Scope, request_id: str) -> Send:
         async def wrapped(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
-                more = {"x-request-id": request_id}
+                more = {
+                    "x-request-id": request_id,
+                    "x-trace-id": scope["state"]["trace"].split("-")[1],
+                }
                 if scope["path"].startswith(MESSAGES_PATH):
                     more["request-id"] = request_id  # Anthropic's name for it
                 tenant = scope["state"].get("tenant")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -19,6 +20,7 @@ from engine import AsyncEngine, Config, ConfigError
 from engine.config import ServerSection
 from engine.loading import load
 from server.app import Lifecycle, LoadingStopped, create_app
+from server.journal import open_journal
 from server.progress import StartupProgress, print_summary
 from server.security import is_local
 
@@ -28,8 +30,8 @@ logger = logging.getLogger("ryzanstein.server")
 class DrainingServer(uvicorn.Server):
     """SIGTERM or SIGINT drains while still answering; a second ends the drain, a third exits."""
 
-    def __init__(self, lifecycle: Lifecycle, settings: ServerSection) -> None:
-        super().__init__(_uvicorn_config(create_app(lifecycle, settings), settings))
+    def __init__(self, lifecycle: Lifecycle, settings: ServerSection, *more: Any) -> None:
+        super().__init__(_uvicorn_config(create_app(lifecycle, settings, *more), settings))
         self._lifecycle = lifecycle
         self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -52,6 +54,7 @@ class DrainingServer(uvicorn.Server):
 def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Console) -> int:
     """Serve until stopped; returns the process's exit status. Raises ConfigError if it cannot."""
     settings = config.server
+    open_journal(config.logging)
     _warn_if_open(settings)
     started = time.perf_counter()
     with listen(settings) as listener, ExitStack() as bars:
@@ -76,13 +79,14 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
             print_summary(console, engine.parts, settings.host, port, seconds, keys=keys)
 
         lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
-        run(lifecycle, settings, listener)
+        run(lifecycle, settings, listener, config.logging, config.tracing)
     return 1 if engine.health() == "failed" else 0
 
 
-def run(lifecycle: Lifecycle, settings: ServerSection, listener: socket.socket) -> None:
-    """Serve on `listener` until a signal has drained the engine, or it could not be loaded."""
-    server = DrainingServer(lifecycle, settings)
+def run(lifecycle: Lifecycle, settings: ServerSection, listener: socket.socket, *more: Any) -> None:
+    """Serve on `listener` until a signal has drained the engine, or it could not be loaded; `more`
+    is what `create_app` takes."""
+    server = DrainingServer(lifecycle, settings, *more)
     logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     def stop() -> None:
@@ -119,6 +123,7 @@ def _uvicorn_config(app: Starlette, settings: ServerSection) -> uvicorn.Config:
         ws_max_size=settings.max_body_bytes,
         loop="uvloop",
         lifespan="on",
+        log_config=None,  # its lines go where all go
         log_level="warning",
         access_log=False,
         server_header=False,

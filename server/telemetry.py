@@ -7,6 +7,7 @@ somebody scrapes.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.metadata import version as package_version
@@ -28,6 +29,8 @@ from starlette.types import ASGIApp
 from engine import AsyncEngine, RequestStats, StepStats
 from engine.execution.memory import device_memory
 from server.figures import COUNTS, SECONDS, Histogram, Limited, counter, gauge, relabelled
+from server.journal import Journal
+from server.tracing import Tracing
 from server.traffic import Traffic
 
 STATES = ("ok", "loading", "draining", "stalled", "restarting", "failed")
@@ -183,6 +186,7 @@ class Metrics(Collector):
         self._requests = Requests()
         self._lag = Histogram(SECONDS)
         self._pending: list[StepStats] = []
+        self.tracing: Tracing | None = None
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -246,6 +250,13 @@ class Metrics(Collector):
         yield gauge("ryzanstein_engine_state", "1 for the state that it is in", states, ["state"])
         text = "How late the event loop comes to what is due"
         yield self._lag.family("ryzanstein_loop_lag_seconds", text)
+        handlers = logging.getLogger().handlers
+        dropped = sum(h.dropped for h in handlers if isinstance(h, Journal))
+        text = "Lines that could not be logged in time, or at all"
+        yield counter("ryzanstein_log_lines_dropped", text, dropped)
+        if self.tracing is not None:
+            spans = {("sent",): self.tracing.exporter.sent, ("lost",): self.tracing.exporter.lost}
+            yield counter("ryzanstein_spans", "Spans for the collector", spans, ["outcome"])
         if (memory := device_memory()) is not None:
             used, total = memory
             text = "Bytes of the GPU's memory"

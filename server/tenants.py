@@ -139,11 +139,13 @@ class Client:
     headers: Mapping[str, str]
     owner: str = ""
     """Of streams and stored answers: a digest of the key; empty where none is needed."""
+    trace: str = ""
 
 
 def client_of(connection: HTTPConnection) -> Client:
     """The client that the guard let in."""
-    return Client(connection.state.tenant, connection.headers, connection.state.owner)
+    state = connection.state
+    return Client(state.tenant, connection.headers, state.owner, state.trace)
 
 
 def _tenant(name: str, entry: TenantEntry) -> Tenant:

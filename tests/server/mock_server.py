@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from engine.config import ServerSection
+from engine.config import LoggingSection, ServerSection, TracingSection
 from server import serving
 from server.app import Lifecycle, create_app
+from server.journal import open_journal
 from server.serving import listen
 from tests.mock import mock_engine
 
@@ -27,6 +28,9 @@ def main() -> None:
     options = json.loads(os.environ.get("MOCK_ENGINE", "{}"))
     delay = options.pop("delay", 0.0)
     settings = ServerSection(port=0, **json.loads(os.environ.get("MOCK_SERVER", "{}")))
+    logs = LoggingSection(**json.loads(os.environ.get("MOCK_LOGGING", "{}")))
+    tracing = TracingSection(**json.loads(os.environ.get("MOCK_TRACING", "{}")))
+    open_journal(logs)
     engine, executor = mock_engine(**options)
     executor.delay = delay
 
@@ -58,7 +62,7 @@ def main() -> None:
 
     serving.create_app = with_extra
     with listen(settings) as listener:
-        serving.run(lifecycle, settings, listener)
+        serving.run(lifecycle, settings, listener, logs, tracing)
 
 
 if __name__ == "__main__":
