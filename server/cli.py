@@ -164,6 +164,20 @@ def chat(
 
 
 @app.command
+def top(
+    *,
+    url: Annotated[str, Parameter(help="Where the server is.")] = "http://127.0.0.1:8000",
+    seconds: Annotated[float, Parameter(help="Between two looks.")] = 1.0,
+    frames: Annotated[int, Parameter(help="Stop after so many; 0 goes on.")] = 0,
+) -> int:
+    """Show what a running server does: tokens a second, the queue, the cache, latencies."""
+    from server.top import watch
+
+    watch(url.rstrip("/"), seconds, Console(), frames)
+    return 0
+
+
+@app.command
 def models() -> int:
     """List the models that are here and those that can be had."""
     table = Table("name", "model", "licence", "size", "here")

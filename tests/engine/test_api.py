@@ -46,6 +46,7 @@ def test_the_public_names_are_pinned() -> None:
         "configure_tenants",
         "decode",
         "drain",
+        "failure",
         "encode",
         "encode_all",
         "from_pretrained",
