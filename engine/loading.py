@@ -117,7 +117,6 @@ def _finish(
     timeline: list[tuple[str, float]],
 ) -> Parts:
     """Measure the model in place, and put everything together."""
-    before = private_memory()
     facts, shape = device.facts, device.shape
     # What came back from a tier that rounds is not what was computed.
     rounded = config.cache.cold_dtype if config.cache.cold_tokens else "auto"
@@ -133,7 +132,8 @@ def _finish(
     left = sum(rank.free or 0 for rank in facts) or available_memory() or 4 << 30
     weights = sum(rank.weights for rank in facts)
     parts.budget = Budget(
-        program=before + sum(rank.program for rank in facts if len(facts) > 1),
+        # One rank is this process, before it had weights; several have one each beside it.
+        program=sum(rank.program for rank in facts) + (private_memory() if len(facts) > 1 else 0),
         weights=weights,
         activations=device.buffers,
         cache=(shape.pages + 1) * page_bytes,

@@ -21,6 +21,7 @@ from engine import AsyncEngine, RyzansteinError
 from engine.config import LoggingSection, ServerSection, TracingSection
 from engine.types import MonotonicClock
 from server import (
+    console,
     health,
     messages,
     openai,
@@ -172,6 +173,8 @@ def create_app(
         )
         middleware.insert(1, cors)
     routes: list[BaseRoute] = [
+        Route("/", console.page, methods=["GET"]),
+        Route("/console/{name}", console.asset, methods=["GET"]),
         Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
         Route("/v1/responses", responses.create, methods=["POST"]),
@@ -193,6 +196,7 @@ def create_app(
         Route("/metrics", telemetry.metrics, methods=["GET"]),
         WebSocketRoute("/v1/responses", session.responses_socket),
         WebSocketRoute("/v1/stream", websocket.stream_endpoint),
+        WebSocketRoute("/v1/console", console.feed),
     ]
     app = Starlette(
         routes=routes,
@@ -218,6 +222,8 @@ def create_app(
     lifecycle.engine.add_listener(app.state.metrics)
     lifecycle.engine.add_listener(app.state.usage)
     lifecycle.engine.add_listener(app.state.timelines)
+    app.state.console = console.Feed(lifecycle.engine)
+    lifecycle.engine.add_listener(app.state.console)
     app.state.tracing = None
     if tracing.endpoint:
         app.state.tracing = Tracing(lifecycle.engine, app.state.timelines, tracing)

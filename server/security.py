@@ -26,7 +26,7 @@ from server.tracing import trace_of
 
 logger = logging.getLogger("ryzanstein.server")
 
-OPEN_PATHS = ("/health/live", "/health/ready", "/metrics")
+OPEN_PATHS = ("/", "/health/live", "/health/ready", "/metrics")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 # What OpenAI's own clients call it in browsers.
 KEY_PROTOCOL = "openai-insecure-api-key."
@@ -91,7 +91,8 @@ class Guard:
                 "add the origin to server.allowed_origins",
                 code="origin_not_allowed",
             )
-        if scope["path"] in OPEN_PATHS:
+        # The page itself is no secret; what it asks for needs a key.
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith("/console/"):
             return
         key = _key(headers)
         tenant = "" if self._directory.is_open else self._directory.tenant_of(key)

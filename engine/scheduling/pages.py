@@ -87,6 +87,10 @@ class PagePool:
         page = self._by_name.get(digest)
         return page is not None and self._references[page] > 0
 
+    def is_cached(self, page: int) -> bool:
+        """Whether a page is free and its content can still be found."""
+        return page in self._order
+
     def acquire(self, digest: bytes) -> int | None:
         """The page of this name with a reference taken, or None."""
         page = self._by_name.get(digest)

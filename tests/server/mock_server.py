@@ -27,7 +27,7 @@ from tests.mock import mock_engine
 def main() -> None:
     options = json.loads(os.environ.get("MOCK_ENGINE", "{}"))
     delay = options.pop("delay", 0.0)
-    settings = ServerSection(port=0, **json.loads(os.environ.get("MOCK_SERVER", "{}")))
+    settings = ServerSection(**{"port": 0} | json.loads(os.environ.get("MOCK_SERVER", "{}")))
     logs = LoggingSection(**json.loads(os.environ.get("MOCK_LOGGING", "{}")))
     tracing = TracingSection(**json.loads(os.environ.get("MOCK_TRACING", "{}")))
     open_journal(logs)

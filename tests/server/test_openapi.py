@@ -16,7 +16,12 @@ def test_it_describes_every_route_and_every_field(mock: ServerProcess) -> None:
     }
     source = create_app.__code__.co_consts
     routes = {c for c in source if isinstance(c, str) and c.startswith("/") and "{" not in c}
-    assert routes - {path for _, path in described} == {"/openapi.json", "/v1/stream"}
+    assert routes - {path for _, path in described} == {
+        "/",
+        "/openapi.json",
+        "/v1/console",
+        "/v1/stream",
+    }
     assert ("DELETE", "/v1/responses/{id}") in described
     chat = document["components"]["schemas"]["ChatRequest"]["properties"]
     assert set(chat) == set(ChatRequest.__struct_fields__)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import engine.execution.rank
 import engine.loading
 from engine import AsyncEngine, SamplingParams
 from engine.scheduling.cost import Profile
@@ -47,7 +48,8 @@ async def test_the_engine_streams_the_references_tokens(
     folder = write_llama(tmp_path)
     wanted = await text_of(folder, execution__backend="reference")
     backend = GpuBackend("float32", "float32", HOST)
-    monkeypatch.setattr(engine.loading, "select_backend", lambda *_, **__: (backend, "float32"))
+    chosen = (backend, "float32")
+    monkeypatch.setattr(engine.execution.rank, "select_backend", lambda *_, **__: chosen)
     # The interpreter's times say nothing of a device's.
     profile = Profile((1, 1001), (0.001, 1.001), 0.0, 0.0, 0.0)
     monkeypatch.setattr(engine.loading, "load_or_measure", lambda *_: profile)
