@@ -2,13 +2,25 @@
 const $ = (id) => document.getElementById(id);
 const COLUMN = 3; // pixels a snapshot
 const LANE = 10;
+const NUMBERS = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+const CELL = 6;
+const CACHED = [140, 150, 146, 110];
 const FIGURES = ["tokens/s", "running", "waiting", "step, ms", "next token, ms"];
+
+// A colour of the wheel, as red, green, blue and opacity.
+function hue(degrees) {
+  const part = (offset) => Math.round(255 * (0.52 - 0.28 * Math.cos(((degrees + offset) * Math.PI) / 180)));
+  return [part(180), part(60), part(300), 255];
+}
 
 export class Engine {
   constructor(open, headers) {
     this.open = open;
     this.headers = headers;
     this.past = [];
+    this.fresh = 0; // snapshots that the lanes do not show yet
+    this.slots = 8;
+    this.small = document.createElement("canvas");
     this.figures = FIGURES.map((name) => {
       const box = document.createElement("div");
       box.innerHTML = "<small></small><b>–</b><canvas height=28></canvas>";
@@ -37,6 +49,7 @@ export class Engine {
 
   take(snapshot) {
     this.past.push(snapshot);
+    this.fresh++;
     const most = Math.floor(($("lanes").clientWidth || 600) / COLUMN);
     if (this.past.length > most) this.past.splice(0, this.past.length - most);
     const values = [
@@ -58,7 +71,7 @@ export class Engine {
     const style = getComputedStyle(document.documentElement);
     this.colour = (name) => style.getPropertyValue(`--${name}`);
     for (const { box, values } of this.figures) {
-      box.querySelector("b").textContent = values.at(-1).toLocaleString("en", { maximumFractionDigits: 1 });
+      box.querySelector("b").textContent = NUMBERS.format(values.at(-1));
       this.spark(box.querySelector("canvas"), values);
     }
     this.lanes();
@@ -72,21 +85,23 @@ export class Engine {
     }));
   }
 
+  // A canvas of whole pixels of the screen; whether it had another size, and so is empty now.
   surface(canvas, height) {
     const scale = devicePixelRatio || 1, width = canvas.clientWidth;
-    if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
+    const resized = canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale);
+    if (resized) {
       canvas.width = Math.round(width * scale);
       canvas.height = Math.round(height * scale);
       canvas.style.height = `${height}px`;
     }
     const context = canvas.getContext("2d");
     context.setTransform(scale, 0, 0, scale, 0, 0);
-    context.clearRect(0, 0, width, height);
-    return [context, width];
+    return { context, width, scale, resized };
   }
 
   spark(canvas, values) {
-    const [context, width] = this.surface(canvas, 28);
+    const { context, width } = this.surface(canvas, 28);
+    context.clearRect(0, 0, width, 28);
     const most = Math.max(...values, 1e-9);
     context.strokeStyle = this.colour("accent");
     context.lineWidth = 1.5;
@@ -95,32 +110,52 @@ export class Engine {
     context.stroke();
   }
 
-  // Lanes are slots: a sequence keeps its own while it runs.
+  // Lanes are slots: a sequence keeps its own while it runs. What is there moves to the left, and only
+  // what is new is drawn.
   lanes() {
-    const slots = Math.min(64, Math.max(8, ...this.past.map((s) => Math.max(0, ...s.running.map((r) => r.slot + 1)))));
-    const [context, width] = this.surface($("lanes"), slots * LANE);
+    const canvas = $("lanes");
+    this.slots = Math.min(64, Math.max(this.slots, ...this.latest.running.map((r) => r.slot + 1)));
+    const { context, width, scale, resized } = this.surface(canvas, this.slots * LANE);
+    const fresh = Math.min(resized ? Infinity : this.fresh, this.past.length);
+    if (!resized) {
+      context.save();
+      context.setTransform(1, 0, 0, 1, 0, 0);
+      context.globalCompositeOperation = "copy";
+      context.drawImage(canvas, -Math.round(fresh * COLUMN * scale), 0);
+      context.restore();
+    }
     const colours = { prefill: this.colour("prefill"), decode: this.colour("decode"), preempt: this.colour("preempt") };
-    this.past.forEach((snapshot, n) => {
-      const x = width - (this.past.length - n) * COLUMN;
-      for (const { slot, kind } of snapshot.running) {
+    this.past.slice(-fresh).forEach((snapshot, n) => {
+      const x = width - (fresh - n) * COLUMN;
+      for (const kind of ["prefill", "decode"]) {
         context.fillStyle = colours[kind];
-        context.fillRect(x, slot * LANE + 1, COLUMN, LANE - 2);
+        for (const r of snapshot.running) {
+          if (r.kind === kind) context.fillRect(x, r.slot * LANE + 1, COLUMN, LANE - 2);
+        }
       }
-      context.fillStyle = colours.preempt;
-      for (let p = 0; p < snapshot.preempted; p++) context.fillRect(x, 0, COLUMN, slots * LANE);
+      if (snapshot.preempted) {
+        context.fillStyle = colours.preempt;
+        context.fillRect(x, 0, COLUMN, this.slots * LANE);
+      }
     });
+    this.fresh = 0;
   }
 
+  // A pixel for each cell, then enlarged as a whole.
   grid() {
-    const cells = atob(this.latest.pages.cells), size = 6;
-    const across = Math.max(1, Math.floor($("grid").clientWidth / size));
-    const [context] = this.surface($("grid"), Math.max(1, Math.ceil(cells.length / across)) * size);
+    const cells = atob(this.latest.pages.cells);
+    const across = Math.max(1, Math.floor($("grid").clientWidth / CELL)), down = Math.ceil(cells.length / across);
+    Object.assign(this.small, { width: across, height: down });
+    const small = this.small.getContext("2d"), image = small.createImageData(across, down);
     for (let n = 0; n < cells.length; n++) {
       const owner = cells.charCodeAt(n);
-      if (!owner) continue;
-      context.fillStyle = owner === 1 ? this.colour("cached") : `hsl(${(owner * 47) % 360} 55% 50%)`;
-      context.fillRect((n % across) * size, Math.floor(n / across) * size, size - 1, size - 1);
+      if (owner) image.data.set(owner === 1 ? CACHED : hue((owner * 47) % 360), 4 * n);
     }
+    small.putImageData(image, 0, 0);
+    const { context, width } = this.surface($("grid"), down * CELL);
+    context.clearRect(0, 0, width, down * CELL);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(this.small, 0, 0, across * CELL, down * CELL);
   }
 
   async pick(event) {
