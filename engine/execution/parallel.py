@@ -233,9 +233,10 @@ class RankStepper:
         sized = False
         while len(ready) < crew.ranks and not self._closing:
             messages = crew.receive(PULSE_SECONDS)
-            silence, silent = min((heard, rank) for rank, heard in enumerate(crew.heard))
-            if time.monotonic() - silence > SILENT_SECONDS:
-                raise RankLost(f"rank {silent} said nothing for {SILENT_SECONDS:.0f} s")
+            for rank, heard in enumerate(crew.heard):
+                # Those that are ready have nothing more to say.
+                if rank not in ready and time.monotonic() - heard > SILENT_SECONDS:
+                    raise RankLost(f"rank {rank} said nothing for {SILENT_SECONDS:.0f} s")
             for rank, message in messages or ():
                 if isinstance(message, Loading) and rank == 0 and not self.pages:
                     self._progress(message.done, message.total)
