@@ -7,7 +7,6 @@ it runs and for an hour; the segments are made from them when somebody asks, and
 from __future__ import annotations
 
 import itertools
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -169,13 +168,13 @@ async def get_timeline(request: HTTPRequest) -> ASGIApp:
 def _body(request_id: str, record: Record, parts: list[Segment]) -> dict[str, object]:
     stats = record.stats
     total = sum(segment.ms for segment in parts)
-    named = sum(segment.ms for segment in parts if segment.what)
+    lasted = total if stats is None else 1e3 * (stats.finished - stats.arrival)
     return {
         "id": request_id,
         "state": "running" if stats is None else "finished",
         "finish_reason": None if stats is None else stats.finish_reason,
         "total_ms": round(total, 3),
-        "explained": 1.0 if math.isclose(total, 0.0) else round(named / total, 4),
+        "explained": round(total / lasted, 4) if lasted else 1.0,
         "segments": parts,
         "prompt_tokens": None if stats is None else stats.prompt_tokens,
         "cached_tokens": None if stats is None else stats.cached_tokens,

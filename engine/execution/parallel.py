@@ -246,7 +246,7 @@ class RankStepper:
                     ready[rank] = message.buffers
             if len(loaded) == crew.ranks and not sized:
                 facts = [loaded[rank] for rank in range(crew.ranks)]
-                if self.facts and any(a.differs(b) for a, b in zip(self.facts, facts, strict=True)):
+                if self.facts and [f.identity for f in facts] != [f.identity for f in self.facts]:
                     raise ConfigError("the model's files have changed; restart the server")
                 self.facts = facts
                 # Those that take others' places have the cache that they had.

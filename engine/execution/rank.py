@@ -41,15 +41,10 @@ class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     files: str
 
-    def differs(self, other: RankFacts) -> bool:
-        """Whether another cannot take this one's place."""
-        return (self.description, self.kv_dtype, self.context, self.page, self.files) != (
-            other.description,
-            other.kv_dtype,
-            other.context,
-            other.page,
-            other.files,
-        )
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What another has to share to take this one's place."""
+        return (self.description, self.kv_dtype, self.context, self.page, self.files)
 
 
 class Rank:

@@ -17,7 +17,7 @@ import pytest
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine import RequestStats, StepStats
+from engine import RequestStats
 from server.figures import Histogram, Limited
 from server.telemetry import MOST_PENDING, Metrics
 from server.traffic import MOST_SERIES, Traffic
@@ -25,6 +25,7 @@ from tests.mock import mock_engine
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
 from tests.server.prometheus import ROOT, Prometheus, tool
+from tests.server.stats import step
 
 DASHBOARDS = sorted((ROOT / "configs/grafana").glob("*.json"))
 # What this machine has none of.
@@ -195,23 +196,6 @@ def test_nothing_that_clients_send_becomes_a_label(mock_server: MockFactory) -> 
             client.request(f"M{number}", "/v1/models")
         after = len(metrics_of(server).splitlines())
     assert after - before < 10
-
-
-def step(at: float, rows: int = 1) -> StepStats:
-    return StepStats(
-        step=0,
-        at=at,
-        prefill_tokens=0,
-        decode_rows=rows,
-        predicted=0.02,
-        running=rows,
-        waiting=0,
-        pages_used=1,
-        pages_cached=0,
-        pages_total=8,
-        preemptions=0,
-        seconds={"wait": 0.02, "forward": 0.018},
-    )
 
 
 def value(metrics: Metrics, name: str) -> float:

@@ -10,11 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engine import Decision, RequestStats, StepStats
+from engine import Decision, RequestStats
 from engine.types import Ran
 from server.timeline import KEPT, Event, Timelines, segments
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
+from tests.server.stats import step
 
 
 def shown(events: list[Event], end: float, tokens: int = 0) -> list[tuple[str, str, float]]:
@@ -99,23 +100,14 @@ def test_a_step_that_comes_behind_the_end_is_still_noted() -> None:
     """Requests are reported before the step that finished them."""
     timelines = Timelines(lambda: 0.0)
     timelines.on_request(stats(1, 2.0))
-    step = StepStats(
-        step=1,
-        at=2.0,
-        prefill_tokens=4,
-        decode_rows=0,
-        predicted=0.0,
-        running=0,
-        waiting=0,
-        pages_used=0,
-        pages_cached=0,
-        pages_total=1,
-        preemptions=0,
+    last = step(
+        2.0,
+        rows=0,
         seconds={"wait": 0.5},
         decisions=(Decision("admit", "r1", "", 1.0),),
         prefills=(Ran("r1", 0, 4, True),),
     )
-    timelines.on_step(step)
+    timelines.on_step(last)
     record = timelines.record("r1")
     assert record is not None
     told = [(s.what, round(s.ms)) for s in timelines.segments(record, 0.0)]

@@ -1,0 +1,26 @@
+"""Statistics of steps for the tests of whoever listens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine import StepStats
+
+
+def step(at: float, rows: int = 1, **changes: Any) -> StepStats:
+    """A step of 20 ms in which `rows` sequences decode; `changes` are other fields of it."""
+    fields: dict[str, Any] = {
+        "step": 0,
+        "at": at,
+        "prefill_tokens": 0,
+        "decode_rows": rows,
+        "predicted": 0.02,
+        "running": rows,
+        "waiting": 0,
+        "pages_used": 1,
+        "pages_cached": 0,
+        "pages_total": 8,
+        "preemptions": 0,
+        "seconds": {"wait": 0.02, "forward": 0.018},
+    }
+    return StepStats(**fields | changes)
