@@ -260,15 +260,22 @@ class RankStepper:
             self._crew = crew
 
     def _serve(self, crew: Crew) -> None:
-        """Collect results until closed. Raises RankLost."""
+        """Collect results until closed. Raises RankLost.
+
+        A step's time counts from when this thread first saw that it is the oldest, and only while
+        this thread gets its turns: what stops everything is no hang.
+        """
         turn = time.monotonic()
+        watched, since = None, turn
         while not self._closing:
             with self._lock:
                 oldest = self._flights[0] if self._flights else None
+            if oldest is not watched:
+                watched, since = oldest, turn
             wait = None
             if oldest is not None:
                 limit = self._pace.limit(oldest.predicted)
-                left = oldest.begun + limit - turn
+                left = since + limit - turn
                 if left <= 0:
                     raise RankLost(f"a step hangs: it took more than {limit:.1f} s")
                 # In slices, so that a pause shows.
@@ -276,17 +283,11 @@ class RankStepper:
             messages = crew.receive(wait)
             before, turn = turn, time.monotonic()
             if wait is not None and turn - before - wait > PAUSE_SECONDS:
-                self._forgive(turn - before - wait)
+                since += turn - before - wait
             for rank, message in messages or ():
                 assert isinstance(message, Done | Log), "a rank that runs has nothing else to say"
                 if isinstance(message, Done):
                     self._take(rank, message)
-
-    def _forgive(self, seconds: float) -> None:
-        """Steps under way have so much longer: nothing ran meanwhile."""
-        with self._lock:
-            for flight in self._flights:
-                flight.begun += seconds
 
     def _take(self, rank: int, done: Done) -> None:
         """Note that a rank has finished a step; when all have, it has a result."""
