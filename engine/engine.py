@@ -18,7 +18,7 @@ from engine.delivery import Delivery
 from engine.errors import DeadlineExceeded, DeviceLost, EngineFailed, InvalidRequest
 from engine.failures import Failures
 from engine.loading import Parts, load
-from engine.requests import make_request
+from engine.requests import make_request, render_chat
 from engine.scheduling.admission import Admission, check_ids
 from engine.scheduling.plan import Plan
 from engine.scheduling.sequence import Sequence as ScheduledSequence
@@ -181,6 +181,8 @@ class AsyncEngine:
         """
         params = params or SamplingParams()
         params.validate(self.parts.vocab_size)
+        if params.grammar is not None:
+            await anyio.to_thread.run_sync(self.parts.compiler.matcher, params.grammar)
         arrival = self.parts.clock.now()
         ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         request = make_request(
@@ -226,15 +228,7 @@ class AsyncEngine:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
         """The prompt that the model's chat template makes of `messages`; `options` are those of
         `ChatTemplate.render`."""
-        template = self.parts.tokenizer.chat_template
-        if template is None:
-            raise InvalidRequest(
-                f"{self.parts.model_name} has no chat template (it is a base model); "
-                "use completions instead",
-                param="messages",
-                code="no_chat_template",
-            )
-        return template.render(messages, **options)
+        return render_chat(self.parts, messages, **options)
 
     def allowance(self, tenant: str) -> Allowance:
         """What a tenant may still ask for before it is told to come back later."""
@@ -410,6 +404,7 @@ class AsyncEngine:
             self._failures.step_failed(scheduler, self.delivery, plan, error, behind)
             return
         self._failures.step_succeeded()
+        self._failures.rows_failed(self.delivery, plan, result.faults)
         moved = scheduler.commit(plan, result)
         scheduler.observe(plan, result, arrived - begun)
         committed = clock.now()

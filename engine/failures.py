@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.delivery import Delivery
-from engine.errors import DeviceLost, EngineFailed
+from engine.errors import DeviceLost, EngineFailed, InvalidRequest
 from engine.scheduling.plan import Plan
 from engine.scheduling.scheduler import Scheduler
 
@@ -29,6 +29,11 @@ class Failures:
         if not self._tainted:
             self._in_a_row = 0
         self._tainted = 0
+
+    def rows_failed(self, delivery: Delivery, plan: Plan, faults: Mapping[int, str]) -> None:
+        """End the requests of some of a step's rows, before it is committed."""
+        for row, reason in faults.items():
+            delivery.fail(plan.sequence_at(row).request.id, InvalidRequest(reason, param="grammar"))
 
     def step_failed(
         self, scheduler: Scheduler, delivery: Delivery, plan: Plan, error: Exception, behind: int

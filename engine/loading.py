@@ -24,6 +24,7 @@ from engine.execution.memory import (
 from engine.execution.profile import Shape, load_or_measure
 from engine.execution.rank import weights_identity
 from engine.execution.stepper import Stepper
+from engine.execution.tokenizer import open_tokenizer
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import Pace, SchedulerLimits
 from engine.scheduling.cold import ColdIndex
@@ -31,12 +32,11 @@ from engine.scheduling.controller import CacheController
 from engine.scheduling.cost import CostModel
 from engine.scheduling.pages import PagePool
 from engine.scheduling.scheduler import Scheduler
-from engine.text.gguf_tokenizer import tokenizer_from_gguf
-from engine.text.tokenizer import Tokenizer, load_tokenizer
+from engine.text.grammar import GrammarCompiler
+from engine.text.tokenizer import Tokenizer
 from engine.types import Clock, MonotonicClock
 from engine.upkeep import Upkeep
-from engine.weights.checkpoint import Checkpoint, open_checkpoint
-from engine.weights.gguf import GGUFCheckpoint
+from engine.weights.checkpoint import open_checkpoint
 from engine.weights.sources import KNOWN_MODELS, Progress, cache_folder, resolve
 from kernels.backend import available_cores, build_identity
 
@@ -55,6 +55,7 @@ class Parts:
     stepper: Stepper
     limits: Limits
     fingerprint: bytes
+    compiler: GrammarCompiler
     clock: Clock = field(default_factory=MonotonicClock)
     device: str = ""
     timeline: list[tuple[str, float]] = field(default_factory=list)
@@ -95,7 +96,7 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         checkpoint = open_checkpoint(path)
     with stage(timeline, "tokenizer"):
         tokenizer = open_tokenizer(checkpoint)
-    device = place_model(config, checkpoint, partial(progress, "load"), timeline)
+    device = place_model(config, checkpoint, tokenizer, partial(progress, "load"), timeline)
     try:
         parts = _finish(config, path, device, tokenizer, progress, timeline)
     except DeviceLost as error:
@@ -151,13 +152,6 @@ def _finish(
     return parts
 
 
-def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that belongs to a checkpoint."""
-    if isinstance(checkpoint, GGUFCheckpoint):
-        return tokenizer_from_gguf(checkpoint.metadata, checkpoint.path.name)
-    return load_tokenizer(checkpoint.path, checkpoint.config)
-
-
 def served_name(config: Config) -> str:
     """The name that clients use: as configured, a known model's, or the path's last part."""
     if config.model.served_name:
@@ -196,6 +190,7 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
         stepper=device.stepper,
         limits=Limits(shape.context, batch.max_waiting, batch.max_waiting_tokens),
         fingerprint=b"",
+        compiler=device.compiler,
         clock=clock,
     )
 

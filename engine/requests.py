@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from engine.errors import InvalidRequest
 from engine.loading import Parts
 from engine.scheduling.admission import check_ids, check_length, share_tokens
 from engine.types import Request, SamplingParams, Terms
@@ -42,3 +44,17 @@ def make_request(
         trace=terms.trace,
         eos_token_ids=parts.tokenizer.eos_token_ids,
     )
+
+
+def render_chat(parts: Parts, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The prompt that the model's chat template makes of `messages`; `options` are those of
+    `ChatTemplate.render`. Raises InvalidRequest if it has none, or refuses them."""
+    template = parts.tokenizer.chat_template
+    if template is None:
+        raise InvalidRequest(
+            f"{parts.model_name} has no chat template (it is a base model); "
+            "use completions instead",
+            param="messages",
+            code="no_chat_template",
+        )
+    return template.render(messages, **options)

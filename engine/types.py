@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -15,12 +17,27 @@ MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer has to match, in one of these notations: a JSON schema (its JSON is `text`), a
+    regular expression (Rust's), a choice (a JSON list of texts), llguidance's Lark, or llama.cpp's
+    GBNF."""
+
+    kind: Literal["json_schema", "regex", "choice", "lark", "gbnf"]
+    text: str
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
+        """The JSON texts that a schema describes."""
+        return cls("json_schema", json.dumps(schema))
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to continue a prompt. `validate` raises InvalidRequest naming the field.
 
     `max_tokens` None means as many as the context holds. `temperature` 0 is greedy. `top_k` 0 and
     `top_p` 1 are off. `logprobs` k asks for the chosen token's logprob and the k best, of the
-    model's raw distribution. `seed` fixes the draw whatever else is in the batch.
+    model's raw distribution. `seed` fixes the draw whatever else is in the batch. What is drawn
+    follows `grammar`; an answer that ends by itself matches all of it.
     """
 
     max_tokens: int | None = None
@@ -42,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def validate(self, vocab_size: int) -> None:
         """Check every range. `vocab_size` bounds token ids."""
@@ -62,6 +80,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             )
         if any(not s for s in self.stop):
             raise InvalidRequest("stop holds an empty string; remove it", param="stop")
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            param = "min_tokens" if self.min_tokens else "ignore_eos"
+            raise InvalidRequest(f"{param} cannot be combined with a grammar", param=param)
 
     def _check_numbers(self) -> None:
         if self.max_tokens is not None:

@@ -160,12 +160,18 @@ class AheadProgram(Program, Protocol):
     """A program whose device runs behind: a step can be started while the one before it runs."""
 
     def start(
-        self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
+        self,
+        batch: Batch,
+        sampling_of: Callable[[], Sampling],
+        fed: int,
+        drawn: Sequence[int],
+        slots: Sequence[int],
     ) -> Callable[[], Samples]:
         """Launch a step; what is returned waits for its tokens.
 
-        The first `fed` rows take the token last drawn at their slot (`batch.table_rows`); what the
-        logits rows `drawn` draw stays at `slots`.
+        `sampling_of` is called once the forward pass has been launched. The first `fed` rows take
+        the token last drawn at their slot (`batch.table_rows`); what the logits rows `drawn` draw
+        stays at `slots`.
         """
         ...
 

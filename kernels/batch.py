@@ -58,6 +58,8 @@ class Sampling:
     `temperature` 0 means greedy. `uniform` in [0, 1) is the row's only randomness, made by the
     caller from seed and position. `top_logprobs` int32: -1 wants no logprob, k >= 0 wants the
     chosen token's and the k best. `bias_*` are flat (row, token id, addend) triples; -inf forbids.
+    `masks` int32 `[len(mask_rows), vocab / 32, rounded up]` have a bit, the lowest first, for each
+    token that a row may draw.
     """
 
     targets: Int64
@@ -74,6 +76,13 @@ class Sampling:
     bias_ids: Sequence[int] = ()
     bias_values: Sequence[float] = ()
     penalties: Sequence[Penalty] = ()
+    mask_rows: Sequence[int] = ()
+    masks: Int32 | None = None
+
+    @property
+    def edited(self) -> bool:
+        """Whether any row is drawn from other than the model's own logits."""
+        return bool(self.bias_rows or self.penalties or self.mask_rows)
 
     @property
     def drawn(self) -> bool:

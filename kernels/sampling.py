@@ -1,12 +1,14 @@
 """Sampling in plain torch: logits `[rows, vocab]` to token ids and logprobs.
 
 Every row is treated by a rule that reads that row alone, so a token never depends on its company.
-The order is bias, penalties, temperature, then min-p, top-k and top-p on the scaled distribution,
-then one inverse-CDF draw with the row's own uniform number over the kept tokens, best first.
+The order is bias, penalties, masks, temperature, then min-p, top-k and top-p on the scaled
+distribution, then one inverse-CDF draw with the row's own uniform number over the kept tokens, best
+first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +25,7 @@ CANDIDATES = 256
 
 
 class Chooser(Protocol):
-    """Picks tokens for some rows of the raw logits, bias and penalties included."""
+    """Picks tokens for some rows of the raw logits, bias, penalties and masks included."""
 
     def __call__(self, logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
         """Ids, int64 `[len(rows)]`: drawn where the row's temperature is above 0, else the best."""
@@ -52,8 +54,8 @@ def torch_choose(logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
 
 
 def _adjust(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Bias and penalties, on a copy if there are any."""
-    if not sampling.bias_rows and not sampling.penalties:
+    """Bias, penalties and masks, on a copy if there are any."""
+    if not sampling.edited:
         return logits
     adjusted = logits.clone()
     if sampling.bias_rows:
@@ -68,7 +70,18 @@ def _adjust(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
             row.copy_(torch.where(torch.from_numpy(penalty.seen), scaled, row))
         row -= counts * float(sampling.frequency_penalty[penalty.row])
         row -= (counts > 0) * float(sampling.presence_penalty[penalty.row])
+    if sampling.masks is not None:
+        forbid(adjusted, sampling.mask_rows, torch.from_numpy(sampling.masks))
     return adjusted
+
+
+def forbid(logits: torch.Tensor, rows: Sequence[int], masks: torch.Tensor) -> None:
+    """Set to -inf, in place, what `masks` (see `Sampling`) do not allow; any device."""
+    device, vocab = logits.device, logits.shape[1]
+    bits = torch.arange(32, dtype=torch.int32, device=device)
+    allowed = ((masks.to(device)[:, :, None] >> bits) & 1).flatten(1)[:, :vocab].bool()
+    where = torch.tensor(rows, device=device)
+    logits[where] = logits[where].masked_fill(~allowed, float("-inf"))
 
 
 def _draw(logits: torch.Tensor, sampling: Sampling, row: int) -> int:

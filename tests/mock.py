@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from engine.config import PolicyName
 from engine.engine import AsyncEngine
+from engine.execution.masks import Held, Masks
 from engine.execution.stepper import ThreadStepper
 from engine.loading import Parts
 from engine.scheduling.admission import Limits
@@ -23,6 +24,7 @@ from engine.scheduling.cost import FLAT, CostModel, Profile
 from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.scheduler import Scheduler
+from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer, byte_alphabet
 from engine.types import Clock, MonotonicClock
 
@@ -69,12 +71,26 @@ class MockFilled:
     plan: Plan
     decodes: list[tuple[int, list[int], int]]
     chunks: list[tuple[int, list[int], list[int], Chunk]]
+    held: dict[int, Held]
+
+
+def allowed(mask: np.ndarray[Any, Any], token: int) -> int:
+    """The token if a mask allows it, else one that brings the text to its end."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    ends = [token, EOS, *b'"}],:e0']
+    return next((t for t in ends if t < len(bits) and bits[t]), int(bits.argmax()))
 
 
 class MockExecutor:
     """Keeps token ids where a model keeps keys and values, and reads its context from there."""
 
-    def __init__(self, pages: int, page_size: int, choose: Callable[[list[int]], int]) -> None:
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        choose: Callable[[list[int]], int],
+        compiler: GrammarCompiler | None = None,
+    ) -> None:
         self.page_size = page_size
         self.kv = np.full((pages, page_size), -1, np.int64)
         self.cold: dict[int, np.ndarray[Any, Any]] = {}
@@ -83,15 +99,26 @@ class MockExecutor:
         self.error: Exception | None = None
         self.plans: list[Plan] = []
         self._last: dict[int, int] = {}
+        self._compiler = compiler
+        self._masks: Masks | None = None
 
     def fill(self, plan: Plan) -> MockFilled:
         self.plans.append(plan)
+        for sequence in plan.admitted:
+            if self._masks is None and sequence.request.sampling.grammar is not None:
+                self._masks = Masks(self._compiler)  # most mocks need no threads for it
+            if self._masks is not None:
+                self._masks.enter(sequence)
         decodes = [(s.slot, list(s.pages), s.scheduled - 1) for s in plan.decodes]
         chunks = [
             (c.sequence.slot, list(c.sequence.pages), list(c.sequence.tokens), c)
             for c in plan.chunks
         ]
-        return MockFilled(plan, decodes, chunks)
+        held = {}
+        for slot in [d[0] for d in decodes] + [c[0] for c in chunks if c[3].sample]:
+            if self._masks is not None and (found := self._masks.held(slot)) is not None:
+                held[slot] = found
+        return MockFilled(plan, decodes, chunks, held)
 
     def run(self, filled: MockFilled) -> StepResult:
         time.sleep(self.delay)
@@ -107,25 +134,37 @@ class MockExecutor:
             if chunk.write:
                 for position in range(chunk.start, chunk.start + chunk.count):
                     self._write(pages, position, tokens[position])
-        ids = []
+        ids: list[int] = []
+        rows: list[tuple[int, Held]] = []
         for slot, pages, position in filled.decodes:
-            ids.append(self._draw(slot, pages, position + 1))
+            rows += [(len(ids), held)] if (held := filled.held.get(slot)) else []
+            ids.append(self._draw(slot, pages, position + 1, held))
         for slot, pages, tokens, chunk in filled.chunks:
             end = chunk.start + chunk.count
             for position in range(end - chunk.rows, end):
                 last = position == end - 1 and chunk.sample
-                ids.append(self._draw(slot, pages, end) if last else tokens[position + 1])
+                held = filled.held.get(slot) if last else None
+                rows += [(len(ids), held)] if held else []
+                ids.append(self._draw(slot, pages, end, held) if last else tokens[position + 1])
+        faults = {row: held.fault for row, held in rows if held.fault}
+        if self._masks is not None:
+            self._masks.drew(rows, ids)
         logprobs: list[float | None] = [-0.5] * len(ids)
         top = [[(i, -0.5), (0, -1.5)] for i in ids]
-        return StepResult(ids, logprobs, top, {"forward": 0.0, "sample": 0.0, "move": 0.0})
+        seconds = {"forward": 0.0, "sample": 0.0, "move": 0.0}
+        return StepResult(ids, logprobs, top, seconds, faults)
 
     def close(self) -> None:
-        pass
+        if self._masks is not None:
+            self._masks.close()
 
-    def _draw(self, slot: int, pages: list[int], end: int) -> int:
+    def _draw(self, slot: int, pages: list[int], end: int, held: Held | None = None) -> int:
         whole = self.kv[pages[: -(-end // self.page_size)]].reshape(-1)[:end].tolist()
         assert min(whole) >= 0, "a position is read that nobody wrote"
         self._last[slot] = self.choose(whole)
+        if held is not None:
+            held.ready.result()
+            self._last[slot] = allowed(held.mask[0], self._last[slot])
         return self._last[slot]
 
     def _write(self, pages: list[int], position: int, token: int) -> None:
@@ -181,7 +220,8 @@ def mock_engine(
     infill: bool = False,
 ) -> tuple[AsyncEngine, MockExecutor]:
     """An engine around the mock model; the real loop, scheduler, pages and streams."""
-    executor = MockExecutor(pages, page_size, choose)
+    compiler = GrammarCompiler(byte_tokenizer, VOCAB)
+    executor = MockExecutor(pages, page_size, choose, compiler)
 
     def parts() -> Parts:
         clock = MonotonicClock()
@@ -195,6 +235,7 @@ def mock_engine(
             stepper=ThreadStepper(executor),
             limits=Limits(min(context, pages * page_size), max_waiting, max_waiting_tokens),
             fingerprint=b"mock",
+            compiler=compiler,
             clock=clock,
         )
 

@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *SHARED,
         "kernels",
         "engine.scheduling",
+        "engine.text",
         "engine.weights",
         "engine.models",
         "engine.execution",

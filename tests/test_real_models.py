@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from engine import AsyncEngine, SamplingParams
-from engine.loading import open_tokenizer
+from engine.execution.tokenizer import open_tokenizer
 from engine.weights.checkpoint import open_checkpoint
 from tests.kernels.native import needs_native
 from tests.real import gemma3_path, smollm2_path

@@ -15,6 +15,8 @@ from engine.execution.profile import Shape
 from engine.execution.rank import Rank, RankFacts
 from engine.execution.stepper import Stepper, stepper_for
 from engine.scheduling.plan import Plan, StepResult
+from engine.text.grammar import GrammarCompiler
+from engine.text.tokenizer import Tokenizer
 from engine.weights.checkpoint import Checkpoint
 
 Timeline = list[tuple[str, float]]
@@ -23,35 +25,39 @@ Timeline = list[tuple[str, float]]
 @dataclass(frozen=True)
 class Device:
     """What a scheduler drives. `run` runs one step while nothing else does; `facts` are those of
-    each rank; `buffers` are bytes of activations."""
+    each rank; `buffers` are bytes of activations; `compiler` is for its grammars."""
 
     stepper: Stepper
     run: Callable[[Plan], StepResult]
     facts: Sequence[RankFacts]
     shape: Shape
     buffers: int
+    compiler: GrammarCompiler
 
 
 def place_model(
     config: Config,
     checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
     progress: Callable[[int, int], None],
     timeline: Timeline,
 ) -> Device:
     """Load the weights and allocate the cache; seconds go to `timeline`. Raises ConfigError."""
     if config.execution.tensor_parallel > 1:
-        return _place_on_ranks(config, checkpoint, progress, timeline)
+        return _place_on_ranks(config, checkpoint, tokenizer, progress, timeline)
     with stage(timeline, "weights"):
         rank = Rank(config, checkpoint, None, progress)
     with stage(timeline, "cache"):
         pages = pages_for(config, [rank.facts])
-        runner = rank.allocate(pages)
+        compiler = GrammarCompiler(lambda: tokenizer, rank.facts.vocab_size)
+        runner = rank.allocate(pages, compiler)
     return Device(
         stepper_for(runner),
         lambda plan: runner.run(runner.fill(plan)),
         [rank.facts],
         step_shape(config, rank.facts, pages),
         runner.buffer_bytes(),
+        compiler,
     )
 
 
@@ -74,6 +80,7 @@ def step_shape(config: Config, facts: RankFacts, pages: int) -> Shape:
 def _place_on_ranks(
     config: Config,
     checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
     progress: Callable[[int, int], None],
     timeline: Timeline,
 ) -> Device:
@@ -87,7 +94,8 @@ def _place_on_ranks(
     facts = stepper.facts
     timeline.append(("weights, slowest rank", max(rank.seconds for rank in facts)))
     shape = step_shape(config, facts[0], stepper.pages)
-    return Device(stepper, stepper.run, facts, shape, stepper.buffers)
+    compiler = GrammarCompiler(lambda: tokenizer, facts[0].vocab_size)
+    return Device(stepper, stepper.run, facts, shape, stepper.buffers, compiler)
 
 
 @contextmanager

@@ -107,6 +107,7 @@ class Done(msgspec.Struct, tag=True):
     logprobs: list[float | None] = []
     top: list[list[tuple[int, float]]] = []
     seconds: dict[str, float] = {}
+    faults: dict[int, str] = {}
 
 
 class Failed(msgspec.Struct, tag=True):

@@ -93,6 +93,7 @@ def _drawing(sampling: SamplingParams) -> SamplingParams:
         logit_bias={int(token): float(value) for token, value in sampling.logit_bias.items()},
         stop_token_ids=tuple(int(token) for token in sampling.stop_token_ids),
         logprobs=None if sampling.logprobs is None else int(sampling.logprobs),
+        grammar=sampling.grammar,
         prompt_logprobs=None if sampling.prompt_logprobs is None else int(sampling.prompt_logprobs),
     )
 

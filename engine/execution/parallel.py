@@ -307,7 +307,7 @@ class RankStepper:
             self._pace.observe(now - flight.begun)
         self._steps += 1
         first = flight.done[0]
-        self._put(StepResult(first.ids, first.logprobs, first.top, first.seconds))
+        self._put(StepResult(first.ids, first.logprobs, first.top, first.seconds, first.faults))
 
     def _lose(self, error: BaseException, *, final: bool) -> None:
         """Everything under way is lost."""

@@ -12,10 +12,12 @@ import msgspec
 from engine.config import CacheSection, Config
 from engine.errors import ConfigError
 from engine.execution.cache import Cache, ColdFile
+from engine.execution.masks import Masks
 from engine.execution.memory import private_memory
 from engine.execution.runner import Runner, StagingShape
 from engine.models import load_model
 from engine.models.shard import Shard
+from engine.text.grammar import GrammarCompiler
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.checksums import check_files
 from engine.weights.sources import cache_folder
@@ -110,7 +112,7 @@ class Rank:
         if self._backend.collectives is not None:
             self._backend.collectives.abort()
 
-    def allocate(self, pages: int) -> Runner:
+    def allocate(self, pages: int, compiler: GrammarCompiler) -> Runner:
         """A runner with a cache of so many pages. Raises ConfigError if the kernels have no such
         cache."""
         batch, backend, layout = self._config.scheduler, self._backend, self._layout
@@ -131,7 +133,7 @@ class Rank:
             vocab_size=self.facts.vocab_size,
         )
         cache = _cache(self._config.cache, backend, layout.dtype)
-        return Runner(backend, program, cache, staging)
+        return Runner(backend, program, cache, staging, Masks(compiler))
 
 
 def weights_identity(path: Path) -> list[tuple[str, int, int]]:

@@ -44,7 +44,9 @@ from engine.execution.mirror import PlanReader
 from engine.execution.rank import Rank
 from engine.execution.runner import Filled, Runner
 from engine.execution.stepper import Stepper, stepper_for
+from engine.execution.tokenizer import open_tokenizer
 from engine.scheduling.plan import Plan, StepResult
+from engine.text.grammar import GrammarCompiler
 from engine.weights.checkpoint import open_checkpoint
 from kernels.collectives import GIVEN_UP, Place
 
@@ -147,7 +149,7 @@ class Reporter:
         done = Done(self._numbers.popleft(), checksum)
         if self._first:
             done.ids, done.logprobs = result.ids, result.logprobs
-            done.top, done.seconds = result.top, result.seconds
+            done.top, done.seconds, done.faults = result.top, result.seconds, result.faults
         self._server.tell(done)
         return result
 
@@ -190,7 +192,10 @@ def run(server: Server) -> None:
         if isinstance(allocate, Stop):
             return
         assert isinstance(allocate, Allocate)
-        runner = rank.allocate(allocate.pages)
+        compiler = GrammarCompiler(
+            lambda: open_tokenizer(open_checkpoint(Path(setup.path))), rank.facts.vocab_size
+        )
+        runner = rank.allocate(allocate.pages, compiler)
     server.tell(Ready(runner.buffer_bytes()))
     try:
         work(server, stepper_for(Reporter(server, runner, first=setup.rank == 0)))

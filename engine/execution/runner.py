@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.execution.cache import Cache
 from engine.execution.history import Histories
+from engine.execution.masks import Held, Masks
 from engine.scheduling.budget import MAX_SCORED_ROWS
 from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
@@ -44,7 +45,7 @@ class StagingShape:
 @dataclass(slots=True)
 class Filled:
     """A step that is ready to run. The tokens of the first `fed` rows are those last drawn at
-    their slots; `drawn` are the logits rows that draw, for `slots`."""
+    their slots; `drawn` are the logits rows that draw, for `slots`, `held` those with a grammar."""
 
     batch: Batch
     sampling: Sampling
@@ -52,6 +53,7 @@ class Filled:
     drawn: list[int]
     slots: list[int]
     moves: list[tuple[Move, int, int]]
+    held: list[tuple[int, Held]]
 
 
 class Runner:
@@ -59,7 +61,7 @@ class Runner:
     be filled while it runs."""
 
     def __init__(
-        self, backend: Backend, program: Program, cache: Cache, shape: StagingShape
+        self, backend: Backend, program: Program, cache: Cache, shape: StagingShape, masks: Masks
     ) -> None:
         self._backend = backend
         self._program = program
@@ -76,6 +78,7 @@ class Runner:
         self._ints = np.zeros((len(INTS), slots), np.int32)
         self._edits = [False] * slots
         self._histories = Histories(shape.vocab_size)
+        self._masks = masks
         # The last step, if it only decoded and nothing but positions changes in the next.
         self._decoding: list[Sequence] = []
         self._last: Filled | None = None
@@ -109,14 +112,16 @@ class Runner:
         batch.token_ids[:fed] = self._last_ids[batch.table_rows[:fed]]
         self._program.forward(batch)
         middle = time.perf_counter()
-        samples = self._program.sample(filled.sampling)
+        sampling, faults = self._masks.apply(filled.sampling, filled.held)
+        samples = self._program.sample(sampling)
         ids = samples.ids
         drawn = ids if len(ids) == len(filled.slots) else [ids[row] for row in filled.drawn]
         self._last_ids[filled.slots] = drawn
         self._histories.add(filled.slots, drawn)
+        self._masks.drew(filled.held, ids)
         end = time.perf_counter()
         seconds["forward"], seconds["sample"] = middle - start, end - middle
-        return StepResult(ids, samples.logprobs, samples.top, seconds)
+        return StepResult(ids, samples.logprobs, samples.top, seconds, faults)
 
     @property
     def runs_behind(self) -> bool:
@@ -125,7 +130,7 @@ class Runner:
 
     def needs_history(self, filled: Filled) -> bool:
         """Whether a step depends on what those before it drew, beyond their last tokens."""
-        return bool(filled.sampling.penalties)
+        return bool(filled.sampling.penalties or filled.held)
 
     def launch(self, filled: Filled) -> Callable[[], StepResult]:
         """Start a filled step on a device that runs behind; what is returned waits for it."""
@@ -137,8 +142,15 @@ class Runner:
         if not len(filled.batch.token_ids):
             return lambda: StepResult([], [], [], seconds)
         start = time.perf_counter()
+        faults: dict[int, str] = {}
+
+        def sampling_of() -> Sampling:
+            sampling, found = self._masks.apply(filled.sampling, filled.held)
+            faults.update(found)
+            return sampling
+
         wait = self._program.start(
-            filled.batch, filled.sampling, filled.fed, filled.drawn, filled.slots
+            filled.batch, sampling_of, filled.fed, filled.drawn, filled.slots
         )
         launched = time.perf_counter()
 
@@ -146,8 +158,9 @@ class Runner:
             samples = wait()
             ids = samples.ids
             self._histories.add(filled.slots, [ids[row] for row in filled.drawn])
+            self._masks.drew(filled.held, ids)
             seconds["sample"], seconds["forward"] = launched - start, time.perf_counter() - launched
-            return StepResult(ids, samples.logprobs, samples.top, seconds)
+            return StepResult(ids, samples.logprobs, samples.top, seconds, faults)
 
         return collect
 
@@ -163,6 +176,7 @@ class Runner:
 
     def close(self) -> None:
         """Release the device."""
+        self._masks.close()
         self._cache.close()
         self._backend.close()
 
@@ -185,7 +199,7 @@ class Runner:
         if sampling.drawn:
             uniform = counter_uniform(self._seed[before.table_rows], place + 1)
             sampling = sampling.with_uniform(uniform)
-        return Filled(batch, sampling, last.fed, last.drawn, last.slots, plan.moves)
+        return Filled(batch, sampling, last.fed, last.drawn, last.slots, plan.moves, last.held)
 
     def _fill(self, plan: Plan) -> Filled:
         size, decodes = self._shape.page_size, plan.decodes
@@ -253,12 +267,14 @@ class Runner:
             places += range(first, end + 1)
             slots += [sequence.slot] * chunk.rows
         bias: tuple[list[int], list[int], list[float]] = ([], [], [])
-        penalties = []
+        penalties, grammars = [], []
         for row, sequence, place in drawing:
             if self._edits[sequence.slot]:
                 _add_bias(sequence, row, place - sequence.prompt_length, bias)
             if (penalty := self._histories.penalty(sequence.slot, row)) is not None:
                 penalties.append(penalty)
+            if (held := self._masks.held(sequence.slot)) is not None:
+                grammars.append((row, held))
         rows = np.array(slots, np.int64)
         floats, ints = self._floats.take(rows, axis=1), self._ints.take(rows, axis=1)
         top_k, top_logprobs, prompt_logprobs = ints
@@ -280,7 +296,7 @@ class Runner:
             bias_values=bias[2],
             penalties=penalties,
         )
-        return Filled(batch, sampling, fed, drawn, drawn_slots, plan.moves)
+        return Filled(batch, sampling, fed, drawn, drawn_slots, plan.moves, grammars)
 
     def _enter(self, sequence: Sequence) -> None:
         """Write what stays the same while a sequence holds its slot."""
@@ -305,6 +321,7 @@ class Runner:
         )
         self._edits[slot] = bool(sampling.logit_bias) or sampling.min_tokens > 0
         self._histories.enter(sequence)
+        self._masks.enter(sequence)
 
     def _write_pages(self, sequence: Sequence) -> None:
         slot, count = sequence.slot, len(sequence.pages)

@@ -70,15 +70,28 @@ class Plan:
         every = [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
         return [sequence for sequence in every if sequence not in self.dropped]
 
+    def sequence_at(self, row: int) -> Sequence:
+        """Whose a logits row is."""
+        if row < len(self.decodes):
+            return self.decodes[row]
+        row -= len(self.decodes)
+        for chunk in self.chunks:
+            if row < chunk.rows:
+                return chunk.sequence
+            row -= chunk.rows
+        raise IndexError(row)
+
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gave, one entry per logits row in the plan's order; `seconds` by part."""
+    """What a step gave, one entry per logits row in the plan's order; `seconds` by part. `faults`
+    say why rows could not be drawn as their requests ask."""
 
     ids: list[int]
     logprobs: list[float | None]
     top: list[list[tuple[int, float]]]
     seconds: dict[str, float]
+    faults: dict[int, str] = field(default_factory=dict)
 
     def logprob(self, row: int) -> TokenLogprob:
         """What a row that wants logprobs got."""

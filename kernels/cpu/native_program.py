@@ -233,9 +233,12 @@ def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[npt.NDArray[
         ids.append(token)
         addends.append(addend)
     penalties = {penalty.row: penalty for penalty in sampling.penalties}
+    masks = (
+        {} if sampling.masks is None else dict(zip(sampling.mask_rows, sampling.masks, strict=True))
+    )
     edits: list[tuple[Any, ...]] = []
     kept: list[npt.NDArray[Any]] = []
-    for row in biases.keys() | penalties.keys():
+    for row in biases.keys() | penalties.keys() | masks.keys():
         ids, addends = biases.get(row, ([], []))
         tokens, values = np.array(ids, np.int64), np.array(addends, np.float32)
         kept += [tokens, values]
@@ -251,6 +254,7 @@ def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[npt.NDArray[
                 float(sampling.repetition_penalty[row]),
                 float(sampling.presence_penalty[row]),
                 float(sampling.frequency_penalty[row]),
+                _address(masks[row]) if row in masks else 0,
             )
         )
     return edits, kept

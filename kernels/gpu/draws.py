@@ -12,6 +12,7 @@ import torch
 from kernels.batch import Sampling
 from kernels.gpu.sampling import Sampler, SamplerShape, penalize
 from kernels.gpu.staging import Mirror
+from kernels.sampling import forbid
 
 FLOATS, INTS = slice(0, 3), slice(3, 8)
 
@@ -40,7 +41,7 @@ class Draws:
         edits make it others."""
         count = len(sampling.targets)
         self._send(sampling, count, drawn, slots)
-        if sampling.bias_rows or sampling.penalties:
+        if sampling.edited:
             self.launch(count, self._edited(logits[:count], sampling))
         else:
             replay(count)
@@ -79,7 +80,7 @@ class Draws:
         self._mirror.send()
 
     def _edited(self, logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-        """A copy of the logits with biases and penalties."""
+        """A copy of the logits with biases, penalties and masks."""
         logits, device = logits.clone(), self._device
         if sampling.bias_rows:
             rows = torch.tensor(sampling.bias_rows, device=device)
@@ -100,6 +101,8 @@ class Draws:
                 axis=1,
             )
             self._penalize(logits, where, counts, seen, factors)
+        if sampling.masks is not None:
+            forbid(logits, sampling.mask_rows, torch.from_numpy(sampling.masks))
         return logits
 
     def _penalize(

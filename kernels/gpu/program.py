@@ -117,10 +117,16 @@ class GpuProgram:
 
     @torch.inference_mode()
     def start(
-        self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
+        self,
+        batch: Batch,
+        sampling_of: Callable[[], Sampling],
+        fed: int,
+        drawn: Sequence[int],
+        slots: Sequence[int],
     ) -> Callable[[], Samples]:
         """Launch a step behind those that run, see `AheadProgram`; logprobs wait for it here."""
         self._forward(batch, fed)
+        sampling = sampling_of()
         count = len(sampling.targets)
         ids = self._draws.draw(self._logits, sampling, self._replay_draw, drawn, slots)
         # Its own memory on both sides: the next step draws to the same place.

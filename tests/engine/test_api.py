@@ -21,6 +21,7 @@ def test_the_public_names_are_pinned() -> None:
         "Decision",
         "Delta",
         "EngineFailed",
+        "Grammar",
         "InvalidRequest",
         "Overloaded",
         "QueueProgress",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -221,8 +222,40 @@ def test_counters_give_even_independent_draws() -> None:
     assert again[0] == draws[5]
 
 
+def masked(settings: Sampling, rows: list[int], allowed: np.ndarray[Any, Any]) -> Sampling:
+    """`settings` with masks for `rows`; `allowed` bool `[len(rows), vocab]`."""
+    padded = np.pad(allowed, ((0, 0), (0, -allowed.shape[1] % 32)))
+    masks = np.packbits(padded, axis=1, bitorder="little").view(np.int32)
+    return replace(settings, mask_rows=rows, masks=masks)
+
+
+@pytest.mark.parametrize("vocab", [64, 301])
+def test_only_what_a_mask_allows_is_drawn(choose: Chooser, vocab: int) -> None:
+    """Greedy and drawn rows; masks with words of all bits, of none, and of some; and one token that
+    is allowed alone, whatever the bias."""
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(5))
+    before = logits.clone()
+    allowed = np.random.default_rng(5).random((20, vocab)) < 0.1
+    allowed[:, 32:64] = np.arange(20)[:, None] % 2 == 0
+    allowed[19] = np.arange(vocab) == 7
+    settings = options(
+        40,
+        temperature=np.where(np.arange(40) % 3, 1.0, 0.0).astype(np.float32),
+        bias_rows=[38],
+        bias_ids=[8],
+        bias_values=[100.0],
+    )
+    rows = list(range(0, 40, 2))
+    ids = sample(logits, masked(settings, rows, allowed), choose).ids
+    assert all(allowed[number, ids[row]] for number, row in enumerate(rows))
+    assert ids[38] == 7
+    free = sample(logits, settings, choose).ids
+    assert ids[1::2] == free[1::2]
+    assert torch.equal(logits, before)
+
+
 def test_native_and_torch_edit_the_same_rows_alike() -> None:
-    """Biases and penalties on some rows, greedy and drawn; the logits stay as they are."""
+    """Biases, penalties and masks on some rows, greedy and drawn; the logits stay as they are."""
     generator = torch.Generator().manual_seed(11)
     random = np.random.default_rng(11)
     rows, vocab = 9, 300
@@ -244,6 +277,7 @@ def test_native_and_torch_edit_the_same_rows_alike() -> None:
         ]
     settings.bias_rows, settings.bias_ids = [2, 2, 5, 8], [7, 7, 3, 1]
     settings.bias_values = [4.0, 2.0, 50.0, float("-inf")]
+    settings = masked(settings, [2, 3, 6], random.random((3, vocab)) < 0.3)
     found = [sample(logits, settings, choose).ids for choose in (torch_choose, native_chooser())]
     assert found[0] == found[1]
     assert found[0][5] == 3

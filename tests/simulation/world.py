@@ -20,6 +20,7 @@ from engine.scheduling.budget import Pace
 from engine.scheduling.cost import Profile
 from engine.scheduling.tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenant
 from engine.streams import TokenStream
+from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from engine.types import RequestStats, SamplingParams, StepStats, Terms
 from tests.audit import audit
@@ -97,6 +98,7 @@ class World:
                 stepper=FakeStepper(loop, chance, self.pages, PAGE, self.failures),
                 limits=Limits(self.context, 60, 1500),
                 fingerprint=b"simulated",
+                compiler=GrammarCompiler(lambda: tokenizer, VOCAB),
                 clock=loop,
             )
 

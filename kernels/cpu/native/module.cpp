@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -58,9 +59,10 @@ struct Device {
 
   // ids[i] = the token of logits row rows[i]: a draw where temperature[row] > 0, else the likeliest.
   // `edits` are (row, ids' address, addends' address, their number, counts' and seen's address or 0,
-  // repetition, presence, frequency): what is changed about a row's logits before.
+  // repetition, presence, frequency, mask's address or 0): what is changed about a row's logits
+  // before. A mask has a bit for each token that is allowed.
   using Edit = std::tuple<int64_t, uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, float, float,
-                          float>;
+                          float, uintptr_t>;
   void choose(uintptr_t logits, int64_t vocab, uintptr_t rows, int64_t count, uintptr_t temperature,
               uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform, uintptr_t ids,
               const std::vector<Edit>& edits) const {
@@ -96,17 +98,36 @@ struct Device {
     pool->run(count, 1, choose_rows);
   }
 
+  // Most words of a mask allow all of their tokens or none.
+  static void forbid(const uint32_t* mask, float* x, int64_t vocab) {
+    constexpr float kNever = -std::numeric_limits<float>::infinity();
+    for (int64_t first = 0; first < vocab; first += 32, ++mask) {
+      const int64_t count = std::min<int64_t>(32, vocab - first);
+      if (*mask == ~0u) continue;
+      if (*mask == 0) {
+        std::fill_n(x + first, count, kNever);
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        if ((*mask >> i & 1u) == 0) x[first + i] = kNever;
+      }
+    }
+  }
+
   void apply(const Edit& edit, float* x, int64_t vocab) const {
-    const auto& [row, tokens, addends, count, counts, seen, repetition, presence, frequency] = edit;
+    const auto& [row, tokens, addends, count, counts, seen, repetition, presence, frequency, mask] =
+        edit;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = at<const int64_t>(tokens)[i];
       // An end of sequence that the model has no logit for needs no forbidding.
       if (token >= 0 && token < vocab) x[token] += at<const float>(addends)[i];
     }
-    if (counts == 0) return;
-    kernels->penalize(
-        x, vocab,
-        {at<const int32_t>(counts), at<const bool>(seen), repetition, presence, frequency});
+    if (counts != 0) {
+      kernels->penalize(
+          x, vocab,
+          {at<const int32_t>(counts), at<const bool>(seen), repetition, presence, frequency});
+    }
+    if (mask != 0) forbid(at<const uint32_t>(mask), x, vocab);
   }
 
   // Operations, or bytes of `memory` read, a second on all threads: the best of several rounds.

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import ConfigError, InvalidRequest
-from engine.loading import open_tokenizer
+from engine.execution.tokenizer import open_tokenizer
 from engine.text.chat import ChatTemplate
 from engine.text.gguf_tokenizer import tokenizer_from_gguf
 from engine.text.tokenizer import Tokenizer, byte_alphabet, load_tokenizer

@@ -16,7 +16,7 @@ from kernels.gpu.draws import Draws
 from kernels.gpu.sampling import FINE, gumbel
 from kernels.sampling import torch_choose
 from tests.kernels.gpu.filled import HOST
-from tests.kernels.test_sampling import options
+from tests.kernels.test_sampling import masked, options
 
 VOCAB = 5000
 
@@ -158,3 +158,14 @@ def test_drawn_ids_follow_bias_and_penalties() -> None:
     assert draw(logits, sampling) == wanted
     assert wanted[0] == 5
     assert torch.equal(logits, before), "the raw logits are kept for logprobs"
+
+
+def test_only_what_a_mask_allows_is_drawn() -> None:
+    logits = random_logits(6, 700)
+    allowed = np.random.default_rng(1).random((3, 700)) < 0.02
+    allowed[2] = np.arange(700) == 41
+    sampling = options(6, temperature=np.array([0, 1, 0, 1, 1, 1], np.float32), top_p=0.9)
+    ids = draw(logits, masked(sampling, [0, 1, 4], allowed))
+    assert all(allowed[number, ids[row]] for number, row in enumerate([0, 1, 4]))
+    free = draw(logits, sampling)
+    assert [ids[row] for row in (2, 3, 5)] == [free[row] for row in (2, 3, 5)]

@@ -1,0 +1,191 @@
+"""Grammars that answers have to match, compiled for a model's vocabulary by `llguidance`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jsonschema_rs
+import llguidance
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from engine.errors import InvalidRequest
+from engine.text.tokenizer import Tokenizer
+from engine.types import Grammar
+
+MAX_GRAMMAR_BYTES = 1 << 18
+KEPT = 64
+# Between two parts of a JSON text: one space, or a line's end and an indentation. Small models that
+# may write any number of blanks can go on with them for ever.
+WHITESPACE = r"[ ]|\n[ ]{0,40}"
+UNIMPLEMENTED = "Unimplemented keys: "
+# A schema's keywords that hold schemas by name, in a list, and alone.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+
+
+class GrammarCompiler:
+    """Compiles grammars, and keeps those that were used last. Any thread may call it.
+
+    `vocab_size` is the number of the model's logits, which may be above the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Callable[[], Tokenizer],
+        vocab_size: int,
+        limits: LLParserLimits | None = None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._open = tokenizer
+        self._limits = limits or LLParserLimits(verbose_errors=False)
+        self._vocabulary: LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, grammar: Grammar) -> LLMatcher:
+        """A matcher at its beginning. Takes milliseconds, the first time up to a second; raises
+        InvalidRequest that says what is wrong with the grammar, and where."""
+        with self._lock:
+            known = self._compiled.get(grammar)
+            if known is None:
+                known = self._compiled[grammar] = self._compile(grammar)
+                if len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return known.deep_copy()
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        if len(grammar.text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+            raise _bad(grammar, f"it is longer than {MAX_GRAMMAR_BYTES} bytes")
+        if self._vocabulary is None:
+            self._vocabulary = _vocabulary(self._open(), self.vocab_size)
+        text = as_llguidance(grammar)
+        matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=self._limits)
+        if problem := matcher.get_error():
+            raise _bad(grammar, _located(grammar, problem.partition("\n<")[0].strip()))
+        return matcher
+
+
+def as_llguidance(grammar: Grammar) -> str:
+    """A grammar in llguidance's own form. Raises InvalidRequest if it cannot be read."""
+    text = grammar.text
+    if grammar.kind == "json_schema":
+        return str(LLMatcher.grammar_from_json_schema(read_schema(grammar), overrides=OPTIONS))
+    if grammar.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(text))
+    if grammar.kind == "choice":
+        choices = _json(grammar)
+        if not isinstance(choices, list) or not choices or not all(map(_is_text, choices)):
+            raise _bad(grammar, "it has to be a list of texts, none of them empty")
+        alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        return str(LLMatcher.grammar_from_lark("start: " + alternatives))
+    if grammar.kind == "lark":
+        return str(LLMatcher.grammar_from_lark(text))
+    try:
+        return str(llguidance.grammar_from("gbnf", text))
+    except ValueError as error:
+        raise _bad(grammar, str(error)) from error
+
+
+OPTIONS: Any = {"whitespace_pattern": WHITESPACE}
+
+
+def read_schema(grammar: Grammar) -> Any:
+    """A schema that is one. Raises InvalidRequest with the JSON pointer of what is wrong."""
+    schema = _json(grammar)
+    if not isinstance(schema, (dict, bool)):
+        raise _bad(grammar, "it has to be an object")
+    try:
+        jsonschema_rs.meta.validate(schema)
+    except jsonschema_rs.ValidationError as error:
+        where = "".join(f"/{part}" for part in error.instance_path) or "/"
+        raise _bad(grammar, f"at {where}: {error.message[:300]}") from error
+    except (ValueError, jsonschema_rs.ReferencingError) as error:
+        raise _bad(grammar, str(error)[:300]) from error
+    return schema
+
+
+def _vocabulary(tokenizer: Tokenizer, size: int) -> LLTokenizer:
+    """What llguidance knows of a model's tokens."""
+    ends = sorted(token for token in tokenizer.eos_token_ids if token < size)
+    if not ends:
+        raise InvalidRequest("the model names no token that ends an answer; leave the grammar out")
+    return LLTokenizer(_Vocabulary(tokenizer, size, ends[0]), n_vocab=size, eos_token=ends)
+
+
+class _Vocabulary(llguidance.TokenizerWrapper):
+    """A tokenizer under the names that llguidance looks for."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, end: int) -> None:
+        self.eos_token_id = end
+        self.bos_token_id = None
+        self.tokens = [tokenizer.token_bytes(token) for token in range(size)]
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.is_tokenizer_wrapper = True
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _json(grammar: Grammar) -> Any:
+    try:
+        return json.loads(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise _bad(grammar, f"it is no JSON: {error}") from error
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _located(grammar: Grammar, problem: str) -> str:
+    """Where a schema has the keyword, or the value, that cannot be enforced."""
+    if grammar.kind != "json_schema":
+        return problem[:1000]
+    schema = json.loads(grammar.text)
+    if problem.startswith(UNIMPLEMENTED):
+        names = json.loads(problem.removeprefix(UNIMPLEMENTED))
+        places = [p for p, part in schemas_of(schema) if any(name in part for name in names)]
+        where = f" at {places[0] or '/'}" if places else ""
+        return f"{', '.join(names)} cannot be enforced by this server{where}"
+    # The keyword whose value the complaint quotes.
+    quoted = [
+        (len(value), place)
+        for place, part in schemas_of(schema)
+        for key, value in part.items()
+        if key in ("$ref", "type", "pattern", "format")
+        and isinstance(value, str)
+        and value in problem
+    ]
+    where = f"at {max(quoted)[1] or '/'}: " if quoted else ""
+    return where + problem[:300]
+
+
+def schemas_of(schema: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema within a schema, with its JSON pointer."""
+    if not isinstance(schema, dict):
+        return
+    yield at, schema
+    for key, value in schema.items():
+        parts: list[tuple[str, Any]] = []
+        if key in BY_NAME and isinstance(value, dict):
+            parts = [(f"{at}/{key}/{name}", part) for name, part in value.items()]
+        elif key in LISTS and isinstance(value, list):
+            parts = [(f"{at}/{key}/{number}", part) for number, part in enumerate(value)]
+        elif key not in ("enum", "const", "default", "examples"):
+            parts = [(f"{at}/{key}", value)]
+        for place, part in parts:
+            yield from schemas_of(part, place)
+
+
+def _bad(grammar: Grammar, problem: str) -> InvalidRequest:
+    names = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice"}
+    name = names.get(grammar.kind, "grammar")
+    return InvalidRequest(f"the {name} cannot be used: {problem}", param="grammar")
