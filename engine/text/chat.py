@@ -35,6 +35,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template is broken: {error}") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self.source = source
 
     def render(
         self,
@@ -42,14 +43,21 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for `messages` (role and content); InvalidRequest if they do not fit. With
-        `continue_final` it ends where the last message does, which the model then goes on with."""
+        `continue_final` it ends where the last message does, which the model then goes on with.
+        `tools` and `variables` (such as `enable_thinking`) are what the template makes of them."""
         if continue_final:
-            return self._render_open(messages)
+            return self._render_open(messages, tools, variables)
+        given = dict(variables or {}) | self._tokens
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                **given,
             )
         except (jinja2.TemplateError, TemplateRefusal, TypeError) as error:
             raise InvalidRequest(
@@ -58,7 +66,12 @@ class ChatTemplate:
                 code="chat_template_refused",
             ) from error
 
-    def _render_open(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render_open(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> str:
         if not messages or messages[-1].get("role") != "assistant":
             raise InvalidRequest(
                 "the last message has to be the assistant's to be continued", param="messages"
@@ -66,7 +79,10 @@ class ChatTemplate:
         # A mark behind the text says where it ends, whatever the template trims or adds.
         begun = messages[-1]["content"].rstrip()
         marked = [*messages[:-1], {**messages[-1], "content": begun + END_MARK}]
-        before, found, _ = self.render(marked, add_generation_prompt=False).rpartition(END_MARK)
+        rendered = self.render(
+            marked, add_generation_prompt=False, tools=tools, variables=variables
+        )
+        before, found, _ = rendered.rpartition(END_MARK)
         if not found:
             raise InvalidRequest(
                 "the model's chat template leaves the last message out",

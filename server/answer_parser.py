@@ -1,0 +1,494 @@
+"""An answer's text taken apart while it streams: reasoning, content, and calls of tools.
+
+One machine that reads characters, so that nothing depends on how the text was cut into deltas.
+What looks like a call but is none (no JSON, or a tool that was not offered) is content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass
+
+import msgspec
+
+BLANK = " \t\r\n"
+# JSON nested deeper than this is none that a tool takes.
+MAX_DEPTH = 64
+ARGUMENTS = ("arguments", "parameters")
+LITERALS = {"t": "true", "f": "false", "n": "null"}
+ESCAPES = '"\\/bfnrtu'
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """Text of the reasoning before the answer."""
+
+    text: str
+
+
+class Content(msgspec.Struct, frozen=True):
+    """Text of the answer."""
+
+    text: str
+
+
+class CallBegin(msgspec.Struct, frozen=True):
+    """A call of a tool begins; calls are counted from 0."""
+
+    index: int
+    name: str
+
+
+class CallArguments(msgspec.Struct, frozen=True):
+    """More of a call's arguments, which are JSON once joined."""
+
+    index: int
+    text: str
+
+
+Piece = Reasoning | Content | CallBegin | CallArguments
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family of models writes calls: what announces them and what follows, either of which
+    may be missing; and whether JSON at an answer's very beginning is one. `named` says that a call
+    may be its name, then its arguments, with one of the `parts` between."""
+
+    name: str
+    begins: tuple[str, ...]
+    end: str = ""
+    leading: bool = False
+    named: bool = False
+    parts: tuple[str, ...] = ()
+    special: bool = False
+    """Whether what announces calls is a special token, which text does not show otherwise."""
+
+
+class Broken(Exception):
+    """What is read is not what it has to be; `char` is the first that does not fit."""
+
+    def __init__(self, char: str) -> None:
+        self.char = char
+
+
+# Reads characters, and returns the first that it has not used; "" is the text's end.
+Machine = Generator[None, str, str]
+Sink = Callable[[str], None]
+
+
+class AnswerParser:
+    """Reads one answer. With `style` and the `names` of tools it finds calls; with `thinking`, two
+    markers, it finds reasoning, which has begun already if `begun`."""
+
+    def __init__(
+        self,
+        *,
+        style: Style | None = None,
+        names: Collection[str] = (),
+        thinking: tuple[str, str] | None = None,
+        begun: bool = False,
+    ) -> None:
+        self._style = style
+        self._names = names
+        self._thinking = thinking
+        self._begun = begun
+        self._pieces: list[Piece] = []
+        self._blank = ""  # shown once something follows it
+        self._raw = ""  # all that was read since what may be a call began
+        self._calls = 0
+        self._announced = False
+        self._reasoned = False
+        self._machine = self._read()
+        next(self._machine)
+
+    def push(self, text: str) -> list[Piece]:
+        """What more text decides."""
+        for char in text:
+            self._raw += char
+            self._machine.send(char)
+        return self._take()
+
+    def finish(self) -> list[Piece]:
+        """What is left at the text's end."""
+        with contextlib.suppress(StopIteration):
+            self._machine.send("")
+        return self._take()
+
+    def _take(self) -> list[Piece]:
+        """The pieces so far, neighbours of one kind joined."""
+        joined: list[Piece] = []
+        for piece in self._pieces:
+            last = joined[-1] if joined else None
+            if isinstance(piece, Reasoning) and isinstance(last, Reasoning):
+                joined[-1] = Reasoning(last.text + piece.text)
+            elif isinstance(piece, Content) and isinstance(last, Content):
+                joined[-1] = Content(last.text + piece.text)
+            elif isinstance(piece, CallArguments) and isinstance(last, CallArguments):
+                joined[-1] = CallArguments(last.index, last.text + piece.text)
+            else:
+                joined.append(piece)
+        self._pieces = []
+        return joined
+
+    # The whole answer
+
+    def _read(self) -> Machine:
+        char = yield
+        if self._thinking is not None:
+            char = yield from self._reason(char, *self._thinking)
+        if self._style is None:
+            while char:
+                self._pieces.append(Content(char))
+                self._raw = ""
+                char = yield
+            return ""
+        begins = self._style.begins
+        char = yield from self._skip(char, self._say)
+        if self._style.leading and char and char in "{[":
+            char = yield from self._attempt(char, "")
+        while char:
+            char, found = yield from self._until(char, begins, self._say)
+            if found:
+                char = yield from self._attempt(char, found)
+        if self._blank:
+            self._pieces.append(Content(self._blank))
+            self._blank = ""
+        return ""
+
+    def _reason(self, char: str, begin: str, end: str) -> Machine:
+        """Reasoning, if there is any."""
+        blank = ""
+        while char and char in BLANK:
+            blank += char
+            char = yield
+        seen = ""
+        if not self._begun:
+            while char and begin.startswith(seen + char) and seen != begin:
+                seen += char
+                char = yield
+            if seen != begin:
+                # None: what was read belongs to the answer.
+                return (yield from self._unread(blank + seen, char))
+        elif char:
+            # Some models repeat the marker that their prompt ends with.
+            while char and begin.startswith(seen + char) and seen != begin:
+                seen += char
+                char = yield
+            if seen and seen != begin:
+                self._think(seen)
+        char, found = yield from self._until(char, (end,), self._think)
+        self._blank = ""
+        # Blanks around the markers belong to neither.
+        return (yield from self._skip(char)) if found else char
+
+    def _think(self, text: str) -> None:
+        """Reasoning, without the blanks around it."""
+        text = self._blank + text
+        shown = text.rstrip(BLANK)
+        self._blank = text[len(shown) :]
+        if not self._reasoned:
+            shown = shown.lstrip(BLANK)
+        if shown:
+            self._reasoned = True
+            self._pieces.append(Reasoning(shown))
+
+    def _unread(self, text: str, char: str) -> Machine:
+        """Read text again as what comes after the reasoning; `char` follows it."""
+        rest = self._read_rest()
+        next(rest)
+        self._raw = ""
+        for again in text:
+            self._raw += again
+            rest.send(again)
+        self._raw += char
+        while True:
+            try:
+                rest.send(char)
+            except StopIteration:
+                return ""
+            char = yield
+
+    def _read_rest(self) -> Machine:
+        self._thinking = None
+        return self._read()
+
+    # Calls
+
+    def _attempt(self, char: str, begin: str) -> Machine:
+        """Read calls behind what announced them; if there is none, it is all content."""
+        self._raw, self._announced = begin + char, False
+        try:
+            return (yield from self._all_calls(char))
+        except Broken as broken:
+            if not self._announced:
+                self._say(self._raw[: len(self._raw) - len(broken.char)])
+            return broken.char
+
+    def _all_calls(self, char: str) -> Machine:
+        style = self._style
+        assert style is not None
+        char = yield from self._skip(char)
+        if char == "[":
+            char = yield from self._skip((yield))
+            while True:
+                char = yield from self._skip((yield from self._call(char)))
+                if char != ",":
+                    break
+                char = yield from self._skip((yield))
+            _require(char, "]")
+            char = yield
+        elif char == "{" or not style.named:
+            char = yield from self._call(char)
+        else:
+            char = yield from self._named_call(char)
+        blanks: list[str] = []
+        char = yield from self._skip(char, blanks.append)
+        if style.leading and char == ";":
+            return (yield from self._all_calls((yield)))
+        return (yield from self._finish_calls(char, "".join(blanks)))
+
+    def _finish_calls(self, char: str, blank: str) -> Machine:
+        """Leave out the mark that follows calls, and the blanks before it."""
+        assert self._style is not None
+        seen, end = "", self._style.end
+        while char and end.startswith(seen + char) and seen != end:
+            seen += char
+            char = yield
+        if seen != end and char:
+            self._say(blank + seen)
+        elif not end:
+            self._say(blank)
+        return char
+
+    def _call(self, char: str) -> Machine:
+        """One call: an object with a name and arguments."""
+        name, held = "", list[str]()
+
+        def argue(text: str) -> None:
+            if name:
+                self._pieces.append(CallArguments(self._calls - 1, text))
+            else:
+                held.append(text)
+
+        given = False
+        _require(char, "{")
+        char = yield from self._skip((yield))
+        while char == '"':
+            key, char = yield from self._text(char)
+            _require((yield from self._skip(char)), ":")
+            char = yield from self._skip((yield))
+            if key == "name" and not name:
+                found, char = yield from self._text(char)
+                if found not in self._names:
+                    raise Broken(char)
+                self._announce(found)
+                name = found
+                for text in held:
+                    argue(text)
+            elif key in ARGUMENTS and not given:
+                given = True
+                char = yield from self._arguments(char, argue)
+            else:
+                char = yield from _value(char, _ignore)
+            char = yield from self._skip(char)
+            if char == ",":
+                char = yield from self._skip((yield))
+                _require(char, '"')
+        if char != "}" or not name:
+            raise Broken(char)
+        if not given:
+            argue("{}")
+        return (yield)
+
+    def _named_call(self, char: str) -> Machine:
+        """A call that is a name and its arguments."""
+        assert self._style is not None
+        name = ""
+        while char and char not in "{\n":
+            name += char
+            char = yield
+        for part in self._style.parts:
+            name = name.partition(part)[0]
+        if char != "{" or name.strip() not in self._names:
+            raise Broken(char)
+        self._announce(name.strip())
+        index = self._calls - 1
+        return (yield from _value(char, lambda c: self._pieces.append(CallArguments(index, c))))
+
+    def _announce(self, name: str) -> None:
+        self._blank = ""
+        self._announced = True
+        self._pieces.append(CallBegin(self._calls, name))
+        self._calls += 1
+
+    def _arguments(self, char: str, argue: Sink) -> Machine:
+        """An object; some models write it as a text that holds it."""
+        if char == "{":
+            return (yield from _value(char, argue))
+        text, char = yield from self._text(char)
+        try:
+            msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeEncodeError):
+            raise Broken(char) from None
+        argue(text)
+        return char
+
+    # Pieces of text
+
+    def _say(self, text: str) -> None:
+        """Content; blanks wait until something follows them."""
+        text = self._blank + text
+        shown = text.rstrip(BLANK)
+        self._blank = text[len(shown) :]
+        self._raw = ""
+        if shown:
+            self._pieces.append(Content(shown))
+
+    def _until(
+        self, char: str, marks: tuple[str, ...], show: Sink
+    ) -> Generator[None, str, tuple[str, str]]:
+        """Show text up to one of some marks; then what follows it, and which it was ("": none)."""
+        held = ""
+        while char:
+            held += char
+            while held and not any(mark.startswith(held) for mark in marks):
+                show(held[0])
+                held = held[1:]
+            char = yield
+            if held in marks:
+                return char, held
+        if held:
+            show(held)
+        return "", ""
+
+    def _skip(self, char: str, show: Sink | None = None) -> Machine:
+        while char and char in BLANK:
+            if show is not None:
+                show(char)
+            char = yield
+        return char
+
+    def _text(self, char: str) -> Generator[None, str, tuple[str, str]]:
+        """A JSON string's value, and what follows it."""
+        _require(char, '"')
+        raw: list[str] = []
+        char = yield from _string(raw.append)
+        value = json.loads("".join(raw))
+        return value, char
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+def _require(char: str, wanted: str) -> None:
+    if char != wanted:
+        raise Broken(char)
+
+
+def _value(char: str, sink: Sink, depth: int = 0) -> Machine:
+    """Any JSON value, strictly; every character of it goes to `sink`."""
+    if not char or depth > MAX_DEPTH:
+        raise Broken(char)
+    if char == '"':
+        return (yield from _string(sink))
+    if char == "{":
+        return (yield from _members(sink, "}", depth))
+    if char == "[":
+        return (yield from _members(sink, "]", depth))
+    if char in LITERALS:
+        for wanted in LITERALS[char]:
+            if char != wanted:
+                raise Broken(char)
+            sink(char)
+            char = yield
+        return char
+    return (yield from _number(char, sink))
+
+
+def _members(sink: Sink, end: str, depth: int) -> Machine:
+    """What an object or a list holds."""
+    sink("{" if end == "}" else "[")
+    char = yield from _blank((yield), sink)
+    first = True
+    while char != end or not first:
+        if end == "}":
+            _require(char, '"')
+            char = yield from _blank((yield from _string(sink)), sink)
+            _require(char, ":")
+            sink(char)
+            char = yield from _blank((yield), sink)
+        char = yield from _blank((yield from _value(char, sink, depth + 1)), sink)
+        first = False
+        if char == end:
+            break
+        _require(char, ",")
+        sink(char)
+        char = yield from _blank((yield), sink)
+    sink(end)
+    return (yield)
+
+
+def _blank(char: str, sink: Sink) -> Machine:
+    while char and char in BLANK:
+        sink(char)
+        char = yield
+    return char
+
+
+def _string(sink: Sink) -> Machine:
+    """The rest of a string whose first quotation mark has been read."""
+    sink('"')
+    while True:
+        char = yield
+        if not char or char < " ":
+            raise Broken(char)
+        if char == "\\":
+            sink(char)
+            char = yield
+            if not char or char not in ESCAPES:
+                raise Broken(char)
+            sink(char)
+            for _ in range(4 if char == "u" else 0):
+                char = yield
+                if not char or char not in "0123456789abcdefABCDEF":
+                    raise Broken(char)
+                sink(char)
+            continue
+        sink(char)
+        if char == '"':
+            return (yield)
+
+
+def _number(char: str, sink: Sink) -> Machine:
+    """A number, by JSON's grammar."""
+
+    def digits(char: str) -> Machine:
+        if not char or char not in "0123456789":
+            raise Broken(char)
+        while char and char in "0123456789":
+            sink(char)
+            char = yield
+        return char
+
+    if char == "-":
+        sink(char)
+        char = yield
+    if char == "0":
+        sink(char)
+        char = yield
+    else:
+        char = yield from digits(char)
+    if char == ".":
+        sink(char)
+        char = yield from digits((yield))
+    if char and char in "eE":
+        sink(char)
+        char = yield
+        if char and char in "+-":
+            sink(char)
+            char = yield
+        char = yield from digits(char)
+    return char
