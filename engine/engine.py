@@ -225,7 +225,7 @@ class AsyncEngine:
             async for delta in deltas:
                 yield delta
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt that the model's chat template makes of `messages`; `options` are those of
         `ChatTemplate.render`."""
         return render_chat(self.parts, messages, **options)

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream, Usage
+from server.answering import prepare_answer
 from server.errors import HTTPError, json_response
 from server.format import Envelope, envelope, usage_body
 from server.protocol import (
@@ -34,9 +35,11 @@ from server.requests import (
     template_input,
     terms_of,
     truncated,
+    wishes_of,
 )
 from server.shapes import ChatShape, CompletionShape, Echo, Shape
 from server.streams import EventStream, deltas_of, race_disconnect, submit_all
+from server.structured import asked_form
 from server.tenants import Client, client_of
 
 logger = logging.getLogger("ryzanstein.server")
@@ -177,12 +180,16 @@ async def prepare_chat(engine: AsyncEngine, body: ChatRequest, client: Client) -
     _check_generation(engine, body)
     params = sampling_of(body)
     messages = template_input(body.messages)
-    ids = truncated(
-        await encode_chat(engine, messages, "messages", **_template_options(body)), body
-    )
+    answering = await prepare_answer(engine, messages, wishes_of(body), **_template_options(body))
+    ids, params = truncated(answering.ids, body), answering.applied(params)
     show = bool(body.return_token_ids)
-    shape = ChatShape(engine.parts.tokenizer, logprobs=bool(body.logprobs), token_ids=show)
-    names = {"prompt": "messages", "logprobs": "top_logprobs"}
+    shape = ChatShape(
+        engine.parts.tokenizer,
+        logprobs=bool(body.logprobs),
+        token_ids=show,
+        parser=answering.parser,
+    )
+    names = {"prompt": "messages", "logprobs": "top_logprobs", **answering.names}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     more = {"prompt_token_ids": ids} if show else {}
@@ -194,7 +201,9 @@ async def prepare_completion(
 ) -> Generation:
     """Check a plain completion request and its prompts."""
     _check_generation(engine, body)
-    params = sampling_of(body)
+    params, names = sampling_of(body), dict[str, str]()
+    if (form := asked_form(body)) is not None:
+        params, names = msgspec.structs.replace(params, grammar=form[0]), {"grammar": form[1]}
     tokenizer = engine.parts.tokenizer
     prompts = prompts_of(body.prompt)
     encoded = iter(await engine.encode_all([p for p in prompts if isinstance(p, str)]))
@@ -219,11 +228,11 @@ async def prepare_completion(
         prompt_logprobs=body.prompt_logprobs is not None,
         prompt_ids=ids if body.return_token_ids else None,
     )
-    return Generation(ids, params, shape, terms_of(client, body))
+    return Generation(ids, params, shape, terms_of(client, body), names)
 
 
 async def encode_chat(
-    engine: AsyncEngine, messages: Sequence[dict[str, str]], name: str = "messages", **options: bool
+    engine: AsyncEngine, messages: Sequence[dict[str, Any]], name: str = "messages", **options: bool
 ) -> list[int]:
     """The ids of the prompt that the chat template makes; errors name the client's field."""
     try:
@@ -233,7 +242,7 @@ async def encode_chat(
         raise InvalidRequest(str(error), param=name, code=error.code) from error
 
 
-def _template_options(body: ChatRequest) -> dict[str, bool]:
+def _template_options(body: ChatRequest) -> dict[str, Any]:
     """How the prompt ends: ready for an answer, as it is, or within the assistant's message."""
     if body.continue_final_message:
         return {"continue_final": True}

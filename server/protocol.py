@@ -13,6 +13,7 @@ import msgspec
 
 from engine.errors import InvalidRequest
 from server.errors import HTTPError
+from server.tools import arguments_of
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -36,35 +37,79 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """A function that was called; `arguments` are JSON."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that the assistant made."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+    def as_template_input(self, where: str) -> dict[str, Any]:
+        """The call as chat templates want it, with arguments that can be looked into."""
+        arguments = arguments_of(self.function.arguments, f"{where}.function.arguments")
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
 class Message(msgspec.Struct, frozen=True):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
     function_call: Any = None
     audio: Any = None
 
-    def as_template_input(self, number: int) -> dict[str, str]:
-        """Role and text, as chat templates want them."""
-        for field in ("tool_calls", "function_call", "audio"):
+    def as_template_input(self, number: int) -> dict[str, Any]:
+        """The message as chat templates want it: role and text, calls with their arguments."""
+        for field in ("function_call", "audio"):
             if getattr(self, field):
                 raise InvalidRequest(
                     f"{field} of messages is not supported by this server",
                     param=f"messages.[{number}].{field}",
                 )
-        if self.role in ("tool", "function"):
+        if self.role == "function":
             raise InvalidRequest(
-                f"messages of role {self.role!r} are not supported yet",
+                "messages of role 'function' are not supported; use role 'tool'",
                 param=f"messages.[{number}].role",
             )
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self._text(number)}
+        message: dict[str, Any] = {"role": role, "content": self._text(number)}
+        if self.tool_calls:
+            where = f"messages.[{number}].tool_calls"
+            if role != "assistant":
+                raise InvalidRequest("only the assistant calls tools", param=where)
+            message["tool_calls"] = [
+                call.as_template_input(f"{where}.[{place}]")
+                for place, call in enumerate(self.tool_calls)
+            ]
+        if role == "tool":
+            if self.tool_call_id is None:
+                raise InvalidRequest(
+                    "a tool's message needs the id of its call",
+                    param=f"messages.[{number}].tool_call_id",
+                )
+            message["tool_call_id"] = self.tool_call_id
+            message |= {} if self.name is None else {"name": self.name}
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        return message
 
     def _text(self, number: int) -> str:
         where = f"messages.[{number}].content"
         if self.content is None:
+            if self.tool_calls:
+                return ""
             raise InvalidRequest("the message has no content", param=where)
         if isinstance(self.content, str):
             return self.content
@@ -117,13 +162,15 @@ class GenerationRequest(Sampled, frozen=True, kw_only=True):
     user: str | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
-    # Refused unless they change nothing.
+    # What the answer has to match: OpenAI's, vLLM's and llama.cpp's ways to say it.
     response_format: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    grammar: Any = None
+    # Refused unless they change nothing.
     guided_decoding_backend: Any = None
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
@@ -151,22 +198,23 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     # How the chat template is used, under vLLM's names.
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    # Refused unless they change nothing.
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    reasoning_effort: str | None = None
+    thinking_token_budget: int | None = None
+    # Refused unless they change nothing.
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
     audio: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     moderation: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
     documents: Any = None
     mm_processor_kwargs: Any = None
 
@@ -199,29 +247,19 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 # Value that changes nothing, for each field that cannot be honoured otherwise.
 HARMLESS: Harmless = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
     "moderation": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "use_beam_search": (False,),

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import InvalidRequest, SamplingParams, Terms
+from server.answering import Wishes, effort_of
 from server.protocol import ChatRequest, CompletionRequest, Sampled
+from server.structured import asked_form
 from server.tenants import Client
+from server.tools import offered_tools
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for plain completions
 MAX_PROMPTS = 256
@@ -170,8 +173,38 @@ def _is_id(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool)
 
 
-def template_input(request_messages: Sequence[Any]) -> list[dict[str, str]]:
+def template_input(request_messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Messages as chat templates want them."""
     if not request_messages:
         raise InvalidRequest("messages is empty; give at least one", param="messages")
-    return [m.as_template_input(number) for number, m in enumerate(request_messages)]
+    messages = [m.as_template_input(number) for number, m in enumerate(request_messages)]
+    check_results(messages, "messages")
+    return messages
+
+
+def check_results(messages: Sequence[dict[str, Any]], name: str) -> None:
+    """InvalidRequest if a tool's result refers to a call that nobody made."""
+    made: set[str] = set()
+    for number, message in enumerate(messages):
+        made.update(call["id"] for call in message.get("tool_calls") or ())
+        if message["role"] == "tool" and message["tool_call_id"] not in made:
+            raise InvalidRequest(
+                f"no call before it has the id {message['tool_call_id'][:64]!r}",
+                param=f"{name}.[{number}].tool_call_id",
+            )
+
+
+def wishes_of(body: ChatRequest) -> Wishes:
+    """What a chat request wants of its answer. Raises InvalidRequest naming the field."""
+    budget = body.thinking_token_budget
+    if budget is not None and budget < 0:
+        raise InvalidRequest(
+            "thinking_token_budget must be at least 0", param="thinking_token_budget"
+        )
+    return Wishes(
+        offered=offered_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+        form=asked_form(body),
+        effort=effort_of(body.reasoning_effort, "reasoning_effort"),
+        budget=budget,
+        variables=body.chat_template_kwargs or {},
+    )

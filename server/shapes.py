@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine import Delta, TokenLogprob
 from engine.text.tokenizer import Tokenizer
+from server.answer_parser import (
+    AnswerParser,
+    CallArguments,
+    CallBegin,
+    Content,
+    Piece,
+    Reasoning,
+)
 from server.format import CompletionLogprobs, chat_logprobs, finish_reason
+from server.tools import call_id
 
 
 class Shape(Protocol):
@@ -28,6 +37,58 @@ class Shape(Protocol):
         ...
 
 
+class Answer:
+    """One choice's answer as OpenAI's chat shows it, while it is read."""
+
+    def __init__(self, parser: AnswerParser | None) -> None:
+        self._parser = parser
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+
+    def read(self, delta: Delta) -> list[dict[str, Any]]:
+        """The parts of a message that a delta adds."""
+        if self._parser is None:
+            self._content.append(delta.text)
+            return [{"content": delta.text}] if delta.text else []
+        pieces = self._parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += self._parser.finish()
+        return [self._part(piece) for piece in pieces]
+
+    def message(self) -> dict[str, Any]:
+        """The whole: content, reasoning and calls, as far as there are any."""
+        content = "".join(self._content)
+        message: dict[str, Any] = {"content": content if content or not self._calls else None}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
+        if self._calls:
+            message["tool_calls"] = self._calls
+        return message
+
+    def finish_reason(self, delta: Delta) -> str | None:
+        """Why it ended, as OpenAI names it."""
+        reason = finish_reason(delta.finish_reason)
+        return "tool_calls" if self._calls and reason == "stop" else reason
+
+    def _part(self, piece: Piece) -> dict[str, Any]:
+        match piece:
+            case Content(text):
+                self._content.append(text)
+                return {"content": text}
+            case Reasoning(text):
+                self._reasoning.append(text)
+                return {"reasoning_content": text}
+            case CallBegin(index, name):
+                function = {"name": name, "arguments": ""}
+                call = {"id": call_id(), "type": "function", "function": function}
+                self._calls.append(call)
+                return {"tool_calls": [{"index": index, **call, "function": dict(function)}]}
+            case CallArguments(index, text):
+                self._calls[index]["function"]["arguments"] += text
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
 class ChatShape:
     """`chat.completion`: a role first, then content."""
 
@@ -35,35 +96,51 @@ class ChatShape:
     chunk_kind = "chat.completion.chunk"
     hidden_tokens = 0
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        token_ids: bool = False,
+        parser: Callable[[], AnswerParser] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._ids = token_ids
-        self._begun: set[int] = set()
+        self._make_parser = parser
+        # What has begun, by choice.
+        self._answers: dict[int, Answer] = {}
 
     def chunk(self, delta: Delta) -> list[dict[str, Any]]:
         choices = []
-        if delta.index not in self._begun:
-            self._begun.add(delta.index)
+        answer = self._answers.get(delta.index)
+        if answer is None:
+            answer = self._answers[delta.index] = self._answer()
             choices.append(self._choice(delta.index, {"role": "assistant", "content": ""}))
-        if delta.text or (self._logprobs and delta.logprobs) or (self._ids and delta.token_ids):
-            choice = self._choice(delta.index, {"content": delta.text})
-            choice["logprobs"] = self._scores(delta)
-            if self._ids:
-                choice["token_ids"] = delta.token_ids
+        parts = answer.read(delta)
+        scored = (self._logprobs and delta.logprobs) or (self._ids and delta.token_ids)
+        if not parts and scored:
+            parts = [{"content": ""}]
+        for number, part in enumerate(parts):
+            choice = self._choice(delta.index, part)
+            if number == 0:
+                choice["logprobs"] = self._scores(delta)
+                choice |= {"token_ids": delta.token_ids} if self._ids else {}
             choices.append(choice)
         if delta.finish_reason is not None:
             choice = self._choice(delta.index, {})
-            choice["finish_reason"] = finish_reason(delta.finish_reason)
+            choice["finish_reason"] = answer.finish_reason(delta)
             choices.append(choice)
         return choices
 
     def whole(self, delta: Delta) -> dict[str, Any]:
+        answer = self._answer()
+        answer.read(delta)
         choice = {
             "index": delta.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": {"role": "assistant", **answer.message(), "refusal": None},
             "logprobs": self._scores(delta),
-            "finish_reason": finish_reason(delta.finish_reason),
+            "finish_reason": answer.finish_reason(delta),
         }
         if delta.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_scores(self._tokenizer, delta.prompt_logprobs)
@@ -73,6 +150,9 @@ class ChatShape:
 
     def _choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _answer(self) -> Answer:
+        return Answer(None if self._make_parser is None else self._make_parser())
 
     def _scores(self, delta: Delta) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, delta.logprobs) if self._logprobs else None

@@ -124,7 +124,8 @@ class _Vocabulary(llguidance.TokenizerWrapper):
         self.eos_token_id = end
         self.bos_token_id = None
         self.tokens = [tokenizer.token_bytes(token) for token in range(size)]
-        self.special_token_ids = sorted(tokenizer.special_ids)
+        # A grammar names them by their ids; other text never becomes one.
+        self.special_token_ids = sorted(i for i in tokenizer.mark_ids if i < size)
         self.is_tokenizer_wrapper = True
         self._tokenizer = tokenizer
 

@@ -40,6 +40,11 @@ INFILL_TOKENS = (
 )
 
 
+def is_mark(text: str) -> bool:
+    """Whether an added token's text is in brackets."""
+    return len(text) > 2 and (text[0], text[-1]) in (("<", ">"), ("[", "]"))
+
+
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for every byte: printable ones as they are, others from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -92,6 +97,17 @@ class Tokenizer:
         """The text of a whole sequence."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def mark_id(self, text: str) -> int | None:
+        """The token that stands for a mark, such as `<tool_call>`, alone; None if none does."""
+        found: int | None = self._backend.token_to_id(text) if is_mark(text) else None
+        return found if found in self._added else None
+
+    @property
+    def mark_ids(self) -> frozenset[int]:
+        """All tokens that have a meaning of their own: special ones, and added ones in brackets."""
+        marks = (i for i, text in self._added.items() if is_mark(text.decode("utf-8", "replace")))
+        return self.special_ids | frozenset(marks)
 
     @property
     def infill_ids(self) -> tuple[int, int, int] | None:

@@ -39,6 +39,15 @@ def mock_server() -> Iterator[MockFactory]:
 
 
 @pytest.fixture(scope="session")
+def roomy() -> Iterator[ServerProcess]:
+    """The same with room for prompts that show tools."""
+    env = {"MOCK_ENGINE": json.dumps({"pages": 2048, "page_size": 16, "context": 8000})}
+    with ServerProcess(module="tests.server.mock_server", env=env) as server:
+        yield server
+        assert server.idle(), "the tests left something running"
+
+
+@pytest.fixture(scope="session")
 def mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A shared mock server: text is known in advance, steps are fast."""
     env = {"MOCK_ENGINE": json.dumps({"pages": 512, "context": 400, "delay": 0.001})}

@@ -178,9 +178,9 @@ def test_errors_have_openais_classes_codes_and_params(client: openai.OpenAI) -> 
     assert hot.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as tools:
         client.chat.completions.create(  # type: ignore[call-overload]
-            model="mock", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
+            model="mock", messages=MESSAGES, tools=[{"type": "web_search"}]
         )
-    assert (tools.value.param, tools.value.code) == ("tools", "unsupported_parameter")
+    assert (tools.value.param, tools.value.code) == ("tools.[0].type", "unsupported_parameter")
 
 
 def test_a_client_that_closes_mid_stream_frees_its_pages(mock_server: MockFactory) -> None:

@@ -25,5 +25,5 @@ def test_it_describes_every_route_and_every_field(mock: ServerProcess) -> None:
     assert ("DELETE", "/v1/responses/{id}") in described
     chat = document["components"]["schemas"]["ChatRequest"]["properties"]
     assert set(chat) == set(ChatRequest.__struct_fields__)
-    assert chat["tools"] == {"enum": [None, []], "default": None}
+    assert chat["functions"] == {"enum": [None, []], "default": None}
     assert document["openapi"].startswith("3.1")

@@ -1,0 +1,166 @@
+"""How a conversation is put to the model, what its answer has to match, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import anyio
+import msgspec
+
+from engine import AsyncEngine, Grammar, InvalidRequest, SamplingParams
+from server.answer_parser import AnswerParser
+from server.constraints import constraint
+from server.dialect import Dialect, dialect_of, taught
+from server.tools import Offered
+
+# How many tokens of reasoning an effort stands for; None is no limit.
+EFFORTS: dict[str, int | None] = {
+    "none": 0,
+    "minimal": 512,
+    "low": 1024,
+    "medium": 8192,
+    "high": None,
+    "xhigh": None,
+}
+# How templates are told not to have the model reason: Qwen's, DeepSeek's and Granite's names.
+SWITCHES = ("enable_thinking", "thinking")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a request wants of an answer: tools, a form and the field that it came by, reasoning
+    (by effort, and by tokens at most), and variables for the template."""
+
+    offered: Offered | None = None
+    form: tuple[Grammar, str] | None = None
+    effort: str | None = None
+    budget: int | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int | None:
+        """The most tokens of reasoning; None if any number."""
+        most = None if self.effort is None else EFFORTS[self.effort]
+        return most if self.budget is None else min(self.budget, most or self.budget)
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """The variables, with what switches reasoning off."""
+        off = dict.fromkeys(SWITCHES, False) if self.tokens == 0 else {}
+        effort = {} if self.effort is None else {"reasoning_effort": self.effort}
+        return off | effort | dict(self.variables)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A prompt, and how its answers are drawn and read; `parser` is None if all is content."""
+
+    ids: list[int]
+    grammar: Grammar | None = None
+    parser: Callable[[], AnswerParser] | None = None
+    marks: bool = False
+    """Whether special tokens have to be shown for the parser to find calls or reasoning."""
+    names: dict[str, str] = field(default_factory=dict)
+
+    def applied(self, params: SamplingParams) -> SamplingParams:
+        """The parameters for such answers."""
+        changes: dict[str, Any] = {"grammar": self.grammar}
+        if self.marks:
+            changes["skip_special_tokens"] = False
+        return msgspec.structs.replace(params, **changes)
+
+
+async def prepare_answer(
+    engine: AsyncEngine,
+    messages: Sequence[dict[str, Any]],
+    wishes: Wishes,
+    *,
+    name: str = "messages",
+    **options: Any,
+) -> Answering:
+    """Make the prompt of `messages` (see `ChatTemplate.render`, which takes the `options`), and all
+    that belongs to its answer. Raises InvalidRequest; `name` is the field of the messages."""
+    parts, offered = engine.parts, wishes.offered
+    template = parts.tokenizer.chat_template
+    dialect = dialect_of(template)
+    tools = None
+    if offered is not None and offered.choice != "none":
+        tools = [tool.as_template_input() for tool in offered.tools]
+    if not dialect.shows_tools and (tools or any(_speaks_of_tools(m) for m in messages)):
+        messages, tools = taught(dialect.style, messages, tools or []), None
+    try:
+        prompt = engine.render_chat(messages, tools=tools, variables=wishes.for_template, **options)
+        ids = await engine.encode(prompt, add_special_tokens=False)
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param=name, code=error.code) from error
+    reasons, begun = _reasoning(dialect, prompt, wishes)
+    await _check(engine, wishes)
+    grammar = constraint(
+        parts.tokenizer,
+        dialect,
+        offered,
+        None if wishes.form is None else wishes.form[0],
+        reasons=reasons,
+        begun=begun,
+        budget=wishes.tokens,
+    )
+    calls = offered is not None and offered.choice != "none"
+    parser = None
+    if calls or reasons:
+        parser = partial(
+            AnswerParser,
+            style=dialect.style if calls else None,
+            names=offered.names if offered is not None else (),
+            thinking=dialect.thinking if reasons else None,
+            begun=begun,
+        )
+    hidden = [dialect.style.begins[0]] if calls else []
+    hidden += dialect.thinking if reasons and dialect.thinking is not None else []
+    special = {parts.tokenizer.mark_id(text) for text in hidden} & parts.tokenizer.special_ids
+    names = {"grammar": wishes.form[1] if wishes.form is not None else "tools"}
+    return Answering(ids, grammar, parser, bool(special), names)
+
+
+def effort_of(value: Any, name: str) -> str | None:
+    """A request's reasoning effort. Raises InvalidRequest unless it is one."""
+    if value is not None and value not in EFFORTS:
+        raise InvalidRequest(f"{name} must be one of {', '.join(EFFORTS)}", param=name)
+    return None if value is None else str(value)
+
+
+def _speaks_of_tools(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "tool" or bool(message.get("tool_calls"))
+
+
+def _reasoning(dialect: Dialect, prompt: str, wishes: Wishes) -> tuple[bool, bool]:
+    """Whether the model may reason, and whether its prompt has begun to."""
+    if dialect.thinking is None:
+        if wishes.budget is not None:
+            raise InvalidRequest(
+                "this model's template knows no reasoning; leave the budget out",
+                param="thinking_token_budget",
+            )
+        return False, False
+    begin, end = dialect.thinking
+    said = prompt.rstrip()
+    return not said.endswith(end), said.endswith(begin)
+
+
+async def _check(engine: AsyncEngine, wishes: Wishes) -> None:
+    """See that each part of a larger grammar can be enforced, so that errors name their field."""
+    checked = [] if wishes.form is None else [wishes.form]
+    offered = wishes.offered
+    if offered is not None and offered.enforced:
+        checked += [
+            (Grammar.json_schema(tool.arguments), f"tools.[{number}].function.parameters")
+            for number, tool in enumerate(offered.tools)
+            if tool in offered.callable_tools and (tool.strict or offered.forced)
+        ]
+    for grammar, param in checked:
+        try:
+            await anyio.to_thread.run_sync(engine.parts.compiler.matcher, grammar)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), param=param, code=error.code) from error

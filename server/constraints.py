@@ -1,0 +1,165 @@
+"""What an answer's whole text has to match, as one grammar: reasoning, calls of tools, and form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import regex_to_lark
+
+from engine import Grammar, InvalidRequest
+from engine.text.tokenizer import Tokenizer
+from server.answer_parser import Style
+from server.dialect import Dialect
+from server.tools import ANY_OBJECT, Offered
+
+ANY_TEXT = r"TEXT: /(.|\n)*/"
+# An answer that begins otherwise than calls do.
+PLAIN_TEXT = r"PLAIN: /[^{\[<\s](.|\n)*/"
+
+
+def constraint(
+    tokenizer: Tokenizer,
+    dialect: Dialect,
+    offered: Offered | None,
+    form: Grammar | None,
+    *,
+    reasons: bool,
+    begun: bool,
+    budget: int | None,
+) -> Grammar | None:
+    """The grammar of an answer; None if it may be anything.
+
+    `form` is what the answer's content has to match; `reasons` says that reasoning may come first,
+    `begun` that the prompt has begun it, `budget` how many tokens it may have. Raises
+    InvalidRequest if a form cannot be combined with the rest.
+    """
+    calls = offered is not None and offered.enforced
+    if form is not None and not (calls or reasons):
+        return form
+    if form is None and not calls and not (reasons and budget is not None):
+        return None
+    rules: list[str] = []
+    body = _any(rules) if form is None else _form(form)
+    if offered is not None and calls:
+        parts = _calls(tokenizer, dialect.style, offered, rules)
+        if offered.forced:
+            body = "calls"
+        elif form is not None:
+            body = f"calls | {body}"
+        else:
+            body = _free(parts, rules)
+    start = "answer"
+    if reasons and dialect.thinking is not None:
+        start = _reasoning(tokenizer, dialect.thinking, rules, begun=begun, budget=budget)
+    return Grammar("lark", "\n".join([f"start: {start}", f"answer: {body}", *rules]))
+
+
+def _any(rules: list[str]) -> str:
+    if ANY_TEXT not in rules:
+        rules.append(ANY_TEXT)
+    return "TEXT"
+
+
+def _form(form: Grammar) -> str:
+    """What the content has to match, within a larger grammar."""
+    if form.kind == "json_schema":
+        return f"%json {form.text}"
+    if form.kind == "regex":
+        return f"/{regex_to_lark(form.text)}/"
+    if form.kind == "choice":
+        return "(" + " | ".join(literal(text) for text in json.loads(form.text)) + ")"
+    raise InvalidRequest(
+        "a grammar of one's own cannot be combined with tools or reasoning; use a JSON schema, a "
+        "regular expression or a choice",
+        param="grammar",
+    )
+
+
+def _reasoning(
+    tokenizer: Tokenizer,
+    thinking: tuple[str, str],
+    rules: list[str],
+    *,
+    begun: bool,
+    budget: int | None,
+) -> str:
+    begin, end = thinking
+    _any(rules)
+    closing = tokenizer.mark_id(end)
+    if closing is not None:
+        cap = "" if budget is None else f"[max_tokens={max(1, budget)}]"
+        rules.append(f"thought{cap}: TEXT")
+        rules.append(f"reasoning: thought <[{closing}]>")
+    elif budget is None:
+        rules.append(f"reasoning[suffix={literal(end)}]: TEXT")
+    else:
+        raise InvalidRequest(
+            f"this model has no token of its own for {end!r}, so its reasoning cannot be limited",
+            param="thinking_token_budget",
+        )
+    opened = f"{mark(tokenizer, begin)} reasoning answer"
+    # A model that reasons may also answer at once, unless its prompt has begun the reasoning.
+    return "reasoning answer" if begun else f"{opened} | answer"
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How calls are written: a mark, the call itself, and what parts it from the next."""
+
+    begin: str
+    call: str
+    separator: str
+
+
+def _calls(tokenizer: Tokenizer, style: Style, offered: Offered, rules: list[str]) -> Calls:
+    """Adds the rule `calls`: one call or, if that is allowed, several."""
+    names = []
+    for number, tool in enumerate(offered.callable_tools):
+        names.append(f"call_{number}")
+        schema = tool.arguments if tool.strict or offered.forced else ANY_OBJECT
+        rules.append(f"call_{number}: {_call(style, tool.name, schema)}")
+    one = f"({' | '.join(names)})"
+    begin = mark(tokenizer, style.begins[0])
+    if style.name == "mistral":
+        parts = Calls(begin, one, "")
+    elif style.name == "llama3":
+        parts = Calls("", one, '"; "')
+    else:
+        parts = Calls(begin, rf'"\n" {one} "\n" {mark(tokenizer, style.end)}', r'"\n"')
+    whole = f"{parts.begin} {parts.call}"
+    more = f" ({parts.separator} {whole})*" if offered.parallel else ""
+    rules.append(f"calls: {whole}{more}")
+    return parts
+
+
+def _call(style: Style, name: str, schema: dict[str, Any]) -> str:
+    """One call of one tool. Its schema stays a document of its own, so that its references hold."""
+    if style.name == "mistral":
+        return f"{literal(name + '[ARGS]')} %json {json.dumps(schema)}"
+    key = "parameters" if style.name == "llama3" else "arguments"
+    head = f'{{"name": {json.dumps(name)}, "{key}": '
+    return f'{literal(head)} %json {json.dumps(schema)} "}}"'
+
+
+def _free(calls: Calls, rules: list[str]) -> str:
+    """Text in which calls may come, but only right ones."""
+    if not calls.begin:
+        rules.append(PLAIN_TEXT)
+        return 'calls | PLAIN | ""'
+    # What announces a call comes with the text before it: spelled out, its end is not known before.
+    lazy = "[lazy]" if calls.begin.startswith('"') else ""
+    rules.append(f"head{lazy}: {_any(rules)} {calls.begin}")
+    return f"(head {calls.call})* TEXT"
+
+
+def mark(tokenizer: Tokenizer, text: str) -> str:
+    """A mark as grammars name it: by its token, or spelled out."""
+    token = tokenizer.mark_id(text)
+    return literal(text) if token is None else f"<[{token}]>"
+
+
+def literal(text: str) -> str:
+    """Text as grammars write it."""
+    return json.dumps(text, ensure_ascii=False)
