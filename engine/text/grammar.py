@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema_rs
@@ -13,6 +13,7 @@ import llguidance
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.errors import InvalidRequest
+from engine.text.schemas import schemas_of, settle_alternatives
 from engine.text.tokenizer import Tokenizer
 from engine.types import Grammar
 
@@ -22,9 +23,6 @@ KEPT = 64
 # may write any number of blanks can go on with them for ever.
 WHITESPACE = r"[ ]|\n[ ]{0,40}"
 UNIMPLEMENTED = "Unimplemented keys: "
-# A schema's keywords that hold schemas by name, in a list, and alone.
-BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 
 
 class GrammarCompiler:
@@ -74,7 +72,9 @@ def as_llguidance(grammar: Grammar) -> str:
     """A grammar in llguidance's own form. Raises InvalidRequest if it cannot be read."""
     text = grammar.text
     if grammar.kind == "json_schema":
-        return str(LLMatcher.grammar_from_json_schema(read_schema(grammar), overrides=OPTIONS))
+        schema = read_schema(grammar)
+        settle_alternatives(schema)
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS))
     if grammar.kind == "regex":
         return str(LLMatcher.grammar_from_regex(text))
     if grammar.kind == "choice":
@@ -156,6 +156,12 @@ def _located(grammar: Grammar, problem: str) -> str:
         places = [p for p, part in schemas_of(schema) if any(name in part for name in names)]
         where = f" at {places[0] or '/'}" if places else ""
         return f"{', '.join(names)} cannot be enforced by this server{where}"
+    if problem.startswith("oneOf"):
+        places = [place for place, part in schemas_of(schema) if "oneOf" in part]
+        return (
+            f"oneOf cannot be enforced at {places[0] or '/'}, because a value could match several "
+            "of its schemas; use anyOf, or give each a required property with a const of its own"
+        )
     # The keyword whose value the complaint quotes.
     quoted = [
         (len(value), place)
@@ -167,23 +173,6 @@ def _located(grammar: Grammar, problem: str) -> str:
     ]
     where = f"at {max(quoted)[1] or '/'}: " if quoted else ""
     return where + problem[:300]
-
-
-def schemas_of(schema: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every schema within a schema, with its JSON pointer."""
-    if not isinstance(schema, dict):
-        return
-    yield at, schema
-    for key, value in schema.items():
-        parts: list[tuple[str, Any]] = []
-        if key in BY_NAME and isinstance(value, dict):
-            parts = [(f"{at}/{key}/{name}", part) for name, part in value.items()]
-        elif key in LISTS and isinstance(value, list):
-            parts = [(f"{at}/{key}/{number}", part) for number, part in enumerate(value)]
-        elif key not in ("enum", "const", "default", "examples"):
-            parts = [(f"{at}/{key}", value)]
-        for place, part in parts:
-            yield from schemas_of(part, place)
 
 
 def _bad(grammar: Grammar, problem: str) -> InvalidRequest:

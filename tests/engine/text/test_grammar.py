@@ -66,6 +66,7 @@ def test_blanks_between_the_parts_of_a_json_text_are_bounded() -> None:
         ({"properties": {"d": {"type": "string", "format": "shoe"}}}, "/properties/d", "shoe"),
         ({"type": "string", "pattern": "(?=a)b"}, "at /", "look-ahead"),
         ({"type": "string", "minLength": -1}, "/minLength", "-1"),
+        ({"oneOf": [{"type": "string"}, {"type": "string"}]}, "at /", "use anyOf"),
         (["no", "object"], "", "object"),
     ],
     ids=str,

@@ -1,0 +1,91 @@
+"""JSON schemas looked into: their parts, and which of them exclude one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+Schema = dict[str, Any]
+# A schema's keywords that hold schemas by name, in a list, and what only looks like one.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+VALUES = ("enum", "const", "default", "examples")
+# References are followed so far.
+MAX_HOPS = 16
+
+
+def schemas_of(schema: Any, at: str = "") -> Iterator[tuple[str, Schema]]:
+    """Every schema within a schema, with its JSON pointer."""
+    if not isinstance(schema, dict):
+        return
+    yield at, schema
+    for key, value in schema.items():
+        parts: list[tuple[str, Any]] = []
+        if key in BY_NAME and isinstance(value, dict):
+            parts = [(f"{at}/{key}/{name}", part) for name, part in value.items()]
+        elif key in LISTS and isinstance(value, list):
+            parts = [(f"{at}/{key}/{number}", part) for number, part in enumerate(value)]
+        elif key not in VALUES:
+            parts = [(f"{at}/{key}", value)]
+        for place, part in parts:
+            yield from schemas_of(part, place)
+
+
+def settle_alternatives(schema: Any) -> None:
+    """Write `oneOf` as `anyOf`, in place, where no value can match two of its schemas: there the
+    two mean the same. Unions with a discriminator are of this kind."""
+    for _, part in list(schemas_of(schema)):
+        choices = part.get("oneOf")
+        if isinstance(choices, list) and "anyOf" not in part:
+            resolved = [_resolved(choice, schema) for choice in choices]
+            if all(_disjoint(a, b) for a, b in combinations(resolved, 2)):
+                part["anyOf"] = part.pop("oneOf")
+
+
+def _resolved(schema: Any, root: Any) -> Schema:
+    """What a schema that is only a reference within the document refers to."""
+    for _ in range(MAX_HOPS):
+        if not isinstance(schema, dict) or not isinstance(schema.get("$ref"), str):
+            break
+        found: Any = root
+        for name in schema["$ref"].removeprefix("#").split("/")[1:]:
+            name = name.replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, dict) else None
+        schema = found
+    return schema if isinstance(schema, dict) else {}
+
+
+def _disjoint(a: Schema, b: Schema) -> bool:
+    """Whether it is plain that no value matches both."""
+    values = _values(a), _values(b)
+    if None not in values:
+        return not any(x in values[1] for x in values[0])  # type: ignore[union-attr, operator]
+    kinds = _kinds(a), _kinds(b)
+    if None not in kinds and not kinds[0] & kinds[1]:  # type: ignore[operator]
+        return True
+    if kinds != ({"object"}, {"object"}):
+        return False
+    both = set(a.get("required", ())) & set(b.get("required", ()))
+    fields = a.get("properties", {}), b.get("properties", {})
+    return any(
+        isinstance(fields[0].get(name), dict)
+        and isinstance(fields[1].get(name), dict)
+        and _disjoint(fields[0][name], fields[1][name])
+        for name in both
+    )
+
+
+def _values(schema: Schema) -> list[Any] | None:
+    """All values that a schema can have, if it lists them."""
+    if "const" in schema:
+        return [schema["const"]]
+    listed = schema.get("enum")
+    return listed if isinstance(listed, list) else None
+
+
+def _kinds(schema: Schema) -> set[str] | None:
+    """The types that a schema names."""
+    kind = schema.get("type")
+    kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else None
+    return kinds | {"integer"} if kinds and "number" in kinds else kinds

@@ -1,0 +1,63 @@
+"""Schemas looked into."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from engine.text.schemas import schemas_of, settle_alternatives
+
+CIRCLE = {"type": "object", "properties": {"kind": {"const": "circle"}}, "required": ["kind"]}
+SQUARE = {"type": "object", "properties": {"kind": {"enum": ["square"]}}, "required": ["kind"]}
+
+
+def test_every_schema_has_its_pointer_and_values_are_none() -> None:
+    schema = {
+        "properties": {"a": {"items": {"type": "string"}}},
+        "anyOf": [{"const": {"properties": {"no": {}}}}],
+    }
+    assert [place for place, _ in schemas_of(schema)] == [
+        "",
+        "/properties/a",
+        "/properties/a/items",
+        "/anyOf/0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"type": "string"}, {"type": "integer"}, {"type": ["null", "object"]}],
+        [{"const": 1}, {"enum": [2, 3]}],
+        [CIRCLE, SQUARE],
+        [{"$ref": "#/$defs/circle"}, {"$ref": "#/$defs/square"}],
+    ],
+    ids=["types", "values", "discriminator", "references"],
+)
+def test_alternatives_that_exclude_one_another_are_any_of(choices: list[Any]) -> None:
+    schema = {"$defs": {"circle": CIRCLE, "square": SQUARE}, "items": {"oneOf": choices}}
+    settled = copy.deepcopy(schema)
+    settle_alternatives(settled)
+    assert settled == {**schema, "items": {"anyOf": choices}}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"type": "string"}, {"type": "string", "maxLength": 3}],
+        [{"type": "integer"}, {"type": "number"}],
+        [{"const": 1}, {"type": "integer"}],
+        [CIRCLE, {**SQUARE, "required": []}],
+        [CIRCLE, {}],
+        [CIRCLE, True],
+        [{"$ref": "#/nowhere"}, {"$ref": "#/items"}],
+    ],
+    ids=str,
+)
+def test_others_stay(choices: list[Any]) -> None:
+    schema = {"items": {"oneOf": choices}}
+    settled = copy.deepcopy(schema)
+    settle_alternatives(settled)
+    assert settled == schema
