@@ -37,6 +37,7 @@ class Wishes:
     offered: Offered | None = None
     form: tuple[Grammar, str] | None = None
     effort: str | None = None
+    effort_field: str = "reasoning_effort"
     budget: int | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
 
@@ -138,10 +139,11 @@ def _speaks_of_tools(message: Mapping[str, Any]) -> bool:
 def _reasoning(dialect: Dialect, prompt: str, wishes: Wishes) -> tuple[bool, bool]:
     """Whether the model may reason, and whether its prompt has begun to."""
     if dialect.thinking is None:
-        if wishes.budget is not None:
+        wanted = wishes.effort not in (None, "none")
+        if wanted or wishes.budget is not None:
             raise InvalidRequest(
-                "this model's template knows no reasoning; leave the budget out",
-                param="thinking_token_budget",
+                "this model's template knows no reasoning; leave its effort and budget out",
+                param=wishes.effort_field if wanted else "thinking_token_budget",
             )
         return False, False
     begin, end = dialect.thinking

@@ -17,7 +17,7 @@ from server.responses_protocol import (
     ResponsesRequest,
     messages_of,
     prepare_response,
-    prompt_ids,
+    prompt_of,
 )
 from server.store import Record, Store
 from server.streams import EventStream, race_disconnect
@@ -118,8 +118,8 @@ async def count_tokens(request: Request) -> ASGIApp:
     check_model(engine, body.model)
     previous = previous_of(store_of(request), body, client_of(request).owner)
     messages = [*(previous.conversation if previous else []), *messages_of(body.input)]
-    ids = await prompt_ids(engine, messages, body.instructions)
-    answer = {"object": "response.input_tokens", "input_tokens": len(ids)}
+    answering = await prompt_of(engine, messages, body)
+    answer = {"object": "response.input_tokens", "input_tokens": len(answering.ids)}
     return json_response(answer, headers=headers)
 
 

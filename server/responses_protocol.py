@@ -9,13 +9,16 @@ import msgspec
 
 from engine import AsyncEngine, InvalidRequest, SamplingParams
 from engine.scheduling.admission import check_length
-from server.composers import ResponseComposer, input_message
-from server.openai import Generation, check_model, encode_chat
+from server.answering import Answering, Wishes, effort_of, prepare_answer
+from server.openai import Generation, check_model
 from server.protocol import Harmless, Sampled
-from server.requests import sampling_fields, terms_of, truncated
+from server.requests import check_results, sampling_fields, terms_of, truncated
+from server.response_composer import ResponseComposer, input_message
 from server.shapes import ChatShape
 from server.store import Record
+from server.structured import text_format
 from server.tenants import Client
+from server.tools import arguments_of, offered_tools
 
 MAX_METADATA = 16
 ROLES = ("user", "assistant", "system", "developer")
@@ -47,11 +50,11 @@ class ResponsesRequest(Sampled, frozen=True, kw_only=True):
     max_completion_tokens: Any = None
     messages: Any = None
     response_format: Any = None
-    # Refused unless they change nothing.
     tools: Any = None
     tool_choice: Any = None
     text: Any = None
     reasoning: Any = None
+    # Refused unless they change nothing.
     prompt: Any = None
     conversation: Any = None
     context_management: Any = None
@@ -65,10 +68,6 @@ class ResponsesRequest(Sampled, frozen=True, kw_only=True):
 
 
 HARMLESS: Harmless = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "text": ({}, {"format": {"type": "text"}}, {"format": None}),
-    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
     "prompt": (),
     "conversation": (),
     "context_management": ([],),
@@ -109,11 +108,14 @@ async def prepare_response(
     wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     given = messages_of(body.input)
     messages = [*(previous.conversation if previous is not None else []), *given]
-    ids = truncated(await prompt_ids(engine, messages, body.instructions), body)
-    params = SamplingParams(
-        **sampling_fields(body),
-        max_tokens=body.max_output_tokens,
-        logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+    answering = await prompt_of(engine, messages, body)
+    ids = truncated(answering.ids, body)
+    params = answering.applied(
+        SamplingParams(
+            **sampling_fields(body),
+            max_tokens=body.max_output_tokens,
+            logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+        )
     )
     if body.generate is False:
         # What is not submitted is checked here.
@@ -122,7 +124,11 @@ async def prepare_response(
     identifier = f"resp_{uuid.uuid4().hex}"
     tokenizer = engine.parts.tokenizer
     composer = ResponseComposer(
-        identifier, _settings(engine, body), tokenizer, logprobs=wants_logprobs
+        identifier,
+        _settings(engine, body),
+        tokenizer,
+        logprobs=wants_logprobs,
+        parser=answering.parser,
     )
     record = Record(
         id=identifier,
@@ -132,38 +138,110 @@ async def prepare_response(
         background=bool(body.background),
         kept=body.store is not False,
         messages=messages,
-        items=[input_message(m["role"], m["content"]) for m in given],
+        items=_listed(body.input),
         settings=body,
     )
     names = {
         "prompt": "input",
         "logprobs": "top_logprobs",
         "max_tokens": "max_output_tokens",
+        **answering.names,
     }
     shape = ChatShape(tokenizer, logprobs=wants_logprobs)
     return record, Generation([ids], params, shape, terms_of(client, body), names)
 
 
-async def prompt_ids(
-    engine: AsyncEngine, messages: list[dict[str, str]], instructions: str | None
-) -> list[int]:
-    """The prompt of a conversation. Raises InvalidRequest if nothing was said."""
+async def prompt_of(
+    engine: AsyncEngine, messages: list[dict[str, Any]], body: ResponsesRequest
+) -> Answering:
+    """The prompt of a conversation, and what belongs to its answer. Raises InvalidRequest if
+    nothing was said."""
     if not messages:
         raise InvalidRequest("input is missing; give text or a list of messages", param="input")
-    system = [{"role": "system", "content": instructions}] if instructions else []
-    return await encode_chat(engine, [*system, *messages], "input")
+    check_results(messages, "input")
+    first = body.instructions
+    system = [{"role": "system", "content": first}] if first else []
+    return await prepare_answer(engine, [*system, *messages], wishes_of(body), name="input")
 
 
-def messages_of(given: str | list[dict[str, Any]] | None) -> list[dict[str, str]]:
-    """A request's input as chat templates want it."""
+def wishes_of(body: ResponsesRequest) -> Wishes:
+    """What a request wants of its answer. Raises InvalidRequest naming the field."""
+    reasoning = body.reasoning or {}
+    if not isinstance(reasoning, dict):
+        raise InvalidRequest("reasoning must be an object", param="reasoning")
+    for name, value in reasoning.items():
+        if name != "effort" and value is not None:
+            raise InvalidRequest(
+                f"reasoning.{name[:50]} is not supported by this server; leave it out",
+                param=f"reasoning.{name[:50]}",
+                code="unsupported_parameter",
+            )
+    if isinstance(body.text, dict) and body.text.get("verbosity") not in (None, "medium"):
+        raise InvalidRequest(
+            "text.verbosity is not supported by this server; leave it out",
+            param="text.verbosity",
+            code="unsupported_parameter",
+        )
+    return Wishes(
+        offered=offered_tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True),
+        form=text_format(body.text),
+        effort=effort_of(reasoning.get("effort"), "reasoning.effort"),
+        effort_field="reasoning.effort",
+    )
+
+
+def messages_of(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """A request's input as chat templates want it: calls join their assistant's message."""
     if given is None:
         return []
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    return [_message(item, f"input.[{number}]") for number, item in enumerate(given)]
+    messages: list[dict[str, Any]] = []
+    for number, item in enumerate(given):
+        where, kind = f"input.[{number}]", item.get("type", "message")
+        if kind == "function_call":
+            call = _call(item, where)
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            messages[-1].setdefault("tool_calls", []).append(call)
+        elif kind == "function_call_output":
+            messages.append(_result(item, where))
+        elif kind == "reasoning":
+            continue  # what the model thought in an earlier turn is not shown to it again
+        else:
+            messages.append(_message(item, where))
+    return messages
 
 
-def steering_messages(given: Any) -> list[dict[str, str]]:
+def _call(item: dict[str, Any], where: str) -> dict[str, Any]:
+    name, identifier = item.get("name"), item.get("call_id")
+    if not isinstance(name, str) or not isinstance(identifier, str):
+        raise InvalidRequest("a call needs a name and a call_id", param=where)
+    arguments = arguments_of(item.get("arguments"), f"{where}.arguments")
+    function = {"name": name, "arguments": arguments}
+    return {"id": identifier, "type": "function", "function": function}
+
+
+def _result(item: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(item.get("call_id"), str):
+        raise InvalidRequest("a call's output needs its call_id", param=f"{where}.call_id")
+    output = _text(item.get("output"), f"{where}.output")
+    return {"role": "tool", "tool_call_id": item["call_id"], "content": output}
+
+
+def _listed(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """A request's input as it is listed."""
+    items = []
+    for item in [{"role": "user", "content": given}] if isinstance(given, str) else given or []:
+        if item.get("type", "message") == "message":
+            role = "system" if item["role"] == "developer" else item["role"]
+            items.append(input_message(role, _text(item["content"], "input")))
+        else:
+            items.append({"id": f"item_{uuid.uuid4().hex}", **item})
+    return items
+
+
+def steering_messages(given: Any) -> list[dict[str, Any]]:
     """The input of a steer: text, or messages of the user's."""
     if not isinstance(given, (str, list)) or not given:
         raise InvalidRequest("input must be text or a list of messages, and not empty")
@@ -179,8 +257,8 @@ def _message(item: dict[str, Any], where: str) -> dict[str, str]:
     kind = item.get("type", "message")
     if kind != "message":
         raise InvalidRequest(
-            f"input items of type {str(kind)[:50]!r} are not supported by this server; "
-            "messages are",
+            f"input items of type {str(kind)[:50]!r} are not supported by this server; messages, "
+            "function calls and their outputs are",
             param=where,
             code="unsupported_parameter",
         )
@@ -249,9 +327,9 @@ def _settings(engine: AsyncEngine, body: ResponsesRequest) -> dict[str, Any]:
         "store": body.store is not False,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "tool_choice": body.tool_choice or "auto",
-        "tools": [],
-        "text": {"format": {"type": "text"}},
-        "reasoning": {"effort": None, "summary": None},
+        "tools": body.tools or [],
+        "text": {"format": {"type": "text"}, **{k: v for k, v in (body.text or {}).items() if v}},
+        "reasoning": {"effort": None, "summary": None, **(body.reasoning or {})},
         "truncation": "disabled",
         "service_tier": "default",
         "user": body.user,

@@ -81,7 +81,7 @@ class Record:
     progress: bool = False
     """Whether its place in the queue is told."""
     stream_id: str | None = None
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     """The conversation up to its own answer, without instructions."""
     items: list[dict[str, Any]] = field(default_factory=list)
     settings: Any = None
@@ -112,11 +112,9 @@ class Record:
         return self.log.bytes + 2 * said
 
     @property
-    def conversation(self) -> list[dict[str, str]]:
+    def conversation(self) -> list[dict[str, Any]]:
         """All that was said, its own answer included."""
-        if not self.composer.text:
-            return self.messages
-        return [*self.messages, {"role": "assistant", "content": self.composer.text}]
+        return [*self.messages, *self.composer.spoken]
 
 
 class Store:

@@ -251,7 +251,7 @@ def test_only_so_many_streams_may_wait_for_their_readers(mock_server: MockFactor
         ({"input": [{"role": "king", "content": "x"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "grammar"}}}, "text"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "x"}}, "prompt"),

@@ -196,6 +196,8 @@ async def test_a_drop_with_it_is_resumed_at_every_event(mock: ServerProcess) -> 
             await create(socket, stream_id="x")
             seen = [await receive(socket) for _ in range(cut + 1)]
             socket.transport.abort()
+        if seen[-1]["type"] == "response.completed":
+            continue  # deltas joined, so that this answer had fewer events
         created = next(e for e in seen if e["type"] == "response.created")
         async with session(mock, V1) as socket:
             await send(
@@ -413,7 +415,7 @@ async def test_a_chat_completion_is_nothing_to_go_on_from(mock: ServerProcess) -
         ('{"type": "response.create", "input": "hi", "background": true}', "background"),
         ('{"type": "response.create", "input": "hi", "stream_id": 5}', "stream_id"),
         ('{"type": "response.create", "input": "hi", "stream_id": ""}', "stream_id"),
-        ('{"type": "response.create", "input": "hi", "tools": [{}]}', "tools"),
+        ('{"type": "response.create", "input": "hi", "tools": [{}]}', "tools.[0].type"),
         ('{"type": "response.create", "input": "hi", "model": "other"}', "model"),
         ('{"type": "chat.completion.create"}', "request"),
         ('{"type": "chat.completion.create", "request": 5}', None),

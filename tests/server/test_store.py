@@ -11,8 +11,8 @@ import pytest
 
 from engine import AsyncEngine, SamplingParams
 from engine.config import ServerSection
-from server.composers import ResponseComposer
 from server.errors import HTTPError
+from server.response_composer import ResponseComposer
 from server.store import Record, Store
 from tests.mock import mock_engine
 

@@ -210,3 +210,80 @@ def test_the_responses_api_writes_tools_flat() -> None:
     assert (offered.choice, offered.names, offered.enforced) == ("f", {"f"}, True)
     with pytest.raises(InvalidRequest, match="not among the tools"):
         offered_tools([tool], {"type": "function", "name": "g"}, None, flat=True)
+
+
+RESULT = {"type": "function_call_output", "call_id": "unknown", "output": ""}
+FLAT = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
+
+
+def test_a_response_holds_its_calls_as_items(client: openai.OpenAI) -> None:
+    made = client.responses.create(
+        model="mock", input="hi", tools=[FLAT], tool_choice="required",  # type: ignore[list-item]
+        parallel_tool_calls=False,
+    )  # fmt: skip
+    (call,) = made.output
+    assert (call.type, call.name, call.status) == ("function_call", "get_weather", "completed")
+    jsonschema_rs.validate(SCHEMA, json.loads(call.arguments))
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    after = client.responses.create(
+        model="mock", previous_response_id=made.id, input=[result], max_output_tokens=16,  # type: ignore[list-item]
+    )  # fmt: skip
+    assert after.output[0].type == "message"
+    assert after.usage.input_tokens > made.usage.input_tokens - 600
+    whole = client.responses.create(
+        model="mock",
+        input=[{"role": "user", "content": "hi"}, call.model_dump(), result],
+        max_output_tokens=16,
+    )
+    assert whole.output_text == after.output_text
+    listed = client.responses.input_items.list(whole.id)
+    assert {item.type for item in listed} == {"message", "function_call", "function_call_output"}
+
+
+def test_a_response_streams_a_calls_arguments(client: openai.OpenAI) -> None:
+    events = list(
+        client.responses.create(
+            model="mock", input="hi", tools=[FLAT], tool_choice="required",  # type: ignore[list-item]
+            parallel_tool_calls=False, stream=True,
+        )
+    )  # fmt: skip
+    kinds = [event.type for event in events]
+    added, done = (
+        kinds.index("response.output_item.added"),
+        kinds.index("response.output_item.done"),
+    )
+    assert events[added].item.arguments == ""
+    joined = "".join(e.delta for e in events if e.type == "response.function_call_arguments.delta")
+    assert joined == events[done].item.arguments
+    assert kinds[done - 1] == "response.function_call_arguments.done"
+    assert kinds[-1] == "response.completed"
+
+
+def test_a_response_takes_a_form(client: openai.OpenAI) -> None:
+    parsed = client.responses.parse(model="mock", input="hi", text_format=City)
+    assert isinstance(parsed.output_parsed, City)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools.[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools.[0].name"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": 1}, "text"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input.[0]"),
+        ({"input": [RESULT]}, "input.[0].tool_call_id"),
+        ({"input": [{"type": "image"}]}, "input.[0]"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_response_cannot_have_is_refused_by_place(
+    client: openai.OpenAI, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.post("/responses", body={"model": "mock", "input": "hi", **fields}, cast_to=object)
+    assert refused.value.param == param
