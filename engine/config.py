@@ -135,6 +135,15 @@ class TracingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     service: str = "ryzanstein"
 
 
+class EmbeddingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An encoder for `/v1/embeddings` beside the chat model, found as that is; none if `model` is
+    empty. More than `max_waiting_tokens` do not wait for it."""
+
+    model: str = ""
+    served_name: str = ""
+    max_waiting_tokens: Positive = 1_000_000
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set."""
 
@@ -143,6 +152,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scheduler: SchedulerSection = SchedulerSection()
     execution: ExecutionSection = ExecutionSection()
     server: ServerSection = ServerSection()
+    embedding: EmbeddingSection = EmbeddingSection()
     logging: LoggingSection = LoggingSection()
     tracing: TracingSection = TracingSection()
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 
 import msgspec
 
-BLANK = " \t\r\n"
-# JSON nested deeper than this is none that a tool takes.
-MAX_DEPTH = 64
+from server.json_machine import BLANK, Broken, Machine, Sink, require, string, value
+
 ARGUMENTS = ("arguments", "parameters")
-LITERALS = {"t": "true", "f": "false", "n": "null"}
-ESCAPES = '"\\/bfnrtu'
 
 
 class Reasoning(msgspec.Struct, frozen=True):
@@ -64,18 +61,6 @@ class Style:
     parts: tuple[str, ...] = ()
     special: bool = False
     """Whether what announces calls is a special token, which text does not show otherwise."""
-
-
-class Broken(Exception):
-    """What is read is not what it has to be; `char` is the first that does not fit."""
-
-    def __init__(self, char: str) -> None:
-        self.char = char
-
-
-# Reads characters, and returns the first that it has not used; "" is the text's end.
-Machine = Generator[None, str, str]
-Sink = Callable[[str], None]
 
 
 class AnswerParser:
@@ -237,7 +222,7 @@ class AnswerParser:
                 if char != ",":
                     break
                 char = yield from self._skip((yield))
-            _require(char, "]")
+            require(char, "]")
             char = yield
         elif char == "{" or not style.named:
             char = yield from self._call(char)
@@ -273,11 +258,11 @@ class AnswerParser:
                 held.append(text)
 
         given = False
-        _require(char, "{")
+        require(char, "{")
         char = yield from self._skip((yield))
         while char == '"':
             key, char = yield from self._text(char)
-            _require((yield from self._skip(char)), ":")
+            require((yield from self._skip(char)), ":")
             char = yield from self._skip((yield))
             if key == "name" and not name:
                 found, char = yield from self._text(char)
@@ -291,11 +276,11 @@ class AnswerParser:
                 given = True
                 char = yield from self._arguments(char, argue)
             else:
-                char = yield from _value(char, _ignore)
+                char = yield from value(char, lambda _: None)
             char = yield from self._skip(char)
             if char == ",":
                 char = yield from self._skip((yield))
-                _require(char, '"')
+                require(char, '"')
         if char != "}" or not name:
             raise Broken(char)
         if not given:
@@ -315,7 +300,7 @@ class AnswerParser:
             raise Broken(char)
         self._announce(name.strip())
         index = self._calls - 1
-        return (yield from _value(char, lambda c: self._pieces.append(CallArguments(index, c))))
+        return (yield from value(char, lambda c: self._pieces.append(CallArguments(index, c))))
 
     def _announce(self, name: str) -> None:
         self._blank = ""
@@ -326,7 +311,7 @@ class AnswerParser:
     def _arguments(self, char: str, argue: Sink) -> Machine:
         """An object; some models write it as a text that holds it."""
         if char == "{":
-            return (yield from _value(char, argue))
+            return (yield from value(char, argue))
         text, char = yield from self._text(char)
         try:
             msgspec.json.decode(text, type=dict[str, msgspec.Raw])
@@ -372,123 +357,8 @@ class AnswerParser:
 
     def _text(self, char: str) -> Generator[None, str, tuple[str, str]]:
         """A JSON string's value, and what follows it."""
-        _require(char, '"')
+        require(char, '"')
         raw: list[str] = []
-        char = yield from _string(raw.append)
+        char = yield from string(raw.append)
         value = json.loads("".join(raw))
         return value, char
-
-
-def _ignore(_: str) -> None:
-    pass
-
-
-def _require(char: str, wanted: str) -> None:
-    if char != wanted:
-        raise Broken(char)
-
-
-def _value(char: str, sink: Sink, depth: int = 0) -> Machine:
-    """Any JSON value, strictly; every character of it goes to `sink`."""
-    if not char or depth > MAX_DEPTH:
-        raise Broken(char)
-    if char == '"':
-        return (yield from _string(sink))
-    if char == "{":
-        return (yield from _members(sink, "}", depth))
-    if char == "[":
-        return (yield from _members(sink, "]", depth))
-    if char in LITERALS:
-        for wanted in LITERALS[char]:
-            if char != wanted:
-                raise Broken(char)
-            sink(char)
-            char = yield
-        return char
-    return (yield from _number(char, sink))
-
-
-def _members(sink: Sink, end: str, depth: int) -> Machine:
-    """What an object or a list holds."""
-    sink("{" if end == "}" else "[")
-    char = yield from _blank((yield), sink)
-    first = True
-    while char != end or not first:
-        if end == "}":
-            _require(char, '"')
-            char = yield from _blank((yield from _string(sink)), sink)
-            _require(char, ":")
-            sink(char)
-            char = yield from _blank((yield), sink)
-        char = yield from _blank((yield from _value(char, sink, depth + 1)), sink)
-        first = False
-        if char == end:
-            break
-        _require(char, ",")
-        sink(char)
-        char = yield from _blank((yield), sink)
-    sink(end)
-    return (yield)
-
-
-def _blank(char: str, sink: Sink) -> Machine:
-    while char and char in BLANK:
-        sink(char)
-        char = yield
-    return char
-
-
-def _string(sink: Sink) -> Machine:
-    """The rest of a string whose first quotation mark has been read."""
-    sink('"')
-    while True:
-        char = yield
-        if not char or char < " ":
-            raise Broken(char)
-        if char == "\\":
-            sink(char)
-            char = yield
-            if not char or char not in ESCAPES:
-                raise Broken(char)
-            sink(char)
-            for _ in range(4 if char == "u" else 0):
-                char = yield
-                if not char or char not in "0123456789abcdefABCDEF":
-                    raise Broken(char)
-                sink(char)
-            continue
-        sink(char)
-        if char == '"':
-            return (yield)
-
-
-def _number(char: str, sink: Sink) -> Machine:
-    """A number, by JSON's grammar."""
-
-    def digits(char: str) -> Machine:
-        if not char or char not in "0123456789":
-            raise Broken(char)
-        while char and char in "0123456789":
-            sink(char)
-            char = yield
-        return char
-
-    if char == "-":
-        sink(char)
-        char = yield
-    if char == "0":
-        sink(char)
-        char = yield
-    else:
-        char = yield from digits(char)
-    if char == ".":
-        sink(char)
-        char = yield from digits((yield))
-    if char and char in "eE":
-        sink(char)
-        char = yield
-        if char and char in "+-":
-            sink(char)
-            char = yield
-        char = yield from digits(char)
-    return char

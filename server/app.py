@@ -19,9 +19,11 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import LoggingSection, ServerSection, TracingSection
+from engine.embedding.embedder import Embedder
 from engine.types import MonotonicClock
 from server import (
     console,
+    embeddings,
     health,
     messages,
     openai,
@@ -128,8 +130,10 @@ def create_app(
     settings: ServerSection,
     logs: LoggingSection = DEFAULT_LOGGING,
     tracing: TracingSection = DEFAULT_TRACING,
+    embedder: Embedder | None = None,
 ) -> Starlette:
-    """The application; it answers health checks at once and everything else when loaded.
+    """The application; it answers health checks at once and everything else when loaded. Whoever
+    gives it an `embedder` loads that with the engine.
 
     Raises ConfigError if the tenants' file is wrong.
     """
@@ -145,6 +149,8 @@ def create_app(
             group.start_soon(directory.watch, lifecycle.engine.configure_tenants)
             yield
             group.cancel_scope.cancel()
+        if embedder is not None:
+            await anyio.to_thread.run_sync(embedder.close)
         if app.state.tracing is not None:
             with anyio.move_on_after(FLUSH_SECONDS):
                 await anyio.to_thread.run_sync(app.state.tracing.close, abandon_on_cancel=True)
@@ -184,6 +190,7 @@ def create_app(
         Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
         Route("/v1/messages", messages.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         Route("/v1/models", openai.list_models, methods=["GET"]),
         Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
         Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
@@ -214,6 +221,7 @@ def create_app(
     app.state.engine = lifecycle.engine
     app.state.directory = directory
     app.state.metrics = telemetry.Metrics(lifecycle.engine, traffic)
+    app.state.embedder = embedder
     app.state.started = int(time.time())
     app.state.settings = settings
     app.state.store = Store(lifecycle.engine, settings)

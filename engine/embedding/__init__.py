@@ -1,0 +1,1 @@
+"""Texts to vectors: encoder models, served beside a chat model."""
