@@ -144,6 +144,16 @@ class EmbeddingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_waiting_tokens: Positive = 1_000_000
 
 
+class BatchSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Files and batches, kept in `folder` (one of the cache folder's if empty). At most
+    `max_running` lines are answered at once, and none is begun while interactive requests wait."""
+
+    enabled: bool = True
+    folder: str = ""
+    max_running: Positive = 16
+    max_file_bytes: Positive = 200 * 1024 * 1024
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set."""
 
@@ -153,6 +163,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     execution: ExecutionSection = ExecutionSection()
     server: ServerSection = ServerSection()
     embedding: EmbeddingSection = EmbeddingSection()
+    batches: BatchSection = BatchSection()
     logging: LoggingSection = LoggingSection()
     tracing: TracingSection = TracingSection()
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from engine import AsyncEngine, RyzansteinError
-from engine.config import LoggingSection, ServerSection, TracingSection
+from engine.config import BatchSection, LoggingSection, ServerSection, TracingSection
 from engine.embedding.embedder import Embedder
 from engine.types import MonotonicClock
 from server import (
@@ -35,6 +35,9 @@ from server import (
     usage,
     websocket,
 )
+from server.batches import routes as files
+from server.batches.answers import Answers
+from server.batches.service import open_batches
 from server.errors import HTTPError, error_response
 from server.journal import RequestLog
 from server.rates import RATE_HEADERS, rate_headers
@@ -131,6 +134,7 @@ def create_app(
     logs: LoggingSection = DEFAULT_LOGGING,
     tracing: TracingSection = DEFAULT_TRACING,
     embedder: Embedder | None = None,
+    batches: BatchSection | None = None,
 ) -> Starlette:
     """The application; it answers health checks at once and everything else when loaded. Whoever
     gives it an `embedder` loads that with the engine.
@@ -145,10 +149,14 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with anyio.create_task_group() as group, app.state.store.open():
             group.start_soon(lifecycle.run)
+            if app.state.batches is not None:
+                group.start_soon(app.state.batches.run)
             group.start_soon(app.state.metrics.watch)
             group.start_soon(directory.watch, lifecycle.engine.configure_tenants)
             yield
             group.cancel_scope.cancel()
+        if app.state.batches is not None:
+            app.state.batches.close()
         if embedder is not None:
             await anyio.to_thread.run_sync(embedder.close)
         if app.state.tracing is not None:
@@ -161,7 +169,13 @@ def create_app(
     traffic = Traffic()
     middleware = [
         Middleware(Watch, traffic=traffic, routes=lambda: routes),
-        Middleware(Guard, settings=settings, directory=directory, rates=rates),
+        Middleware(
+            Guard,
+            settings=settings,
+            directory=directory,
+            rates=rates,
+            max_file_bytes=0 if batches is None else batches.max_file_bytes,
+        ),
     ]
     if settings.allowed_origins:
         cors = Middleware(
@@ -190,6 +204,14 @@ def create_app(
         Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
         Route("/v1/messages", messages.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+        Route("/v1/files", files.create_file, methods=["POST"]),
+        Route("/v1/files", files.list_files, methods=["GET"]),
+        Route("/v1/files/{id}", files.one_file, methods=["GET", "DELETE"]),
+        Route("/v1/files/{id}/content", files.file_content, methods=["GET"]),
+        Route("/v1/batches", files.create_batch, methods=["POST"]),
+        Route("/v1/batches", files.list_batches, methods=["GET"]),
+        Route("/v1/batches/{id}", files.one_batch, methods=["GET"]),
+        Route("/v1/batches/{id}/cancel", files.cancel_batch, methods=["POST"]),
         Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         Route("/v1/models", openai.list_models, methods=["GET"]),
         Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
@@ -222,6 +244,10 @@ def create_app(
     app.state.directory = directory
     app.state.metrics = telemetry.Metrics(lifecycle.engine, traffic)
     app.state.embedder = embedder
+    app.state.batches = None
+    if batches is not None and batches.enabled:
+        answers = Answers(lifecycle.engine, embedder)
+        app.state.batches = open_batches(batches, lifecycle.engine, answers)
     app.state.started = int(time.time())
     app.state.settings = settings
     app.state.store = Store(lifecycle.engine, settings)

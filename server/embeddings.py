@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import anyio
@@ -39,22 +41,25 @@ async def create(request: Request) -> ASGIApp:
     """`POST /v1/embeddings`."""
     ready_engine(request)
     body, headers = await read_body(request, EmbeddingRequest, {})
-    embedder = embedder_of(request, body.model)
-    sequences, vectors = await embed(request, embedder, body)
-    tokens = sum(map(len, sequences))
-    data = [
-        {"object": "embedding", "index": number, "embedding": shown}
-        for number, shown in enumerate(encoded(vectors, body.encoding_format or "float"))
-    ]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    answer = {"object": "list", "data": data, "model": embedder.name, "usage": usage}
+    embedder = embedder_named(request.app.state.embedder, body.model)
+
+    def wait(future: Future[Vectors]) -> Awaitable[Vectors]:
+        async def vectors() -> Vectors:
+            return await asyncio.wrap_future(future)
+
+        return race_disconnect(request, vectors)
+
+    answer = await embedding_body(embedder, body, client_of(request).tenant, wait)
     return json_response(answer, headers=headers)
 
 
-async def embed(
-    request: Request, embedder: Embedder, body: EmbeddingRequest
-) -> tuple[list[list[int]], Vectors]:
-    """The token ids of a request's inputs, and their vectors."""
+async def embedding_body(
+    embedder: Embedder,
+    body: EmbeddingRequest,
+    tenant: str,
+    wait: Callable[[Future[Vectors]], Awaitable[Vectors]],
+) -> dict[str, Any]:
+    """The whole answer; `wait` is how the vectors are waited for."""
     sequences = await tokenized(embedder, body)
     width = embedder.encoder.width
     if body.dimensions is not None and not 1 <= body.dimensions <= width:
@@ -62,17 +67,18 @@ async def embed(
             f"dimensions must be between 1 and {width}, which {embedder.name} has",
             param="dimensions",
         )
-    future = embedder.submit(sequences, client_of(request).tenant)
+    vectors = shortened(await wait(embedder.submit(sequences, tenant)), body.dimensions)
+    tokens = sum(map(len, sequences))
+    data = [
+        {"object": "embedding", "index": number, "embedding": shown}
+        for number, shown in enumerate(encoded(vectors, body.encoding_format or "float"))
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": embedder.name, "usage": usage}
 
-    async def wait() -> Vectors:
-        return await asyncio.wrap_future(future)
 
-    return sequences, shortened(await race_disconnect(request, wait), body.dimensions)
-
-
-def embedder_of(request: Request, model: str | None) -> Embedder:
-    """The encoder that a request names. Raises HTTPError or InvalidRequest."""
-    embedder: Embedder | None = request.app.state.embedder
+def embedder_named(embedder: Embedder | None, model: str | None) -> Embedder:
+    """The encoder, if it is the one that a request names. Raises HTTPError or InvalidRequest."""
     if embedder is None:
         raise HTTPError(
             404,

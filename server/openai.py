@@ -306,6 +306,15 @@ async def _answer(
     return json_response(whole, headers=headers)
 
 
+async def complete(engine: AsyncEngine, generation: Generation, request_id: str) -> dict[str, Any]:
+    """The whole answer to a generation, for nobody's connection."""
+    stream = await generation.submit(engine, request_id)
+    wrapper = envelope(
+        request_id, generation.shape.kind, engine.parts.model_name, engine.parts.fingerprint
+    )
+    return await _whole(engine, stream, wrapper, generation)
+
+
 async def _frames(
     engine: AsyncEngine,
     stream: TokenStream,

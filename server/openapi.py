@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from server import messages, protocol, responses_protocol
+from server.batches.routes import BatchRequest
 from server.embeddings import EmbeddingRequest
 from server.errors import ErrorBody, json_response
 from server.messages import CountRequest, MessagesRequest
@@ -61,6 +62,15 @@ OPERATIONS = (
     Operation("post", "/v1/messages", "Answer, Anthropic's way", MessagesRequest, streams=True),
     Operation("post", "/v1/messages/count_tokens", "Count a conversation's tokens", CountRequest),
     Operation("post", "/v1/embeddings", "Vectors of texts", EmbeddingRequest),
+    Operation("get", "/v1/files", "The files that are kept"),
+    Operation("post", "/v1/files", "Keep a file"),
+    Operation("get", "/v1/files/{id}", "A file"),
+    Operation("delete", "/v1/files/{id}", "Forget a file"),
+    Operation("get", "/v1/files/{id}/content", "What a file holds"),
+    Operation("get", "/v1/batches", "The batches that are kept"),
+    Operation("post", "/v1/batches", "Answer a file's lines, below other requests", BatchRequest),
+    Operation("get", "/v1/batches/{id}", "A batch, and how far it is"),
+    Operation("post", "/v1/batches/{id}/cancel", "End a batch; what is answered stays"),
     Operation("get", "/v1/models", "The model that is served"),
     Operation("get", "/v1/models/{model}", "One model"),
     Operation("get", "/v1/usage/{id}", "What an ended answer took"),

@@ -26,6 +26,7 @@ from server.tracing import trace_of
 
 logger = logging.getLogger("ryzanstein.server")
 
+FILES_PATH = "/v1/files"
 OPEN_PATHS = ("/", "/health/live", "/health/ready", "/metrics")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 # What OpenAI's own clients call it in browsers.
@@ -43,6 +44,7 @@ class Guard:
         settings: ServerSection,
         directory: Directory,
         rates: Callable[[str], dict[str, str]],
+        max_file_bytes: int = 0,
     ) -> None:
         self._app = app
         self._rates = rates
@@ -50,6 +52,7 @@ class Guard:
         self._hosts = allowed_hosts(settings)
         self._origins = settings.allowed_origins
         self._max_body = settings.max_body_bytes
+        self._max_file = max_file_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -65,7 +68,9 @@ class Guard:
         try:
             self._check(scope, headers)
             if scope["type"] == "http":
-                receive = self._limit_body(headers, receive)
+                files = scope["path"] == FILES_PATH
+                most = max(self._max_body, self._max_file) if files else self._max_body
+                receive = _limit_body(headers, receive, most)
         except HTTPError as error:
             if scope["type"] == "websocket":
                 await _refuse_socket(scope, receive, send, error)
@@ -135,27 +140,29 @@ class Guard:
         except ValueError:
             return False
 
-    def _limit_body(self, headers: Headers, receive: Receive) -> Receive:
-        too_large = HTTPError(
-            413,
-            f"the body is larger than {self._max_body} bytes",
-            code="body_too_large",
-            headers={"connection": "close"},
-        )
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body:
+
+def _limit_body(headers: Headers, receive: Receive, most: int) -> Receive:
+    """Refuse bodies of more than `most` bytes."""
+    too_large = HTTPError(
+        413,
+        f"the body is larger than {most} bytes",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length) > most:
+        raise too_large
+    seen = 0
+
+    async def limited() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > most:
             raise too_large
-        seen = 0
+        return message
 
-        async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max_body:
-                raise too_large
-            return message
-
-        return limited
+    return limited
 
 
 def allowed_hosts(settings: ServerSection) -> set[str] | None:

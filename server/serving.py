@@ -87,7 +87,7 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
             print_summary(console, engine.parts, settings.host, port, seconds, keys=keys)
 
         lifecycle = Lifecycle(engine, settings.drain_seconds, on_loaded=loaded)
-        run(lifecycle, settings, listener, config.logging, config.tracing, embedder)
+        run(lifecycle, settings, listener, config.logging, config.tracing, embedder, config.batches)
     return 1 if engine.health() == "failed" else 0
 
 

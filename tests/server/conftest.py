@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +38,25 @@ def mock_server() -> Iterator[MockFactory]:
             return stack.enter_context(process)
 
         yield start
+
+
+@pytest.fixture
+def batch_server(tmp_path: Path) -> Iterator[MockFactory]:
+    """Starts servers that keep files and batches in one folder, one after the other."""
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> ServerProcess:
+            return stack.enter_context(batch_process(tmp_path, **options))
+
+        yield start
+
+
+def batch_process(folder: Path, *, max_running: int = 4, **engine: object) -> ServerProcess:
+    """A mock server that keeps files and batches in `folder`."""
+    section = {"folder": str(folder), "max_running": max_running}
+    engine = {"pages": 512, **engine}
+    env = {"MOCK_ENGINE": json.dumps(engine), "MOCK_BATCHES": json.dumps(section)}
+    return ServerProcess(module="tests.server.mock_server", env=env)
 
 
 @pytest.fixture(scope="session")

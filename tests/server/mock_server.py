@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from engine.config import LoggingSection, ServerSection, TracingSection
+from engine.config import BatchSection, LoggingSection, ServerSection, TracingSection
 from server import serving
 from server.app import Lifecycle, create_app
 from server.journal import open_journal
@@ -30,6 +30,8 @@ def main() -> None:
     settings = ServerSection(**{"port": 0} | json.loads(os.environ.get("MOCK_SERVER", "{}")))
     logs = LoggingSection(**json.loads(os.environ.get("MOCK_LOGGING", "{}")))
     tracing = TracingSection(**json.loads(os.environ.get("MOCK_TRACING", "{}")))
+    kept = os.environ.get("MOCK_BATCHES")
+    batches = BatchSection(**json.loads(kept)) if kept else None
     open_journal(logs)
     engine, executor = mock_engine(**options)
     executor.delay = delay
@@ -62,7 +64,7 @@ def main() -> None:
 
     serving.create_app = with_extra
     with listen(settings) as listener:
-        serving.run(lifecycle, settings, listener, logs, tracing)
+        serving.run(lifecycle, settings, listener, logs, tracing, None, batches)
 
 
 if __name__ == "__main__":

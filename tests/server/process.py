@@ -28,7 +28,7 @@ class ServerProcess:
     ) -> None:
         command = [sys.executable, "-m", module]
         if module == "server.cli":
-            command += ["serve", "--port", "0"]
+            command += ["serve", "--port", "0", "--set", "batches.enabled=false"]
         self.log = ""
         self.status = 0
         """With which it is to exit."""
@@ -96,6 +96,12 @@ class ServerProcess:
     def terminate(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """As a machine would that loses its power."""
+        self.status = -signal.SIGKILL
+        self._process.kill()
+        self._process.wait()
 
     def wait(self, timeout: float = 30) -> int:
         """The exit status, with the rest of the log read."""

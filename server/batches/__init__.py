@@ -1,0 +1,1 @@
+"""Files and batches: OpenAI's batch API on a durable queue."""

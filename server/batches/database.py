@@ -1,0 +1,247 @@
+"""What files and batches are kept in: one SQLite file, which survives whatever ends the server.
+
+Every change is one transaction. A line's answer and the count of answers are in the same one, so
+that a line is never lost, and never answered twice. All calls are for one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE files (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
+    bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER, content BLOB NOT NULL
+) STRICT;
+CREATE TABLE batches (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, tenant TEXT NOT NULL, endpoint TEXT NOT NULL,
+    input_file_id TEXT NOT NULL, status TEXT NOT NULL, created_at INTEGER NOT NULL,
+    in_progress_at INTEGER, finalizing_at INTEGER, completed_at INTEGER, failed_at INTEGER,
+    expired_at INTEGER, cancelling_at INTEGER, cancelled_at INTEGER, expires_at INTEGER NOT NULL,
+    total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0, metadata TEXT, output_file_id TEXT, error_file_id TEXT,
+    errors TEXT
+) STRICT;
+CREATE TABLE lines (
+    batch TEXT NOT NULL, number INTEGER NOT NULL, custom_id TEXT NOT NULL, body TEXT NOT NULL,
+    status INTEGER, answer TEXT, PRIMARY KEY (batch, number)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX waiting ON lines (batch, number) WHERE status IS NULL;
+CREATE INDEX files_of ON files (owner, created_at);
+CREATE INDEX batches_of ON batches (owner, created_at);
+"""
+# All that a list shows of a file.
+SHOWN = "id, owner, filename, purpose, bytes, created_at, expires_at"
+ACTIVE = ("validating", "in_progress", "finalizing", "cancelling")
+Row = dict[str, Any]
+
+
+class Database:
+    """Opens the file, making it if it is not there. Raises sqlite3.Error if it cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._connection.row_factory = sqlite3.Row
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        # Each commit is on the disk before it is told.
+        self._connection.execute("PRAGMA synchronous = FULL")
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            with self._transaction():
+                for statement in SCHEMA.split(";"):
+                    self._connection.execute(statement)
+                self._connection.execute(f"PRAGMA user_version = {VERSION}")
+        elif version != VERSION:
+            raise sqlite3.DatabaseError(f"it has version {version}; this server knows {VERSION}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    # Files
+
+    def add_file(
+        self, owner: str, filename: str, purpose: str, content: bytes, seconds: int | None = None
+    ) -> Row:
+        """Keep a file, for some seconds or until it is deleted; what it is shown as."""
+        now = int(time.time())
+        values = (
+            f"file-{uuid.uuid4().hex}",
+            owner,
+            filename,
+            purpose,
+            len(content),
+            now,
+            None if seconds is None else now + seconds,
+            content,
+        )
+        with self._transaction():
+            self._insert_file(values)
+        return self._one(f"SELECT {SHOWN} FROM files WHERE id = ?", values[0]) or {}
+
+    def file(self, identifier: str, owner: str) -> Row | None:
+        """An owner's file, without its content."""
+        return self._one(f"SELECT {SHOWN} FROM files WHERE id = ? AND owner = ?", identifier, owner)
+
+    def content(self, identifier: str, owner: str) -> bytes | None:
+        """An owner's file's content."""
+        row = self._one("SELECT content FROM files WHERE id = ? AND owner = ?", identifier, owner)
+        return None if row is None else row["content"]
+
+    def files(self, owner: str, purpose: str | None) -> list[Row]:
+        """An owner's files, oldest first."""
+        every = f"SELECT {SHOWN} FROM files WHERE owner = ? ORDER BY created_at, rowid"
+        return [r for r in self._all(every, owner) if purpose in (None, r["purpose"])]
+
+    def delete_file(self, identifier: str, owner: str) -> bool:
+        """Whether there was such a file."""
+        done = self._connection.execute(
+            "DELETE FROM files WHERE id = ? AND owner = ?", (identifier, owner)
+        )
+        return done.rowcount > 0
+
+    # Batches
+
+    def add_batch(
+        self, owner: str, tenant: str, endpoint: str, file: str, metadata: Any, window: int
+    ) -> Row:
+        """A new batch, whose lines have not been read yet."""
+        now = int(time.time())
+        identifier = f"batch_{uuid.uuid4().hex}"
+        self._connection.execute(
+            "INSERT INTO batches (id, owner, tenant, endpoint, input_file_id, status, created_at,"
+            " expires_at, metadata) VALUES (?, ?, ?, ?, ?, 'validating', ?, ?, ?)",
+            (identifier, owner, tenant, endpoint, file, now, now + window, json.dumps(metadata)),
+        )
+        return self.batch(identifier) or {}
+
+    def batch(self, identifier: str) -> Row | None:
+        """A batch, whoever owns it."""
+        return self._one("SELECT * FROM batches WHERE id = ?", identifier)
+
+    def batches(self, owner: str) -> list[Row]:
+        """An owner's batches, newest first."""
+        every = "SELECT * FROM batches WHERE owner = ? ORDER BY created_at DESC, rowid DESC"
+        return self._all(every, owner)
+
+    def active(self) -> list[Row]:
+        """All that have something to be done, oldest first."""
+        marks = ", ".join("?" * len(ACTIVE))
+        every = f"SELECT * FROM batches WHERE status IN ({marks}) ORDER BY created_at, rowid"
+        return self._all(every, *ACTIVE)
+
+    def begin(self, identifier: str, lines: Sequence[tuple[str, str]]) -> None:
+        """A batch's lines, (custom id, body), have been read, and can be answered."""
+        with self._transaction():
+            rows = [(identifier, n, name, body) for n, (name, body) in enumerate(lines)]
+            self._connection.executemany(
+                "INSERT INTO lines (batch, number, custom_id, body) VALUES (?, ?, ?, ?)", rows
+            )
+            self._connection.execute(
+                "UPDATE batches SET status = 'in_progress', in_progress_at = ?, total = ?"
+                " WHERE id = ? AND status = 'validating'",
+                (int(time.time()), len(lines), identifier),
+            )
+
+    def refuse(self, identifier: str, errors: list[Row]) -> None:
+        """A batch's file is wrong."""
+        self._connection.execute(
+            "UPDATE batches SET status = 'failed', failed_at = ?, errors = ? WHERE id = ?",
+            (int(time.time()), json.dumps(errors), identifier),
+        )
+
+    def waiting(self, identifier: str, after: int, most: int) -> list[Row]:
+        """A batch's next lines without an answer, after a number."""
+        return self._all(
+            "SELECT number, custom_id, body FROM lines"
+            " WHERE batch = ? AND status IS NULL AND number > ? ORDER BY number LIMIT ?",
+            identifier, after, most,
+        )  # fmt: skip
+
+    def answer(self, identifier: str, number: int, status: int, answer: str) -> None:
+        """A line's answer, once; `status` is HTTP's."""
+        counted = "completed" if status == 200 else "failed"
+        with self._transaction():
+            done = self._connection.execute(
+                "UPDATE lines SET status = ?, answer = ?"
+                " WHERE batch = ? AND number = ? AND status IS NULL",
+                (status, answer, identifier, number),
+            )
+            if done.rowcount:
+                self._connection.execute(
+                    f"UPDATE batches SET {counted} = {counted} + 1 WHERE id = ?", (identifier,)
+                )
+
+    def cancel(self, identifier: str) -> None:
+        """A batch that is under way is to end."""
+        self._connection.execute(
+            "UPDATE batches SET status = 'cancelling', cancelling_at = ?"
+            " WHERE id = ? AND status IN ('validating', 'in_progress')",
+            (int(time.time()), identifier),
+        )
+
+    def finish(self, identifier: str, status: str) -> None:
+        """No more lines are answered: put the answers into files, and end the batch."""
+        batch = self.batch(identifier)
+        assert batch is not None
+        now = int(time.time())
+        with self._transaction():
+            for name, condition in (
+                ("output_file_id", "status = 200"),
+                ("error_file_id", "status <> 200"),
+            ):
+                content = self._answers(identifier, condition)
+                if content:
+                    file = f"file-{uuid.uuid4().hex}"
+                    title = f"{identifier}_{name.partition('_')[0]}.jsonl"
+                    shown = (file, batch["owner"], title, "batch_output", len(content), now, None)
+                    self._insert_file((*shown, content))
+                    self._connection.execute(
+                        f"UPDATE batches SET {name} = ? WHERE id = ?", (file, identifier)
+                    )
+            self._connection.execute("DELETE FROM lines WHERE batch = ?", (identifier,))
+            self._connection.execute(
+                f"UPDATE batches SET status = ?, finalizing_at = ?, {status}_at = ? WHERE id = ?",
+                (status, now, now, identifier),
+            )
+
+    def purge(self) -> None:
+        """Forget files that have expired."""
+        self._connection.execute("DELETE FROM files WHERE expires_at < ?", (int(time.time()),))
+
+    def _answers(self, identifier: str, condition: str) -> bytes:
+        rows = self._connection.execute(
+            f"SELECT answer FROM lines WHERE batch = ? AND {condition} ORDER BY number",
+            (identifier,),
+        )
+        return b"".join(row["answer"].encode() + b"\n" for row in rows)
+
+    def _insert_file(self, values: tuple[Any, ...]) -> None:
+        marks = ", ".join("?" * len(values))
+        self._connection.execute(f"INSERT INTO files ({SHOWN}, content) VALUES ({marks})", values)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def _one(self, query: str, *values: Any) -> Row | None:
+        row = self._connection.execute(query, values).fetchone()
+        return None if row is None else dict(row)
+
+    def _all(self, query: str, *values: Any) -> list[Row]:
+        return [dict(row) for row in self._connection.execute(query, values)]
