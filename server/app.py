@@ -38,6 +38,7 @@ from server import (
 from server.batches import routes as files
 from server.batches.answers import Answers
 from server.batches.service import open_batches
+from server.bridge.endpoint import Endpoint
 from server.errors import HTTPError, error_response
 from server.journal import RequestLog
 from server.rates import RATE_HEADERS, rate_headers
@@ -147,7 +148,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as group, app.state.store.open():
+        async with anyio.create_task_group() as group, app.state.store.open(), mcp.open():
             group.start_soon(lifecycle.run)
             if app.state.batches is not None:
                 group.start_soon(app.state.batches.run)
@@ -192,6 +193,7 @@ def create_app(
             ],
         )
         middleware.insert(1, cors)
+    mcp = Endpoint(lifecycle.engine, embedder, settings.max_body_bytes)
     routes: list[BaseRoute] = [
         Route("/", console.page, methods=["GET"]),
         Route("/console/{name}", console.asset, methods=["GET"]),
@@ -217,6 +219,7 @@ def create_app(
         Route("/v1/models/{model:path}", openai.get_model, methods=["GET"]),
         Route("/v1/usage/{id}", usage.get_usage, methods=["GET"]),
         Route("/v1/requests/{id}/timeline", timeline.get_timeline, methods=["GET"]),
+        Route("/mcp", mcp, methods=["GET", "POST", "DELETE"]),
         Route("/tokenize", openai.tokenize, methods=["POST"]),
         Route("/detokenize", openai.detokenize, methods=["POST"]),
         Route("/openapi.json", openapi.openapi, methods=["GET"]),

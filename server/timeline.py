@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
-from starlette.types import ASGIApp
+from starlette.responses import Response
 
 from engine import AsyncEngine, RequestStats, StepStats
 from server.errors import HTTPError, json_response
@@ -139,7 +139,7 @@ def segments(events: list[Event], arrival: float, end: float, tokens: int) -> li
     return made
 
 
-async def get_timeline(request: HTTPRequest) -> ASGIApp:
+async def get_timeline(request: HTTPRequest) -> Response:
     """`GET /v1/requests/{id}/timeline`: of an answer that runs, or ended within the hour. Whoever
     asked for it may see it, and holders of the configuration's own keys any."""
     identifier = request.path_params["id"]

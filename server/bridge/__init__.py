@@ -1,0 +1,1 @@
+"""The bridge to the Model Context Protocol, both ways, with its official SDK."""
