@@ -26,6 +26,8 @@ class Active:
     offset: int
     scored: list[int] = field(default_factory=list)
     first_token: float | None = None
+    # When each choice got its last token.
+    last_tokens: list[float | None] = field(default_factory=list)
 
 
 class Delivery:
@@ -81,13 +83,26 @@ class Delivery:
             open=len(sequences),
             offset=stream.join(request.id, len(sequences)),
             scored=scored,
+            last_tokens=[None] * len(sequences),
         )
 
-    def deliver(self, moved: Sequence[ScheduledSequence]) -> None:
-        """Push the new token of each sequence; ends those that finished or hit a stop string."""
-        active = self._active
+    def deliver(self, moved: Sequence[ScheduledSequence]) -> dict[float, int]:
+        """Push the new token of each sequence; ends those that finished or hit a stop string.
+
+        Returns how many tokens came how many seconds after the one before them.
+        """
+        actives, now = self._active, self._clock.now()
+        gaps: dict[float, int] = {}
         for sequence in moved:
-            self._push(active[sequence.request.id], sequence)
+            active = actives[sequence.request.id]
+            last = active.last_tokens[sequence.index]
+            active.last_tokens[sequence.index] = now
+            if last is not None:
+                gaps[now - last] = gaps.get(now - last, 0) + 1
+            elif active.first_token is None:
+                active.first_token = now
+            self._push(active, sequence)
+        return gaps
 
     def abort(self, request_id: str) -> None:
         """End a request at its owner's wish; unknown ids are ignored."""
@@ -112,7 +127,11 @@ class Delivery:
     def unpause(self, request_id: str) -> None:
         """Let a request that was set aside go on; unknown ids are ignored."""
         if (active := self._active.get(request_id)) is not None:
+            now = self._clock.now()
             for sequence in active.sequences:
+                if sequence.state is State.PAUSED and sequence.generated:
+                    # Its reader waits for the next token from now on.
+                    active.last_tokens[sequence.index] = now
                 self._scheduler.unpause(sequence)
 
     def request(self, request_id: str) -> Request | None:
@@ -147,8 +166,6 @@ class Delivery:
         sampling = active.request.sampling
         token = sequence.tokens[-1]
         delta = Delta(index=active.offset + sequence.index, token_ids=[token])
-        if active.first_token is None:
-            active.first_token = self._clock.now()
         if sequence.wants_prompt_logprobs and sequence.generated == 1:
             delta.prompt_logprobs = sequence.prompt_logprobs
         if sampling.logprobs is not None:

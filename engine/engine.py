@@ -408,10 +408,10 @@ class AsyncEngine:
         moved = scheduler.commit(plan, result)
         scheduler.observe(plan, result, arrived - begun)
         committed = clock.now()
-        self.delivery.deliver(moved)
+        gaps = self.delivery.deliver(moved)
         times = {"plan": self._plan_seconds, "wait": arrived - begun}
         times |= {"commit": committed - arrived, "stream": clock.now() - committed}
-        self._emit(plan, result.seconds | times)
+        self._emit(plan, result.seconds | times, gaps)
 
     def _on_step_end(self) -> None:
         # A loop may call this once more after the result has been taken.
@@ -432,9 +432,9 @@ class AsyncEngine:
         self._step_started = None
         self._failures.device_lost(self.parts.scheduler, self.delivery, plans, error)
 
-    def _emit(self, plan: Plan, seconds: dict[str, float]) -> None:
+    def _emit(self, plan: Plan, seconds: dict[str, float], gaps: dict[float, int]) -> None:
         if self._listeners:
-            stats = step_stats(plan, self.parts.scheduler, self.parts.clock.now(), seconds)
+            stats = step_stats(plan, self.parts, seconds, gaps)
             for listener in self._listeners:
                 listener.on_step(stats)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from engine.loading import Parts
 from engine.scheduling.plan import Plan
-from engine.scheduling.scheduler import Scheduler
 from engine.types import Ran, StepStats
 
 
 def step_stats(
-    plan: Plan, scheduler: Scheduler, now: float, seconds: dict[str, float]
+    plan: Plan, parts: Parts, seconds: dict[str, float], gaps: dict[float, int]
 ) -> StepStats:
-    """The statistics of a step that has been committed at `now`."""
+    """The statistics of a step that has been committed and delivered, as of now."""
+    scheduler = parts.scheduler
     pool = scheduler.pool
     return StepStats(
         step=plan.step,
-        at=now,
+        at=parts.clock.now(),
         prefill_tokens=plan.work.prefill,
         decode_rows=plan.work.decodes,
         predicted=plan.predicted,
@@ -30,4 +31,5 @@ def step_stats(
             Ran(chunk.sequence.request.id, chunk.start, chunk.count, chunk.sample)
             for chunk in plan.chunks
         ),
+        gaps=gaps,
     )

@@ -265,7 +265,11 @@ class Ran(msgspec.Struct, frozen=True):
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """One step: what ran, what it was predicted to take and took (seconds by part), and what the
-    pool looks like after it."""
+    pool looks like after it.
+
+    `gaps` are the seconds between the tokens that it gave and those before them in their choices,
+    with how many came after each; while a request is set aside, nobody waits for its next token.
+    """
 
     step: int
     at: float
@@ -281,6 +285,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float]
     decisions: tuple[Decision, ...] = ()
     prefills: tuple[Ran, ...] = ()
+    gaps: dict[float, int] = {}
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -74,7 +74,6 @@ class Steps:
         self.tokens = Histogram(COUNTS)
         self.between = Histogram(SECONDS)
         self.preemptions: Counter[tuple[str]] = Counter()
-        self._last = 0.0
 
     def add(self, stats: StepStats) -> None:
         """One step."""
@@ -86,12 +85,8 @@ class Steps:
         self.seconds.observe(whole)
         self.rows.observe(stats.decode_rows)
         self.tokens.observe(stats.decode_rows + stats.prefill_tokens)
-        if stats.decode_rows:
-            # Whoever decodes is in every step, so a token comes as often as a step ends.
-            self.between.observe(
-                min(stats.at - self._last, max(whole, 0.0) + 1.0), stats.decode_rows
-            )
-        self._last = stats.at
+        for seconds, times in stats.gaps.items():
+            self.between.observe(seconds, times)
         for decision in stats.decisions:
             if decision.kind == "preempt":
                 self.preemptions[decision.reason,] += 1
@@ -107,7 +102,7 @@ class Steps:
         )
         yield self.rows.family("ryzanstein_step_sequences", "Sequences that decode in a step")
         yield self.tokens.family("ryzanstein_step_tokens", "Tokens computed in a step")
-        text = "Time between two tokens of an answer"
+        text = "Time between two tokens of an answer whose reader keeps up"
         yield self.between.family("ryzanstein_inter_token_seconds", text)
         text = "Sequences sent back to the queue, by reason"
         yield counter("ryzanstein_preemptions_by_reason", text, self.preemptions, ["reason"])

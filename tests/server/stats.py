@@ -8,7 +8,8 @@ from engine import StepStats
 
 
 def step(at: float, rows: int = 1, **changes: Any) -> StepStats:
-    """A step of 20 ms in which `rows` sequences decode; `changes` are other fields of it."""
+    """A step of 20 ms in which `rows` sequences decode, each 20 ms after its last token; `changes`
+    are other fields of it."""
     fields: dict[str, Any] = {
         "step": 0,
         "at": at,
@@ -22,5 +23,6 @@ def step(at: float, rows: int = 1, **changes: Any) -> StepStats:
         "pages_total": 8,
         "preemptions": 0,
         "seconds": {"wait": 0.02, "forward": 0.018},
+        "gaps": {0.02: rows} if rows else {},
     }
     return StepStats(**fields | changes)

@@ -213,9 +213,13 @@ async def test_a_step_is_only_noted_and_added_up_later() -> None:
         assert metrics._steps.count == 0
         assert value(metrics, "ryzanstein_steps_total") == 3
         assert value(metrics, "ryzanstein_inter_token_seconds_count") == 12
+        metrics.on_step(step(1.1, rows=2, gaps={0.02: 1, 7.5: 1}))
+        assert value(metrics, "ryzanstein_inter_token_seconds_sum") == pytest.approx(
+            13 * 0.02 + 7.5
+        )
         for number in range(MOST_PENDING):
             metrics.on_step(step(2.0 + 0.02 * number))
-        assert metrics._steps.count == 3 + MOST_PENDING, "what is noted has a bound"
+        assert metrics._steps.count == 4 + MOST_PENDING, "what is noted has a bound"
 
 
 async def test_observing_a_step_takes_less_than_150_microseconds() -> None:
