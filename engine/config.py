@@ -126,12 +126,15 @@ class LoggingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 class TracingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Traces, sent to an OTLP collector's `endpoint` (http://host:4318/v1/traces) if there is one:
-    a share of all requests, those whose client traces them, and all that fail or take
-    `slow_seconds`."""
+    those of a share of all traces, chosen by their ids unless the client has chosen, and all that
+    fail or take `slow_seconds`; beside them every `step_every`-th step (0 for none) and all that
+    take `slow_step_seconds`, with links to the requests that they served."""
 
     endpoint: str = ""
     sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
     slow_seconds: Annotated[float, Meta(gt=0)] = 10.0
+    step_every: Annotated[int, Meta(ge=0)] = 1000
+    slow_step_seconds: Annotated[float, Meta(gt=0)] = 1.0
     service: str = "ryzanstein"
 
 

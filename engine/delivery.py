@@ -11,7 +11,7 @@ from engine.scheduling.sequence import State
 from engine.streams import TokenStream
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
-from engine.types import Clock, Delta, Listener, Request, RequestStats, Usage
+from engine.types import Choice, Clock, Delta, Listener, Request, RequestStats, Usage
 
 
 @dataclass(slots=True)
@@ -28,6 +28,8 @@ class Active:
     first_token: float | None = None
     # When each choice got its last token.
     last_tokens: list[float | None] = field(default_factory=list)
+    # When each ended.
+    ends: dict[int, float] = field(default_factory=dict)
 
 
 class Delivery:
@@ -101,7 +103,7 @@ class Delivery:
                 gaps[now - last] = gaps.get(now - last, 0) + 1
             elif active.first_token is None:
                 active.first_token = now
-            self._push(active, sequence)
+            self._push(active, sequence, now)
         return gaps
 
     def abort(self, request_id: str) -> None:
@@ -109,9 +111,11 @@ class Delivery:
         active = self._active.get(request_id)
         if active is None:
             return
+        now = self._clock.now()
         for sequence in active.sequences:
             if sequence.state is not State.FINISHED:
                 self._scheduler.finish(sequence, "abort")
+                active.ends[sequence.index] = now
                 active.open -= 1
                 delta = Delta(index=active.offset + sequence.index, finish_reason="abort")
                 delta.usage = _usage(active) if active.open == 0 else None
@@ -139,6 +143,11 @@ class Delivery:
         active = self._active.get(request_id)
         return None if active is None else active.request
 
+    def choices(self, request_id: str) -> tuple[Choice, ...]:
+        """How far an active request's choices are; none if it is none."""
+        active = self._active.get(request_id)
+        return () if active is None else _choices(active)
+
     def waiting(self, request_id: str) -> ScheduledSequence | None:
         """The first sequence of a request if none of them has ever been let in."""
         active = self._active.get(request_id)
@@ -151,8 +160,10 @@ class Delivery:
         active = self._active.get(request_id)
         if active is None:
             return
+        now = self._clock.now()
         for sequence in active.sequences:
             self._scheduler.finish(sequence, "error")
+            active.ends.setdefault(sequence.index, now)
         active.stream.fail(error)
         self._close(active, "error")
 
@@ -161,8 +172,8 @@ class Delivery:
         for request_id in list(self._active):
             self.fail(request_id, error)
 
-    def _push(self, active: Active, sequence: ScheduledSequence) -> None:
-        """One new token of one sequence."""
+    def _push(self, active: Active, sequence: ScheduledSequence, now: float) -> None:
+        """One new token of one sequence, which came just now."""
         sampling = active.request.sampling
         token = sequence.tokens[-1]
         delta = Delta(index=active.offset + sequence.index, token_ids=[token])
@@ -181,6 +192,7 @@ class Delivery:
             self._scheduler.finish(sequence, "stop")
             sequence.finish_reason = "stop"
         if sequence.state is State.FINISHED:
+            active.ends[sequence.index] = now
             if stop is None:
                 delta.text += detokenizer.flush()
             delta.finish_reason = sequence.finish_reason
@@ -208,9 +220,17 @@ class Delivery:
             preemptions=sum(s.preemptions for s in active.sequences),
             finish_reason=reason,
             trace=active.request.trace,
+            choices=_choices(active),
         )
         for listener in self._listeners:
             listener.on_request(stats)
+
+
+def _choices(active: Active) -> tuple[Choice, ...]:
+    return tuple(
+        Choice(s.index, s.generated, active.ends.get(s.index), s.finish_reason)
+        for s in active.sequences
+    )
 
 
 def _usage(active: Active) -> Usage:

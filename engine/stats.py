@@ -28,8 +28,9 @@ def step_stats(
         seconds=seconds,
         decisions=tuple(plan.decisions),
         prefills=tuple(
-            Ran(chunk.sequence.request.id, chunk.start, chunk.count, chunk.sample)
-            for chunk in plan.chunks
+            Ran(c.sequence.request.id, c.start, c.count, c.sample, c.sequence.index)
+            for c in plan.chunks
         ),
         gaps=gaps,
+        served=[*plan.decodes, *(c.sequence for c in plan.chunks)] if plan.chunks else plan.decodes,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -245,22 +245,32 @@ class Delta(msgspec.Struct, kw_only=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """One choice of the scheduler: what it did to which request, why, and when (clock seconds)."""
+    """One act of the scheduler: what it did to which choice of which request, why, and when (clock
+    seconds)."""
 
     kind: str
     request_id: str
     reason: str
     at: float
+    index: int = 0
 
 
 class Ran(msgspec.Struct, frozen=True):
-    """A piece of a prompt that a step computed: `count` tokens from `start` on, and whether its end
-    drew the next token."""
+    """A piece of a prompt that a step computed for a choice: `count` tokens from `start` on, and
+    whether its end drew the next token."""
 
     request_id: str
     start: int
     count: int
     sample: bool
+    index: int = 0
+
+
+class Served(Protocol):
+    """A choice that a step computed something for."""
+
+    request: Request
+    index: int
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -269,6 +279,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 
     `gaps` are the seconds between the tokens that it gave and those before them in their choices,
     with how many came after each; while a request is set aside, nobody waits for its next token.
+    `served` are those that it computed anything for.
     """
 
     step: int
@@ -286,6 +297,17 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     decisions: tuple[Decision, ...] = ()
     prefills: tuple[Ran, ...] = ()
     gaps: dict[float, int] = {}
+    served: Sequence[Served] = ()
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """One answer to a request: its tokens so far, and when (clock seconds) and why it ended; None
+    while it runs."""
+
+    index: int
+    completion_tokens: int
+    finished: float | None = None
+    finish_reason: str | None = None
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -303,6 +325,7 @@ class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
     finish_reason: str
     trace: str = ""
+    choices: tuple[Choice, ...] = ()
 
 
 class Clock(Protocol):

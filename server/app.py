@@ -46,7 +46,7 @@ from server.security import Guard
 from server.store import Store
 from server.streams import ClientLeft
 from server.tenants import Directory
-from server.tracing import Tracing
+from server.tracing import Tracing, sampler_of
 from server.traffic import Traffic, Watch
 
 logger = logging.getLogger("ryzanstein.server")
@@ -176,6 +176,7 @@ def create_app(
             directory=directory,
             rates=rates,
             max_file_bytes=0 if batches is None else batches.max_file_bytes,
+            sampler=sampler_of(tracing),
         ),
     ]
     if settings.allowed_origins:
@@ -187,6 +188,7 @@ def create_app(
             expose_headers=[
                 "x-request-id",
                 "x-trace-id",
+                "x-trace-sampled",
                 "retry-after",
                 "x-should-retry",
                 *RATE_HEADERS,

@@ -99,6 +99,7 @@ class Feed:
                 "running": [
                     {
                         "id": sequence.request.id,
+                        "index": sequence.index,
                         "slot": sequence.slot,
                         "kind": "decode" if sequence.decoding else "prefill",
                     }

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
+from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +23,7 @@ from engine.config import ServerSection
 from server.errors import MESSAGES_PATH, HTTPError, error_response
 from server.journal import bind
 from server.tenants import Directory
-from server.tracing import trace_of
+from server.tracing import is_sampled, trace_of
 
 logger = logging.getLogger("ryzanstein.server")
 
@@ -44,10 +45,12 @@ class Guard:
         settings: ServerSection,
         directory: Directory,
         rates: Callable[[str], dict[str, str]],
+        sampler: TraceIdRatioBased,
         max_file_bytes: int = 0,
     ) -> None:
         self._app = app
         self._rates = rates
+        self._sampler = sampler
         self._directory = directory
         self._hosts = allowed_hosts(settings)
         self._origins = settings.allowed_origins
@@ -61,7 +64,7 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
-        trace = trace_of(headers)
+        trace = trace_of(headers, self._sampler)
         scope.setdefault("state", {}).update(request_id=request_id, trace=trace)
         bind(request_id, trace)
         send = self._with_headers(send, scope, request_id)
@@ -116,9 +119,11 @@ class Guard:
     def _with_headers(self, send: Send, scope: Scope, request_id: str) -> Send:
         async def wrapped(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
+                trace = scope["state"]["trace"]
                 more = {
                     "x-request-id": request_id,
-                    "x-trace-id": scope["state"]["trace"].split("-")[1],
+                    "x-trace-id": trace.split("-")[1],
+                    "x-trace-sampled": f"{is_sampled(trace):d}",
                 }
                 if scope["path"].startswith(MESSAGES_PATH):
                     more["request-id"] = request_id  # Anthropic's name for it

@@ -250,8 +250,7 @@ class Metrics(Collector):
         text = "Lines that could not be logged in time, or at all"
         yield counter("ryzanstein_log_lines_dropped", text, dropped)
         if self.tracing is not None:
-            spans = {("sent",): self.tracing.exporter.sent, ("lost",): self.tracing.exporter.lost}
-            yield counter("ryzanstein_spans", "Spans for the collector", spans, ["outcome"])
+            yield from self.tracing.collect()
         if (memory := device_memory()) is not None:
             used, total = memory
             text = "Bytes of the GPU's memory"

@@ -1,20 +1,22 @@
 """Where a request's time went: every decision of the scheduler about it, with its reason.
 
 The scheduler's decisions and the pieces of prompts that steps computed are kept by request, while
-it runs and for an hour; the segments are made from them when somebody asks, and leave no gap.
+it runs and for an hour, each with the choice that it belongs to. A choice's segments are made from
+its own when somebody asks, and leave no gap; but what was too much to be kept is not explained.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from engine import AsyncEngine, RequestStats, StepStats
+from engine.types import Choice
 from server.errors import HTTPError, json_response
 from server.tenants import client_of
 
@@ -28,7 +30,7 @@ ITS_TURN = "the step's time goes to others"
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Something that happened to a request, from `at` to `end` (clock seconds)."""
+    """Something that happened to a choice, from `at` to `end` (clock seconds)."""
 
     kind: str
     at: float
@@ -36,11 +38,13 @@ class Event(msgspec.Struct, frozen=True):
     reason: str = ""
     tokens: int = 0
     sample: bool = False
+    index: int = 0
 
 
 class Segment(msgspec.Struct, omit_defaults=True):
-    """A part of a request's time, in milliseconds since it arrived."""
+    """A part of a choice's time, in milliseconds since its request arrived."""
 
+    index: int
     what: str
     from_ms: float
     ms: float
@@ -48,10 +52,31 @@ class Segment(msgspec.Struct, omit_defaults=True):
     tokens: int = 0
 
 
+class Told(msgspec.Struct):
+    """One choice's time: how much there was of it, in milliseconds, and which share of that its
+    segments explain."""
+
+    choice: Choice
+    total_ms: float
+    explained: float
+    segments: list[Segment]
+
+    def summary(self) -> dict[str, object]:
+        """All but the segments, which are listed for the request as a whole."""
+        return {
+            "index": self.choice.index,
+            "finish_reason": self.choice.finish_reason,
+            "completion_tokens": self.choice.completion_tokens,
+            "total_ms": self.total_ms,
+            "explained": self.explained,
+        }
+
+
 class Record(msgspec.Struct):
-    """What is known of one request."""
+    """What is known of one request. Of choices that are `cut`, nothing was kept from then on."""
 
     events: list[Event] = []
+    cut: dict[int, float] = {}
     stats: RequestStats | None = None
 
 
@@ -66,11 +91,12 @@ class Timelines:
     def on_step(self, stats: StepStats) -> None:
         """Note the decisions, and which prompts the step computed."""
         for decision in stats.decisions:
-            event = Event(decision.kind, decision.at, decision.at, decision.reason)
+            at = decision.at
+            event = Event(decision.kind, at, at, decision.reason, index=decision.index)
             self._note(decision.request_id, event)
         begun = stats.at - stats.seconds.get("wait", 0.0)
         for ran in stats.prefills:
-            event = Event(PREFILL, begun, stats.at, tokens=ran.count, sample=ran.sample)
+            event = Event(PREFILL, begun, stats.at, "", ran.count, ran.sample, ran.index)
             self._note(ran.request_id, event)
 
     def on_request(self, stats: RequestStats) -> None:
@@ -89,23 +115,33 @@ class Timelines:
         """What is known of a request; None if nothing is."""
         return self._live.get(request_id) or self._ended.get(request_id)
 
-    def segments(self, record: Record, arrival: float) -> list[Segment]:
-        """A request's time from its arrival to its end, or to now, without a gap."""
-        stats = record.stats
-        end = self._now() if stats is None else stats.finished
-        return segments(
-            record.events, arrival, end, 0 if stats is None else stats.completion_tokens
-        )
+    def told(self, record: Record, arrival: float, choices: Sequence[Choice]) -> list[Told]:
+        """The time of each choice, from its request's arrival to its end, or to now."""
+        return [self._tell(record, arrival, choice) for choice in choices]
+
+    def _tell(self, record: Record, arrival: float, choice: Choice) -> Told:
+        index, ended = choice.index, choice.finished
+        end = self._now() if ended is None else ended
+        events = [event for event in record.events if event.index == index]
+        known = min(end, record.cut.get(index, end))
+        parts = segments(events, arrival, known, choice.completion_tokens, index)
+        lasted, spent = 1e3 * (end - arrival), sum(part.ms for part in parts)
+        explained = round(spent / lasted, 4) if lasted else 1.0
+        return Told(choice, round(lasted, 3), explained, parts)
 
     def _note(self, request_id: str, event: Event) -> None:
         if (record := self._ended.get(request_id)) is None:
             record = self._live.setdefault(request_id, Record())
         if len(record.events) < MOST_EVENTS:
             record.events.append(event)
+        else:
+            record.cut.setdefault(event.index, event.at)
 
 
-def segments(events: list[Event], arrival: float, end: float, tokens: int) -> list[Segment]:
-    """Events as parts of the time between arrival and end; `tokens` were generated."""
+def segments(
+    events: list[Event], arrival: float, end: float, tokens: int, index: int = 0
+) -> list[Segment]:
+    """A choice's events as parts of the time between arrival and end; `tokens` were generated."""
     made: list[Segment] = []
     at, what, why = arrival, QUEUED, BEHIND
 
@@ -113,7 +149,7 @@ def segments(events: list[Event], arrival: float, end: float, tokens: int) -> li
         nonlocal at
         until = min(max(until, at), end)
         if until > at:
-            made.append(Segment(what, 1e3 * (at - arrival), 1e3 * (until - at), why))
+            made.append(Segment(index, what, 1e3 * (at - arrival), 1e3 * (until - at), why))
         at = until
 
     for event in sorted(events, key=lambda e: e.at):
@@ -156,8 +192,9 @@ async def get_timeline(request: HTTPRequest) -> Response:
             break
         about = running if record is None or record.stats is None else record.stats
         if record is not None and about is not None and tenant in ("", about.tenant):
-            parts = timelines.segments(record, about.arrival)
-            found.append(_body(request_id, record, parts))
+            stats = record.stats
+            choices = engine.delivery.choices(request_id) if stats is None else stats.choices
+            found.append(_body(request_id, stats, timelines.told(record, about.arrival, choices)))
     if not found:
         raise HTTPError(
             404, f"nothing is known of an answer {identifier[:100]!r}", param="id", code="not_found"
@@ -165,17 +202,15 @@ async def get_timeline(request: HTTPRequest) -> Response:
     return json_response({"id": identifier, "object": "timeline", "requests": found})
 
 
-def _body(request_id: str, record: Record, parts: list[Segment]) -> dict[str, object]:
-    stats = record.stats
-    total = sum(segment.ms for segment in parts)
-    lasted = total if stats is None else 1e3 * (stats.finished - stats.arrival)
+def _body(request_id: str, stats: RequestStats | None, told: list[Told]) -> dict[str, object]:
     return {
         "id": request_id,
         "state": "running" if stats is None else "finished",
         "finish_reason": None if stats is None else stats.finish_reason,
-        "total_ms": round(total, 3),
-        "explained": round(total / lasted, 4) if lasted else 1.0,
-        "segments": parts,
+        "total_ms": max(choice.total_ms for choice in told),
+        "explained": min(choice.explained for choice in told),
+        "choices": [choice.summary() for choice in told],
+        "segments": [segment for choice in told for segment in choice.segments],
         "prompt_tokens": None if stats is None else stats.prompt_tokens,
         "cached_tokens": None if stats is None else stats.cached_tokens,
         "completion_tokens": None if stats is None else stats.completion_tokens,

@@ -60,6 +60,11 @@ class Plan:
     retired_pages: list[list[int]] = field(default_factory=list)
     retired_slots: list[int] = field(default_factory=list)
 
+    def note(self, kind: str, sequence: Sequence, reason: str, at: float) -> None:
+        """Keep what was decided about a sequence, for whoever is told."""
+        decision = Decision(kind, sequence.request.id, reason, at, sequence.index)
+        self.decisions.append(decision)
+
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""

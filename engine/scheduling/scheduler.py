@@ -22,7 +22,7 @@ from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.room import BESIDE, BUSY, FULL, NO_PAGES, OUT_OF_TURN, Room
 from engine.scheduling.sequence import Sequence, State, by_order, take_out
 from engine.scheduling.tenants import Account, FairQueue, order_key
-from engine.types import Clock, Decision
+from engine.types import Clock
 
 
 class Scheduler:
@@ -301,8 +301,7 @@ class Scheduler:
         """Note why the head of the queue waits."""
         if self._told.get(sequence.account) != (sequence, reason):
             self._told[sequence.account] = (sequence, reason)
-            now = self._clock.now()
-            plan.decisions.append(Decision("wait", sequence.request.id, reason, now))
+            plan.note("wait", sequence, reason, self._clock.now())
         self._blocked = (sequence, reason, self._freed)
 
     def _make_way(self, plan: Plan) -> None:
@@ -329,7 +328,7 @@ class Scheduler:
         self._blocked = None
         self._told.pop(sequence.account, None)
         reason = f"{self.prefixes.known_pages(sequence)} pages known"
-        plan.decisions.append(Decision("admit", sequence.request.id, reason, now))
+        plan.note("admit", sequence, reason, now)
 
     # Room
 
@@ -369,8 +368,7 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
         self.queue.put_back(sequence)
-        now = self._clock.now()
-        plan.decisions.append(Decision("preempt", sequence.request.id, reason, now))
+        plan.note("preempt", sequence, reason, self._clock.now())
 
     def _vacate(self, sequence: Sequence) -> None:
         """Take slot and pages; while a step is in flight that may name them, when it retires."""

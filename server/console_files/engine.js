@@ -165,19 +165,31 @@ export class Engine {
     const found = this.past[column]?.running.find((r) => r.slot === slot);
     if (!found) return;
     const answer = await fetch(`/v1/requests/${encodeURIComponent(found.id)}/timeline`, { headers: this.headers() });
-    if (answer.ok) this.timeline((await answer.json()).requests[0]);
+    if (answer.ok) this.timeline((await answer.json()).requests[0], found.index);
   }
 
-  timeline(request) {
+  // Each choice's time, the one of the lane that was clicked first.
+  timeline(request, picked) {
     const section = $("timeline");
     section.replaceChildren();
     section.hidden = false;
     const title = section.appendChild(document.createElement("h2"));
     title.textContent = `${request.id}: ${request.state}, ${request.total_ms.toFixed(0)} ms`;
+    const choices = request.choices.toSorted((a, b) => (b.index === picked) - (a.index === picked));
+    for (const choice of choices) {
+      const name = section.appendChild(document.createElement("h3"));
+      const many = choices.length > 1 ? `choice ${choice.index}: ` : "";
+      name.textContent = `${many}${(100 * choice.explained).toFixed(1)}% of ${choice.total_ms.toFixed(0)} ms explained`;
+      this.segments(section, request.segments.filter(({ index }) => index === choice.index));
+    }
+    section.scrollIntoView({ block: "nearest" });
+  }
+
+  segments(section, segments) {
     const bar = section.appendChild(document.createElement("div"));
     bar.className = "bar";
     const table = section.appendChild(document.createElement("table"));
-    for (const { what, why, ms, tokens } of request.segments) {
+    for (const { what, why, ms, tokens } of segments) {
       const piece = bar.appendChild(document.createElement("i"));
       piece.dataset.kind = what;
       piece.style.flex = `${ms} 0 0`;
@@ -186,6 +198,5 @@ export class Engine {
         row.insertCell().textContent = text;
       }
     }
-    section.scrollIntoView({ block: "nearest" });
   }
 }

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from engine import Decision, RequestStats
-from engine.types import Ran
-from server.timeline import KEPT, Event, Timelines, segments
+from engine.types import Choice, Ran
+from server import timeline as module
+from server.timeline import KEPT, Event, Timelines, Told, segments
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
 from tests.server.stats import step
@@ -53,7 +56,8 @@ def test_a_life_is_told_without_a_gap() -> None:
         ("prefill", "", 100),
         ("decode", "", 1000),
     ]
-    parts = segments(events, 10.0, 13.5, 40)
+    parts = segments(events, 10.0, 13.5, 40, 1)
+    assert {p.index for p in parts} == {1}
     assert [p.tokens for p in parts if p.what == "decode"] == [20, 20]
     assert [p.tokens for p in parts if p.what == "prefill"] == [512, 100, 620]
     assert sum(p.ms for p in parts) == pytest.approx(3500)
@@ -80,7 +84,15 @@ def stats(number: int, finished: float) -> RequestStats:
         completion_tokens=0,
         preemptions=0,
         finish_reason="stop",
+        choices=(Choice(0, 0, finished, "stop"),),
     )
+
+
+def told(timelines: Timelines, name: str) -> list[Told]:
+    record = timelines.record(name)
+    assert record is not None
+    assert record.stats is not None
+    return timelines.told(record, record.stats.arrival, record.stats.choices)
 
 
 def test_what_has_ended_is_kept_for_an_hour_and_not_without_end() -> None:
@@ -108,10 +120,42 @@ def test_a_step_that_comes_behind_the_end_is_still_noted() -> None:
         prefills=(Ran("r1", 0, 4, True),),
     )
     timelines.on_step(last)
-    record = timelines.record("r1")
-    assert record is not None
-    told = [(s.what, round(s.ms)) for s in timelines.segments(record, 0.0)]
-    assert told == [("queued", 1000), ("in the batch", 500), ("prefill", 500)]
+    (one,) = told(timelines, "r1")
+    parts = [(s.what, round(s.ms)) for s in one.segments]
+    assert parts == [("queued", 1000), ("in the batch", 500), ("prefill", 500)]
+
+
+def test_choices_have_their_own_time_and_their_own_share_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first ends early, the second is preempted; of the third not all could be kept."""
+    monkeypatch.setattr(module, "MOST_EVENTS", 8)
+    timelines = Timelines(lambda: 0.0)
+    for at, index, kind in (
+        *((1.0, 0, "admit"), (1.0, 1, "admit"), (1.0, 2, "admit")),
+        *((4.0, 1, "preempt"), (6.0, 1, "admit"), (6.0, 2, "preempt"), (7.0, 2, "admit")),
+    ):
+        decision = Decision(kind, "r1", "why", at, index)
+        timelines.on_step(step(at, rows=0, decisions=(decision,)))
+    piece = Ran("r1", 0, 4, True, 0)
+    timelines.on_step(step(2.0, rows=0, seconds={"wait": 0.5}, prefills=(piece,)))
+    late = Decision("preempt", "r1", "why", 8.0, 2)
+    timelines.on_step(step(8.0, rows=0, decisions=(late,)))
+    ended = stats(1, 10.0)
+    choices = (Choice(0, 9, 5.0, "stop"), Choice(1, 9, 10.0, "stop"), Choice(2, 9, 10.0, "length"))
+    timelines.on_request(msgspec.structs.replace(ended, choices=choices))
+    first, second, third = told(timelines, "r1")
+    assert [p.what for p in first.segments] == ["queued", "in the batch", "prefill", "decode"]
+    assert (first.total_ms, first.explained, first.segments[-1].tokens) == (5000, 1.0, 9)
+    assert [p.what for p in second.segments] == [
+        "queued",
+        "in the batch",
+        "preempted",
+        "in the batch",
+    ]
+    assert (second.total_ms, second.explained) == (10_000, 1.0)
+    assert (third.total_ms, third.explained) == (10_000, 0.8)
+    assert [part.index for part in third.segments] == [2] * 4
 
 
 def timeline(server: ServerProcess, answer: str, key: str = "") -> httpx.Response:
@@ -152,6 +196,31 @@ def test_over_http_while_it_runs_and_afterwards(mock_server: MockFactory) -> Non
         whats |= {(part["what"], part.get("why", "")) for part in found["segments"]}
     assert {("queued", "batch full"), ("prefill", ""), ("decode", "")} <= whats
     assert timeline(server, "cmpl-nobody").status_code == 404
+
+
+def test_each_of_several_choices_is_told_by_itself(mock_server: MockFactory) -> None:
+    """Three choices where two fit at once: the last waits until one of the others has ended."""
+    server = mock_server(delay=0.01, max_running=2)
+    body = {"model": "mock", "prompt": "abc", "max_tokens": 20, "n": 3}
+    made = httpx.post(f"{server.url}/v1/completions", json=body).json()["id"]
+    (found,) = timeline(server, made).json()["requests"]
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+    for choice in found["choices"]:
+        own = [part for part in found["segments"] if part["index"] == choice["index"]]
+        assert own[0]["from_ms"] == 0
+        for before, after in pairwise(own):
+            assert after["from_ms"] == pytest.approx(before["from_ms"] + before["ms"], abs=0.01)
+        assert sum(part["ms"] for part in own) == pytest.approx(choice["total_ms"], abs=0.01)
+        assert choice["explained"] >= 0.99
+        assert (choice["completion_tokens"], choice["finish_reason"]) == (20, "length")
+        decoded = sum(part["tokens"] for part in own if part["what"] == "decode")
+        assert decoded == 20
+    first, second, last = found["choices"]
+    assert max(first["total_ms"], second["total_ms"]) < 0.8 * last["total_ms"]
+    waited = [p["ms"] for p in found["segments"] if p["index"] == 2 and p["what"] == "queued"]
+    assert sum(waited) > 100
+    assert found["total_ms"] == last["total_ms"]
+    assert found["completion_tokens"] == 60
 
 
 def test_it_is_shown_to_its_owner_and_to_the_operator(

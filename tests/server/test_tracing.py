@@ -16,9 +16,19 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from server.tracing import NO_PARENT, trace_of
+from engine import SamplingParams
+from engine.config import TracingSection
+from engine.scheduling.sequence import Sequence
+from engine.types import Request
+from server.timeline import Timelines
+from server.tracing import MOST_WAITING, NO_PARENT, Counted, Tracing, Waiting, trace_of
+from tests.mock import mock_engine
+from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
+from tests.server.stats import step
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -133,6 +143,154 @@ def test_a_share_is_traced_and_all_that_are_slow_or_fail(collector: Collector) -
     with server(collector.endpoint, sample_ratio=1.0) as made:
         every = complete(made, 1).headers["x-trace-id"]
     assert collector.of(every)
+
+
+def test_the_choice_is_made_at_the_start_from_the_traces_id(collector: Collector) -> None:
+    """By the ratio of the id's lower half; what is told is what is done."""
+    answers = {}
+    with server(collector.endpoint, sample_ratio=0.5, step_every=0) as made:
+        for _ in range(30):
+            headers = complete(made, 1).headers
+            answers[headers["x-trace-id"]] = headers["x-trace-sampled"]
+    for trace, sampled in answers.items():
+        below = int(trace[16:], 16) < 2**63
+        assert sampled == str(int(below))
+        assert bool(collector.of(trace)) == below
+    assert set(answers.values()) == {"0", "1"}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_client_that_has_chosen_is_followed(collector: Collector, *, sampled: bool) -> None:
+    """Whatever the ratio says; what it left out is sent all the same if it fails."""
+    ratio = float(not sampled)
+    trace = f"00-{TRACE}-{PARENT}-0{sampled:d}"
+    with server(collector.endpoint, sample_ratio=ratio, step_every=0) as made:
+        answer = complete(made, 1, trace)
+        assert answer.headers["x-trace-sampled"] == str(int(sampled))
+        while made.metric("ryzanstein_spans_waiting"):
+            time.sleep(0.02)
+        assert bool(collector.of(TRACE)) == sampled
+        httpx.post(f"{made.url}/test/fail")
+        complete(made, 1, trace)
+    failed = [span for span in collector.of(TRACE) if span.status.code == 2]
+    assert len(failed) == 1
+    assert failed[0].parent_span_id.hex() == PARENT
+
+
+def test_where_nothing_is_sent_nothing_is_chosen(mock_server: MockFactory) -> None:
+    server = mock_server()
+    assert complete(server, 1).headers["x-trace-sampled"] == "0"
+    asked = complete(server, 1, f"00-{TRACE}-{PARENT}-01")
+    assert asked.headers["x-trace-sampled"] == "1", "it is the client's choice"
+
+
+def of_steps(collector: Collector) -> list[Any]:
+    return [span for span in collector.spans if span.name == "step"]
+
+
+def test_a_step_is_linked_to_the_requests_that_it_served(collector: Collector) -> None:
+    with server(collector.endpoint, sample_ratio=1.0, step_every=4, delay=0.01) as made:
+        body = {"model": "mock", "prompt": ["one", "two", "three"], "max_tokens": 12, "n": 2}
+        answer = httpx.post(f"{made.url}/v1/completions", json=body, timeout=30)
+        trace = answer.headers["x-trace-id"]
+    roots = {span.span_id for span in collector.of(trace) if not span.parent_span_id}
+    assert len(roots) == 3
+    steps = of_steps(collector)
+    assert len(steps) >= 3
+    assert [attributes(span)["ryzanstein.step"] % 4 for span in steps] == [3] * len(steps)
+    for span in steps:
+        assert not span.parent_span_id
+        assert span.trace_id.hex() != trace
+        assert {link.span_id for link in span.links} == roots
+        assert {link.trace_id.hex() for link in span.links} == {trace}
+        said = attributes(span)
+        assert said["ryzanstein.why"] == "one in many"
+        assert said["ryzanstein.decode_rows"] == 6
+        lasted = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+        assert 0.01 < lasted < 1
+    assert len({span.trace_id for span in steps}) == len(steps)
+    choices = [
+        attributes(span)["ryzanstein.choice"]
+        for span in collector.of(trace)
+        if span.name == "decode"
+    ]
+    assert sorted(choices) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_slow_step_is_always_a_span(collector: Collector) -> None:
+    settings = {"step_every": 0, "slow_step_seconds": 0.05, "sample_ratio": 0.0}
+    with server(collector.endpoint, delay=0.001, **settings) as made:
+        complete(made, 3)
+    assert not of_steps(collector)
+    with server(collector.endpoint, delay=0.06, **settings) as made:
+        trace = complete(made, 3).headers["x-trace-id"]
+    steps = of_steps(collector)
+    assert len(steps) == 3
+    for span in steps:
+        assert attributes(span)["ryzanstein.why"] == "slow"
+        (link,) = span.links
+        assert link.trace_id.hex() == trace
+    assert len({span.links[0].span_id for span in steps}) == 1
+
+
+async def test_tracing_takes_far_less_than_150_microseconds_a_step(collector: Collector) -> None:
+    """Of the processor's time at 32 streams: of every step, and of one that is made a span."""
+    engine, _ = mock_engine()
+    requests = [
+        Request(
+            id=f"r{number}",
+            prompt_ids=(1,),
+            sampling=SamplingParams(),
+            max_tokens=9,
+            seed=0,
+            arrival=0.0,
+            trace=f"00-{TRACE}-{NO_PARENT}-01",
+        )
+        for number in range(32)
+    ]
+    rows = [Sequence(request, 0, fingerprint=b"") for request in requests]
+    steps = [step(0.02 * number, rows=32, step=number, served=rows) for number in range(1000)]
+    best = {1000: 1.0, 1: 1.0}
+    for every in best:
+        timelines = Timelines(lambda: 0.0)
+        settings = TracingSection(endpoint=collector.endpoint, step_every=every)
+        tracing = Tracing(engine, timelines, settings)
+        for _ in range(3):
+            begin = time.thread_time()
+            for stats in steps:
+                timelines.on_step(stats)
+                tracing.on_step(stats)
+            best[every] = min(best[every], (time.thread_time() - begin) / len(steps))
+        tracing.close()
+    print({every: f"{1e6 * seconds:.1f} us" for every, seconds in best.items()})
+    assert best[1000] < 20e-6
+    assert best[1] < 1e-3
+
+
+def test_spans_that_wait_have_a_bound_and_what_is_beyond_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a collector that takes its time, and then is gone."""
+    go_on = threading.Event()
+
+    class Gone(SpanExporter):
+        def export(self, spans: object) -> SpanExportResult:
+            go_on.wait(20)
+            raise OSError("it is gone")
+
+    counted = Counted(Gone())
+    waiting = Waiting(counted)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(waiting)
+    tracer = provider.get_tracer("test")
+    for _ in range(MOST_WAITING + 7):
+        tracer.start_span("one").end()
+    assert (waiting.count, waiting.dropped) == (MOST_WAITING, 7)
+    go_on.set()
+    provider.shutdown()
+    assert (waiting.count, counted.lost, counted.sent) == (0, MOST_WAITING, 0)
+    assert counted.exports["failed",] >= 4
+    assert "it is gone" in caplog.text
 
 
 def test_a_collector_that_is_not_there_costs_a_counter() -> None:
