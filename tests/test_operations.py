@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import crossplane
 import httpx
@@ -143,8 +144,34 @@ def test_filebeat_and_kibana_read_what_they_are_given() -> None:
 
 
 def test_grafana_is_told_where_everything_is() -> None:
+    """Each source that a dashboard asks for, at a service of the compose file."""
     for file in (CONFIGS / "grafana/provisioning").rglob("*.yaml"):
         assert yaml.safe_load(file.read_text())["apiVersion"] == 1
+    services = yaml.safe_load((CONFIGS / "compose.observability.yaml").read_text())["services"]
+    given = yaml.safe_load((CONFIGS / "grafana/provisioning/datasources/sources.yaml").read_text())
+    for source in given["datasources"]:
+        assert urlsplit(source["url"]).hostname in services
+    wanted = set()
+    for file in (CONFIGS / "grafana").glob("*.json"):
+        variables = json.loads(file.read_text())["templating"]["list"]
+        wanted |= {entry["query"] for entry in variables if entry["type"] == "datasource"}
+    assert wanted == {source["type"] for source in given["datasources"]} == {"prometheus", "jaeger"}
+
+
+def test_slow_traces_are_listed_from_jaeger() -> None:
+    """Of the service as it names itself, by Grafana's own search."""
+    board = json.loads((CONFIGS / "grafana/tracing.json").read_text())
+    defined = {entry["name"]: entry for entry in board["templating"]["list"]}
+    panels = [panel for panel in board["panels"] if panel["datasource"]["type"] == "jaeger"]
+    assert len(panels) == 2
+    for panel in panels:
+        assert panel["type"] == "table"
+        (target,) = panel["targets"]
+        assert (target["queryType"], target["datasource"]) == ("search", panel["datasource"])
+        assert target["service"] == load_config().tracing.service
+        assert target["datasource"]["uid"].strip("${}") in defined
+    assert panels[0]["targets"][0]["minDuration"] == "$slow"
+    assert float(defined["slow"]["query"].removesuffix("s")) == load_config().tracing.slow_seconds
 
 
 def test_the_reference_is_what_the_server_describes() -> None:

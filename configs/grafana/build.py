@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grafana_foundation_sdk.builders import dashboard, prometheus, stat, timeseries
+from grafana_foundation_sdk.builders import dashboard, prometheus, stat, table, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.runtime import UnknownDataquery
 from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
 FOLDER = Path(__file__).parent
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+TRACES = DataSourceRef(type_val="jaeger", uid="${traces}")
 ON = '{job=~"$job", instance=~"$instance"}'
 RATE = "[$__rate_interval]"
 
@@ -203,12 +205,54 @@ HARDWARE: list[Panel] = [
     ),
     ("Started", "dateTimeFromNow", {"{{instance}}": f"1000 * process_start_time_seconds{ON}"}),
 ]
+# What became of spans that did not arrive.
+OUTCOMES = 'outcome=~"lost|dropped"'
+TRACING: list[Panel] = [
+    ("Traces made a second, by why", "none", {"{{why}}": rate("traces_total", by="why")}),
+    (
+        "Share of answers that are traced",
+        "percentunit",
+        {
+            "share": " / ".join(
+                [rate("traces_total", 'why!="step"'), rate("requests_finished_total")]
+            ),
+        },
+    ),
+    ("Spans a second", "none", {"{{outcome}}": rate("spans_total", by="outcome")}),
+    (
+        "Spans that did not arrive, in an hour",
+        "none",
+        {
+            "{{outcome}}": f"sum by (outcome) (increase({on('spans_total', OUTCOMES)}[1h]))",
+        },
+    ),
+    ("Exports a second", "none", {"{{outcome}}": rate("span_exports_total", by="outcome")}),
+    (
+        "Exports that failed",
+        "percentunit",
+        {
+            "share": " / ".join(
+                [rate("span_exports_total", 'outcome="failed"'), rate("span_exports_total")]
+            ),
+        },
+    ),
+    ("Spans that wait for the collector", "none", {"{{instance}}": on("spans_waiting")}),
+    (
+        "Slowest steps and answers",
+        "s",
+        {
+            "steps, p99": quantile(0.99, "step_duration_seconds"),
+            "answers, p99": quantile(0.99, "request_seconds"),
+        },
+    ),
+]
 DASHBOARDS: dict[str, tuple[str, list[Panel]]] = {
     "overview": ("Ryzanstein: overview", OVERVIEW),
     "latency": ("Ryzanstein: latency and objectives", LATENCY),
     "scheduler": ("Ryzanstein: scheduler and KV cache", SCHEDULER),
     "tenants": ("Ryzanstein: tenants", TENANTS),
     "hardware": ("Ryzanstein: machine and process", HARDWARE),
+    "tracing": ("Ryzanstein: traces", TRACING),
 }
 
 
@@ -230,6 +274,13 @@ def build(name: str) -> str:
     )
     for label, unit, queries in panels:
         board = board.with_panel(_panel(label, unit, queries))
+    if name == "tracing":
+        board = (
+            board.with_variable(dashboard.DatasourceVariable("traces").type("jaeger"))
+            .with_variable(dashboard.TextBoxVariable("slow").default_value("10s"))
+            .with_panel(_search("Slow answers", {"minDuration": "$slow"}))
+            .with_panel(_search("Slow and sampled steps", {"operation": "step"}))
+        )
     text: str = JSONEncoder(sort_keys=True, indent=2).encode(board.build())
     return text + "\n"
 
@@ -251,6 +302,25 @@ def _panel(title: str, unit: str, queries: dict[str, str]) -> Any:
     for legend, query in queries.items():
         panel = panel.with_target(prometheus.Dataquery().expr(query).legend_format(legend))
     return panel
+
+
+class Search:
+    """What Jaeger is asked for: the newest traces of the service, one a row."""
+
+    def __init__(self, more: dict[str, str]) -> None:
+        self._more = more
+
+    def build(self) -> UnknownDataquery:
+        """In the words of Grafana's own Jaeger data source, which the SDK does not know."""
+        source = {"type": TRACES.type_val, "uid": TRACES.uid}
+        asked = {"queryType": "search", "service": "ryzanstein", "limit": 20, "refId": "A"}
+        return UnknownDataquery({"datasource": source, **asked, **self._more})
+
+
+def _search(title: str, more: dict[str, str]) -> Any:
+    return (
+        table.Panel().title(title).datasource(TRACES).with_target(Search(more)).span(24).height(9)
+    )
 
 
 def main() -> None:

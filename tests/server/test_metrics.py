@@ -22,6 +22,7 @@ from server.figures import Histogram, Limited
 from server.telemetry import MOST_PENDING, Metrics
 from server.traffic import MOST_SERIES, Traffic
 from tests.mock import mock_engine
+from tests.server.collector import Collector
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
 from tests.server.prometheus import ROOT, Prometheus, tool
@@ -46,13 +47,24 @@ def complete(server: ServerProcess, key: str, tokens: int = 8) -> httpx.Response
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server that two tenants keep busy, one of them beyond its rate."""
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[ServerProcess]:
+    """A server that two tenants keep busy, one of them beyond its rate, and that is traced."""
     file = tmp_path_factory.mktemp("tenants") / "tenants.toml"
     file.write_text(TENANTS)
     env = {
         "MOCK_ENGINE": json.dumps({"delay": 0.002}),
         "MOCK_SERVER": json.dumps({"tenants_file": str(file)}),
+        "MOCK_TRACING": json.dumps({"endpoint": collector.endpoint, "step_every": 10}),
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
     }
     with ServerProcess(module="tests.server.mock_server", env=env) as server:
         done = threading.Event()
@@ -88,7 +100,8 @@ def prometheus(
 def queries(dashboard: Path) -> Iterator[str]:
     for panel in json.loads(dashboard.read_text())["panels"]:
         for target in panel["targets"]:
-            yield target["expr"]
+            if panel["datasource"]["type"] == "prometheus":
+                yield target["expr"]
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
