@@ -117,11 +117,13 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class LoggingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is logged to standard error: lines for people, or `json` in the Elastic Common Schema;
-    with `requests` a line for each that has ended. Prompts and answers never are."""
+    with `requests` a line for each that has ended. Prompts and answers are in it only with
+    `prompts`, which also asks for the line."""
 
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
     requests: bool = False
+    prompts: bool = False
 
 
 class TracingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

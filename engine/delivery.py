@@ -148,6 +148,13 @@ class Delivery:
         active = self._active.get(request_id)
         return () if active is None else _choices(active)
 
+    def tokens(self, request_id: str) -> tuple[Sequence[int], list[list[int]]]:
+        """An active request's prompt, and what its choices have added to it; also while listeners
+        are told of its end."""
+        active = self._active[request_id]
+        prompt = active.request.prompt_ids
+        return prompt, [sequence.tokens[len(prompt) :] for sequence in active.sequences]
+
     def waiting(self, request_id: str) -> ScheduledSequence | None:
         """The first sequence of a request if none of them has ever been let in."""
         active = self._active.get(request_id)
@@ -205,7 +212,6 @@ class Delivery:
             self._close(active, sequence.finish_reason or "stop")
 
     def _close(self, active: Active, reason: str) -> None:
-        del self._active[active.request.id]
         usage = _usage(active)
         stats = RequestStats(
             id=active.request.id,
@@ -224,6 +230,7 @@ class Delivery:
         )
         for listener in self._listeners:
             listener.on_request(stats)
+        del self._active[active.request.id]
 
 
 def _choices(active: Active) -> tuple[Choice, ...]:

@@ -268,8 +268,8 @@ def create_app(
         app.state.tracing = Tracing(lifecycle.engine, app.state.timelines, tracing)
         lifecycle.engine.add_listener(app.state.tracing)
     app.state.metrics.tracing = app.state.tracing
-    if logs.requests:
-        lifecycle.engine.add_listener(RequestLog())
+    if logs.requests or logs.prompts:
+        lifecycle.engine.add_listener(RequestLog(lifecycle.engine if logs.prompts else None))
     return app
 
 

@@ -3,7 +3,7 @@
 A line is put into a queue; a thread formats and writes it. What comes faster than it can be
 written, or cannot be written at all (a full disk, a closed pipe), is dropped and counted. The same
 line again and again is written a few times, then counted. Requests' and traces' ids come with every
-line that is logged on their behalf; prompts and answers are never logged.
+line that is logged on their behalf. Prompts and answers are logged only where that was asked for.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ecs_logging
 import structlog
 
-from engine import RequestStats, StepStats
+from engine import AsyncEngine, RequestStats, StepStats
 from engine.config import LoggingSection
+from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("ryzanstein.requests")
 
@@ -28,6 +30,7 @@ MOST_WAITING = 10_000
 MOST_ALIKE, ALIKE_SECONDS = 10, 10.0
 # How long an exit waits for what is still to be written.
 EXIT_SECONDS = 1.0
+PROMPT, ANSWERS = "ryzanstein.prompt", "ryzanstein.answers"
 # Kinds of lines that are remembered for this.
 MOST_KINDS = 1000
 
@@ -95,12 +98,36 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
+        if PROMPT in record.__dict__:
+            text += f", prompt {record.__dict__[PROMPT]!r}, answers {record.__dict__[ANSWERS]!r}"
         request_id = record.__dict__.get("http.request.id")
         return text if request_id is None else f"{text} [{request_id}]"
 
 
+class Text:
+    """Tokens that become text when they are written, on the journal's thread."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = ids
+
+    def __str__(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=False)
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def __structlog__(self) -> str:
+        """What it is in JSON."""
+        return str(self)
+
+
 class RequestLog:
-    """A listener that logs a line for each request that has ended."""
+    """A listener that logs a line for each request that has ended; given the `engine`, with its
+    prompt and answers as the model read and wrote them."""
+
+    def __init__(self, engine: AsyncEngine | None = None) -> None:
+        self._engine = engine
 
     def on_step(self, stats: StepStats) -> None:
         """Steps are not logged."""
@@ -108,6 +135,12 @@ class RequestLog:
     def on_request(self, stats: RequestStats) -> None:
         """Say what it took."""
         first = None if stats.first_token is None else stats.first_token - stats.arrival
+        more: dict[str, Any] = {}
+        if self._engine is not None:
+            tokenizer = self._engine.parts.tokenizer
+            prompt, answers = self._engine.delivery.tokens(stats.id)
+            more[PROMPT] = Text(tokenizer, prompt)
+            more[ANSWERS] = [Text(tokenizer, answer) for answer in answers]
         logger.info(
             "%s ended: %s, %d tokens in, %d out, %.3f s",
             stats.id,
@@ -126,6 +159,7 @@ class RequestLog:
                 "ryzanstein.output_tokens": stats.completion_tokens,
                 "ryzanstein.preemptions": stats.preemptions,
                 "ryzanstein.first_token_seconds": first,
+                **more,
             },
         )
 
@@ -139,6 +173,11 @@ def open_journal(settings: LoggingSection) -> Journal:
         )
     journal = Journal(formatter)
     logging.basicConfig(handlers=[journal], level=settings.level.upper(), force=True)
+    if settings.prompts:
+        logger.warning(
+            "PROMPTS AND ANSWERS ARE LOGGED: whoever can read this log can read all that users say "
+            "to the model and it to them. Set logging.prompts = false unless they know that."
+        )
     return journal
 
 

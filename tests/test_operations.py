@@ -116,7 +116,7 @@ def flat(entry: dict[str, Any], before: str = "") -> set[str]:
 def test_the_index_template_knows_every_field_that_is_logged() -> None:
     template = json.loads((CONFIGS / "elk/index-template.json").read_text())
     known = paths(template["template"]["mappings"]["properties"])
-    env = {"MOCK_LOGGING": json.dumps({"format": "json", "requests": True})}
+    env = {"MOCK_LOGGING": json.dumps({"format": "json", "prompts": True})}
     with ServerProcess(module="tests.server.mock_server", env=env) as server:
         body = {"model": "mock", "prompt": "x", "max_tokens": 2}
         httpx.post(f"{server.url}/v1/completions", json=body)
@@ -126,6 +126,7 @@ def test_the_index_template_knows_every_field_that_is_logged() -> None:
     entries = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     logged = set().union(*(flat(entry) for entry in entries))
     assert logged <= known, logged - known
+    assert {"ryzanstein.prompt", "ryzanstein.answers"} <= logged
 
 
 def test_filebeat_and_kibana_read_what_they_are_given() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
@@ -63,7 +65,9 @@ def test_a_pipe_that_nobody_reads_stops_nobody(
     assert journal.dropped > 2000
     journal.close()  # in a second, at most
     assert time.monotonic() - begun < 5
-    os.read(pipe[0], 1 << 20)  # so that the thread ends
+    while journal._thread.is_alive():  # or it would write to whoever gets the descriptor next
+        if select.select([pipe[0]], [], [], 0.1)[0]:
+            os.read(pipe[0], 1 << 20)
 
 
 def test_a_full_disk_and_a_closed_pipe_are_counted() -> None:
@@ -120,6 +124,57 @@ def test_json_lines_follow_the_elastic_common_schema(mock_server: MockFactory) -
     assert "stack_trace" in raised["error"]
     assert {entry["ecs.version"] for entry in found}
     assert "secret prompt" not in log
+
+
+def ask_for_two(server: ServerProcess, secret: str) -> tuple[str, list[str]]:
+    """Two answers to one prompt, one of them cut by its client; the first one's id and texts."""
+    body = {"model": "mock", "prompt": secret, "max_tokens": 40, "n": 2, "stop": ["q"]}
+    done = httpx.post(f"{server.url}/v1/completions", json=body).json()
+    body = {"model": "mock", "prompt": f"cut {secret}", "max_tokens": 150, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    return done["id"], [choice["text"] for choice in done["choices"]]
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_prompts_and_answers_are_in_each_requests_line_where_that_is_set(kind: str) -> None:
+    secret = 'so private\nthat "nobody" should see it: é'
+    env = {
+        "MOCK_LOGGING": json.dumps({"format": kind, "prompts": True}),
+        "MOCK_ENGINE": json.dumps({"delay": 0.005, "pages": 256, "context": 500}),
+    }
+    with ServerProcess(module="tests.server.mock_server", env=env) as server:
+        assert "PROMPTS AND ANSWERS ARE LOGGED" in server.wait_for("PROMPTS AND ANSWERS")
+        made, texts = ask_for_two(server, secret)
+        log = server.wait_for("ended: abort")
+    ended = [entry for entry in log.splitlines() if " ended: " in entry]
+    assert len(ended) == 2
+    if kind == "json":
+        said = [json.loads(entry) for entry in ended]
+        assert said[0]["http"]["request"]["id"] == made
+        assert said[0]["ryzanstein"]["prompt"] == secret
+        answers = said[0]["ryzanstein"]["answers"]
+        assert said[1]["ryzanstein"]["prompt"] == f"cut {secret}"
+        assert len(said[1]["ryzanstein"]["answers"][0]) >= 1
+    else:
+        assert f"prompt {secret!r}, answers [" in ended[0]
+        assert f"prompt {'cut ' + secret!r}, answers [" in ended[1]
+        answers = ast.literal_eval(ended[0].partition(", answers ")[2].rpartition(" [")[0])
+    # As the model wrote them, with what stopped them.
+    assert [answer.partition("q")[0] for answer in answers] == texts
+
+
+@pytest.mark.parametrize("more", [{}, {"requests": True, "level": "debug", "format": "json"}])
+def test_prompts_and_answers_are_never_logged_otherwise(more: dict[str, object]) -> None:
+    secret = "so private that nobody should see it"
+    env = {"MOCK_LOGGING": json.dumps(more), "MOCK_ENGINE": json.dumps({"delay": 0.005})}
+    with ServerProcess(module="tests.server.mock_server", env=env) as server:
+        _, texts = ask_for_two(server, secret)
+        httpx.get(f"{server.url}/test/raise")
+        server.wait_for("ZeroDivisionError")
+    assert "private" not in server.log
+    assert not [text for text in texts if text in server.log]
+    assert "PROMPTS" not in server.log
 
 
 def test_tokens_flow_while_nobody_reads_the_log() -> None:
