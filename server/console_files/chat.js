@@ -1,9 +1,10 @@
 // A chat over /v1/responses with the subprotocol ryzanstein.v1. The conversation is kept in this
 // browser; an answer that a reload or a drop cut off is read on from where it was, and asked for again
-// if the server has forgotten it.
+// if the server has forgotten it. Lost connections are tried again by themselves for a while; Resume tries
+// at once and from anew, and lets the model go on with an answer that was stopped or failed.
 const $ = (id) => document.getElementById(id);
 const KEPT = "ryzanstein.conversation";
-const RETRY_MS = [250, 500, 1000, 2000, 4000];
+const RETRY_MS = [250, 500, 1000, 2000, 4000, 4000, 4000, 4000, 4000, 4000];
 
 export class Chat {
   constructor(open, show) {
@@ -25,6 +26,8 @@ export class Chat {
     });
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.stop());
     $("stop").addEventListener("click", () => this.stop());
+    $("resume").addEventListener("click", () => this.resume());
+    addEventListener("online", () => this.reconnect());
     $("clear").addEventListener("click", () => this.clear());
     addEventListener("pagehide", () => this.keep());
     this.connect();
@@ -39,14 +42,45 @@ export class Chat {
     this.socket = this.open("/v1/responses", "ryzanstein.v1");
     this.socket.onmessage = ({ data }) => this.take(JSON.parse(data));
     this.socket.onclose = () => {
-      this.show("offline");
-      const wait = RETRY_MS[Math.min(this.failures++, RETRY_MS.length - 1)];
-      setTimeout(() => this.connect(), wait);
+      const wait = RETRY_MS[this.failures++];
+      this.show(wait ? "offline" : "disconnected");
+      if (wait) this.retry = setTimeout(() => this.connect(), wait);
+      this.buttons();
     };
   }
 
+  get connected() {
+    return this.socket.readyState === WebSocket.OPEN;
+  }
+
+  // Now, and with all attempts ahead again.
+  reconnect() {
+    if (this.socket.readyState !== WebSocket.CLOSED) return;
+    clearTimeout(this.retry);
+    this.failures = 0;
+    this.connect();
+  }
+
+  // An answer that ended before its end; it is the last thing that was said.
+  get broken() {
+    const last = this.messages.at(-1);
+    return last && last.role === "assistant" && last.done && (last.stopped || last.error) ? last : null;
+  }
+
+  resume() {
+    const answer = this.broken;
+    if (answer) {
+      const base = answer.text.trimEnd();
+      Object.assign(answer, { done: false, stopped: false, error: "", stats: "", id: null, base });
+      this.keep();
+      if (this.connected) this.request();
+    }
+    this.reconnect();
+    this.buttons();
+  }
+
   send(message) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+    if (this.connected) this.socket.send(JSON.stringify(message));
   }
 
   ask() {
@@ -55,21 +89,30 @@ export class Chat {
     $("input").value = "";
     this.add({ role: "user", text });
     const asked = { temperature: Number($("temperature").value), tokens: Number($("tokens").value) };
-    this.add({ role: "assistant", text: "", seq: -1, done: false, asked, stats: "" });
+    this.add({ role: "assistant", text: "", seq: -1, done: false, asked, used: 0, stats: "" });
     this.request();
+    this.reconnect();
   }
 
-  // Ask for the answer that is missing, with all that was said before it.
+  // Ask for the answer that is missing, or for what is missing of it, with all that was said before.
   request() {
-    const answer = this.pending;
-    Object.assign(answer, { id: null, text: "", seq: -1, begun: performance.now(), first: null });
-    const said = this.messages.slice(0, -1).filter((m) => m.text);
-    this.send({
-      type: "response.create",
-      input: said.map(({ role, text }) => ({ role, content: text })),
-      temperature: answer.asked.temperature,
-      max_output_tokens: answer.asked.tokens,
-    });
+    const answer = this.pending, { temperature, tokens } = answer.asked;
+    const base = answer.base || "";
+    Object.assign(answer, { id: null, text: base, seq: -1, begun: performance.now(), first: null, cut: false, pieces: 0 });
+    const said = this.messages.slice(0, -1).filter((m) => m.text).map(({ role, text }) => ({ role, content: text }));
+    if (base) {
+      this.send({
+        type: "chat.completion.create",
+        request: {
+          messages: [...said, { role: "assistant", content: base }],
+          continue_final_message: true,
+          temperature,
+          max_tokens: Math.max(1, tokens - (answer.used || 0)),
+        },
+      });
+    } else {
+      this.send({ type: "response.create", input: said, temperature, max_output_tokens: tokens });
+    }
     this.draw(answer);
     this.buttons();
   }
@@ -107,7 +150,16 @@ export class Chat {
     else if (event.type === "response.queued.progress") answer.stats = `${event.position + 1}. in the queue: ${event.reason}`;
     else if (event.type === "response.output_text.delta") {
       answer.first ??= performance.now();
+      answer.pieces++;
       answer.text += event.delta;
+    } else if (event.type === "chat.completion.chunk") {
+      const [choice] = event.chunk.choices;
+      if (choice?.delta.content) {
+        answer.first ??= performance.now();
+        answer.pieces++;
+      }
+      answer.text += choice?.delta.content || "";
+      answer.cut ||= choice?.finish_reason === "length";
     } else if (/^response\.(completed|incomplete|failed)$/.test(event.type)) this.end(answer, event.response);
     else if (event.type === "error") {
       // What the server does not know any more is asked for again.
@@ -123,15 +175,18 @@ export class Chat {
   end(answer, response) {
     answer.done = true;
     if (response.status === "failed") answer.error = response.error?.message || "the answer failed";
-    const tokens = response.usage?.output_tokens ?? 0;
-    const parts = [`${tokens} tokens`];
+    // One that failed does not say what it took; a token or more came with each piece.
+    const tokens = response.usage?.output_tokens ?? response.usage?.completion_tokens ?? answer.pieces;
+    answer.used = (answer.used || 0) + tokens;
+    answer.stopped = response.status === "cancelled" || response.incomplete_details?.reason === "cancelled";
+    const parts = [`${answer.used} tokens`];
     if (answer.begun && answer.first) {
       const seconds = (performance.now() - answer.first) / 1000;
       parts.push(`first after ${Math.round(answer.first - answer.begun)} ms`);
       if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
     }
-    if (response.status === "cancelled" || response.incomplete_details?.reason === "cancelled") parts.push("stopped");
-    else if (response.status === "incomplete") parts.push("cut at its length");
+    if (answer.stopped) parts.push("stopped");
+    else if (answer.cut || response.status === "incomplete") parts.push("cut at its length");
     answer.stats = parts.join(" · ");
   }
 
@@ -146,8 +201,10 @@ export class Chat {
   }
 
   buttons() {
-    $("stop").hidden = !this.pending;
+    const waits = this.socket && this.socket.readyState !== WebSocket.CONNECTING && !this.connected;
+    $("stop").hidden = !this.pending || waits;
     $("send").hidden = Boolean(this.pending);
+    $("resume").hidden = !(this.pending ? waits : this.broken);
   }
 
   // At most once a frame, however fast tokens come.

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.mock import continuation
 from tests.server.conftest import MockFactory
-from tests.server.process import ServerProcess
+from tests.server.process import ROOT, ServerProcess
 
 # A frame's work with 64 streams in view.
 FRAME_SECONDS = 0.004
@@ -120,6 +120,75 @@ def test_a_restart_of_the_server_is_survived(page: Page) -> None:
         page.goto("about:blank")
 
 
+def test_a_stopped_answer_goes_on_when_asked_to(mock_server: MockFactory, page: Page) -> None:
+    """From where it was, twice, through a reload: the same text that it would have become."""
+    server = mock_server(delay=0.02, pages=512, context=500)
+    page.goto(server.url)
+    ask(page, "a long one", 120)
+    text = page.locator("#messages li.assistant .text")
+    stats = page.locator("#messages li.assistant .stats")
+    resume = page.locator("#resume")
+    for letters in (5, 40):
+        expect(text).to_have_text(re.compile(rf"^[a-z]{{{letters},}}$"))
+        expect(resume).to_be_hidden()
+        page.click("#stop")
+        expect(stats).to_contain_text("stopped")
+        if letters > 5:
+            page.reload()
+        expect(page.locator("#state")).to_have_text("ok")
+        kept = text.inner_text()
+        resume.click()
+        expect(text).to_have_text(re.compile(rf"^{kept}[a-z]+$"))
+    expect(text).to_have_text(answer_to("a long one", 120), timeout=10_000)
+    expect(stats).to_have_text(re.compile(r"^120 tokens · .*cut at its length$"))
+    expect(resume).to_be_hidden()
+    assert server.metric('ryzanstein_requests_finished_total{reason="abort"}') == 2
+
+
+def test_an_answer_that_failed_goes_on_when_asked_to(mock_server: MockFactory, page: Page) -> None:
+    server = mock_server(delay=0.02, pages=512, context=500)
+    page.goto(server.url)
+    ask(page, "goes wrong", 60)
+    text = page.locator("#messages li.assistant .text")
+    expect(text).to_have_text(re.compile(r"^[a-z]{5,}$"))
+    httpx.post(f"{server.url}/test/fail")
+    error = page.locator("#messages li.assistant .error")
+    expect(error).not_to_be_empty()
+    page.click("#resume")
+    # How many tokens there were is only guessed, from how often some came.
+    expect(page.locator("#messages li.assistant .stats")).to_contain_text("cut at its length")
+    expect(error).to_be_empty()
+    assert 60 <= len(text.inner_text()) < 75
+    assert text.inner_text() == answer_to("goes wrong", len(text.inner_text()))
+
+
+def test_when_attempts_have_ended_a_button_begins_anew(page: Page) -> None:
+    env = {"MOCK_ENGINE": json.dumps({"delay": 0.02, "pages": 512, "context": 500})}
+    # Half a minute of attempts in a second or two.
+    page.add_init_script(
+        "const real = setTimeout; window.setTimeout = (work, ms) => real(work, ms / 25);"
+    )
+    first = ServerProcess(module="tests.server.mock_server", env=env)
+    first.__enter__()
+    page.goto(first.url)
+    ask(page, "once more", 100)
+    text = page.locator("#messages li.assistant .text")
+    expect(text).to_have_text(re.compile(r"^[a-z]{5,}$"))
+    first._process.kill()
+    first.wait()
+    expect(page.locator("#resume")).to_be_visible()  # also while it tries by itself
+    expect(page.locator("#state")).to_have_text("disconnected", timeout=20_000)
+    again = env | {"MOCK_SERVER": json.dumps({"port": first.port})}
+    with ServerProcess(module="tests.server.mock_server", env=again):
+        page.wait_for_timeout(1000)
+        expect(page.locator("#state")).to_have_text("disconnected")
+        page.click("#resume")
+        expect(page.locator("#state")).to_have_text("ok")
+        expect(text).to_have_text(answer_to("once more", 100), timeout=15_000)
+        expect(page.locator("#resume")).to_be_hidden()
+        page.goto("about:blank")
+
+
 def test_a_server_with_keys_asks_for_one(mock_server: MockFactory, browser: Browser) -> None:
     server = mock_server({"api_keys": ["right"]})
     context = browser.new_context()
@@ -167,6 +236,48 @@ def test_the_engine_at_work_and_a_requests_timeline(mock_server: MockFactory, pa
         page.screenshot(path=f"{folder}/engine.png")
     for thread in threads:
         thread.join()
+
+
+def test_a_timeline_shows_each_choice(mock_server: MockFactory, page: Page) -> None:
+    """The one whose lane was clicked first."""
+    server = mock_server(delay=0.02, pages=512, context=400, max_running=4)
+    threads = keep_busy(server, 1, 150, n=3)
+    page.goto(f"{server.url}/#engine")
+    expect(page.locator(".figures div:nth-child(2) b")).to_have_text("3")
+    page.wait_for_timeout(600)
+    lanes = page.locator("#lanes").bounding_box()
+    assert lanes is not None
+    page.mouse.click(lanes["x"] + lanes["width"] - 4, lanes["y"] + 25)
+    names = page.locator("#timeline h3")
+    expect(names).to_have_count(3)
+    expect(names.nth(0)).to_have_text(re.compile(r"^choice 2: 100\.0% of \d+ ms explained$"))
+    expect(names.nth(1)).to_contain_text("choice 0: ")
+    expect(page.locator("#timeline table")).to_have_count(3)
+    for thread in threads:
+        thread.join()
+
+
+def test_the_documents_page_streams_and_stops(
+    mock_server: MockFactory, browser: Browser, tmp_path: Path
+) -> None:
+    """docs/websocket.md's, as a file on disk."""
+    server = mock_server({"allowed_origins": ["null"]}, delay=0.02, pages=512, context=500)
+    document = (ROOT / "docs/websocket.md").read_text()
+    (example,) = re.findall(r"```html\n(.*?)```", document, re.DOTALL)
+    file = tmp_path / "page.html"
+    file.write_text(example.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(file.as_uri())
+    text = page.locator("#answer")
+    expect(text).to_have_text(re.compile(r"^[a-z]{5,}$"))
+    page.click("#stop")
+    page.wait_for_timeout(300)
+    kept = text.inner_text()
+    assert answer_to("Why is the sky blue?", 300).startswith(kept)
+    page.wait_for_timeout(300)
+    assert text.inner_text() == kept
+    context.close()
 
 
 def test_tenants_do_not_see_the_engine(
