@@ -117,11 +117,12 @@ class Timelines:
 
     def told(self, record: Record, arrival: float, choices: Sequence[Choice]) -> list[Told]:
         """The time of each choice, from its request's arrival to its end, or to now."""
-        return [self._tell(record, arrival, choice) for choice in choices]
+        now = self._now()
+        return [self._tell(record, arrival, choice, now) for choice in choices]
 
-    def _tell(self, record: Record, arrival: float, choice: Choice) -> Told:
-        index, ended = choice.index, choice.finished
-        end = self._now() if ended is None else ended
+    def _tell(self, record: Record, arrival: float, choice: Choice, now: float) -> Told:
+        index = choice.index
+        end = now if choice.finished is None else choice.finished
         events = [event for event in record.events if event.index == index]
         known = min(end, record.cut.get(index, end))
         parts = segments(events, arrival, known, choice.completion_tokens, index)

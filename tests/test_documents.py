@@ -39,7 +39,7 @@ def test_documented_overrides_exist() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+    for target in re.findall(r'(?:\]\(|src=")(?!http)([^)#"]+)', document.read_text()):
         assert (document.parent / target).exists(), target
 
 
