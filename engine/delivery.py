@@ -11,7 +11,7 @@ from engine.scheduling.sequence import State
 from engine.streams import TokenStream
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
-from engine.types import Choice, Clock, Delta, Listener, Request, RequestStats, Usage
+from engine.types import Choice, Clock, Decision, Delta, Listener, Request, RequestStats, Usage
 
 
 @dataclass(slots=True)
@@ -47,6 +47,7 @@ class Delivery:
         self._scheduler = scheduler
         self._clock = clock
         self._active: dict[str, Active] = {}
+        self._notes: list[Decision] = []
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._active
@@ -126,6 +127,8 @@ class Delivery:
         """Set a request aside; its stream stays open. Unknown ids are ignored."""
         if (active := self._active.get(request_id)) is not None:
             for sequence in active.sequences:
+                if sequence.state in (State.WAITING, State.RUNNING):
+                    self._note("pause", sequence, "its reader wants nothing now")
                 self._scheduler.pause(sequence)
 
     def unpause(self, request_id: str) -> None:
@@ -133,10 +136,17 @@ class Delivery:
         if (active := self._active.get(request_id)) is not None:
             now = self._clock.now()
             for sequence in active.sequences:
-                if sequence.state is State.PAUSED and sequence.generated:
-                    # Its reader waits for the next token from now on.
-                    active.last_tokens[sequence.index] = now
+                if sequence.state is State.PAUSED:
+                    self._note("unpause", sequence, "")
+                    if sequence.generated:
+                        # Its reader waits for the next token from now on.
+                        active.last_tokens[sequence.index] = now
                 self._scheduler.unpause(sequence)
+
+    def notes(self) -> list[Decision]:
+        """What was decided here since the last call, for whoever is told."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def request(self, request_id: str) -> Request | None:
         """An active request; None if it is none."""
@@ -210,6 +220,11 @@ class Delivery:
         active.stream.push(delta)
         if active.open == 0:
             self._close(active, sequence.finish_reason or "stop")
+
+    def _note(self, kind: str, sequence: ScheduledSequence, reason: str) -> None:
+        if self._listeners:
+            at, request_id = self._clock.now(), sequence.request.id
+            self._notes.append(Decision(kind, request_id, reason, at, sequence.index))
 
     def _close(self, active: Active, reason: str) -> None:
         usage = _usage(active)

@@ -434,7 +434,7 @@ class AsyncEngine:
 
     def _emit(self, plan: Plan, seconds: dict[str, float], gaps: dict[float, int]) -> None:
         if self._listeners:
-            stats = step_stats(plan, self.parts, seconds, gaps)
+            stats = step_stats(plan, self.parts, seconds, gaps, self.delivery.notes())
             for listener in self._listeners:
                 listener.on_step(stats)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from engine.loading import Parts
 from engine.scheduling.plan import Plan
-from engine.types import Ran, StepStats
+from engine.types import Decision, Ran, StepStats
 
 
 def step_stats(
-    plan: Plan, parts: Parts, seconds: dict[str, float], gaps: dict[float, int]
+    plan: Plan,
+    parts: Parts,
+    seconds: dict[str, float],
+    gaps: dict[float, int],
+    notes: Iterable[Decision],
 ) -> StepStats:
-    """The statistics of a step that has been committed and delivered, as of now."""
+    """The statistics of a step that has been committed and delivered, as of now; `notes` are what
+    was decided between steps."""
     scheduler = parts.scheduler
     pool = scheduler.pool
     return StepStats(
@@ -26,7 +33,7 @@ def step_stats(
         pages_total=pool.total,
         preemptions=scheduler.preemptions,
         seconds=seconds,
-        decisions=tuple(plan.decisions),
+        decisions=(*notes, *plan.decisions),
         prefills=tuple(
             Ran(c.sequence.request.id, c.start, c.count, c.sample, c.sequence.index)
             for c in plan.chunks

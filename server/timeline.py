@@ -24,7 +24,8 @@ KEEP_SECONDS = 3600.0
 KEPT = 10_000
 # Of one request: a prompt of many pieces, or one that is preempted again and again, has a bound.
 MOST_EVENTS = 2000
-QUEUED, BATCH, PREFILL, DECODE, AWAY = "queued", "in the batch", "prefill", "decode", "preempted"
+QUEUED, BATCH, PREFILL, DECODE = "queued", "in the batch", "prefill", "decode"
+AWAY, ASIDE = "preempted", "set aside"
 BEHIND = "others are before it"
 ITS_TURN = "the step's time goes to others"
 
@@ -162,6 +163,10 @@ def segments(
                 what, why = BATCH, ITS_TURN
             case "preempt":
                 what, why = AWAY, event.reason
+            case "pause":
+                what, why = ASIDE, event.reason
+            case "unpause":
+                what, why = QUEUED, BEHIND
             case _:
                 what, why = PREFILL, ""
                 close(event.end)

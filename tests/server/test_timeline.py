@@ -8,14 +8,16 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import anyio
 import httpx
 import msgspec
 import pytest
 
-from engine import Decision, RequestStats
+from engine import Decision, RequestStats, SamplingParams
 from engine.types import Choice, Ran
 from server import timeline as module
 from server.timeline import KEPT, Event, Timelines, Told, segments
+from tests.mock import mock_engine
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
 from tests.server.stats import step
@@ -156,6 +158,28 @@ def test_choices_have_their_own_time_and_their_own_share_explained(
     assert (second.total_ms, second.explained) == (10_000, 1.0)
     assert (third.total_ms, third.explained) == (10_000, 0.8)
     assert [part.index for part in third.segments] == [2] * 4
+
+
+async def test_while_its_reader_wants_nothing_an_answer_is_set_aside() -> None:
+    engine, executor = mock_engine()
+    executor.delay = 0.01
+    timelines = Timelines(time.monotonic)
+    engine.add_listener(timelines)
+    async with engine:
+        stream = await engine.submit("abcd", SamplingParams(max_tokens=20))
+        (name,) = stream.request_ids
+        await anyio.sleep(0.05)
+        engine.pause(name)
+        await anyio.sleep(0.5)
+        engine.unpause(name)
+        async for _ in stream:
+            pass
+        await anyio.sleep(0.1)
+    (one,) = told(timelines, name)
+    parts = [(s.what, s.ms) for s in one.segments if s.what in ("decode", "set aside")]
+    assert [what for what, _ in parts] == ["decode", "set aside", "decode"]
+    assert 400 < parts[1][1] < 600
+    assert one.explained == 1.0
 
 
 def timeline(server: ServerProcess, answer: str, key: str = "") -> httpx.Response:
