@@ -9,6 +9,7 @@ from typing import Any
 from llguidance import regex_to_lark
 
 from engine import Grammar, InvalidRequest
+from engine.text.grammar import embedded
 from engine.text.tokenizer import Tokenizer
 from server.answer_parser import Style
 from server.dialect import Dialect
@@ -65,7 +66,7 @@ def _any(rules: list[str]) -> str:
 def _form(form: Grammar) -> str:
     """What the content has to match, within a larger grammar."""
     if form.kind == "json_schema":
-        return f"%json {form.text}"
+        return f"%json {embedded(form)}"
     if form.kind == "regex":
         return f"/{regex_to_lark(form.text)}/"
     if form.kind == "choice":
@@ -136,11 +137,12 @@ def _calls(tokenizer: Tokenizer, style: Style, offered: Offered, rules: list[str
 
 def _call(style: Style, name: str, schema: dict[str, Any]) -> str:
     """One call of one tool. Its schema stays a document of its own, so that its references hold."""
+    body = f"%json {embedded(Grammar.json_schema(schema))}"
     if style.name == "mistral":
-        return f"{literal(name + '[ARGS]')} %json {json.dumps(schema)}"
+        return f"{literal(name + '[ARGS]')} {body}"
     key = "parameters" if style.name == "llama3" else "arguments"
     head = f'{{"name": {json.dumps(name)}, "{key}": '
-    return f'{literal(head)} %json {json.dumps(schema)} "}}"'
+    return f'{literal(head)} {body} "}}"'
 
 
 def _free(calls: Calls, rules: list[str]) -> str:

@@ -169,14 +169,19 @@ def test_what_asks_a_server_gets_an_answer(server: ServerProcess) -> None:
             assert json.loads(said)["requests"][0]["segments"]
 
 
-def test_the_openai_client_of_the_readme_streams(server: ServerProcess, tmp_path: Path) -> None:
+def test_the_openai_clients_of_the_readme_get_their_answers(
+    server: ServerProcess, tmp_path: Path
+) -> None:
     examples = re.findall(r"```python\n(.*?)```", DOCUMENTS[0].read_text(), re.DOTALL)
-    (example,) = [code for code in examples if "from openai" in code]
-    script = tmp_path / "example.py"
-    here = example.replace("http://127.0.0.1:8000", server.url).replace("smollm2-135m", "mock")
-    assert here != example
-    script.write_text(here)
-    assert re.fullmatch(r"[a-z]{8,}", shell(f"{sys.executable} {script}"))
+    examples = [code for code in examples if "from openai" in code]
+    # The mock writes letters; under a schema, as many as it may.
+    wanted = [r"[a-z]{8,}", r'\{\s*"verdict"[^a-z]*(good|bad)",\s*"reason"[^a-z]*[a-z]+"\s*\}']
+    for example, pattern in zip(examples, wanted, strict=True):
+        script = tmp_path / "example.py"
+        here = example.replace("http://127.0.0.1:8000", server.url).replace("smollm2-135m", "mock")
+        assert here != example
+        script.write_text(here)
+        assert re.fullmatch(pattern, shell(f"{sys.executable} {script}").strip())
 
 
 def test_commands_that_end_by_themselves_are_run(server: ServerProcess, model: str) -> None:

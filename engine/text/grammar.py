@@ -13,7 +13,7 @@ import llguidance
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.errors import InvalidRequest
-from engine.text.schemas import schemas_of, settle_alternatives
+from engine.text.schemas import narrow, schemas_of, settle_alternatives
 from engine.text.tokenizer import Tokenizer
 from engine.types import Grammar
 
@@ -72,9 +72,7 @@ def as_llguidance(grammar: Grammar) -> str:
     """A grammar in llguidance's own form. Raises InvalidRequest if it cannot be read."""
     text = grammar.text
     if grammar.kind == "json_schema":
-        schema = read_schema(grammar)
-        settle_alternatives(schema)
-        return str(LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS))
+        return str(LLMatcher.grammar_from_json_schema(enforced(grammar), overrides=OPTIONS))
     if grammar.kind == "regex":
         return str(LLMatcher.grammar_from_regex(text))
     if grammar.kind == "choice":
@@ -92,6 +90,20 @@ def as_llguidance(grammar: Grammar) -> str:
 
 
 OPTIONS: Any = {"whitespace_pattern": WHITESPACE}
+
+
+def enforced(grammar: Grammar) -> Any:
+    """A schema as it is enforced. Raises InvalidRequest if it is none."""
+    schema = read_schema(grammar)
+    settle_alternatives(schema)
+    narrow(schema)
+    return schema
+
+
+def embedded(grammar: Grammar) -> str:
+    """A schema as part of a larger grammar, in Lark's `%json`."""
+    schema = enforced(grammar)
+    return json.dumps({"x-guidance": OPTIONS, **schema} if isinstance(schema, dict) else schema)
 
 
 def read_schema(grammar: Grammar) -> Any:

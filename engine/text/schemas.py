@@ -11,6 +11,13 @@ Schema = dict[str, Any]
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 VALUES = ("enum", "const", "default", "examples")
+TOGETHER = ("allOf", "unevaluatedProperties", "dependentSchemas", "if")
+# What says more about an object's properties.
+BESIDE = (
+    "additionalProperties", "patternProperties", "minProperties", "anyOf", "oneOf", "$ref", "not",
+)  # fmt: skip
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum", "const")
+MAX_INTEGER = 2**53 - 1
 # References are followed so far.
 MAX_HOPS = 16
 
@@ -41,6 +48,25 @@ def settle_alternatives(schema: Any) -> None:
             resolved = [_resolved(choice, schema) for choice in choices]
             if all(_disjoint(a, b) for a, b in combinations(resolved, 2)):
                 part["anyOf"] = part.pop("oneOf")
+
+
+def narrow(schema: Any) -> None:
+    """Leave out, in place, what a schema allows but hardly means, so that small models come to an
+    end: properties that are not named, and integers beyond those that every reader of JSON takes
+    (RFC 7493). All that still matches, matches the schema as it was."""
+    parts = list(schemas_of(schema))
+    # Where several schemas hold for one value, each names only some of its properties.
+    separate = not any(word in part for _, part in parts for word in TOGETHER)
+    for _, part in parts:
+        named = part.get("properties")
+        alone = separate and not any(word in part for word in BESIDE)
+        if alone and isinstance(named, dict) and set(part.get("required", ())) <= set(named):
+            part["additionalProperties"] = False
+        kind = part.get("type")
+        kinds = kind if isinstance(kind, list) else [kind]
+        bounded = "number" in kinds or any(word in part for word in BOUNDS)
+        if "integer" in kinds and not bounded:
+            part["minimum"], part["maximum"] = -MAX_INTEGER, MAX_INTEGER
 
 
 def _resolved(schema: Any, root: Any) -> Schema:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.text.schemas import schemas_of, settle_alternatives
+from engine.text.schemas import MAX_INTEGER, narrow, schemas_of, settle_alternatives
 
 CIRCLE = {"type": "object", "properties": {"kind": {"const": "circle"}}, "required": ["kind"]}
 SQUARE = {"type": "object", "properties": {"kind": {"enum": ["square"]}}, "required": ["kind"]}
@@ -61,3 +61,49 @@ def test_others_stay(choices: list[Any]) -> None:
     settled = copy.deepcopy(schema)
     settle_alternatives(settled)
     assert settled == schema
+
+
+BOUNDED = {"minimum": -MAX_INTEGER, "maximum": MAX_INTEGER}
+COUNT = {"type": "integer", "maximum": 3}
+A = {"properties": {"a": COUNT}}
+CLOSED = {"additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "narrowed"),
+    [
+        ({"type": "integer"}, {"type": "integer", **BOUNDED}),
+        ({"type": ["null", "integer"]}, {"type": ["null", "integer"], **BOUNDED}),
+        (A, A | CLOSED),
+        ({"properties": {}}, {"properties": {}} | CLOSED),
+        ({"items": A}, {"items": A | CLOSED}),
+        ({"$defs": {"x": A}, "$ref": "x"}, {"$defs": {"x": A | CLOSED}, "$ref": "x"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_hardly_meant_is_left_out(schema: Any, narrowed: Any) -> None:
+    found = copy.deepcopy(schema)
+    narrow(found)
+    assert found == narrowed
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        COUNT,
+        {"type": "number"},
+        {"type": "object"},
+        {**A, "additionalProperties": True},
+        {**A, "required": ["a", "b"]},
+        {**A, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"allOf": [A, {"properties": {"b": COUNT}}]},
+        {"$defs": {"x": A}, "allOf": [{"$ref": "#/$defs/x"}, {"properties": {"b": COUNT}}]},
+        {"enum": [{"properties": {}}]},
+        True,
+    ],
+    ids=str,
+)
+def test_the_rest_stays(schema: Any) -> None:
+    found = copy.deepcopy(schema)
+    narrow(found)
+    assert found == schema
