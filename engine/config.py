@@ -86,7 +86,8 @@ class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The network side. Without `api_keys` and tenants it serves everybody who reaches the port.
-    `tenants_file` says who has which key and which share (configs/tenants.toml).
+    `tenants_file` says who has which key and which share (configs/tenants.toml), `mcp_file` which
+    servers of the Model Context Protocol answers may call (configs/mcp.toml).
 
     A stream that nobody reads goes on for `resume_ttl_seconds` if its client may come back, at most
     `detached_streams` of them for each key; one that is read too slowly ends after
@@ -108,6 +109,7 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     slow_consumer_seconds: Annotated[float, Meta(gt=0)] = 30.0
     stored_responses: NonNegative = 1000
     max_streams: Positive = 32
+    mcp_file: str = ""
 
     @property
     def asks_for_keys(self) -> bool:

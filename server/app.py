@@ -39,6 +39,7 @@ from server.batches import routes as files
 from server.batches.answers import Answers
 from server.batches.service import open_batches
 from server.bridge.endpoint import Endpoint
+from server.bridge.servers import Servers, read_servers
 from server.errors import HTTPError, error_response
 from server.journal import RequestLog
 from server.rates import RATE_HEADERS, rate_headers
@@ -140,7 +141,7 @@ def create_app(
     """The application; it answers health checks at once and everything else when loaded. Whoever
     gives it an `embedder` loads that with the engine.
 
-    Raises ConfigError if the tenants' file is wrong.
+    Raises ConfigError if a file that the settings name is wrong.
     """
     file = Path(settings.tenants_file) if settings.tenants_file else None
     directory = Directory(settings.api_keys, file)
@@ -255,7 +256,8 @@ def create_app(
         app.state.batches = open_batches(batches, lifecycle.engine, answers)
     app.state.started = int(time.time())
     app.state.settings = settings
-    app.state.store = Store(lifecycle.engine, settings)
+    servers = Servers(read_servers(Path(settings.mcp_file))) if settings.mcp_file else None
+    app.state.store = Store(lifecycle.engine, settings, servers)
     app.state.usage = usage.UsageBook()
     app.state.timelines = timeline.Timelines(MonotonicClock().now)
     lifecycle.engine.add_listener(app.state.metrics)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from engine import Delta, Usage
 from engine.text.tokenizer import Tokenizer
@@ -22,85 +24,16 @@ from server.composers import ENDED
 from server.errors import ErrorDetail
 from server.format import chat_logprobs
 from server.log import Event
-from server.tools import call_id
-
-
-class Item:
-    """One output item: a message, a call or reasoning. `text` is its content or arguments."""
-
-    def __init__(self, kind: str, place: int, name: str = "") -> None:
-        prefix = {"message": "msg", "function_call": "fc", "reasoning": "rs"}[kind]
-        self.kind = kind
-        self.id = f"{prefix}_{uuid.uuid4().hex}"
-        self.call_id = f"call_{call_id()}"
-        self.name = name
-        self.text = ""
-        self.logprobs: list[dict[str, Any]] = []
-        self.status = "in_progress"
-        self._place = place
-
-    def body(self) -> dict[str, Any]:
-        """The item as it stands."""
-        body: dict[str, Any] = {"id": self.id, "type": self.kind, "status": self.status}
-        if self.kind == "function_call":
-            return body | {"call_id": self.call_id, "name": self.name, "arguments": self.text}
-        if self.kind == "reasoning":
-            content = [{"type": "reasoning_text", "text": self.text}]
-            return body | {"summary": [], "content": content}
-        return body | {"role": "assistant", "content": [self._part()]}
-
-    def begin(self) -> list[Event]:
-        """What tells of its beginning."""
-        empty: dict[str, Any] = {} if self.kind == "function_call" else {"content": []}
-        item = self.body() | empty
-        added = {"type": "response.output_item.added", "output_index": self._place, "item": item}
-        if self.kind != "message":
-            return [added]
-        return [added, self._event("content_part.added", part=self._part())]
-
-    def more(self, text: str, logprobs: list[dict[str, Any]]) -> Event:
-        """What tells of more text."""
-        self.text += text
-        self.logprobs += logprobs
-        if self.kind == "function_call":
-            return self._event("function_call_arguments.delta", delta=text)
-        if self.kind == "reasoning":
-            return self._event("reasoning_text.delta", delta=text)
-        return self._event("output_text.delta", delta=text, logprobs=logprobs)
-
-    def end(self, status: str) -> list[Event]:
-        """What tells of its end."""
-        self.status = status
-        done = {
-            "type": "response.output_item.done",
-            "output_index": self._place,
-            "item": self.body(),
-        }
-        if self.kind == "function_call":
-            whole = {"arguments": self.text, "name": self.name}
-            return [self._event("function_call_arguments.done", **whole), done]
-        if self.kind == "reasoning":
-            return [self._event("reasoning_text.done", text=self.text), done]
-        return [
-            self._event("output_text.done", text=self.text, logprobs=self.logprobs),
-            self._event("content_part.done", part=self._part()),
-            done,
-        ]
-
-    def _part(self) -> dict[str, Any]:
-        scores = [*self.logprobs]
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": scores}
-
-    def _event(self, kind: str, **more: Any) -> Event:
-        where: dict[str, Any] = {"item_id": self.id, "output_index": self._place}
-        if self.kind != "function_call":
-            where["content_index"] = 0
-        return {"type": f"response.{kind}", **where, **more}
+from server.output_items import CALLS, Item
 
 
 class ResponseComposer:
     """Makes the events. `settings` are the request's own fields, echoed; `parser` reads answers
-    that have more than content."""
+    that have more than content; `remote` says by a tool's name which server has it.
+
+    With such tools an answer has several turns: when one has ended, `end_turn` says which calls are
+    to be made, `called` what came back, and `next_turn` that the model goes on.
+    """
 
     def __init__(
         self,
@@ -110,8 +43,11 @@ class ResponseComposer:
         *,
         logprobs: bool,
         parser: Callable[[], AnswerParser] | None = None,
+        remote: Mapping[str, str] | None = None,
     ) -> None:
         self.status = "queued"
+        self._remote = remote or {}
+        self._turn = 0  # the first item of the turn
         self.items: list[Item] = []
         self._tokenizer = tokenizer
         self._wants_logprobs = logprobs
@@ -120,6 +56,7 @@ class ResponseComposer:
         self._prepared = False
         self._finish = ""
         self._usage: Usage | None = None
+        self._earlier: Usage | None = None  # of the turns before
         self._body: dict[str, Any] = {
             "id": identifier,
             "object": "response",
@@ -137,25 +74,79 @@ class ResponseComposer:
 
     @property
     def spoken(self) -> list[dict[str, Any]]:
-        calls = [
-            {
-                "id": item.call_id,
-                "type": "function",
-                "function": {"name": item.name, "arguments": json.loads(item.text)},
-            }
-            for item in self.items
-            if item.kind == "function_call" and item.status == "completed"
-        ]
-        if not self.text and not calls:
-            return []
-        message = {"role": "assistant", "content": self.text}
-        return [message | ({"tool_calls": calls} if calls else {})]
+        messages: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
+        for item in self.items:
+            if item.kind not in ("message", *CALLS) or (
+                item.kind in CALLS and item.status != "completed"
+            ):
+                continue
+            if not messages or (item.kind == "message" and results):
+                messages += results
+                results = []
+                messages.append({"role": "assistant", "content": ""})
+            if item.kind == "message":
+                messages[-1]["content"] += item.text
+                continue
+            function = {"name": item.name, "arguments": json.loads(item.text)}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+            if item.kind == "mcp_call":
+                told = item.result if item.error is None else f"error: {item.error}"
+                result = {"role": "tool", "tool_call_id": item.call_id, "content": told or ""}
+                results.append(result)
+        messages += results
+        return [m for m in messages if m["content"] or m.get("tool_calls") or m["role"] == "tool"]
+
+    def list_tools(self, server: str, tools: Sequence[dict[str, Any]]) -> None:
+        """Before anything else, a server's tools are told."""
+        item = Item("mcp_list_tools", len(self.items), server=server)
+        item.tools = list(tools)
+        self.items.append(item)
+        self._turn = len(self.items)
+
+    def end_turn(self) -> tuple[list[Event], list[Item]]:
+        """What tells of a turn's end, and the calls that are to be made before the next; none if
+        this was the last."""
+        events = self._close()
+        made = self.items[self._turn :]
+        calls = [item for item in made if item.status == "calling"]
+        # What the client has to call comes first.
+        mixed = any(item.kind == "function_call" for item in made)
+        if mixed or self._finish != "stop":
+            for item in calls:
+                item.error = "it was not called"
+                events += item.end("incomplete")
+            calls = []
+        return events, calls
+
+    def called(self, item: Item, result: str | None, error: str | None) -> list[Event]:
+        """What came back from a call."""
+        item.result, item.error = result, error
+        return item.end("completed")
+
+    def next_turn(self, parser: Callable[[], AnswerParser] | None) -> None:
+        """The model goes on."""
+        self._parser = None if parser is None else parser()
+        self._turn = len(self.items)
+        self._earlier, self._usage = self._whole_usage(), None
+        self._finish = ""
+
+    def cut(self) -> None:
+        """It ends where it is, between two turns."""
+        self._finish = "abort"
+        for item in self.items:
+            if item.status == "calling":
+                item.status = "incomplete"
 
     def begin(self, *, queued: bool) -> list[Event]:
         if not queued:
             self.status = "in_progress"
         names = ("created", "queued") if queued else ("created", "in_progress")
-        return [{"type": f"response.{name}", "response": self.snapshot()} for name in names]
+        events = [{"type": f"response.{name}", "response": self.snapshot()} for name in names]
+        for item in self.items:
+            events += [*item.begin(), *item.end("completed")]
+        return events
 
     def delta(self, delta: Delta) -> list[Event]:
         self._usage = delta.usage or self._usage
@@ -194,7 +185,8 @@ class ResponseComposer:
         return [*self._close(), {"type": "response.failed", "response": self.snapshot()}]
 
     def snapshot(self) -> dict[str, Any]:
-        usage = None if self._usage is None else response_usage(self._usage)
+        whole = self._whole_usage()
+        usage = None if whole is None else response_usage(whole)
         items = self.items
         if not items and self.status in ENDED and not self._prepared:
             items = [Item("message", 0)]  # an answer without a word is still one
@@ -212,12 +204,18 @@ class ResponseComposer:
 
     def _piece(self, piece: Piece, scores: list[dict[str, Any]]) -> list[Event]:
         events: list[Event] = []
-        kind = {Content: "message", Reasoning: "reasoning"}.get(type(piece), "function_call")
         last = self.items[-1] if self.items and self._open else None
+        server = self._remote.get(piece.name, "") if isinstance(piece, CallBegin) else ""
+        if isinstance(piece, CallArguments) and last is not None:
+            kind = last.kind
+        elif isinstance(piece, CallBegin):
+            kind = "mcp_call" if server else "function_call"
+        else:
+            kind = "message" if isinstance(piece, Content) else "reasoning"
         if last is None or last.kind != kind or isinstance(piece, CallBegin):
             events += self._close("completed")
             name = piece.name if isinstance(piece, CallBegin) else ""
-            last = Item(kind, len(self.items), name)
+            last = Item(kind, len(self.items), name, server)
             self.items.append(last)
             self._open = True
             events += last.begin()
@@ -233,8 +231,19 @@ class ResponseComposer:
         if not self._open:
             return []
         self._open = False
+        last = self.items[-1]
+        if last.kind == "mcp_call" and self.status == "in_progress":
+            return [last.asked()]
         ended = self.status if self.status in ("in_progress", "completed") else "incomplete"
-        return self.items[-1].end(status or ended)
+        return last.end(status or ended)
+
+    def _whole_usage(self) -> Usage | None:
+        """Of all turns; what a turn finds in the cache counts as its input."""
+        if self._usage is None or self._earlier is None:
+            return self._usage or self._earlier
+        one, other = (msgspec.structs.astuple(u) for u in (self._usage, self._earlier))
+        sums = [a + b for a, b in zip(one, other, strict=True)]
+        return Usage(**dict(zip(Usage.__struct_fields__, sums, strict=True)))
 
     def _scores(self, delta: Delta) -> list[dict[str, Any]]:
         if not self._wants_logprobs or not delta.logprobs:

@@ -34,7 +34,9 @@ async def create(request: Request) -> ASGIApp:
     if body.generate is False:
         raise InvalidRequest("generate=false is for WebSockets", param="generate")
     previous = previous_of(store, body, client.owner)
-    record, generation = await prepare_response(engine, body, client, previous)
+    record, generation = await prepare_response(
+        engine, body, client, previous, servers=store.servers
+    )
     store.start(record, await generation.submit(engine, record.id))
     if body.stream:
         return _stream(request, record, -1, headers)

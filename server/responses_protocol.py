@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,6 +11,8 @@ import msgspec
 from engine import AsyncEngine, InvalidRequest, SamplingParams
 from engine.scheduling.admission import check_length
 from server.answering import Answering, Wishes, effort_of, prepare_answer
+from server.bridge.rounds import Rounds, remote_tools
+from server.bridge.servers import RemoteTool, Servers
 from server.openai import Generation, check_model
 from server.protocol import Harmless, Sampled
 from server.requests import check_results, sampling_fields, terms_of, truncated
@@ -54,6 +57,7 @@ class ResponsesRequest(Sampled, frozen=True, kw_only=True):
     tool_choice: Any = None
     text: Any = None
     reasoning: Any = None
+    max_tool_calls: int | None = None
     # Refused unless they change nothing.
     prompt: Any = None
     conversation: Any = None
@@ -62,7 +66,6 @@ class ResponsesRequest(Sampled, frozen=True, kw_only=True):
     access_programs: Any = None
     image: Any = None
     moderation: Any = None
-    max_tool_calls: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
@@ -75,7 +78,6 @@ HARMLESS: Harmless = {
     "access_programs": (),
     "image": (),
     "moderation": (),
-    "max_tool_calls": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "truncation": ("disabled",),
@@ -98,25 +100,27 @@ async def prepare_response(
     previous: Record | None,
     *,
     resumable: bool = False,
+    servers: Servers | None = None,
 ) -> tuple[Record, Generation]:
-    """Check a request and make its prompt: instructions, what was said before, and the input.
+    """Check a request and make its prompt: instructions, what was said before, and the input. With
+    `servers` their tools can be asked for.
 
-    Raises InvalidRequest naming the field.
+    Raises InvalidRequest naming the field, or HTTPError.
     """
     check_model(engine, body.model)
     _check(body)
     wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     given = messages_of(body.input)
     messages = [*(previous.conversation if previous is not None else []), *given]
-    answering = await prompt_of(engine, messages, body)
+    remote = await remote_tools(servers, _of_servers(body.tools))
+    answering = await prompt_of(engine, messages, body, remote)
     ids = truncated(answering.ids, body)
-    params = answering.applied(
-        SamplingParams(
-            **sampling_fields(body),
-            max_tokens=body.max_output_tokens,
-            logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
-        )
+    asked = SamplingParams(
+        **sampling_fields(body),
+        max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
     )
+    params = answering.applied(asked)
     if body.generate is False:
         # What is not submitted is checked here.
         params.validate(engine.parts.vocab_size)
@@ -129,7 +133,10 @@ async def prepare_response(
         tokenizer,
         logprobs=wants_logprobs,
         parser=answering.parser,
+        remote={tool.name: tool.server for tool in remote},
     )
+    for label in dict.fromkeys(tool.server for tool in remote):
+        composer.list_tools(label, [_shown(tool) for tool in remote if tool.server == label])
     record = Record(
         id=identifier,
         owner=client.owner,
@@ -148,23 +155,53 @@ async def prepare_response(
         **answering.names,
     }
     shape = ChatShape(tokenizer, logprobs=wants_logprobs)
-    return record, Generation([ids], params, shape, terms_of(client, body), names)
+    generation = Generation([ids], params, shape, terms_of(client, body), names)
+    if remote and servers is not None:
+        # Only the first turn can be made to call.
+        free = msgspec.structs.replace(body, tool_choice="auto")
+        record.rounds = Rounds(
+            engine,
+            servers,
+            remote,
+            composer,
+            msgspec.structs.replace(generation, params=asked),
+            messages,
+            lambda conversation: prompt_of(engine, conversation, free, remote),
+            body.max_tool_calls,
+        )
+    return record, generation
+
+
+def _of_servers(tools: Any) -> list[dict[str, Any]]:
+    """The tools that are servers."""
+    every = tools if isinstance(tools, list) else []
+    return [t for t in every if isinstance(t, dict) and t.get("type") == "mcp"]
+
+
+def _shown(tool: RemoteTool) -> dict[str, Any]:
+    """A server's tool as it is listed."""
+    shown = {"name": tool.name, "description": tool.description, "annotations": None}
+    return shown | {"input_schema": tool.parameters}
 
 
 async def prompt_of(
-    engine: AsyncEngine, messages: list[dict[str, Any]], body: ResponsesRequest
+    engine: AsyncEngine,
+    messages: list[dict[str, Any]],
+    body: ResponsesRequest,
+    remote: Sequence[RemoteTool] = (),
 ) -> Answering:
-    """The prompt of a conversation, and what belongs to its answer. Raises InvalidRequest if
-    nothing was said."""
+    """The prompt of a conversation, and what belongs to its answer, which may call `remote` tools.
+    Raises InvalidRequest if nothing was said."""
     if not messages:
         raise InvalidRequest("input is missing; give text or a list of messages", param="input")
     check_results(messages, "input")
     first = body.instructions
     system = [{"role": "system", "content": first}] if first else []
-    return await prepare_answer(engine, [*system, *messages], wishes_of(body), name="input")
+    wishes = wishes_of(body, remote)
+    return await prepare_answer(engine, [*system, *messages], wishes, name="input")
 
 
-def wishes_of(body: ResponsesRequest) -> Wishes:
+def wishes_of(body: ResponsesRequest, remote: Sequence[RemoteTool] = ()) -> Wishes:
     """What a request wants of its answer. Raises InvalidRequest naming the field."""
     reasoning = body.reasoning or {}
     if not isinstance(reasoning, dict):
@@ -182,12 +219,25 @@ def wishes_of(body: ResponsesRequest) -> Wishes:
             param="text.verbosity",
             code="unsupported_parameter",
         )
+    if body.max_tool_calls is not None and not 1 <= body.max_tool_calls <= 1000:
+        raise InvalidRequest("max_tool_calls must be between 1 and 1000", param="max_tool_calls")
+    tools = body.tools
+    if isinstance(tools, list):
+        # Those of servers are offered by their own names.
+        tools = [t for t in tools if not (isinstance(t, dict) and t.get("type") == "mcp")]
+        tools += [_function(tool) for tool in remote]
     return Wishes(
-        offered=offered_tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True),
+        offered=offered_tools(tools, body.tool_choice, body.parallel_tool_calls, flat=True),
         form=text_format(body.text),
         effort=effort_of(reasoning.get("effort"), "reasoning.effort"),
         effort_field="reasoning.effort",
     )
+
+
+def _function(tool: RemoteTool) -> dict[str, Any]:
+    """A server's tool as the model is shown it."""
+    said = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", **said}
 
 
 def messages_of(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -206,7 +256,15 @@ def messages_of(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]
             messages[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             messages.append(_result(item, where))
-        elif kind == "reasoning":
+        elif kind == "mcp_call":
+            # What was called for an earlier answer, and what came back.
+            call = _call({**item, "call_id": item.get("id")}, where)
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            messages[-1].setdefault("tool_calls", []).append(call)
+            told = item.get("output") or item.get("error") or ""
+            messages.append(_result({"call_id": item.get("id"), "output": told}, where))
+        elif kind in ("reasoning", "mcp_list_tools"):
             continue  # what the model thought in an earlier turn is not shown to it again
         else:
             messages.append(_message(item, where))

@@ -43,7 +43,12 @@ def response_job(session: Session, given: Fields | ResponsesRequest) -> Job:
                     param="previous_response_id",
                 )
         record, generation = await prepare_response(
-            session.engine, body, session.client, previous, resumable=session.extended
+            session.engine,
+            body,
+            session.client,
+            previous,
+            resumable=session.extended,
+            servers=session.store.servers,
         )
         record.stream_id, record.progress = stream_id, session.extended
         if body.generate is False:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 
 from engine import AsyncEngine, TokenStream
 from engine.config import ServerSection
+from server.bridge.servers import Servers
 from server.composers import ENDED, Composer
 from server.errors import HTTPError, describe
 from server.log import Cursor, Event, EventLog
@@ -75,6 +77,9 @@ class Record:
     id: str
     owner: str
     composer: Composer
+    rounds: Rounds | None = None
+    """What makes calls and goes on when a turn has ended."""
+    calling: anyio.CancelScope | None = None
     resumable: bool = False
     background: bool = False
     kept: bool = False
@@ -117,10 +122,27 @@ class Record:
         return [*self.messages, *self.composer.spoken]
 
 
+class Rounds(Protocol):
+    """A response's further turns."""
+
+    async def next(
+        self, request_id: str, tell: Callable[[list[Event]], None]
+    ) -> TokenStream | None:
+        """Do what comes between two turns; the next one's stream, or None if there is none."""
+        ...
+
+    def cut(self) -> None:
+        """It was cancelled between two turns."""
+        ...
+
+
 class Store:
     """All responses of one server that are under way or kept."""
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSection) -> None:
+    def __init__(
+        self, engine: AsyncEngine, settings: ServerSection, servers: Servers | None = None
+    ) -> None:
+        self.servers = servers
         self._engine = engine
         self._settings = settings
         self._records: OrderedDict[str, Record] = OrderedDict()
@@ -181,6 +203,8 @@ class Store:
             record.cut = record.cut or reason
             record.log.unbind()
             self._engine.abort(*record.stream.request_ids)
+            if record.calling is not None:
+                record.calling.cancel()
 
     def delete(self, record: Record) -> None:
         """Forget a response, after ending it."""
@@ -265,10 +289,14 @@ class Store:
                 if not record.log.has_room:
                     await self._wait_for_reader(record, stream)
                 deltas = await stream.receive()
-                if not deltas:
+                if deltas:
+                    for delta in deltas:
+                        self._append(record, composer.delta(delta))
+                    continue
+                following = await self._next_turn(record)
+                if following is None:
                     break
-                for delta in deltas:
-                    self._append(record, composer.delta(delta))
+                stream = record.stream = following
             self._append(record, composer.end(record.cut))
         except Exception as error:
             status, body, _ = describe(error)
@@ -279,6 +307,20 @@ class Store:
         finally:
             self._engine.abort(*stream.request_ids)
             self._end(record)
+
+    async def _next_turn(self, record: Record) -> TokenStream | None:
+        """The stream of a response's next turn, once its calls have been made; None if there is
+        none. Cancelling the response ends what is being called."""
+        if record.rounds is None:
+            return None
+        with anyio.CancelScope() as record.calling:
+            tell = partial(self._append, record)
+            following = await record.rounds.next(record.id, tell)
+            record.calling = None
+            return following
+        record.calling = None
+        record.rounds.cut()
+        return None
 
     async def _wait_for_reader(self, record: Record, stream: TokenStream) -> None:
         """Until a reader has caught up by half; HTTPError if none gets on at all for too long."""

@@ -1,0 +1,142 @@
+"""A response's tool loop: the model calls, the operator's servers answer, the model goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from engine import AsyncEngine, InvalidRequest, TokenStream
+from server.answering import Answering
+from server.bridge.servers import RemoteError, RemoteTool, Servers
+from server.errors import HTTPError
+from server.log import Event
+from server.openai import Generation
+from server.response_composer import ResponseComposer
+
+# Calls of a response if it does not say how many.
+MAX_CALLS = 16
+
+
+class Rounds:
+    """What follows a response's first turn. `prepare` makes a conversation's prompt."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        servers: Servers,
+        tools: Sequence[RemoteTool],
+        composer: ResponseComposer,
+        generation: Generation,
+        messages: list[dict[str, Any]],
+        prepare: Callable[[list[dict[str, Any]]], Awaitable[Answering]],
+        most: int | None,
+    ) -> None:
+        self._engine = engine
+        self._servers = servers
+        self._where = {tool.name: tool.server for tool in tools}
+        self._composer = composer
+        self._generation = generation
+        self._messages = messages
+        self._prepare = prepare
+        self._left = MAX_CALLS if most is None else most
+        self._turns = 0
+
+    async def next(
+        self, request_id: str, tell: Callable[[list[Event]], None]
+    ) -> TokenStream | None:
+        """Make the calls of the turn that has ended, and begin the next one; None if there are no
+        calls."""
+        events, calls = self._composer.end_turn()
+        tell(events)
+        if not calls:
+            return None
+        for call in calls:
+            result, error = await self._call(call.name, call.text)
+            tell(self._composer.called(call, result, error))
+        answering = await self._prepare([*self._messages, *self._composer.spoken])
+        self._composer.next_turn(answering.parser)
+        self._turns += 1
+        generation = Generation(
+            [answering.ids],
+            answering.applied(self._generation.params),
+            self._generation.shape,
+            self._generation.terms,
+            self._generation.names,
+        )
+        return await generation.submit(self._engine, f"{request_id}-t{self._turns}")
+
+    def cut(self) -> None:
+        """It was cancelled while calls were made."""
+        self._composer.cut()
+
+    async def _call(self, name: str, arguments: str) -> tuple[str | None, str | None]:
+        """A call's result, or what went wrong, which the model is told as well."""
+        if self._left <= 0:
+            return None, "no more calls are allowed (max_tool_calls); answer with what is known"
+        self._left -= 1
+        try:
+            return await self._servers.call(self._where[name], name, json.loads(arguments)), None
+        except RemoteError as error:
+            return None, str(error)
+
+
+async def remote_tools(
+    servers: Servers | None, asked: Sequence[dict[str, Any]]
+) -> list[RemoteTool]:
+    """The tools of the servers that a request names, as far as it wants them.
+
+    Raises InvalidRequest naming the field, or HTTPError 424 if a server does not answer.
+    """
+    found: list[RemoteTool] = []
+    for number, tool in enumerate(asked):
+        where = f"tools.[{number}]"
+        label, allowed = _checked(servers, tool, where)
+        assert servers is not None
+        try:
+            offered = await servers.tools(label)
+        except RemoteError as error:
+            raise HTTPError(
+                424, str(error), param=where, code="external_connector_error"
+            ) from error
+        for name in allowed or ():
+            if name not in {t.name for t in offered}:
+                raise InvalidRequest(
+                    f"the server {label!r} has no tool {str(name)[:64]!r}",
+                    param=f"{where}.allowed_tools",
+                )
+        found += [t for t in offered if allowed is None or t.name in allowed]
+    return found
+
+
+def _checked(
+    servers: Servers | None, tool: dict[str, Any], where: str
+) -> tuple[str, list[str] | None]:
+    """A server's label, and the names of the tools that are wanted of it (None: all)."""
+    for field in ("server_url", "connector_id", "headers", "authorization"):
+        if tool.get(field):
+            raise InvalidRequest(
+                f"{field} is not taken from requests; the server's operator names servers in "
+                "server.mcp_file",
+                param=f"{where}.{field}",
+                code="unsupported_parameter",
+            )
+    label = tool.get("server_label")
+    known = {} if servers is None else servers.entries
+    if not isinstance(label, str) or label not in known:
+        names = ", ".join(known) or "none; its operator names them in server.mcp_file"
+        raise InvalidRequest(
+            f"server_label must be one of this server's: {names}", param=f"{where}.server_label"
+        )
+    if tool.get("require_approval") != "never":
+        raise InvalidRequest(
+            "calls cannot wait for approval here; set require_approval to 'never'",
+            param=f"{where}.require_approval",
+            code="unsupported_parameter",
+        )
+    allowed = tool.get("allowed_tools")
+    if isinstance(allowed, dict):
+        allowed = allowed.get("tool_names")
+    if allowed is not None and not isinstance(allowed, list):
+        raise InvalidRequest("allowed_tools must be a list", param=f"{where}.allowed_tools")
+    return label, allowed
