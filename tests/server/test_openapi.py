@@ -18,6 +18,7 @@ def test_it_describes_every_route_and_every_field(mock: ServerProcess) -> None:
     routes = {c for c in source if isinstance(c, str) and c.startswith("/") and "{" not in c}
     assert routes - {path for _, path in described} == {
         "/",
+        "/mcp",
         "/openapi.json",
         "/v1/console",
         "/v1/stream",
