@@ -1,5 +1,5 @@
-"""The Model Context Protocol's own conformance suite, as far as its scenarios apply: the others need
-tools, prompts and resources that only a server made for the suite has."""
+"""The Model Context Protocol's own conformance suite, as far as its scenarios apply: the others
+need tools, prompts and resources that only a server made for the suite has."""
 
 from __future__ import annotations
 
