@@ -212,6 +212,17 @@ class AnswerParser:
             return broken.char
 
     def _all_calls(self, char: str) -> Machine:
+        assert self._style is not None
+        while True:
+            char = yield from self._some_calls(char)
+            blanks: list[str] = []
+            char = yield from self._skip(char, blanks.append)
+            if not self._style.leading or char != ";":
+                return (yield from self._finish_calls(char, "".join(blanks)))
+            char = yield
+
+    def _some_calls(self, char: str) -> Machine:
+        """A list of calls, or one."""
         style = self._style
         assert style is not None
         char = yield from self._skip(char)
@@ -228,11 +239,7 @@ class AnswerParser:
             char = yield from self._call(char)
         else:
             char = yield from self._named_call(char)
-        blanks: list[str] = []
-        char = yield from self._skip(char, blanks.append)
-        if style.leading and char == ";":
-            return (yield from self._all_calls((yield)))
-        return (yield from self._finish_calls(char, "".join(blanks)))
+        return char
 
     def _finish_calls(self, char: str, blank: str) -> Machine:
         """Leave out the mark that follows calls, and the blanks before it."""

@@ -44,8 +44,8 @@ class Wishes:
     @property
     def tokens(self) -> int | None:
         """The most tokens of reasoning; None if any number."""
-        most = None if self.effort is None else EFFORTS[self.effort]
-        return most if self.budget is None else min(self.budget, most or self.budget)
+        limits = (None if self.effort is None else EFFORTS[self.effort], self.budget)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def for_template(self) -> dict[str, Any]:
@@ -99,7 +99,8 @@ async def prepare_answer(
         raise InvalidRequest(str(error), param=name, code=error.code) from error
     reasons, begun = _reasoning(dialect, prompt, wishes)
     await _check(engine, wishes)
-    grammar = constraint(
+    combine = partial(
+        constraint,
         parts.tokenizer,
         dialect,
         offered,
@@ -108,6 +109,9 @@ async def prepare_answer(
         begun=begun,
         budget=wishes.tokens,
     )
+    # The schemas of many tools take their time.
+    held = offered is not None and offered.enforced
+    grammar = await anyio.to_thread.run_sync(combine) if held else combine()
     calls = offered is not None and offered.choice != "none"
     parser = None
     if calls or reasons:
@@ -127,7 +131,7 @@ async def prepare_answer(
 
 def effort_of(value: Any, name: str) -> str | None:
     """A request's reasoning effort. Raises InvalidRequest unless it is one."""
-    if value is not None and value not in EFFORTS:
+    if value is not None and not (isinstance(value, str) and value in EFFORTS):
         raise InvalidRequest(f"{name} must be one of {', '.join(EFFORTS)}", param=name)
     return None if value is None else str(value)
 

@@ -10,6 +10,7 @@ from llguidance import regex_to_lark
 
 from engine import Grammar, InvalidRequest
 from engine.text.grammar import embedded
+from engine.text.schemas import schemas_of
 from engine.text.tokenizer import Tokenizer
 from server.answer_parser import Style
 from server.dialect import Dialect
@@ -137,12 +138,33 @@ def _calls(tokenizer: Tokenizer, style: Style, offered: Offered, rules: list[str
 
 def _call(style: Style, name: str, schema: dict[str, Any]) -> str:
     """One call of one tool. Its schema stays a document of its own, so that its references hold."""
+    if style.name == "llama3" and (whole := _one_schema(name, schema)) is not None:
+        return f"%json {embedded(Grammar.json_schema(whole))}"
     body = f"%json {embedded(Grammar.json_schema(schema))}"
     if style.name == "mistral":
         return f"{literal(name + '[ARGS]')} {body}"
     key = "parameters" if style.name == "llama3" else "arguments"
     head = f'{{"name": {json.dumps(name)}, "{key}": '
     return f'{literal(head)} {body} "}}"'
+
+
+def _one_schema(name: str, schema: dict[str, Any]) -> dict[str, Any] | None:
+    """A call as one schema, so that JSON which is none can begin alike; None if the arguments'
+    schema refers to itself as a whole."""
+    inner = dict(schema)
+    shared: dict[str, Any] = {
+        key: inner.pop(key) for key in ("$defs", "definitions") if key in inner
+    }
+    references = [part["$ref"] for _, part in schemas_of(schema) if "$ref" in part]
+    if not all(str(r).startswith(("#/$defs/", "#/definitions/")) for r in references):
+        return None
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "parameters": inner},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+        **shared,
+    }
 
 
 def _free(calls: Calls, rules: list[str]) -> str:

@@ -53,6 +53,7 @@ class ResponseComposer:
         self._wants_logprobs = logprobs
         self._parser = None if parser is None else parser()
         self._open = False  # whether the last item is
+        self._held: list[dict[str, Any]] = []
         self._prepared = False
         self._finish = ""
         self._usage: Usage | None = None
@@ -155,10 +156,13 @@ class ResponseComposer:
         if self.status == "queued":
             self.status = "in_progress"
             events.append({"type": "response.in_progress", "response": self.snapshot()})
-        scores = self._scores(delta)
-        for piece in self._pieces(delta, scores):
+        # Text may be held back for a while; its tokens' scores come with it.
+        self._held += self._scores(delta)
+        for piece in self._pieces(delta, self._held):
+            scores = self._held if isinstance(piece, Content) else []
             events += self._piece(piece, scores)
-            scores = []
+            if isinstance(piece, Content):
+                self._held = []
         return events
 
     def end(self, reason: str = "") -> list[Event]:
@@ -232,6 +236,13 @@ class ResponseComposer:
             return []
         self._open = False
         last = self.items[-1]
+        if last.kind == "message":
+            last.logprobs += self._held
+            self._held = []
+        if last.kind in CALLS and not _is_object(last.text):
+            # The model broke off, or wrote what is no JSON.
+            last.error = "its arguments are no JSON object"
+            return last.end("incomplete")
         if last.kind == "mcp_call" and self.status == "in_progress":
             return [last.asked()]
         ended = self.status if self.status in ("in_progress", "completed") else "incomplete"
@@ -250,6 +261,13 @@ class ResponseComposer:
             return []
         scores: list[dict[str, Any]] = chat_logprobs(self._tokenizer, delta.logprobs)["content"]
         return scores
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def response_usage(usage: Usage) -> dict[str, Any]:

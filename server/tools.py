@@ -146,7 +146,7 @@ def arguments_of(text: Any, where: str) -> dict[str, Any]:
     """A call's arguments as templates want them. Raises InvalidRequest if they are no object."""
     try:
         value = json.loads(text) if isinstance(text, str) else text
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise InvalidRequest("a call's arguments must be a JSON object", param=where)

@@ -138,28 +138,35 @@ class Embedder:
                 job.future.set_result(job.vectors)
 
     def _take(self) -> tuple[Job, list[int]] | None:
-        """The next batch: rows of the first job of the tenant whose turn it is."""
-        with self._changed:
-            while not self._queues:
-                if self._closed:
-                    return None
-                self._changed.wait()
-            tenant, queue = next(iter(self._queues.items()))
-            job, rows = queue[0], list[int]()
-            longest = len(job.sequences[job.waiting[0]])
-            most = 0 if job.future.cancelled() else max(1, BATCH_TOKENS // longest)
-            while job.waiting and len(rows) < most:
-                rows.append(job.waiting.popleft())
-            self._waiting -= sum(len(job.sequences[n]) for n in rows)
-            if not rows:
-                self._waiting -= job.tokens
-                job.waiting.clear()
-            if not job.waiting:
-                queue.popleft()
-            self._queues.move_to_end(tenant)
-            if not queue:
-                del self._queues[tenant]
-        return (job, rows) if rows else self._take()
+        """The next batch; None at the end."""
+        while True:
+            with self._changed:
+                while not self._queues:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+                job, rows = self._next_rows()
+            if rows:
+                return job, rows
+
+    def _next_rows(self) -> tuple[Job, list[int]]:
+        """Rows of the first job of the tenant whose turn it is; none if nobody waits for them."""
+        tenant, queue = next(iter(self._queues.items()))
+        job, rows = queue[0], list[int]()
+        longest = len(job.sequences[job.waiting[0]])
+        most = 0 if job.future.cancelled() else max(1, BATCH_TOKENS // longest)
+        while job.waiting and len(rows) < most:
+            rows.append(job.waiting.popleft())
+        self._waiting -= sum(len(job.sequences[n]) for n in rows)
+        if not rows:
+            self._waiting -= job.tokens
+            job.waiting.clear()
+        if not job.waiting:
+            queue.popleft()
+        self._queues.move_to_end(tenant)
+        if not queue:
+            del self._queues[tenant]
+        return job, rows
 
     def _fail(self, job: Job, error: Exception) -> None:
         with self._changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from engine.scheduling.sequence import Sequence as ScheduledSequence
 from engine.text.grammar import GrammarCompiler
 from engine.types import Grammar
 from kernels.batch import Int32, Sampling
+
+logger = logging.getLogger("ryzanstein.engine")
 
 
 @dataclass(slots=True, eq=False)
@@ -86,11 +89,14 @@ class Masks:
     def _begin(self, held: Held, grammar: Grammar, drawn: Sequence[int]) -> None:
         try:
             held.matcher = self._compiler.matcher(grammar)
+            held.matcher.consume_tokens(list(drawn))
+            self._fill([held])
         except InvalidRequest as error:
             held.fault = str(error)
-            return
-        held.matcher.consume_tokens(list(drawn))
-        self._fill([held])
+        except Exception as error:
+            # It ends its own request, not the step that it is in.
+            logger.error("a grammar cannot be followed", exc_info=error)
+            held.fault = f"the answer's grammar cannot be followed: {type(error).__name__}"
 
     def _follow(self, drawn: Sequence[tuple[Held, int]]) -> None:
         # What has matched all of its grammar goes on only because its end is not known yet.

@@ -13,7 +13,7 @@ import llguidance
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.errors import InvalidRequest
-from engine.text.schemas import narrow, schemas_of, settle_alternatives
+from engine.text.schemas import forget_dialects, narrow, schemas_of, settle_alternatives
 from engine.text.tokenizer import Tokenizer
 from engine.types import Grammar
 
@@ -42,27 +42,36 @@ class GrammarCompiler:
         self._limits = limits or LLParserLimits(verbose_errors=False)
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._opening = threading.Lock(), threading.Lock()
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """A matcher at its beginning. Takes milliseconds, the first time up to a second; raises
         InvalidRequest that says what is wrong with the grammar, and where."""
         with self._lock:
             known = self._compiled.get(grammar)
-            if known is None:
-                known = self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > KEPT:
-                    self._compiled.popitem(last=False)
+        if known is None:
+            # Not under the lock: whoever has a grammar that is known does not wait for this one.
+            known = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = known
             self._compiled.move_to_end(grammar)
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
             return known.deep_copy()
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         if len(grammar.text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
             raise _bad(grammar, f"it is longer than {MAX_GRAMMAR_BYTES} bytes")
-        if self._vocabulary is None:
-            self._vocabulary = _vocabulary(self._open(), self.vocab_size)
+        with self._opening:
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(self._open(), self.vocab_size)
         text = as_llguidance(grammar)
         matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            # Some are too large only once they are followed; that is seen at the first mask.
+            first = matcher.deep_copy()
+            first.compute_bitmask()
+            matcher = first if first.is_error() else matcher
         if problem := matcher.get_error():
             raise _bad(grammar, _located(grammar, problem.partition("\n<")[0].strip()))
         return matcher
@@ -80,7 +89,7 @@ def as_llguidance(grammar: Grammar) -> str:
         if not isinstance(choices, list) or not choices or not all(map(_is_text, choices)):
             raise _bad(grammar, "it has to be a list of texts, none of them empty")
         alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-        return str(LLMatcher.grammar_from_lark("start: " + alternatives))
+        return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {alternatives}"))
     if grammar.kind == "lark":
         return str(LLMatcher.grammar_from_lark(text))
     try:
@@ -111,6 +120,7 @@ def read_schema(grammar: Grammar) -> Any:
     schema = _json(grammar)
     if not isinstance(schema, (dict, bool)):
         raise _bad(grammar, "it has to be an object")
+    forget_dialects(schema)
     try:
         jsonschema_rs.meta.validate(schema)
     except jsonschema_rs.ValidationError as error:

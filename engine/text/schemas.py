@@ -11,11 +11,26 @@ Schema = dict[str, Any]
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 VALUES = ("enum", "const", "default", "examples")
-TOGETHER = ("allOf", "unevaluatedProperties", "dependentSchemas", "if")
-# What says more about an object's properties.
-BESIDE = (
-    "additionalProperties", "patternProperties", "minProperties", "anyOf", "oneOf", "$ref", "not",
+# What brings other schemas to bear on the same value.
+COMBINING = (
+    "allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "not", "if", "then", "else",
+    "dependentSchemas", "unevaluatedProperties",
 )  # fmt: skip
+ANNOTATIONS = (
+    "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$id",
+    "$schema", "$comment", "$anchor", "$defs", "definitions", "discriminator",
+)  # fmt: skip
+# What says more about an object's properties.
+BESIDE = ("additionalProperties", "patternProperties", "minProperties", "enum", "const")
+DRAFTS = tuple(
+    f"http{'' if number < '2' else 's'}://json-schema.org/{name}/schema"
+    for number, name in (
+        ("04", "draft-04"), ("06", "draft-06"), ("07", "draft-07"),
+        ("2019", "draft/2019-09"), ("2020", "draft/2020-12"),
+    )
+)  # fmt: skip
+# More alternatives are not compared with each other.
+MAX_CHOICES = 128
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum", "const")
 MAX_INTEGER = 2**53 - 1
 # References are followed so far.
@@ -39,12 +54,26 @@ def schemas_of(schema: Any, at: str = "") -> Iterator[tuple[str, Schema]]:
             yield from schemas_of(part, place)
 
 
+def forget_dialects(schema: Any) -> None:
+    """Take out, in place, every `$schema` that names no known draft: whoever validates a schema by
+    one would have to fetch it."""
+    if isinstance(schema, dict):
+        named = schema.get("$schema")
+        if isinstance(named, str) and named.rstrip("#") not in DRAFTS:
+            del schema["$schema"]
+        for value in schema.values():
+            forget_dialects(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            forget_dialects(value)
+
+
 def settle_alternatives(schema: Any) -> None:
     """Write `oneOf` as `anyOf`, in place, where no value can match two of its schemas: there the
     two mean the same. Unions with a discriminator are of this kind."""
     for _, part in list(schemas_of(schema)):
         choices = part.get("oneOf")
-        if isinstance(choices, list) and "anyOf" not in part:
+        if isinstance(choices, list) and len(choices) <= MAX_CHOICES and "anyOf" not in part:
             resolved = [_resolved(choice, schema) for choice in choices]
             if all(_disjoint(a, b) for a, b in combinations(resolved, 2)):
                 part["anyOf"] = part.pop("oneOf")
@@ -55,11 +84,12 @@ def narrow(schema: Any) -> None:
     end: properties that are not named, and integers beyond those that every reader of JSON takes
     (RFC 7493). All that still matches, matches the schema as it was."""
     parts = list(schemas_of(schema))
-    # Where several schemas hold for one value, each names only some of its properties.
-    separate = not any(word in part for _, part in parts for word in TOGETHER)
+    # Where several schemas hold for one value, each may name only some of what it can be.
+    if any(_holds_with_others(part) for _, part in parts):
+        return
     for _, part in parts:
         named = part.get("properties")
-        alone = separate and not any(word in part for word in BESIDE)
+        alone = not any(word in part for word in BESIDE)
         if alone and isinstance(named, dict) and set(part.get("required", ())) <= set(named):
             part["additionalProperties"] = False
         kind = part.get("type")
@@ -67,6 +97,14 @@ def narrow(schema: Any) -> None:
         bounded = "number" in kinds or any(word in part for word in BOUNDS)
         if "integer" in kinds and not bounded:
             part["minimum"], part["maximum"] = -MAX_INTEGER, MAX_INTEGER
+
+
+def _holds_with_others(part: Schema) -> bool:
+    """Whether a schema puts other schemas beside what it says itself, or beside each other."""
+    said = [word for word in part if word not in ANNOTATIONS and not word.startswith("x-")]
+    combining = [word for word in said if word in COMBINING]
+    several = isinstance(part.get("allOf"), list) and len(part["allOf"]) > 1
+    return bool(combining) and (len(said) > 1 or several or "not" in said or "if" in said)
 
 
 def _resolved(schema: Any, root: Any) -> Schema:
@@ -113,5 +151,6 @@ def _values(schema: Schema) -> list[Any] | None:
 def _kinds(schema: Schema) -> set[str] | None:
     """The types that a schema names."""
     kind = schema.get("type")
-    kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else None
+    listed = [kind] if isinstance(kind, str) else kind if isinstance(kind, list) else None
+    kinds = None if listed is None else {name for name in listed if isinstance(name, str)}
     return kinds | {"integer"} if kinds and "number" in kinds else kinds

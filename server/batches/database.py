@@ -10,7 +10,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ VERSION = 1
 SCHEMA = """
 CREATE TABLE files (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
-    bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER, content BLOB NOT NULL
+    bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER
+) STRICT;
+CREATE TABLE parts (
+    file TEXT NOT NULL REFERENCES files (id) ON DELETE CASCADE, number INTEGER NOT NULL,
+    content BLOB NOT NULL, PRIMARY KEY (file, number)
 ) STRICT;
 CREATE TABLE batches (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, tenant TEXT NOT NULL, endpoint TEXT NOT NULL,
@@ -38,6 +42,8 @@ CREATE INDEX waiting ON lines (batch, number) WHERE status IS NULL;
 CREATE INDEX files_of ON files (owner, created_at);
 CREATE INDEX batches_of ON batches (owner, created_at);
 """
+# Files are kept, and read, in pieces of about this size.
+PART_BYTES = 4 << 20
 # All that a list shows of a file.
 SHOWN = "id, owner, filename, purpose, bytes, created_at, expires_at"
 ACTIVE = ("validating", "in_progress", "finalizing", "cancelling")
@@ -54,6 +60,7 @@ class Database:
         self._connection.execute("PRAGMA journal_mode = WAL")
         # Each commit is on the disk before it is told.
         self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.execute("PRAGMA foreign_keys = ON")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             with self._transaction():
@@ -82,10 +89,11 @@ class Database:
             len(content),
             now,
             None if seconds is None else now + seconds,
-            content,
         )
+        pieces = (content[at : at + PART_BYTES] for at in range(0, len(content), PART_BYTES))
         with self._transaction():
             self._insert_file(values)
+            self._insert_parts(values[0], pieces)
         return self._one(f"SELECT {SHOWN} FROM files WHERE id = ?", values[0]) or {}
 
     def file(self, identifier: str, owner: str) -> Row | None:
@@ -93,8 +101,16 @@ class Database:
         return self._one(f"SELECT {SHOWN} FROM files WHERE id = ? AND owner = ?", identifier, owner)
 
     def content(self, identifier: str, owner: str) -> bytes | None:
-        """An owner's file's content."""
-        row = self._one("SELECT content FROM files WHERE id = ? AND owner = ?", identifier, owner)
+        """An owner's file's content; None if there is no such file."""
+        if self.file(identifier, owner) is None:
+            return None
+        rows = self._all("SELECT content FROM parts WHERE file = ? ORDER BY number", identifier)
+        return b"".join(row["content"] for row in rows)
+
+    def part(self, identifier: str, number: int) -> bytes | None:
+        """A piece of a file's content; None behind the last."""
+        query = "SELECT content FROM parts WHERE file = ? AND number = ?"
+        row = self._one(query, identifier, number)
         return None if row is None else row["content"]
 
     def files(self, owner: str, purpose: str | None) -> list[Row]:
@@ -181,6 +197,18 @@ class Database:
                     f"UPDATE batches SET {counted} = {counted} + 1 WHERE id = ?", (identifier,)
                 )
 
+    def expire(self, identifier: str, lines: Sequence[tuple[int, str]]) -> None:
+        """Lines, (number, answer), that were not answered in time."""
+        with self._transaction():
+            done = self._connection.executemany(
+                "UPDATE lines SET status = 408, answer = ?"
+                " WHERE batch = ? AND number = ? AND status IS NULL",
+                [(answer, identifier, number) for number, answer in lines],
+            )
+            self._connection.execute(
+                "UPDATE batches SET failed = failed + ? WHERE id = ?", (done.rowcount, identifier)
+            )
+
     def cancel(self, identifier: str) -> None:
         """A batch that is under way is to end."""
         self._connection.execute(
@@ -199,12 +227,18 @@ class Database:
                 ("output_file_id", "status = 200"),
                 ("error_file_id", "status <> 200"),
             ):
-                content = self._answers(identifier, condition)
-                if content:
+                size = self._connection.execute(
+                    f"SELECT sum(length(CAST(answer AS BLOB)) + 1) FROM lines"
+                    f" WHERE batch = ? AND {condition}",
+                    (identifier,),
+                ).fetchone()[0]
+                if size:
                     file = f"file-{uuid.uuid4().hex}"
                     title = f"{identifier}_{name.partition('_')[0]}.jsonl"
-                    shown = (file, batch["owner"], title, "batch_output", len(content), now, None)
-                    self._insert_file((*shown, content))
+                    self._insert_file(
+                        (file, batch["owner"], title, "batch_output", size, now, None)
+                    )
+                    self._insert_parts(file, self._answers(identifier, condition))
                     self._connection.execute(
                         f"UPDATE batches SET {name} = ? WHERE id = ?", (file, identifier)
                     )
@@ -218,16 +252,31 @@ class Database:
         """Forget files that have expired."""
         self._connection.execute("DELETE FROM files WHERE expires_at < ?", (int(time.time()),))
 
-    def _answers(self, identifier: str, condition: str) -> bytes:
+    def _answers(self, identifier: str, condition: str) -> Iterator[bytes]:
+        """A batch's answers as pieces of a file."""
         rows = self._connection.execute(
             f"SELECT answer FROM lines WHERE batch = ? AND {condition} ORDER BY number",
             (identifier,),
         )
-        return b"".join(row["answer"].encode() + b"\n" for row in rows)
+        held = bytearray()
+        for row in rows:
+            held += row["answer"].encode() + b"\n"
+            if len(held) >= PART_BYTES:
+                yield bytes(held)
+                held.clear()
+        if held:
+            yield bytes(held)
 
     def _insert_file(self, values: tuple[Any, ...]) -> None:
         marks = ", ".join("?" * len(values))
-        self._connection.execute(f"INSERT INTO files ({SHOWN}, content) VALUES ({marks})", values)
+        self._connection.execute(f"INSERT INTO files ({SHOWN}) VALUES ({marks})", values)
+
+    def _insert_parts(self, file: str, pieces: Iterable[bytes]) -> None:
+        for number, content in enumerate(pieces):
+            self._connection.execute(
+                "INSERT INTO parts (file, number, content) VALUES (?, ?, ?)",
+                (file, number, content),
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

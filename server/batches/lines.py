@@ -9,6 +9,8 @@ import msgspec
 
 MAX_LINES = 50_000
 MAX_ERRORS = 100
+# As large as a request may be by itself.
+MAX_LINE_BYTES = 8 << 20
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -31,10 +33,14 @@ def read_lines(content: bytes, endpoint: str) -> tuple[list[tuple[str, str]], li
     for number, text in enumerate(content.split(b"\n"), 1):
         if not text.strip():
             continue
+        if len(text) > MAX_LINE_BYTES:
+            message = f"a line has at most {MAX_LINE_BYTES} bytes"
+            errors.append(_error("line_too_large", message, number))
+            continue
         try:
             line = _decoder.decode(text)
             body = bytes(line.body).decode()
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             errors.append(_error("invalid_json_line", str(error), number))
             continue
         if line.custom_id in seen:

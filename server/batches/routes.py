@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from engine import InvalidRequest
@@ -84,8 +86,16 @@ async def one_file(request: Request) -> ASGIApp:
 async def file_content(request: Request) -> ASGIApp:
     """`GET /v1/files/{id}/content`."""
     batches, row = service_of(request), await _find_file(request)
-    content = await batches.on_disk(batches.database.content, row["id"], row["owner"])
-    return Response(content, media_type="application/octet-stream")
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        for number in itertools.count():
+            piece = await batches.on_disk(batches.database.part, row["id"], number)
+            if piece is None:
+                return
+            yield piece
+
+    headers = {"content-length": str(row["bytes"])}
+    return StreamingResponse(pieces(), headers=headers, media_type="application/octet-stream")
 
 
 async def create_batch(request: Request) -> ASGIApp:
@@ -102,6 +112,12 @@ async def create_batch(request: Request) -> ASGIApp:
         raise InvalidRequest("completion_window must be '24h'", param="completion_window")
     if len(body.metadata or {}) > MAX_METADATA:
         raise InvalidRequest(f"metadata holds more than {MAX_METADATA} keys", param="metadata")
+    try:
+        msgspec.json.encode(body.metadata)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            "metadata holds half of a surrogate pair, which is no character", param="metadata"
+        ) from error
     client, database = client_of(request), batches.database
     if await batches.on_disk(database.file, body.input_file_id, client.owner) is None:
         raise _missing("file", body.input_file_id, "input_file_id")
@@ -191,7 +207,7 @@ def _seconds(value: Any) -> int | None:
     """After how long a file is forgotten."""
     if value is None:
         return None
-    if not isinstance(value, str) or not value.isdigit() or not 3600 <= int(value) <= 2_592_000:
+    if not isinstance(value, str) or not 3600 <= _number(value) <= 2_592_000:
         raise InvalidRequest(
             "expires_after[seconds] must be between 3600 and 2592000", param="expires_after"
         )
@@ -202,7 +218,7 @@ def _page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
     """A part of a list: `limit` items behind the one called `after`."""
     query = request.query_params
     limit = query.get("limit", str(PAGE))
-    if not limit.isdigit() or not 1 <= int(limit) <= MOST:
+    if not 1 <= _number(limit) <= MOST:
         raise InvalidRequest(f"limit must be between 1 and {MOST}", param="limit")
     if (after := query.get("after")) is not None:
         places = [number for number, item in enumerate(items) if item["id"] == after]
@@ -217,6 +233,11 @@ def _page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
         "last_id": page[-1]["id"] if page else None,
         "has_more": len(items) > len(page),
     }
+
+
+def _number(text: str) -> int:
+    """A whole number, or -1."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
 
 
 async def _find_file(request: Request) -> Row:

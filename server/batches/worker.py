@@ -28,6 +28,8 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.1
 IDLE_SECONDS = 5.0
 PURGE_SECONDS = 3600.0
+# Lines that wait out an overload.
+MOST_RESTING = 64
 # A line whose step failed is tried so often.
 ATTEMPTS = 3
 
@@ -48,7 +50,9 @@ class Worker:
         self._thread = anyio.CapacityLimiter(1)
         self._wake = anyio.Event()
         self._running: dict[tuple[str, int], anyio.CancelScope] = {}
-        # By batch: the last line that was begun.
+        self._resting: set[tuple[str, int]] = set()
+        # By batch: until when it rests after a failure, and the last line that was begun.
+        self._rests: dict[str, float] = {}
         self._begun: dict[str, int] = {}
 
     async def on_disk(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -72,17 +76,29 @@ class Worker:
                         purged = time.monotonic()
                         await self.on_disk(self._database.purge)
                     active = await self.on_disk(self._database.active)
-                    for batch in active:
-                        await self._advance(batch, group)
                 except sqlite3.Error as error:
                     # A full disk, above all: the rest of the server goes on.
                     logger.error("batches wait, for their file cannot be used: %s", error)
                     await anyio.sleep(IDLE_SECONDS)
+                share = max(1, self._section.max_running // max(1, len(active)))
+                for batch in active:
+                    await self._try_to_advance(batch, group, share)
                 self._wake = anyio.Event()
                 with anyio.move_on_after(LOOK_SECONDS if active else IDLE_SECONDS):
                     await self._wake.wait()
 
-    async def _advance(self, batch: Row, group: TaskGroup) -> None:
+    async def _try_to_advance(self, batch: Row, group: TaskGroup, share: int) -> None:
+        """Do what can be done; what goes wrong with one batch is no other's affair."""
+        identifier = batch["id"]
+        if time.monotonic() < self._rests.get(identifier, 0.0):
+            return
+        try:
+            await self._advance(batch, group, share)
+        except Exception as error:
+            logger.error("batch %s waits: %s", identifier, error, exc_info=error)
+            self._rests[identifier] = time.monotonic() + IDLE_SECONDS
+
+    async def _advance(self, batch: Row, group: TaskGroup, share: int) -> None:
         """Do what can be done for a batch now."""
         identifier, status = batch["id"], batch["status"]
         if status == "validating":
@@ -98,7 +114,7 @@ class Worker:
         elif batch["completed"] + batch["failed"] == batch["total"]:
             await self._finish(batch, "completed")
         else:
-            await self._begin_lines(batch, group)
+            await self._begin_lines(batch, group, share)
 
     async def _validate(self, batch: Row) -> None:
         content = await self.on_disk(self._database.content, batch["input_file_id"], batch["owner"])
@@ -106,16 +122,27 @@ class Worker:
             missing = {"code": "missing_file", "message": "the input file was deleted"}
             await self.on_disk(self._database.refuse, batch["id"], [missing])
             return
-        lines, errors = await to_thread.run_sync(read_lines, content, batch["endpoint"])
+        try:
+            lines, errors = await to_thread.run_sync(read_lines, content, batch["endpoint"])
+        except Exception as error:
+            # It would be read in the same way again and again.
+            logger.error("batch %s cannot be read", batch["id"], exc_info=error)
+            lines, errors = [], [{"code": "unreadable", "message": "the file cannot be read"}]
         if errors:
             await self.on_disk(self._database.refuse, batch["id"], errors)
         else:
             await self.on_disk(self._database.begin, batch["id"], lines)
         self.wake()
 
-    async def _begin_lines(self, batch: Row, group: TaskGroup) -> None:
-        """Start as many lines as there is room for, if nobody who waits would wait longer."""
-        room = self._section.max_running - len(self._running)
+    async def _begin_lines(self, batch: Row, group: TaskGroup, share: int) -> None:
+        """Start as many lines as there is room for, if nobody who waits would wait longer. Batches
+        have equal shares, and lines that wait out an overload take no room."""
+        mine = sum(owner == batch["id"] for owner, _ in self._running.keys() - self._resting)
+        room = min(
+            self._section.max_running - len(self._running) + len(self._resting), share - mine
+        )
+        # However long they rest, there are not many of them.
+        room = min(room, MOST_RESTING - len(self._resting))
         if room <= 0 or len(self._engine.parts.scheduler.queue):
             return
         identifier = batch["id"]
@@ -162,7 +189,12 @@ class Worker:
                 answer = await self._answer(batch["endpoint"], body, batch["tenant"], name, seed)
                 return 200, answer
             except Overloaded as error:
-                await anyio.sleep(min(max(error.retry_after, LOOK_SECONDS), 60))
+                place = (batch["id"], line["number"])
+                self._resting.add(place)
+                try:
+                    await anyio.sleep(min(max(error.retry_after, LOOK_SECONDS), 60))
+                finally:
+                    self._resting.discard(place)
             except EngineFailed as error:
                 if self._engine.health() in ("draining", "failed"):
                     await anyio.sleep_forever()  # the next start begins it again
@@ -181,16 +213,21 @@ class Worker:
                 scope.cancel()
         if any(owner == batch["id"] for owner, _ in self._running):
             return
-        while lines := await self.on_disk(self._database.waiting, batch["id"], -1, 1000):
-            for line in lines:
-                name = request_id(batch["id"], line["number"])
-                text = expired_line(name, line["custom_id"])
-                await self.on_disk(self._database.answer, batch["id"], line["number"], 408, text)
+        after = -1
+        while lines := await self.on_disk(self._database.waiting, batch["id"], after, 1000):
+            after = lines[-1]["number"]
+            names = [request_id(batch["id"], line["number"]) for line in lines]
+            told = [
+                (line["number"], expired_line(name, line["custom_id"]))
+                for name, line in zip(names, lines, strict=True)
+            ]
+            await self.on_disk(self._database.expire, batch["id"], told)
         await self._finish(batch, "expired")
 
     async def _finish(self, batch: Row, status: str) -> None:
         await self.on_disk(self._database.finish, batch["id"], status)
         self._begun.pop(batch["id"], None)
+        self._rests.pop(batch["id"], None)
         logger.info("batch %s is %s", batch["id"], status)
 
 

@@ -120,6 +120,17 @@ def test_strict_tools_may_be_called_but_only_rightly(style: Style, marked: bool)
         assert accepts(grammar, f"Let me see. {written(style, GOOD)} Done.", marked=marked)
 
 
+@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+def test_a_form_may_begin_like_a_call(style: Style) -> None:
+    form = Grammar.json_schema(
+        {"type": "object", "properties": {"name": {"type": "string"}, "z": {"type": "string"}}}
+    )
+    grammar = of(style, Offered([STRICT, FREE]), form=form)
+    for text in ('{"z": "x"}', '{"name": "Bob"}', written(style, GOOD)):
+        assert accepts(grammar, text)
+    assert not accepts(grammar, written(style, '{"city": 1}'))
+
+
 def test_what_asks_for_nothing_is_free() -> None:
     assert of(HERMES, None) is None
     assert of(HERMES, Offered([WEATHER])) is None

@@ -287,3 +287,11 @@ def test_what_a_response_cannot_have_is_refused_by_place(
     with pytest.raises(openai.BadRequestError) as refused:
         client.post("/responses", body={"model": "mock", "input": "hi", **fields}, cast_to=object)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("arguments", ["[" * 100_000, '{"a": ' + "[" * 100_000])
+def test_deep_arguments_are_refused(client: openai.OpenAI, arguments: str) -> None:
+    function = {"name": "f", "arguments": arguments}
+    call = {"id": "1", "type": "function", "function": function}
+    with pytest.raises(openai.BadRequestError):
+        ask(client, messages=[*HELLO, {"role": "assistant", "tool_calls": [call]}])

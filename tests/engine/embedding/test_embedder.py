@@ -144,6 +144,20 @@ def test_what_nobody_waits_for_is_not_encoded(embedder: Embedder) -> None:
     assert embedder._waiting == 0
 
 
+def test_a_thousand_that_leave_cost_nobody_else(folder: Path) -> None:
+    embedder = Embedder(EmbeddingSection(model=str(folder)))
+    embedder.load()
+    held = Held(embedder)
+    first = embedder.submit([[1, 2]], "t")
+    held.begun.wait(10)
+    for _ in range(2000):
+        embedder.submit([[1, 2]], "t").cancel()
+    last = embedder.submit([[1, 2]], "t")
+    held.go.set()
+    assert len(first.result(10)) == len(last.result(10)) == 1
+    embedder.close()
+
+
 def test_a_failure_ends_one_request_alone(embedder: Embedder) -> None:
     encode = embedder.encoder.encode
 

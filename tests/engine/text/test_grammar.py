@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -137,3 +140,45 @@ def test_the_end_is_allowed_only_where_the_grammar_may_end() -> None:
     matcher.consume_token(ord("a"))
     assert matcher.validate_tokens([EOS]) == 1
     assert matcher.validate_tokens([ord("b"), EOS]) == 2
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:{port}/schema", "file:///proc/self/environ"])
+def test_nothing_is_fetched_for_a_schema(place: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        named = place.format(port=listener.getsockname()[1])
+        schema = {"$schema": named, "properties": {"a": {"$schema": named, "$id": named}}}
+        assert COMPILER.matcher(Grammar.json_schema(schema))
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_many_choices_are_followed() -> None:
+    words = [f"word {number}" for number in range(5000)]
+    grammar = Grammar("choice", json.dumps(words))
+    assert matches(grammar, "word 4711")
+    assert not matches(grammar, "word 5000")
+
+
+def test_what_is_too_large_to_be_followed_is_refused_before_it_is() -> None:
+    small = compiler(max_items_in_row=20)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    lark = "start: " + " | ".join(f'"{a}" "{a}" NUM' for a in letters) + "\nNUM: /[0-9]+/"
+    with pytest.raises(InvalidRequest, match="max is 20"):
+        small.matcher(Grammar("lark", lark))
+
+
+def test_whoever_has_a_grammar_does_not_wait_for_anothers() -> None:
+    fresh = compiler()
+    known = Grammar("regex", "a")
+    fresh.matcher(known)
+    large = {"oneOf": [{"const": n} for n in range(128)], "properties": {}}
+    slow = Grammar.json_schema({"anyOf": [large] * 40})
+    begun = threading.Thread(target=fresh.matcher, args=(slow,))
+    begun.start()
+    begin = time.perf_counter()
+    fresh.matcher(known)
+    waited = time.perf_counter() - begin
+    running = begun.is_alive()
+    begun.join()
+    assert waited < 0.2 or not running

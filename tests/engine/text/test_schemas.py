@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from engine.text.schemas import MAX_INTEGER, narrow, schemas_of, settle_alternatives
+from engine.text.schemas import (
+    MAX_INTEGER,
+    forget_dialects,
+    narrow,
+    schemas_of,
+    settle_alternatives,
+)
 
 CIRCLE = {"type": "object", "properties": {"kind": {"const": "circle"}}, "required": ["kind"]}
 SQUARE = {"type": "object", "properties": {"kind": {"enum": ["square"]}}, "required": ["kind"]}
@@ -99,6 +105,12 @@ def test_what_is_hardly_meant_is_left_out(schema: Any, narrowed: Any) -> None:
         {"allOf": [A, {"properties": {"b": COUNT}}]},
         {"$defs": {"x": A}, "allOf": [{"$ref": "#/$defs/x"}, {"properties": {"b": COUNT}}]},
         {"enum": [{"properties": {}}]},
+        {**A, "enum": [{"a": 1, "b": 2}], "properties": {"a": {"type": "string"}}},
+        {"$ref": "#/$defs/x", "properties": {"b": COUNT}, "$defs": {"x": A}},
+        {"type": "integer", "anyOf": [{"minimum": 2**60}]},
+        {"type": "integer", "allOf": [{"minimum": 2**60}]},
+        {"not": A},
+        {**A, "anyOf": [{"properties": {"b": COUNT}, "required": ["b"]}]},
         True,
     ],
     ids=str,
@@ -107,3 +119,19 @@ def test_the_rest_stays(schema: Any) -> None:
     found = copy.deepcopy(schema)
     narrow(found)
     assert found == schema
+
+
+def test_dialects_that_would_have_to_be_fetched_are_forgotten() -> None:
+    known = "https://json-schema.org/draft/2020-12/schema"
+    schema = {
+        "$schema": "http://127.0.0.1:1/evil",
+        "items": [{"$schema": "file:///etc/passwd", "type": "string"}],
+        "properties": {"$schema": {"type": "string"}},
+        "$defs": {"x": {"$schema": known}},
+    }
+    forget_dialects(schema)
+    assert schema == {
+        "items": [{"type": "string"}],
+        "properties": {"$schema": {"type": "string"}},
+        "$defs": {"x": {"$schema": known}},
+    }

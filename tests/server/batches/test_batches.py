@@ -194,6 +194,23 @@ def test_what_is_wrong_is_named(
     assert response.json()["error"]["param"] == param
 
 
+def test_a_batch_that_cannot_be_read_holds_up_no_other(client: openai.OpenAI) -> None:
+    deep = lines(1).replace(b'"max_tokens": 5', b'"x": ' + b"[" * 5000 + b"]" * 5000)
+    first, second = submit(client, deep), submit(client, lines(2))
+    assert ended(client, first).status == "failed"
+    assert ended(client, second).status == "completed"
+
+
+def test_batches_share_what_there_is(batch_server: MockFactory) -> None:
+    server = batch_server(delay=0.01, max_running=4)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        large, small = submit(client, lines(400)), submit(client, lines(3))
+        assert ended(client, small).status == "completed"
+        assert client.batches.retrieve(large.id).status == "in_progress"
+        client.batches.cancel(large.id)
+        ended(client, large)
+
+
 def test_a_second_server_has_no_batches_and_says_why(
     batch_server: MockFactory, mock: ServerProcess
 ) -> None:

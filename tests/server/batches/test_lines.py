@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.batches.lines import MAX_LINES, read_lines
+from server.batches.lines import MAX_LINE_BYTES, MAX_LINES, read_lines
 
 URL = "/v1/completions"
 
@@ -34,6 +34,8 @@ def test_lines_are_read_in_order_and_empty_ones_passed_over() -> None:
         (line(url="/v1/other"), "mismatched_endpoint", 1),
         (line(method="GET"), "mismatched_endpoint", 1),
         (line(body=[1]), "invalid_request", 1),
+        (b'{"custom_id": "a", "body": ' + b"[" * 100_000, "invalid_json_line", 1),
+        (line(body={"x": "y" * MAX_LINE_BYTES}), "line_too_large", 1),
         (b"\n".join(line(custom_id=str(n)) for n in range(MAX_LINES + 1)), "too_many_lines", None),
     ],
     ids=lambda value: str(value)[:40],
