@@ -161,10 +161,10 @@ def test_many_choices_are_followed() -> None:
 
 
 def test_what_is_too_large_to_be_followed_is_refused_before_it_is() -> None:
-    small = compiler(max_items_in_row=20)
+    small = compiler(step_max_items=20)
     letters = "abcdefghijklmnopqrstuvwxyz"
     lark = "start: " + " | ".join(f'"{a}" "{a}" NUM' for a in letters) + "\nNUM: /[0-9]+/"
-    with pytest.raises(InvalidRequest, match="max is 20"):
+    with pytest.raises(InvalidRequest, match="Too many items"):
         small.matcher(Grammar("lark", lark))
 
 
