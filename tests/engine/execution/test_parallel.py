@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from engine import AsyncEngine, ConfigError, EngineFailed, SamplingParams
+from engine import AsyncEngine, ConfigError, EngineFailed, Grammar, SamplingParams
 from engine.execution.parallel import LEAST_SECONDS, Pace, RankStepper
 from tests.engine.execution import faults
 from tests.kernels.native import needs_native
@@ -40,6 +40,7 @@ REQUESTS = [
     SamplingParams(max_tokens=20, seed=1, repetition_penalty=1.3, presence_penalty=0.5, n=2),
     SamplingParams(max_tokens=9, temperature=0.0, logprobs=2, prompt_logprobs=1, min_tokens=5),
     SamplingParams(max_tokens=12, seed=3, logit_bias={65: 5.0, 66: -100.0}),
+    SamplingParams(max_tokens=20, seed=8, grammar=Grammar("regex", "[a-z ]{6,14}!")),
 ]
 
 
@@ -61,7 +62,8 @@ async def everything(engine: AsyncEngine) -> list[object]:
 
 
 async def test_ranks_give_what_one_gives_whatever_is_asked(model: Path) -> None:
-    """Seeded draws, penalties, biases, logprobs; the cache is small, so pages are taken away."""
+    """Seeded draws, penalties, biases, logprobs, a grammar; the cache is small, so pages are taken
+    away."""
     answers = []
     for ranks in (1, 2, 4):
         async with engine_of(model, ranks, cache__tokens=384) as engine:
