@@ -28,6 +28,7 @@ class Item:
         self.tools: list[dict[str, Any]] = []
         self.result: str | None = None
         self.error: str | None = None
+        self.turn = 0
         self.kind = kind
         self.id = f"{prefix}_{uuid.uuid4().hex}"
         self.call_id = f"call_{call_id()}"

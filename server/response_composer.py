@@ -47,7 +47,7 @@ class ResponseComposer:
     ) -> None:
         self.status = "queued"
         self._remote = remote or {}
-        self._turn = 0  # the first item of the turn
+        self._turn = self._turns = 0  # the first item of the turn, and the turns before it
         self.items: list[Item] = []
         self._tokenizer = tokenizer
         self._wants_logprobs = logprobs
@@ -77,15 +77,17 @@ class ResponseComposer:
     def spoken(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         results: list[dict[str, Any]] = []
+        turn = 0
         for item in self.items:
             if item.kind not in ("message", *CALLS) or (
                 item.kind in CALLS and item.status != "completed"
             ):
                 continue
-            if not messages or (item.kind == "message" and results):
+            if not messages or (results and item.turn != turn):
                 messages += results
                 results = []
                 messages.append({"role": "assistant", "content": ""})
+            turn = item.turn
             if item.kind == "message":
                 messages[-1]["content"] += item.text
                 continue
@@ -109,17 +111,14 @@ class ResponseComposer:
     def end_turn(self) -> tuple[list[Event], list[Item]]:
         """What tells of a turn's end, and the calls that are to be made before the next; none if
         this was the last."""
-        events = self._close()
+        if self._finish != "stop":
+            return [], []
+        events = self._close("completed")
         made = self.items[self._turn :]
-        calls = [item for item in made if item.status == "calling"]
         # What the client has to call comes first.
-        mixed = any(item.kind == "function_call" for item in made)
-        if mixed or self._finish != "stop":
-            for item in calls:
-                item.error = "it was not called"
-                events += item.end("incomplete")
-            calls = []
-        return events, calls
+        if any(item.kind == "function_call" for item in made):
+            return events, []
+        return events, [item for item in made if item.status == "calling"]
 
     def called(self, item: Item, result: str | None, error: str | None) -> list[Event]:
         """What came back from a call."""
@@ -129,22 +128,32 @@ class ResponseComposer:
     def next_turn(self, parser: Callable[[], AnswerParser] | None) -> None:
         """The model goes on."""
         self._parser = None if parser is None else parser()
-        self._turn = len(self.items)
+        self._turn, self._turns = len(self.items), self._turns + 1
+        self._held = []
         self._earlier, self._usage = self._whole_usage(), None
         self._finish = ""
 
     def cut(self) -> None:
         """It ends where it is, between two turns."""
         self._finish = "abort"
-        for item in self.items:
-            if item.status == "calling":
-                item.status = "incomplete"
+
+    def run_out(self) -> None:
+        """Its turns have used all the tokens that it may have."""
+        self._finish = "length"
+
+    @property
+    def made_tokens(self) -> int:
+        """Tokens that were made so far."""
+        whole = self._whole_usage()
+        return 0 if whole is None else whole.completion_tokens
 
     def begin(self, *, queued: bool) -> list[Event]:
         if not queued:
             self.status = "in_progress"
         names = ("created", "queued") if queued else ("created", "in_progress")
-        events = [{"type": f"response.{name}", "response": self.snapshot()} for name in names]
+        # The servers' tools are told as items of their own.
+        begun = {**self.snapshot(), "output": []}
+        events: list[Event] = [{"type": f"response.{name}", "response": begun} for name in names]
         for item in self.items:
             events += [*item.begin(), *item.end("completed")]
         return events
@@ -175,7 +184,7 @@ class ResponseComposer:
             self._body["incomplete_details"] = {"reason": details}
         else:
             self._body["completed_at"] = int(time.time())
-        events = self._close()
+        events = [*self._close(), *self._close_calls()]
         return [*events, {"type": f"response.{name}", "response": self.snapshot()}]
 
     def nothing(self) -> list[Event]:
@@ -186,15 +195,18 @@ class ResponseComposer:
         self.status = "failed"
         code = "rate_limit_exceeded" if error.type == "rate_limit_error" else "server_error"
         self._body["error"] = {"code": code, "message": error.message}
-        return [*self._close(), {"type": "response.failed", "response": self.snapshot()}]
+        events = [*self._close(), *self._close_calls()]
+        return [*events, {"type": "response.failed", "response": self.snapshot()}]
 
     def snapshot(self) -> dict[str, Any]:
         whole = self._whole_usage()
         usage = None if whole is None else response_usage(whole)
         items = self.items
-        if not items and self.status in ENDED and not self._prepared:
-            items = [Item("message", 0)]  # an answer without a word is still one
-            items[0].status = self.status if self.status == "completed" else "incomplete"
+        said = any(item.kind != "mcp_list_tools" for item in items)
+        if not said and self.status in ENDED and not self._prepared:
+            silent = Item("message", len(items))  # an answer without a word is still one
+            silent.status = self.status if self.status == "completed" else "incomplete"
+            items = [*items, silent]
         output = [item.body() for item in items]
         return {**self._body, "status": self.status, "output": output, "usage": usage}
 
@@ -220,6 +232,7 @@ class ResponseComposer:
             events += self._close("completed")
             name = piece.name if isinstance(piece, CallBegin) else ""
             last = Item(kind, len(self.items), name, server)
+            last.turn = self._turns
             self.items.append(last)
             self._open = True
             events += last.begin()
@@ -243,10 +256,19 @@ class ResponseComposer:
             # The model broke off, or wrote what is no JSON.
             last.error = "its arguments are no JSON object"
             return last.end("incomplete")
-        if last.kind == "mcp_call" and self.status == "in_progress":
+        if last.kind == "mcp_call":
             return [last.asked()]
         ended = self.status if self.status in ("in_progress", "completed") else "incomplete"
         return last.end(status or ended)
+
+    def _close_calls(self) -> list[Event]:
+        """End the calls that were asked for and not made."""
+        events: list[Event] = []
+        for item in self.items:
+            if item.status == "calling":
+                item.error = "it was not called, or not to its end"
+                events += item.end("incomplete")
+        return events
 
     def _whole_usage(self) -> Usage | None:
         """Of all turns; what a turn finds in the cache counts as its input."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import msgspec
@@ -157,8 +157,13 @@ async def prepare_response(
     shape = ChatShape(tokenizer, logprobs=wants_logprobs)
     generation = Generation([ids], params, shape, terms_of(client, body), names)
     if remote and servers is not None:
-        # Only the first turn can be made to call.
-        free = msgspec.structs.replace(body, tool_choice="auto")
+
+        def prepare(conversation: list[dict[str, Any]], may_call: bool) -> Awaitable[Answering]:
+            # Only the first turn can be made to call.
+            choice = "auto" if may_call else "none"
+            free = msgspec.structs.replace(body, tool_choice=choice)
+            return prompt_of(engine, conversation, free, remote)
+
         record.rounds = Rounds(
             engine,
             servers,
@@ -166,7 +171,7 @@ async def prepare_response(
             composer,
             msgspec.structs.replace(generation, params=asked),
             messages,
-            lambda conversation: prompt_of(engine, conversation, free, remote),
+            prepare,
             body.max_tool_calls,
         )
     return record, generation

@@ -80,6 +80,7 @@ class Record:
     rounds: Rounds | None = None
     """What makes calls and goes on when a turn has ended."""
     calling: anyio.CancelScope | None = None
+    stopping: bool = False
     resumable: bool = False
     background: bool = False
     kept: bool = False
@@ -133,6 +134,11 @@ class Rounds(Protocol):
 
     def cut(self) -> None:
         """It was cancelled between two turns."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """Calls that have been made."""
         ...
 
 
@@ -203,6 +209,7 @@ class Store:
             record.cut = record.cut or reason
             record.log.unbind()
             self._engine.abort(*record.stream.request_ids)
+            record.stopping = True
             if record.calling is not None:
                 record.calling.cancel()
 
@@ -297,6 +304,8 @@ class Store:
                 if following is None:
                     break
                 stream = record.stream = following
+                if record.paused:
+                    self._engine.pause(*stream.request_ids)
             self._append(record, composer.end(record.cut))
         except Exception as error:
             status, body, _ = describe(error)
@@ -313,14 +322,19 @@ class Store:
         none. Cancelling the response ends what is being called."""
         if record.rounds is None:
             return None
+        following: TokenStream | None = None
         with anyio.CancelScope() as record.calling:
-            tell = partial(self._append, record)
-            following = await record.rounds.next(record.id, tell)
-            record.calling = None
-            return following
+            if record.stopping:
+                record.calling.cancel()  # it was cancelled when its turn was over already
+            following = await record.rounds.next(record.id, partial(self._append, record))
+        cut = record.calling.cancelled_caught or (record.stopping and following is not None)
         record.calling = None
-        record.rounds.cut()
-        return None
+        if cut:
+            record.rounds.cut()
+            if following is not None:
+                self._engine.abort(*following.request_ids)
+            return None
+        return following
 
     async def _wait_for_reader(self, record: Record, stream: TokenStream) -> None:
         """Until a reader has caught up by half; HTTPError if none gets on at all for too long."""

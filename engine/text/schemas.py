@@ -57,15 +57,10 @@ def schemas_of(schema: Any, at: str = "") -> Iterator[tuple[str, Schema]]:
 def forget_dialects(schema: Any) -> None:
     """Take out, in place, every `$schema` that names no known draft: whoever validates a schema by
     one would have to fetch it."""
-    if isinstance(schema, dict):
-        named = schema.get("$schema")
+    for _, part in list(schemas_of(schema)):
+        named = part.get("$schema")
         if isinstance(named, str) and named.rstrip("#") not in DRAFTS:
-            del schema["$schema"]
-        for value in schema.values():
-            forget_dialects(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            forget_dialects(value)
+            del part["$schema"]
 
 
 def settle_alternatives(schema: Any) -> None:
@@ -104,7 +99,9 @@ def _holds_with_others(part: Schema) -> bool:
     said = [word for word in part if word not in ANNOTATIONS and not word.startswith("x-")]
     combining = [word for word in said if word in COMBINING]
     several = isinstance(part.get("allOf"), list) and len(part["allOf"]) > 1
-    return bool(combining) and (len(said) > 1 or several or "not" in said or "if" in said)
+    return bool(combining) and (
+        len(said) > 1 or several or bool({"not", "if", "oneOf"} & set(said))
+    )
 
 
 def _resolved(schema: Any, root: Any) -> Schema:

@@ -142,7 +142,8 @@ class Worker:
             self._section.max_running - len(self._running) + len(self._resting), share - mine
         )
         # However long they rest, there are not many of them.
-        room = min(room, MOST_RESTING - len(self._resting))
+        resting = sum(owner == batch["id"] for owner, _ in self._resting)
+        room = min(room, MOST_RESTING - resting)
         if room <= 0 or len(self._engine.parts.scheduler.queue):
             return
         identifier = batch["id"]

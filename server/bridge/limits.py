@@ -59,7 +59,7 @@ class LimitedTransport(httpx2.AsyncHTTPTransport):
 
 
 def limited_http(headers: Mapping[str, str], seconds: float, most: int) -> httpx2.AsyncClient:
-    """A client for one server. It follows no redirects: what the operator has written is asked."""
+    """A client for one server, which is not led to another."""
     return httpx2.AsyncClient(
         headers={**headers, "accept-encoding": "identity"},
         timeout=seconds,

@@ -6,6 +6,8 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from engine import AsyncEngine, InvalidRequest, TokenStream
 from server.answering import Answering
 from server.bridge.servers import RemoteError, RemoteTool, Servers
@@ -19,7 +21,8 @@ MAX_CALLS = 16
 
 
 class Rounds:
-    """What follows a response's first turn. `prepare` makes a conversation's prompt."""
+    """What follows a response's first turn. `prepare` makes a conversation's prompt, after which
+    the model may call again or not."""
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class Rounds:
         composer: ResponseComposer,
         generation: Generation,
         messages: list[dict[str, Any]],
-        prepare: Callable[[list[dict[str, Any]]], Awaitable[Answering]],
+        prepare: Callable[[list[dict[str, Any]], bool], Awaitable[Answering]],
         most: int | None,
     ) -> None:
         self._engine = engine
@@ -40,7 +43,7 @@ class Rounds:
         self._messages = messages
         self._prepare = prepare
         self._left = MAX_CALLS if most is None else most
-        self._turns = 0
+        self._turns = self.calls = 0
 
     async def next(
         self, request_id: str, tell: Callable[[list[Event]], None]
@@ -54,12 +57,19 @@ class Rounds:
         for call in calls:
             result, error = await self._call(call.name, call.text)
             tell(self._composer.called(call, result, error))
-        answering = await self._prepare([*self._messages, *self._composer.spoken])
+        params, left = self._generation.params, None
+        if params.max_tokens is not None:
+            left = params.max_tokens - self._composer.made_tokens
+            if left <= 0:
+                self._composer.run_out()
+                return None
+        spoken = [*self._messages, *self._composer.spoken]
+        answering = await self._prepare(spoken, self._left > 0)
         self._composer.next_turn(answering.parser)
         self._turns += 1
         generation = Generation(
             [answering.ids],
-            answering.applied(self._generation.params),
+            answering.applied(msgspec.structs.replace(params, max_tokens=left)),
             self._generation.shape,
             self._generation.terms,
             self._generation.names,
@@ -75,6 +85,7 @@ class Rounds:
         if self._left <= 0:
             return None, "no more calls are allowed (max_tool_calls); answer with what is known"
         self._left -= 1
+        self.calls += 1
         try:
             return await self._servers.call(self._where[name], name, json.loads(arguments)), None
         except RemoteError as error:
@@ -89,10 +100,16 @@ async def remote_tools(
     Raises InvalidRequest naming the field, or HTTPError 424 if a server does not answer.
     """
     found: list[RemoteTool] = []
+    labels: set[str] = set()
     for number, tool in enumerate(asked):
         where = f"tools.[{number}]"
         label, allowed = _checked(servers, tool, where)
         assert servers is not None
+        if label in labels:
+            raise InvalidRequest(
+                f"the server {label!r} is named twice", param=f"{where}.server_label"
+            )
+        labels.add(label)
         try:
             offered = await servers.tools(label)
         except RemoteError as error:
@@ -135,8 +152,11 @@ def _checked(
             code="unsupported_parameter",
         )
     allowed = tool.get("allowed_tools")
-    if isinstance(allowed, dict):
-        allowed = allowed.get("tool_names")
-    if allowed is not None and not isinstance(allowed, list):
-        raise InvalidRequest("allowed_tools must be a list", param=f"{where}.allowed_tools")
+    if isinstance(allowed, dict) and set(allowed) == {"tool_names"}:
+        allowed = allowed["tool_names"]
+    listed = isinstance(allowed, list) and all(isinstance(name, str) for name in allowed)
+    if allowed is not None and not listed:
+        raise InvalidRequest(
+            "allowed_tools must be a list of names", param=f"{where}.allowed_tools"
+        )
     return label, allowed

@@ -5,13 +5,14 @@
     headers = { Authorization = "Bearer ..." }
     allowed_tools = ["search"]
 
-Every operation has a connection, a time limit and a size limit of its own; a server that keeps
-failing is left alone for a while (circuit breaker, by `purgatory`).
+Every operation has a connection and a time limit of its own, and over HTTP a size limit; a server
+that keeps failing is left alone for a while (circuit breaker).
 """
 
 from __future__ import annotations
 
 import logging
+import time
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,8 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import anyio
 import msgspec
 from msgspec import Meta
-from purgatory import AsyncCircuitBreakerFactory
-from purgatory.domain.model import OpenedState
 
 from engine import ConfigError
 
@@ -36,6 +35,8 @@ MAX_TOOLS = 128
 # Of everything that a server sends in one operation, and of what of a result a model is shown.
 MAX_BYTES, MAX_TEXT = 4 << 20, 64 << 10
 FAILURES, REST_SECONDS = 3, 30.0
+# JSON-RPC's codes for a connection that closed and a server that broke.
+BROKEN = (-32000, -32603)
 
 
 class ServerEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,12 +70,31 @@ class RemoteError(Exception):
     """A server did not do what was asked; the message is for the model and the client."""
 
 
+class Breaker:
+    """Counts a server's failures in a row; after some it rests, and then one opens it again."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._until = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server is left alone now."""
+        return time.monotonic() < self._until
+
+    def note(self, *, failed: bool) -> None:
+        """How an operation went."""
+        self._failures = self._failures + 1 if failed else 0
+        if self._failures >= FAILURES:
+            self._until = time.monotonic() + REST_SECONDS
+
+
 class Servers:
     """All of them, by label."""
 
     def __init__(self, entries: dict[str, ServerEntry]) -> None:
         self.entries = entries
-        self._breakers = AsyncCircuitBreakerFactory(FAILURES, REST_SECONDS)
+        self._breakers = {label: Breaker() for label in entries}
 
     async def tools(self, label: str) -> list[RemoteTool]:
         """What a server offers, as far as it may be called. Raises RemoteError."""
@@ -113,25 +133,53 @@ class Servers:
         seconds = self.entries[label].timeout_seconds
         # The first time it takes as long as much of the server: not on the loop, nor of its time.
         await anyio.to_thread.run_sync(_load_sdk)
-        outcome: T | RemoteError
+        breaker = self._breakers[label]
+        if breaker.is_open:
+            raise RemoteError(f"{label} has failed repeatedly and is left alone for now")
         try:
-            async with await self._breakers.get_breaker(label):
-                with anyio.fail_after(seconds):
-                    async with _connected(self.entries[label]) as client:
-                        try:
-                            outcome = await work(client)
-                        except RemoteError as error:
-                            outcome = error  # it answered: nothing is wrong with it
-        except OpenedState:
-            raise RemoteError(f"{label} has failed repeatedly and is left alone for now") from None
+            with anyio.fail_after(seconds):
+                async with _connected(self.entries[label]) as client:
+                    outcome = await _answer(client, work)
         except TimeoutError:
+            breaker.note(failed=True)
             raise RemoteError(f"{label} did not answer within {seconds:g} seconds") from None
-        except (Exception, BaseExceptionGroup) as error:
-            logger.warning("the MCP server %s failed: %s", label, _cause(error))
-            raise RemoteError(f"{label} failed: {_cause(error)}") from error
+        except BaseExceptionGroup as group:
+            if not isinstance(group, ExceptionGroup):
+                raise
+            raise self._failed(label, group) from group
+        except Exception as error:
+            raise self._failed(label, error) from error
+        breaker.note(failed=False)
         if isinstance(outcome, RemoteError):
             raise outcome
         return outcome
+
+    def _failed(self, label: str, error: Exception) -> RemoteError:
+        """What is told of a failure; what it says itself may hold the server's secrets."""
+        from server.bridge.limits import TooLarge
+
+        cause: BaseException = error
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, TooLarge):
+            return RemoteError(f"{label}: {cause}")
+        self._breakers[label].note(failed=True)
+        logger.warning("the MCP server %s failed: %s", label, type(cause).__name__)
+        return RemoteError(f"{label} could not be reached, or did not speak the protocol")
+
+
+async def _answer(client: Client, work: Callable[[Client], Awaitable[T]]) -> T | RemoteError:
+    """What a server answered, errors included: then nothing is wrong with it."""
+    from mcp.shared.exceptions import MCPError
+
+    try:
+        return await work(client)
+    except RemoteError as error:
+        return error
+    except MCPError as error:
+        if error.error.code in BROKEN:
+            raise
+        return RemoteError(error.error.message[:300])
 
 
 def read_servers(file: Path) -> dict[str, ServerEntry]:
@@ -149,6 +197,8 @@ def read_servers(file: Path) -> dict[str, ServerEntry]:
             raise ConfigError(f"{file}: servers.{label} needs either a url or a command")
         if entry.url and not entry.url.startswith(("http://", "https://")):
             raise ConfigError(f"{file}: servers.{label}.url must begin with http:// or https://")
+        if not all(value.isprintable() for value in entry.headers.values()):
+            raise ConfigError(f"{file}: servers.{label}.headers hold a character that is none")
     return entries
 
 
@@ -182,10 +232,3 @@ def _text(content: Any) -> str:
     parts = [part.text if part.type == "text" else f"[{part.type}]" for part in content]
     text = "\n".join(parts)
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "\n[the rest is left out]"
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost of an error's causes, in a few words."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"[:200]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine import Delta, TokenLogprob
+from engine import Delta, TokenLogprob, Usage
 from server.answer_parser import AnswerParser
 from server.dialect import HERMES
 from server.response_composer import ResponseComposer
@@ -49,3 +49,62 @@ def test_no_tokens_score_is_lost_while_text_is_held_back() -> None:
     assert [score["token"] for score in item.logprobs] == list(text)
     told = [s for e in events if e["type"].endswith("text.delta") for s in e["logprobs"]]
     assert len(told) >= len(text) - 1
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+
+
+def turns(*texts: str, remote: str = "f") -> tuple[ResponseComposer, list[dict[str, Any]]]:
+    """Turns of an answer whose tool `remote` belongs to a server that answers every call."""
+    parser = partial(AnswerParser, style=HERMES, names=["f", "g"])
+    composer = ResponseComposer(
+        "resp_1", {}, byte_tokenizer(), logprobs=False, parser=parser, remote={remote: "it"}
+    )
+    events = composer.begin(queued=False)
+    for text in texts:
+        usage = Usage(prompt_tokens=10, completion_tokens=len(text))
+        events += composer.delta(Delta(text=text))
+        events += composer.delta(Delta(finish_reason="stop", usage=usage))
+        told, calls = composer.end_turn()
+        events += told
+        for number, call in enumerate(calls):
+            events += composer.called(call, f"result {number}", None)
+        if calls:
+            composer.next_turn(parser)
+    return composer, events + composer.end()
+
+
+def test_calls_of_one_turn_are_made_together_and_of_two_after_each_other() -> None:
+    together, _ = turns(CALL * 2, "Done.")
+    assert [m["role"] for m in together.spoken] == ["assistant", "tool", "tool", "assistant"]
+    after, _ = turns(CALL, CALL, "Done.")
+    roles = [m["role"] for m in after.spoken]
+    assert roles == ["assistant", "tool", "assistant", "tool", "assistant"]
+    assert after.made_tokens == 2 * len(CALL) + 5
+    assert all(item.status == "completed" for item in after.items)
+
+
+def test_a_call_for_the_client_ends_the_answer_and_is_remembered() -> None:
+    composer, events = turns(CALL.replace("f", "g", 1), remote="f")
+    (item,) = composer.items
+    assert (item.kind, item.status) == ("function_call", "completed")
+    assert composer.spoken[0]["tool_calls"][0]["function"]["name"] == "g"
+    assert events[-1]["type"] == "response.completed"
+
+
+def test_what_was_not_called_is_told() -> None:
+    parser = partial(AnswerParser, style=HERMES, names=["f"])
+    composer = ResponseComposer(
+        "resp_1", {}, byte_tokenizer(), logprobs=False, parser=parser, remote={"f": "it"}
+    )
+    events = composer.begin(queued=False) + composer.delta(Delta(text=CALL))
+    events += composer.delta(Delta(finish_reason="length"))
+    assert composer.end_turn() == ([], [])
+    events += composer.end()
+    kinds = [event["type"] for event in events]
+    assert kinds[-3:] == [
+        "response.mcp_call.failed",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert composer.items[0].error

@@ -110,6 +110,7 @@ def test_what_is_hardly_meant_is_left_out(schema: Any, narrowed: Any) -> None:
         {"type": "integer", "anyOf": [{"minimum": 2**60}]},
         {"type": "integer", "allOf": [{"minimum": 2**60}]},
         {"not": A},
+        {"oneOf": [{**A, "required": ["a"]}, {"properties": {"b": COUNT}}]},
         {**A, "anyOf": [{"properties": {"b": COUNT}, "required": ["b"]}]},
         True,
     ],
@@ -126,12 +127,14 @@ def test_dialects_that_would_have_to_be_fetched_are_forgotten() -> None:
     schema = {
         "$schema": "http://127.0.0.1:1/evil",
         "items": [{"$schema": "file:///etc/passwd", "type": "string"}],
+        "const": {"$schema": "http://x/y"},
         "properties": {"$schema": {"type": "string"}},
         "$defs": {"x": {"$schema": known}},
     }
     forget_dialects(schema)
     assert schema == {
         "items": [{"type": "string"}],
+        "const": {"$schema": "http://x/y"},
         "properties": {"$schema": {"type": "string"}},
         "$defs": {"x": {"$schema": known}},
     }

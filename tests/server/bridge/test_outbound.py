@@ -64,7 +64,7 @@ def test_a_call_is_made_and_the_model_goes_on(client: openai.OpenAI) -> None:
     assert (call.type, call.name, call.error) == ("mcp_call", "weather", None)
     assert call.output == f"It rains in {json.loads(call.arguments)['city']}."
     assert (message.type, made.status) == ("message", "incomplete")  # letters up to its limit
-    assert made.usage.output_tokens > 200  # of both turns
+    assert made.usage.output_tokens == 200  # of both turns
     goes_on = client.responses.create(
         model="mock", previous_response_id=made.id, input="and?", max_output_tokens=16
     )
@@ -90,6 +90,27 @@ def test_its_events_tell_of_every_step(client: openai.OpenAI) -> None:
     deltas = [e.delta for e in events if e.type == "response.mcp_call_arguments.delta"]
     done = next(e for e in events if e.type == "response.mcp_call_arguments.done")
     assert "".join(deltas) == done.arguments
+
+
+def test_openais_client_puts_the_stream_together(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required"}
+    with client.responses.stream(
+        model="mock", input="hi", parallel_tool_calls=False, max_output_tokens=200, **options
+    ) as stream:
+        kinds = {event.type for event in stream}
+    assert "response.mcp_call.completed" in kinds
+
+
+def test_all_turns_share_the_tokens_of_an_answer(client: openai.OpenAI) -> None:
+    made = ask(client, max_output_tokens=150)
+    assert made.usage.output_tokens == 150
+    assert made.incomplete_details.reason == "max_output_tokens"
+
+
+def test_a_server_is_named_once(server: ServerProcess) -> None:
+    body = {"model": "mock", "input": "hi", "tools": [TOOL, TOOL]}
+    response = httpx.post(f"{server.url}/v1/responses", json=body, timeout=20)
+    assert response.json()["error"]["param"] == "tools.[1].server_label"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +158,8 @@ def test_a_response_is_cancelled_while_a_tool_runs(
         ({"require_approval": "always"}, "tools.[0].require_approval", 400),
         ({"require_approval": None}, "tools.[0].require_approval", 400),
         ({"allowed_tools": ["dance"]}, "tools.[0].allowed_tools", 400),
+        ({"allowed_tools": {"read_only": True}}, "tools.[0].allowed_tools", 400),
+        ({"allowed_tools": [{}]}, "tools.[0].allowed_tools", 400),
         ({"server_label": "gone"}, "tools.[0]", 424),
     ],
     ids=str,

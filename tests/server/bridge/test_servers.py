@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from engine import ConfigError
@@ -116,12 +117,28 @@ async def test_a_server_that_dies_or_is_not_there_is_left_alone_after_a_while() 
             await servers.call("it", "die", {})
         server.process.wait(5)
         for _ in range(FAILURES - 1):
-            with pytest.raises(RemoteError, match=r"failed|did not answer"):
+            with pytest.raises(RemoteError, match=r"could not be reached|did not answer"):
                 await servers.call("it", "weather", {"city": "Rome"})
         begin = time.monotonic()
         with pytest.raises(RemoteError, match="left alone"):
             await servers.call("it", "weather", {"city": "Rome"})
         assert time.monotonic() - begin < 0.5
+
+
+async def test_who_leaves_says_nothing_of_the_server(other: OtherServer) -> None:
+    servers = at(f"{other.url}/mcp", timeout_seconds=20.0)
+    for _ in range(FAILURES + 1):
+        with anyio.move_on_after(0.3):
+            await servers.call("it", "hang", {})
+    assert await servers.call("it", "weather", {"city": "Rome"})
+
+
+async def test_nothing_secret_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    servers = at("http://127.0.0.1:9/mcp?key=SECRET", headers={"authorization": "Bearer SECRET"})
+    with caplog.at_level("DEBUG"), pytest.raises(RemoteError) as failed:
+        await servers.tools("it")
+    assert "SECRET" not in str(failed.value)
+    assert not [r for r in caplog.records if r.levelname != "DEBUG" and "SECRET" in r.getMessage()]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +148,7 @@ async def test_a_server_that_dies_or_is_not_there_is_left_alone_after_a_while() 
         ('[servers.a]\nurl = "http://x"\ncommand = ["y"]', "either a url or a command"),
         ('[servers.a]\nurl = "file:///etc"', "must begin with http"),
         ("[servers.a]\nport = 1", "port"),
+        ('[servers.a]\nurl = "http://x"\nheaders = { a = "b\\n" }', "headers hold a character"),
         ("[servers", "not valid TOML"),
     ],
 )
