@@ -269,6 +269,8 @@ def create_app(
     if tracing.endpoint:
         app.state.tracing = Tracing(lifecycle.engine, app.state.timelines, tracing)
         lifecycle.engine.add_listener(app.state.tracing)
+        if servers is not None:
+            servers.on_call = app.state.tracing.on_tool_call
     app.state.metrics.tracing = app.state.tracing
     if logs.requests or logs.prompts:
         lifecycle.engine.add_listener(RequestLog(lifecycle.engine if logs.prompts else None))

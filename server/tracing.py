@@ -4,7 +4,8 @@ A request's spans are the segments of its timeline: waiting, each piece of its p
 one, preemptions; their attributes say why. Whether it is traced is decided when it arrives: as its
 client's `traceparent` says, else by its trace's id, as OpenTelemetry's ratio sampler does, so that
 all who see the trace decide alike. What fails or is slow is sent on top. A step that is slow, and
-one in many, is a span with links to the requests that it served.
+one in many, is a span with links to the requests that it served. Calls of other servers' tools are
+spans of the trace whose answer made them.
 
 An answer's trace goes out as `x-trace-id`, the decision as `x-trace-sampled`; names follow
 OpenTelemetry's conventions for generative AI. Spans go to an OTLP collector from a thread; a
@@ -41,6 +42,7 @@ from prometheus_client.core import Metric
 
 from engine import AsyncEngine, RequestStats, StepStats
 from engine.config import TracingSection
+from server.bridge.servers import ToolCall
 from server.figures import counter, gauge
 from server.timeline import Segment, Timelines, Told
 
@@ -187,6 +189,27 @@ class Tracing:
         """Its spans are made behind the step that ended it."""
         self._ended.append(stats)
 
+    def on_tool_call(self, call: ToolCall) -> None:
+        """A call between two turns of an answer; told if its trace is sampled, or if it failed."""
+        if not call.trace or not (call.failed or is_sampled(call.trace)):
+            return
+        attributes = {
+            "gen_ai.operation.name": "execute_tool",
+            "gen_ai.tool.name": call.tool,
+            "gen_ai.tool.type": "extension",
+            "ryzanstein.mcp_server": call.server,
+        }
+        span = self._tracer.start_span(
+            f"execute_tool {call.tool}",
+            self._below(call.trace),
+            SpanKind.CLIENT,
+            attributes=attributes,
+            start_time=self._date(call.begun),
+        )
+        if call.failed:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(self._date(call.ended))
+
     def flush(self) -> None:
         """Make the spans of those that have ended and are to be traced."""
         ended, self._ended = self._ended, []
@@ -279,18 +302,7 @@ class Tracing:
 
     def _begin(self, stats: RequestStats, span_id: int | None) -> Span:
         """The request's own span, below its client's if there is one; steps may know its id."""
-        trace, parent, flags = (stats.trace or trace_of({})).split("-")[1:]
-        context = Context()
-        if parent != NO_PARENT:
-            remote = SpanContext(
-                int(trace, 16),
-                int(parent, 16),
-                is_remote=True,
-                trace_flags=TraceFlags(int(flags, 16)),
-            )
-            context = set_span_in_context(NonRecordingSpan(remote), context)
-        else:
-            self._ids.trace_id = int(trace, 16)
+        context = self._below(stats.trace or trace_of({}))
         self._ids.span_id = span_id
         model = self._engine.parts.model_name
         operation = OPERATIONS.get(stats.id.partition("-")[0].partition("_")[0], "text_completion")
@@ -320,6 +332,20 @@ class Tracing:
         if stats.finish_reason == "error":
             span.set_status(Status(StatusCode.ERROR))
         return span
+
+    def _below(self, trace: str) -> Context:
+        """Where the next span belongs: below a client's, or else in its trace, alone."""
+        trace_id, parent, flags = trace.split("-")[1:]
+        if parent == NO_PARENT:
+            self._ids.trace_id = int(trace_id, 16)
+            return Context()
+        remote = SpanContext(
+            int(trace_id, 16),
+            int(parent, 16),
+            is_remote=True,
+            trace_flags=TraceFlags(int(flags, 16)),
+        )
+        return set_span_in_context(NonRecordingSpan(remote), Context())
 
     def _date(self, at: float) -> int:
         """Nanoseconds since 1970."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 
 from engine import AsyncEngine, InvalidRequest, TokenStream
 from server.answering import Answering
-from server.bridge.servers import RemoteError, RemoteTool, Servers
+from server.bridge.servers import RemoteError, RemoteTool, Servers, ToolCall
 from server.errors import HTTPError
 from server.log import Event
 from server.openai import Generation
@@ -86,10 +87,18 @@ class Rounds:
             return None, "no more calls are allowed (max_tool_calls); answer with what is known"
         self._left -= 1
         self.calls += 1
+        begun, failed = time.monotonic(), True
         try:
-            return await self._servers.call(self._where[name], name, json.loads(arguments)), None
+            result = await self._servers.call(self._where[name], name, json.loads(arguments))
+            failed = False
+            return result, None
         except RemoteError as error:
             return None, str(error)
+        finally:
+            if self._servers.on_call is not None:
+                trace, where = self._generation.terms.trace, self._where[name]
+                call = ToolCall(trace, where, name, begun, time.monotonic(), failed)
+                self._servers.on_call(call)
 
 
 async def remote_tools(

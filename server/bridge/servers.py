@@ -66,6 +66,17 @@ class RemoteTool(msgspec.Struct, frozen=True):
     parameters: dict[str, Any]
 
 
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that was made for an answer, with its trace; times are monotonic seconds."""
+
+    trace: str
+    server: str
+    tool: str
+    begun: float
+    ended: float
+    failed: bool
+
+
 class RemoteError(Exception):
     """A server did not do what was asked; the message is for the model and the client."""
 
@@ -94,6 +105,8 @@ class Servers:
 
     def __init__(self, entries: dict[str, ServerEntry]) -> None:
         self.entries = entries
+        self.on_call: Callable[[ToolCall], None] | None = None
+        """Told of every call."""
         self._breakers = {label: Breaker() for label in entries}
 
     async def tools(self, label: str) -> list[RemoteTool]:

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from tests.server.bridge.test_servers import OtherServer
+from tests.server.collector import Collector
 from tests.server.process import ServerProcess
 
 TOOL: dict[str, Any] = {"type": "mcp", "server_label": "it", "require_approval": "never"}
@@ -170,6 +171,33 @@ def test_what_is_not_taken_is_refused_by_place(
     body = {"model": "mock", "input": "hi", "tools": [TOOL | changes]}
     response = httpx.post(f"{server.url}/v1/responses", json=body, timeout=20)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+def test_a_call_is_a_span_of_its_answers_trace(tmp_path: Path) -> None:
+    collector = Collector()
+    with OtherServer() as other:
+        file = tmp_path / "mcp.toml"
+        file.write_text(f'[servers.it]\nurl = "{other.url}/mcp"\n')
+        env = {
+            "MOCK_ENGINE": json.dumps({"pages": 2048, "page_size": 16, "context": 8000}),
+            "MOCK_SERVER": json.dumps({"mcp_file": str(file)}),
+            "MOCK_TRACING": json.dumps({"endpoint": collector.endpoint, "sample_ratio": 1.0}),
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
+        with (
+            ServerProcess(module="tests.server.mock_server", env=env) as traced,
+            openai.OpenAI(base_url=f"{traced.url}/v1", api_key="none") as client,
+        ):
+            made = client.responses.with_raw_response.create(
+                model="mock", input="hi", tools=[WEATHER], tool_choice="required",  # type: ignore[list-item]
+                parallel_tool_calls=False, max_output_tokens=120,
+            )  # fmt: skip
+    spans = {span.name: span for span in collector.of(made.headers["x-trace-id"])}
+    collector.close()
+    call = spans["execute_tool weather"]
+    turn = spans["chat mock"]  # the last of two
+    assert call.end_time_unix_nano <= turn.start_time_unix_nano + 50_000_000
+    assert {a.key: a.value.string_value for a in call.attributes}["ryzanstein.mcp_server"] == "it"
 
 
 def test_a_server_without_any_says_where_they_are_named(roomy: ServerProcess) -> None:
