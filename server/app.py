@@ -251,6 +251,7 @@ def create_app(
     app.state.metrics = telemetry.Metrics(lifecycle.engine, traffic)
     app.state.embedder = embedder
     app.state.batches = None
+    app.state.wants_batches = batches is not None and batches.enabled
     if batches is not None and batches.enabled:
         answers = Answers(lifecycle.engine, embedder)
         app.state.batches = open_batches(batches, lifecycle.engine, answers)

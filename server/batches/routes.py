@@ -158,10 +158,16 @@ def service_of(request: Request) -> Batches:
     """The server's batches. Raises HTTPError if it has none."""
     ready_engine(request)
     service: Batches | None = request.app.state.batches
+    if service is None and not request.app.state.wants_batches:
+        raise HTTPError(
+            404,
+            "files and batches are switched off here (batches.enabled)",
+            code="batches_unavailable",
+        )
     if service is None:
         raise HTTPError(
             503,
-            "files and batches are off here: another server has their folder, or it could not be "
+            "files and batches are not here: another server has their folder, or it could not be "
             "used; see the log, and set batches.folder",
             code="batches_unavailable",
         )
