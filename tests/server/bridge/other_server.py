@@ -7,6 +7,7 @@ import sys
 from typing import Literal
 
 import anyio
+import anyio.lowlevel
 import uvicorn
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -61,6 +62,7 @@ async def flood(request: Request) -> Response:
     async def chunks():  # type: ignore[no-untyped-def]
         while True:
             yield b": " + b"x" * 65_536 + b"\n\n"
+            await anyio.lowlevel.checkpoint()  # or whoever leaves would not be noticed
 
     return StreamingResponse(chunks(), media_type="text/event-stream")
 
