@@ -92,11 +92,10 @@ async def prepare_answer(
         tools = [tool.as_template_input() for tool in offered.tools]
     if not dialect.shows_tools and (tools or any(_speaks_of_tools(m) for m in messages)):
         messages, tools = taught(dialect.style, messages, tools or []), None
-    try:
-        prompt = engine.render_chat(messages, tools=tools, variables=wishes.for_template, **options)
-        ids = await engine.encode(prompt, add_special_tokens=False)
-    except InvalidRequest as error:
-        raise InvalidRequest(str(error), param=name, code=error.code) from error
+    variables = wishes.for_template
+    prompt, ids = await encode_chat(
+        engine, messages, name, tools=tools, variables=variables, **options
+    )
     reasons, begun = _reasoning(dialect, prompt, wishes)
     await _check(engine, wishes)
     combine = partial(
@@ -127,6 +126,17 @@ async def prepare_answer(
     special = {parts.tokenizer.mark_id(text) for text in hidden} & parts.tokenizer.special_ids
     names = {"grammar": wishes.form[1] if wishes.form is not None else "tools"}
     return Answering(ids, grammar, parser, bool(special), names)
+
+
+async def encode_chat(
+    engine: AsyncEngine, messages: Sequence[dict[str, Any]], name: str = "messages", **options: Any
+) -> tuple[str, list[int]]:
+    """The prompt that the chat template makes, and its ids; errors name the client's field."""
+    try:
+        prompt = engine.render_chat(messages, **options)
+        return prompt, await engine.encode(prompt, add_special_tokens=False)
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param=name, code=error.code) from error
 
 
 def effort_of(value: Any, name: str) -> str | None:

@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, TokenStream, Usage
+from server.answering import encode_chat
 from server.errors import json_response, messages_error
-from server.openai import Generation, check_model, encode_chat, read_body, ready_engine
+from server.openai import Generation, check_model, read_body, ready_engine
 from server.protocol import Harmless, Sampled
 from server.requests import sampling_fields, terms_of, truncated
 from server.shapes import ChatShape
@@ -134,7 +135,8 @@ async def _prompt(engine: AsyncEngine, body: CountRequest) -> list[int]:
         text = _text(turn.content, f"messages.{number}.content")
         messages.append({"role": turn.role, "content": text})
     options = {"continue_final": True} if messages[-1]["role"] == "assistant" else {}
-    return truncated(await encode_chat(engine, messages, "messages", **options), body)
+    _, ids = await encode_chat(engine, messages, "messages", **options)
+    return truncated(ids, body)
 
 
 def _text(content: str | list[dict[str, Any]], where: str) -> str:

@@ -235,17 +235,6 @@ async def prepare_completion(
     return Generation(ids, params, shape, terms_of(client, body), names)
 
 
-async def encode_chat(
-    engine: AsyncEngine, messages: Sequence[dict[str, Any]], name: str = "messages", **options: bool
-) -> list[int]:
-    """The ids of the prompt that the chat template makes; errors name the client's field."""
-    try:
-        prompt = engine.render_chat(messages, **options)
-        return await engine.encode(prompt, add_special_tokens=False)
-    except InvalidRequest as error:
-        raise InvalidRequest(str(error), param=name, code=error.code) from error
-
-
 def _template_options(body: ChatRequest) -> dict[str, Any]:
     """How the prompt ends: ready for an answer, as it is, or within the assistant's message."""
     if body.continue_final_message:

@@ -104,10 +104,7 @@ class Worker:
         if status == "validating":
             await self._validate(batch)
         elif status == "cancelling":
-            for (owner, _), scope in list(self._running.items()):
-                if owner == identifier:
-                    scope.cancel()
-            if not any(owner == identifier for owner, _ in self._running):
+            if not self._cancel_lines(identifier):
                 await self._finish(batch, "cancelled")
         elif time.time() > batch["expires_at"]:
             await self._expire(batch)
@@ -208,11 +205,15 @@ class Worker:
                     logger.error("a batch's line failed", exc_info=error)
                 return _failure(error)
 
+    def _cancel_lines(self, identifier: str) -> bool:
+        """Cancel a batch's lines; whether there are any that have not ended yet."""
+        scopes = [scope for (owner, _), scope in self._running.items() if owner == identifier]
+        for scope in scopes:
+            scope.cancel()
+        return bool(scopes)
+
     async def _expire(self, batch: Row) -> None:
-        for (owner, _), scope in list(self._running.items()):
-            if owner == batch["id"]:
-                scope.cancel()
-        if any(owner == batch["id"] for owner, _ in self._running):
+        if self._cancel_lines(batch["id"]):
             return
         after = -1
         while lines := await self.on_disk(self._database.waiting, batch["id"], after, 1000):
