@@ -41,12 +41,18 @@ class Worker:
     """Owns the database's thread, and the tasks that answer lines."""
 
     def __init__(
-        self, engine: AsyncEngine, database: Database, section: BatchSection, answer: Answer
+        self,
+        engine: AsyncEngine,
+        database: Database,
+        section: BatchSection,
+        answer: Answer,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
         self._database = database
         self._section = section
         self._answer = answer
+        self._now = now
         self._thread = anyio.CapacityLimiter(1)
         self._wake = anyio.Event()
         self._running: dict[tuple[str, int], anyio.CancelScope] = {}
@@ -106,7 +112,7 @@ class Worker:
         elif status == "cancelling":
             if not self._cancel_lines(identifier):
                 await self._finish(batch, "cancelled")
-        elif time.time() > batch["expires_at"]:
+        elif self._now() > batch["expires_at"]:
             await self._expire(batch)
         elif batch["completed"] + batch["failed"] == batch["total"]:
             await self._finish(batch, "completed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -38,14 +39,18 @@ class Batch:
         identifier: str = made["id"]
         return identifier
 
-    async def ended(self, identifier: str) -> Row:
-        with anyio.fail_after(10):
+    async def until(self, identifier: str, reached: Callable[[Row], bool]) -> Row:
+        with anyio.fail_after(30):
             while True:
                 row = await self._worker.on_disk(self.database.batch, identifier)
                 assert row is not None
-                if row["status"] in ("completed", "failed", "expired", "cancelled"):
+                if reached(row):
                     return row
                 await anyio.sleep(0.02)
+
+    async def ended(self, identifier: str) -> Row:
+        ends = ("completed", "failed", "expired", "cancelled")
+        return await self.until(identifier, lambda row: row["status"] in ends)
 
     def lines(self, row: Row, name: str = "error_file_id") -> list[dict[str, Any]]:
         content = self.database.content(row[name], row["owner"]) or b""
@@ -53,7 +58,9 @@ class Batch:
 
 
 @asynccontextmanager
-async def working(folder: Path, reply: Reply, most: int = 4) -> AsyncIterator[Batch]:
+async def working(
+    folder: Path, reply: Reply, most: int = 4, now: Callable[[], float] = time.time
+) -> AsyncIterator[Batch]:
     asked: dict[str, int] = {}
 
     async def answer(endpoint: str, body: bytes, tenant: str, name: str, seed: int) -> Any:
@@ -64,7 +71,7 @@ async def working(folder: Path, reply: Reply, most: int = 4) -> AsyncIterator[Ba
     engine, _ = mock_engine()
     database = Database(folder / "x.sqlite")
     async with engine, anyio.create_task_group() as group:
-        worker = Worker(engine, database, BatchSection(max_running=most), answer)
+        worker = Worker(engine, database, BatchSection(max_running=most), answer, now)
         group.start_soon(worker.run)
         yield Batch(database, worker)
         group.cancel_scope.cancel()
@@ -123,13 +130,18 @@ async def test_a_mistake_of_the_servers_is_told_without_details(
 
 
 async def test_what_is_not_answered_in_time_is_told(tmp_path: Path) -> None:
+    late = 0.0
+
     async def reply(name: str, before: int) -> Any:
         if name != "quick":
             await anyio.sleep_forever()
         return {}
 
-    async with working(tmp_path, reply, most=2) as batch:
-        row = await batch.ended(batch.add(["quick", *(f"slow{n}" for n in range(5))], window=1))
+    async with working(tmp_path, reply, most=2, now=lambda: time.time() + late) as batch:
+        made = batch.add(["quick", *(f"slow{n}" for n in range(5))])
+        await batch.until(made, lambda row: row["completed"] == 1)
+        late = 101.0
+        row = await batch.ended(made)
         assert (row["status"], row["completed"], row["failed"]) == ("expired", 1, 5)
         assert {line["error"]["code"] for line in batch.lines(row)} == {"batch_expired"}
         assert len(batch.lines(row, "output_file_id")) == 1
