@@ -67,8 +67,8 @@ class Masks:
         these must not be used."""
         if not rows:
             return sampling, {}
-        for _, held in rows:
-            held.ready.result()
+        for ready in {held.ready for _, held in rows}:
+            ready.result()
         faults = {row: held.fault for row, held in rows if held.fault}
         masks = np.concatenate([held.mask for _, held in rows])
         return replace(sampling, mask_rows=[row for row, _ in rows], masks=masks), faults

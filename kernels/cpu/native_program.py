@@ -233,30 +233,29 @@ def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[npt.NDArray[
         ids.append(token)
         addends.append(addend)
     penalties = {penalty.row: penalty for penalty in sampling.penalties}
-    masks = (
-        {} if sampling.masks is None else dict(zip(sampling.mask_rows, sampling.masks, strict=True))
-    )
+    # Looking up an address costs more than all else here; masks lie side by side.
+    masks = dict[int, int]()
+    if sampling.masks is not None:
+        first, stride = _address(sampling.masks), sampling.masks.strides[0]
+        masks = {row: first + stride * place for place, row in enumerate(sampling.mask_rows)}
     edits: list[tuple[Any, ...]] = []
     kept: list[npt.NDArray[Any]] = []
     for row in biases.keys() | penalties.keys() | masks.keys():
-        ids, addends = biases.get(row, ([], []))
-        tokens, values = np.array(ids, np.int64), np.array(addends, np.float32)
-        kept += [tokens, values]
-        history = penalties.get(row)
-        edits.append(
-            (
-                row,
-                _address(tokens),
-                _address(values),
-                len(ids),
-                _address(history.counts) if history else 0,
-                _address(history.seen) if history else 0,
+        bias, penalty = (0, 0, 0), (0, 0, 0.0, 0.0, 0.0)
+        if row in biases:
+            ids, addends = biases[row]
+            tokens, values = np.array(ids, np.int64), np.array(addends, np.float32)
+            kept += [tokens, values]
+            bias = (_address(tokens), _address(values), len(ids))
+        if history := penalties.get(row):
+            penalty = (
+                _address(history.counts),
+                _address(history.seen),
                 float(sampling.repetition_penalty[row]),
                 float(sampling.presence_penalty[row]),
                 float(sampling.frequency_penalty[row]),
-                _address(masks[row]) if row in masks else 0,
             )
-        )
+        edits.append((row, *bias, *penalty, masks.get(row, 0)))
     return edits, kept
 
 

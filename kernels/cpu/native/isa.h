@@ -21,6 +21,7 @@ void copy_page(const LayerCache&, int64_t, const LayerCache&, int64_t);
 void attend(const LayerCache&, const int32_t*, int64_t, int, const float* const*, const int64_t*,
             float, int64_t, float* const*);
 void penalize(float*, int64_t, const Penalty&);
+void forbid(const uint32_t*, const float*, int64_t, float*);
 int64_t argmax(const float*, int64_t);
 int64_t draw(const float*, int64_t, const Filters&, uint8_t*);
 int64_t probe(Probe, const uint8_t*, int64_t);

@@ -138,6 +138,8 @@ struct Kernels {
 
   // Penalties on one row in place, as kernels/sampling.py defines them.
   void (*penalize)(float* logits, int64_t vocab, const Penalty& penalty);
+  // out = x where the token's bit in `mask` is set, else -infinity; `out` may be `x`.
+  void (*forbid)(const uint32_t* mask, const float* x, int64_t vocab, float* out);
   // The likeliest token, the first of equals.
   int64_t (*argmax)(const float* logits, int64_t vocab);
   // One draw from the filtered distribution; `scratch` holds kDrawBytes * vocab bytes.

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -76,8 +75,8 @@ struct Device {
         const auto edit = std::find_if(edits.begin(), edits.end(),
                                        [&](const Edit& e) { return std::get<0>(e) == row; });
         if (edit != edits.end()) {
-          edited.assign(x, x + vocab);
-          apply(*edit, edited.data(), vocab);
+          edited.resize(static_cast<size_t>(vocab));
+          apply(*edit, x, vocab, edited.data());
           x = edited.data();
         }
         const Filters filters{at<const float>(temperature)[row], at<const int32_t>(top_k)[row],
@@ -98,25 +97,13 @@ struct Device {
     pool->run(count, 1, choose_rows);
   }
 
-  // Most words of a mask allow all of their tokens or none.
-  static void forbid(const uint32_t* mask, float* x, int64_t vocab) {
-    constexpr float kNever = -std::numeric_limits<float>::infinity();
-    for (int64_t first = 0; first < vocab; first += 32, ++mask) {
-      const int64_t count = std::min<int64_t>(32, vocab - first);
-      if (*mask == ~0u) continue;
-      if (*mask == 0) {
-        std::fill_n(x + first, count, kNever);
-        continue;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        if ((*mask >> i & 1u) == 0) x[first + i] = kNever;
-      }
-    }
-  }
-
-  void apply(const Edit& edit, float* x, int64_t vocab) const {
+  void apply(const Edit& edit, const float* logits, int64_t vocab, float* x) const {
     const auto& [row, tokens, addends, count, counts, seen, repetition, presence, frequency, mask] =
         edit;
+    if (count == 0 && counts == 0 && mask != 0) {
+      return kernels->forbid(at<const uint32_t>(mask), logits, vocab, x);
+    }
+    std::copy_n(logits, vocab, x);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = at<const int64_t>(tokens)[i];
       // An end of sequence that the model has no logit for needs no forbidding.
@@ -127,7 +114,7 @@ struct Device {
           x, vocab,
           {at<const int32_t>(counts), at<const bool>(seen), repetition, presence, frequency});
     }
-    if (mask != 0) forbid(at<const uint32_t>(mask), x, vocab);
+    if (mask != 0) kernels->forbid(at<const uint32_t>(mask), x, vocab, x);
   }
 
   // Operations, or bytes of `memory` read, a second on all threads: the best of several rounds.

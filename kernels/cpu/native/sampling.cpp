@@ -128,6 +128,14 @@ void penalize(float* logits, int64_t vocab, const Penalty& p) {
   }
 }
 
+void forbid(const uint32_t* mask, const float* x, int64_t vocab, float* out) {
+  const Floats never = set1(kLowest);
+  for (int64_t i = 0; i < vocab; i += 16) {
+    const Mask allowed = lanes_of(mask[i / 32] >> (i % 32));
+    store(out + i, choose(allowed, load(x + i, vocab - i), never), vocab - i);
+  }
+}
+
 int64_t argmax(const float* logits, int64_t vocab) {
   const Floats wanted = set1(largest(logits, vocab));
   for (int64_t i = 0; i < vocab; i += 16) {

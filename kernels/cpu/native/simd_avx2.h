@@ -113,6 +113,14 @@ inline uint32_t bits(Mask mask) {
   return static_cast<uint32_t>(_mm256_movemask_ps(mask.a)) |
          static_cast<uint32_t>(_mm256_movemask_ps(mask.b)) << 8;
 }
+// The lanes whose bit is set; the lowest 16 count.
+inline Mask lanes_of(uint32_t set) {
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i high = _mm256_slli_epi32(low, 8);
+  const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(set));
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, low), low)),
+          _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, high), high))};
+}
 
 inline Floats load_half(const uint16_t* p) {
   const auto* halves = reinterpret_cast<const __m128i*>(p);

@@ -48,6 +48,8 @@ inline Mask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_
 inline Floats keep(Mask mask, Floats a) { return _mm512_maskz_mov_ps(mask, a); }
 inline Floats choose(Mask mask, Floats a, Floats b) { return _mm512_mask_mov_ps(b, mask, a); }
 inline uint32_t bits(Mask mask) { return mask; }
+// The lanes whose bit is set; the lowest 16 count.
+inline Mask lanes_of(uint32_t set) { return static_cast<Mask>(set); }
 
 inline Floats load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -8,8 +8,8 @@ namespace RYZANSTEIN_ISA {
 
 const Kernels kernels = {
     NAME(RYZANSTEIN_ISA), matmul,    store_forms, embed_row, rms_norm_row, add_row, gated_row,
-    rotate_head,          write_key, write_value, copy_page, attend,       penalize, argmax,
-    draw,                 probe,
+    rotate_head,          write_key, write_value, copy_page, attend,       penalize, forbid,
+    argmax,               draw,      probe,
 };
 
 }  // namespace RYZANSTEIN_ISA
