@@ -36,7 +36,8 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     An `adaptive` pool gives memory back when the machine runs short of it, and grows again.
     `cold_tokens` that were evicted are kept in a file in `cold_folder` (the cache folder if
-    empty), as stored or rounded to `cold_dtype`.
+    empty), as stored or rounded to `cold_dtype`. What a request has computed that was set aside, or
+    whose tools are being called, is forgotten after all else for `lease_seconds`.
     """
 
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
@@ -49,6 +50,7 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cold_tokens: NonNegative = 0
     cold_folder: str = ""
     cold_dtype: Literal["auto", "int8", "int4"] = "auto"
+    lease_seconds: Annotated[float, Meta(ge=0)] = 120.0
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

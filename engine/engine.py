@@ -250,6 +250,10 @@ class AsyncEngine:
         """Let requests that were set aside go on."""
         self._wish(Delivery.unpause, request_ids)
 
+    def end_lease(self, lease: str) -> None:
+        """Nothing goes on from what ended under a lease (see `Terms`); unknown ones are ignored."""
+        self.parts.scheduler.leases.drop(lease)
+
     def queue_progress(self, request_id: str) -> QueueProgress | None:
         """Where a request stands in the queue; None once it has begun."""
         found = self.delivery.waiting(request_id)

@@ -172,6 +172,7 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
         max_prefilling=batch.max_prefilling,
         patience=batch.patience_seconds,
         prefix_caching=section.prefix_caching,
+        lease=section.lease_seconds,
     )
     # A page of a prompt among many, as a restored page would spare it.
     page_seconds = cost.token_seconds(batch.max_batch_tokens) * section.page_size

@@ -42,6 +42,7 @@ def make_request(
         tenant=terms.tenant,
         namespace=terms.namespace,
         trace=terms.trace,
+        lease=terms.lease,
         eos_token_ids=parts.tokenizer.eos_token_ids,
     )
 

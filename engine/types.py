@@ -136,6 +136,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     DeadlineExceeded: the whole answer's, or the first token's. `target_itl` is the time between
     tokens that others' prompts may not exceed while it runs; 0 takes the engine's. Tenants with
     different `namespace` share no pages of the cache. `trace` is W3C's `traceparent`, passed on.
+    Requests of one `lease` go on from each other: what has ended keeps its pages for the next,
+    until `AsyncEngine.end_lease`, or for `cache.lease_seconds`.
     """
 
     tenant: str = ""
@@ -145,6 +147,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     first_token_deadline: float = math.inf
     target_itl: float = 0.0
     trace: str = ""
+    lease: str = ""
 
 
 DEFAULT_TERMS = Terms()
@@ -170,6 +173,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     namespace: bytes = b""
     trace: str = ""
+    lease: str = ""
     eos_token_ids: frozenset[int] = frozenset()
 
     @property

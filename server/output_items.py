@@ -14,18 +14,21 @@ PREFIXES = {
     "reasoning": "rs",
     "mcp_call": "mcp",
     "mcp_list_tools": "mcpl",
+    "mcp_approval_request": "mcpr",
 }
 CALLS = ("function_call", "mcp_call")
 
 
 class Item:
-    """One output item: a message, reasoning, a call, or a server's tools. `text` is its content or
-    arguments; `server` the label of whom a call is for, `result` and `error` what came back."""
+    """One output item: a message, reasoning, a call, a request to approve one, or a server's tools.
+    `text` is its content or arguments; `server` the label of whom a call is for, `approval` the id
+    of the request by which it was approved, `result` and `error` what came back."""
 
     def __init__(self, kind: str, place: int, name: str = "", server: str = "") -> None:
         prefix = PREFIXES[kind]
         self.server = server
         self.tools: list[dict[str, Any]] = []
+        self.approval: str | None = None
         self.result: str | None = None
         self.error: str | None = None
         self.turn = 0
@@ -45,8 +48,12 @@ class Item:
             return body | {"call_id": self.call_id, "name": self.name, "arguments": self.text}
         if self.kind == "mcp_call":
             said = {"name": self.name, "arguments": self.text, "server_label": self.server}
-            came = {"output": self.result, "error": self.error, "approval_request_id": None}
-            return body | said | came
+            came = {"output": self.result, "error": self.error}
+            return body | said | came | {"approval_request_id": self.approval}
+        if self.kind == "mcp_approval_request":
+            del body["status"]
+            said = {"name": self.name, "arguments": self.text, "server_label": self.server}
+            return body | said
         if self.kind == "mcp_list_tools":
             del body["status"]
             return body | {"server_label": self.server, "tools": self.tools, "error": None}
@@ -57,6 +64,8 @@ class Item:
 
     def begin(self) -> list[Event]:
         """What tells of its beginning."""
+        if self.kind == "mcp_approval_request":
+            return []  # nobody can say anything to it before it is whole
         empty: dict[str, Any] = {"content": []} if self.kind in ("message", "reasoning") else {}
         item = self.body() | empty
         added = {"type": "response.output_item.added", "output_index": self._place, "item": item}
@@ -66,15 +75,17 @@ class Item:
             return [added]
         return [added, self._event("content_part.added", part=self._part())]
 
-    def more(self, text: str, logprobs: list[dict[str, Any]]) -> Event:
+    def more(self, text: str, logprobs: list[dict[str, Any]]) -> list[Event]:
         """What tells of more text."""
         self.text += text
         self.logprobs += logprobs
+        if self.kind == "mcp_approval_request":
+            return []
         if self.kind in CALLS:
-            return self._event(f"{self.kind}_arguments.delta", delta=text)
+            return [self._event(f"{self.kind}_arguments.delta", delta=text)]
         if self.kind == "reasoning":
-            return self._event("reasoning_text.delta", delta=text)
-        return self._event("output_text.delta", delta=text, logprobs=logprobs)
+            return [self._event("reasoning_text.delta", delta=text)]
+        return [self._event("output_text.delta", delta=text, logprobs=logprobs)]
 
     def end(self, status: str) -> list[Event]:
         """What tells of its end."""
@@ -84,6 +95,8 @@ class Item:
             "output_index": self._place,
             "item": self.body(),
         }
+        if self.kind == "mcp_approval_request":
+            return [{**done, "type": "response.output_item.added"}, done]
         if self.kind in ("mcp_call", "mcp_list_tools"):
             failed = self.kind == "mcp_call" and self.error is not None
             return [self._event(f"{self.kind}.{'failed' if failed else 'completed'}"), done]

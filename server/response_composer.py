@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from server.answer_parser import (
     Piece,
     Reasoning,
 )
+from server.bridge.approvals import REQUEST, Approval
 from server.composers import ENDED
 from server.errors import ErrorDetail
 from server.format import chat_logprobs
@@ -29,7 +30,8 @@ from server.output_items import CALLS, Item
 
 class ResponseComposer:
     """Makes the events. `settings` are the request's own fields, echoed; `parser` reads answers
-    that have more than content; `remote` says by a tool's name which server has it.
+    that have more than content; `remote` says by a tool's name which server has it, and `asking`
+    whose calls wait for an approval.
 
     With such tools an answer has several turns: when one has ended, `end_turn` says which calls are
     to be made, `called` what came back, and `next_turn` that the model goes on.
@@ -44,9 +46,11 @@ class ResponseComposer:
         logprobs: bool,
         parser: Callable[[], AnswerParser] | None = None,
         remote: Mapping[str, str] | None = None,
+        asking: Collection[str] = (),
     ) -> None:
         self.status = "queued"
         self._remote = remote or {}
+        self._asking = asking
         self._turn = self._turns = 0  # the first item of the turn, and the turns before it
         self.items: list[Item] = []
         self._tokenizer = tokenizer
@@ -108,17 +112,30 @@ class ResponseComposer:
         self.items.append(item)
         self._turn = len(self.items)
 
-    def end_turn(self) -> tuple[list[Event], list[Item]]:
-        """What tells of a turn's end, and the calls that are to be made before the next; none if
-        this was the last."""
+    def take_up(self, approvals: Sequence[Approval]) -> tuple[list[Event], list[Item]]:
+        """Before the first turn, what the client said to earlier requests; the calls that are to be
+        made."""
+        events, calls = list[Event](), list[Item]()
+        for approval in approvals:
+            item = Item("mcp_call", len(self.items), approval.name, approval.server)
+            item.approval = approval.request_id
+            self.items.append(item)
+            events += [*item.begin(), *item.more(approval.arguments, []), item.asked()]
+            if approval.refusal is None:
+                calls.append(item)
+            else:
+                events += self.called(item, None, approval.refusal)
+        return events, calls
+
+    def end_turn(self) -> tuple[list[Event], list[Item], bool]:
+        """What tells of a turn's end, the calls that are to be made, and whether the client has to
+        do something then. If not, and if there are no calls, this was the last turn."""
         if self._finish != "stop":
-            return [], []
+            return [], [], False
         events = self._close("completed")
         made = self.items[self._turn :]
-        # What the client has to call comes first.
-        if any(item.kind == "function_call" for item in made):
-            return events, []
-        return events, [item for item in made if item.status == "calling"]
+        waits = any(item.kind in ("function_call", REQUEST) for item in made)
+        return events, [item for item in made if item.status == "calling"], waits
 
     def called(self, item: Item, result: str | None, error: str | None) -> list[Event]:
         """What came back from a call."""
@@ -207,7 +224,9 @@ class ResponseComposer:
             silent = Item("message", len(items))  # an answer without a word is still one
             silent.status = self.status if self.status == "completed" else "incomplete"
             items = [*items, silent]
-        output = [item.body() for item in items]
+        # What is to be approved is shown once it is whole.
+        half = (REQUEST, "in_progress")
+        output = [item.body() for item in items if (item.kind, item.status) != half]
         return {**self._body, "status": self.status, "output": output, "usage": usage}
 
     def _pieces(self, delta: Delta, scores: list[dict[str, Any]]) -> list[Piece]:
@@ -226,6 +245,7 @@ class ResponseComposer:
             kind = last.kind
         elif isinstance(piece, CallBegin):
             kind = "mcp_call" if server else "function_call"
+            kind = REQUEST if piece.name in self._asking else kind
         else:
             kind = "message" if isinstance(piece, Content) else "reasoning"
         if last is None or last.kind != kind or isinstance(piece, CallBegin):
@@ -238,9 +258,9 @@ class ResponseComposer:
             events += last.begin()
         match piece:
             case Content(text) | Reasoning(text):
-                events.append(last.more(text, scores))
+                events += last.more(text, scores)
             case CallArguments(_, text):
-                events.append(last.more(text, []))
+                events += last.more(text, [])
         return events
 
     def _close(self, status: str = "") -> list[Event]:
@@ -252,12 +272,17 @@ class ResponseComposer:
         if last.kind == "message":
             last.logprobs += self._held
             self._held = []
+        if last.kind == REQUEST and not _is_object(last.text):
+            self.items.pop()  # nobody has been told of it
+            return []
         if last.kind in CALLS and not _is_object(last.text):
             # The model broke off, or wrote what is no JSON.
             last.error = "its arguments are no JSON object"
             return last.end("incomplete")
         if last.kind == "mcp_call":
             return [last.asked()]
+        if last.kind == REQUEST:
+            return last.end("completed")
         ended = self.status if self.status in ("in_progress", "completed") else "incomplete"
         return last.end(status or ended)
 
@@ -283,6 +308,20 @@ class ResponseComposer:
             return []
         scores: list[dict[str, Any]] = chat_logprobs(self._tokenizer, delta.logprobs)["content"]
         return scores
+
+
+def conversation(
+    messages: Sequence[dict[str, Any]], spoken: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Messages and what was said after them; an assistant that goes on is still the same one."""
+    before, after = list(messages), list(spoken)
+    if before and after and before[-1]["role"] == after[0]["role"] == "assistant":
+        last, first = before.pop(), after.pop(0)
+        calls = [*last.get("tool_calls", ()), *first.get("tool_calls", ())]
+        content = last["content"] + first["content"]
+        whole = {"role": "assistant", "content": content}
+        before.append(whole | ({"tool_calls": calls} if calls else {}))
+    return [*before, *after]
 
 
 def _is_object(text: str) -> bool:

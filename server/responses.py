@@ -18,6 +18,8 @@ from server.responses_protocol import (
     messages_of,
     prepare_response,
     prompt_of,
+    submit,
+    tools_of_servers,
 )
 from server.store import Record, Store
 from server.streams import EventStream, race_disconnect
@@ -34,10 +36,12 @@ async def create(request: Request) -> ASGIApp:
     if body.generate is False:
         raise InvalidRequest("generate=false is for WebSockets", param="generate")
     previous = previous_of(store, body, client.owner)
-    record, generation = await prepare_response(
-        engine, body, client, previous, servers=store.servers
+    # Servers may have to be asked for their tools.
+    record, generation = await race_disconnect(
+        request,
+        lambda: prepare_response(engine, body, client, previous, servers=store.servers),
     )
-    store.start(record, await generation.submit(engine, record.id))
+    store.start(record, await submit(engine, record, generation))
     if body.stream:
         return _stream(request, record, -1, headers)
     if record.background:
@@ -122,7 +126,8 @@ async def count_tokens(request: Request) -> ASGIApp:
     check_model(engine, body.model)
     previous = previous_of(store_of(request), body, client_of(request).owner)
     messages = [*(previous.conversation if previous else []), *messages_of(body.input)]
-    answering = await prompt_of(engine, messages, body)
+    remote = await tools_of_servers(store_of(request).servers, body)
+    answering = await prompt_of(engine, messages, body, remote)
     answer = {"object": "response.input_tokens", "input_tokens": len(answering.ids)}
     return json_response(answer, headers=headers)
 

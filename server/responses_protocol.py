@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 
-from engine import AsyncEngine, InvalidRequest, SamplingParams
+from engine import AsyncEngine, InvalidRequest, SamplingParams, TokenStream
 from engine.scheduling.admission import check_length
 from server.answering import Answering, Wishes, effort_of, prepare_answer
+from server.bridge.approvals import REQUEST, RESPONSE, approvals_of
 from server.bridge.rounds import Rounds, remote_tools
 from server.bridge.servers import RemoteTool, Servers
 from server.openai import Generation, check_model
@@ -112,7 +113,9 @@ async def prepare_response(
     wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     given = messages_of(body.input)
     messages = [*(previous.conversation if previous is not None else []), *given]
-    remote = await remote_tools(servers, _of_servers(body.tools))
+    remote = await tools_of_servers(servers, body)
+    earlier = previous.composer.snapshot()["output"] if previous is not None else []
+    approvals = approvals_of(body.input, earlier, remote)
     answering = await prompt_of(engine, messages, body, remote)
     ids = truncated(answering.ids, body)
     asked = SamplingParams(
@@ -134,6 +137,7 @@ async def prepare_response(
         logprobs=wants_logprobs,
         parser=answering.parser,
         remote={tool.name: tool.server for tool in remote},
+        asking={tool.name for tool in remote if tool.asks},
     )
     for label in dict.fromkeys(tool.server for tool in remote):
         composer.list_tools(label, [_shown(tool) for tool in remote if tool.server == label])
@@ -155,7 +159,11 @@ async def prepare_response(
         **answering.names,
     }
     shape = ChatShape(tokenizer, logprobs=wants_logprobs)
-    generation = Generation([ids], params, shape, terms_of(client, body), names)
+    terms = terms_of(client, body)
+    if remote:
+        # Its calls come back to what it has computed.
+        terms = msgspec.structs.replace(terms, lease=identifier)
+    generation = Generation([ids], params, shape, terms, names)
     if remote and servers is not None:
 
         def prepare(conversation: list[dict[str, Any]], may_call: bool) -> Awaitable[Answering]:
@@ -173,14 +181,24 @@ async def prepare_response(
             messages,
             prepare,
             body.max_tool_calls,
+            approvals,
         )
     return record, generation
 
 
-def _of_servers(tools: Any) -> list[dict[str, Any]]:
-    """The tools that are servers."""
-    every = tools if isinstance(tools, list) else []
-    return [t for t in every if isinstance(t, dict) and t.get("type") == "mcp"]
+async def submit(engine: AsyncEngine, record: Record, generation: Generation) -> TokenStream | None:
+    """Queue a response's first turn; None if calls come before it, which `Record.rounds` makes."""
+    if isinstance(record.rounds, Rounds) and record.rounds.approvals:
+        return None
+    return await generation.submit(engine, record.id)
+
+
+async def tools_of_servers(servers: Servers | None, body: ResponsesRequest) -> list[RemoteTool]:
+    """What a request wants to be called of the operator's servers. Raises InvalidRequest naming the
+    field, or HTTPError 424."""
+    every = body.tools if isinstance(body.tools, list) else []
+    named = [t for t in every if isinstance(t, dict) and t.get("type") == "mcp"]
+    return await remote_tools(servers, named)
 
 
 def _shown(tool: RemoteTool) -> dict[str, Any]:
@@ -269,8 +287,10 @@ def messages_of(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]
             messages[-1].setdefault("tool_calls", []).append(call)
             told = item.get("output") or item.get("error") or ""
             messages.append(_result({"call_id": item.get("id"), "output": told}, where))
-        elif kind in ("reasoning", "mcp_list_tools"):
-            continue  # what the model thought in an earlier turn is not shown to it again
+        elif kind in ("reasoning", "mcp_list_tools", REQUEST, RESPONSE):
+            # What the model thought in an earlier turn is not shown to it again, and a request only
+            # with what came of it.
+            continue
         else:
             messages.append(_message(item, where))
     return messages

@@ -18,6 +18,7 @@ from server.responses_protocol import (
     ResponsesRequest,
     prepare_response,
     steering_messages,
+    submit,
 )
 from server.store import Record, Steer
 
@@ -54,7 +55,7 @@ def response_job(session: Session, given: Fields | ResponsesRequest) -> Job:
         if body.generate is False:
             session.store.keep(record)
             return record
-        session.store.start(record, await generation.submit(session.engine, record.id))
+        session.store.start(record, await submit(session.engine, record, generation))
         return record
 
     return start

@@ -24,6 +24,7 @@ from server.bridge.servers import Servers
 from server.composers import ENDED, Composer
 from server.errors import HTTPError, describe
 from server.log import Cursor, Event, EventLog
+from server.response_composer import conversation
 
 logger = logging.getLogger("ryzanstein.server")
 
@@ -120,7 +121,7 @@ class Record:
     @property
     def conversation(self) -> list[dict[str, Any]]:
         """All that was said, its own answer included."""
-        return [*self.messages, *self.composer.spoken]
+        return conversation(self.messages, self.composer.spoken)
 
 
 class Rounds(Protocol):
@@ -162,8 +163,8 @@ class Store:
             yield
             self._group.cancel_scope.cancel()
 
-    def start(self, record: Record, stream: TokenStream) -> None:
-        """Let a response run that has been submitted."""
+    def start(self, record: Record, stream: TokenStream | None) -> None:
+        """Let a response run that has been submitted; without a stream its `rounds` begin it."""
         record.stream = stream
         self._records[record.id] = record
         self._append(record, record.composer.begin(queued=record.background))
@@ -205,10 +206,11 @@ class Store:
 
     def cancel(self, record: Record, reason: str = "") -> None:
         """End a response as it stands; one that has ended stays as it is."""
-        if record.stream is not None and not record.is_over:
+        if not record.is_over:
             record.cut = record.cut or reason
             record.log.unbind()
-            self._engine.abort(*record.stream.request_ids)
+            if record.stream is not None:
+                self._engine.abort(*record.stream.request_ids)
             record.stopping = True
             if record.calling is not None:
                 record.calling.cancel()
@@ -221,7 +223,7 @@ class Store:
 
     def pause(self, record: Record) -> None:
         """Set a response aside until `proceed`. Raises HTTPError 429 if its owner has too many."""
-        if record.stream is None or record.is_over or record.paused:
+        if record.is_over or record.paused:
             return
         count = sum(r.paused and r.owner == record.owner for r in self._records.values())
         if count >= self._settings.max_streams:
@@ -232,13 +234,14 @@ class Store:
                 headers={"retry-after": "1"},
             )
         record.paused = True
-        self._engine.pause(*record.stream.request_ids)
+        if record.stream is not None:
+            self._engine.pause(*record.stream.request_ids)
 
     def proceed(self, record: Record) -> None:
         """Let a response go on that was set aside."""
-        if record.stream is not None and record.paused:
+        if record.paused:
             record.paused = False
-            if not record.held:
+            if not record.held and record.stream is not None:
                 self._engine.unpause(*record.stream.request_ids)
 
     def leave(self, record: Record, cursor: Cursor) -> None:
@@ -287,25 +290,17 @@ class Store:
         if record.is_over:
             self._settle(record)
 
-    async def _run(self, record: Record, stream: TokenStream) -> None:
+    async def _run(self, record: Record, stream: TokenStream | None) -> None:
         """Everything that happens to one response."""
         composer = record.composer
         try:
-            await self._tell_progress(record, stream)
-            while True:
-                if not record.log.has_room:
-                    await self._wait_for_reader(record, stream)
-                deltas = await stream.receive()
-                if deltas:
-                    for delta in deltas:
-                        self._append(record, composer.delta(delta))
-                    continue
-                following = await self._next_turn(record)
-                if following is None:
-                    break
-                stream = record.stream = following
-                if record.paused:
-                    self._engine.pause(*stream.request_ids)
+            if stream is not None:
+                await self._tell_progress(record, stream)
+            else:
+                stream = await self._begin_turn(record)
+            while stream is not None:
+                await self._read_turn(record, stream)
+                stream = await self._begin_turn(record)
             self._append(record, composer.end(record.cut))
         except Exception as error:
             status, body, _ = describe(error)
@@ -314,8 +309,29 @@ class Store:
             record.error = error
             self._append(record, composer.fail(body.error))
         finally:
-            self._engine.abort(*stream.request_ids)
+            if record.stream is not None:
+                self._engine.abort(*record.stream.request_ids)
             self._end(record)
+
+    async def _read_turn(self, record: Record, stream: TokenStream) -> None:
+        """Tell what a turn says, to its end."""
+        while True:
+            if not record.log.has_room:
+                await self._wait_for_reader(record, stream)
+            deltas = await stream.receive()
+            if not deltas:
+                return
+            for delta in deltas:
+                self._append(record, record.composer.delta(delta))
+
+    async def _begin_turn(self, record: Record) -> TokenStream | None:
+        """The next turn's stream, if there is one; set aside if its client wants that."""
+        stream = await self._next_turn(record)
+        if stream is not None:
+            record.stream = stream
+            if record.paused:
+                self._engine.pause(*stream.request_ids)
+        return stream
 
     async def _next_turn(self, record: Record) -> TokenStream | None:
         """The stream of a response's next turn, once its calls have been made; None if there is

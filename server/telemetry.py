@@ -267,6 +267,7 @@ class Metrics(Collector):
             ("waiting_tokens", "Tokens of the prompts in the queue", scheduler.queue.tokens),
             ("kv_pages_used", "KV pages that sequences hold", pool.used),
             ("kv_pages_cached", "Free pages with content", pool.cached),
+            ("kv_pages_kept", "Those of them that are kept for who is to go on", pool.kept),
             ("kv_pages", "KV pages of the pool", pool.total),
             ("kv_pages_parked", "Pages given back to the system", pool.total - pool.available),
             ("kv_pages_cold", "Pages in the cold tier", len(cold)),

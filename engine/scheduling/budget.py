@@ -29,7 +29,8 @@ class Pace:
 @dataclass(frozen=True)
 class SchedulerLimits:
     """`max_batch_tokens` rows and `max_running` sequences a step, `max_prefilling` of them still in
-    their prompts; `patience` is the seconds after which a request without a deadline is due."""
+    their prompts; `patience` is the seconds after which a request without a deadline is due, and
+    `lease` those for which pages of what is to go on are kept."""
 
     max_batch_tokens: int
     max_running: int
@@ -37,6 +38,7 @@ class SchedulerLimits:
     max_prefilling: int = 8
     patience: float = 30.0
     prefix_caching: bool = True
+    lease: float = 120.0
 
 
 class Budget:

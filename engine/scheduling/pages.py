@@ -51,6 +51,10 @@ class PagePool:
         self._blank = list(range(pages - 1, -1, -1))
         self._adaptive = Adaptive(pages) if policy == "adaptive" else None
         self._order = Order("lru" if policy == "adaptive" else policy)
+        # Free pages that somebody is to come back for, the longest unused first; and how many
+        # leases a name has.
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._leases: dict[bytes, int] = {}
         self._parked: set[int] = set()
         # Names that were forgotten lately, as many as a pool holds: what is asked for again would
         # have been found in a pool of up to twice the size.
@@ -61,7 +65,7 @@ class PagePool:
     @property
     def free(self) -> int:
         """Pages that can be allocated, cached ones included."""
-        return len(self._blank) + len(self._order)
+        return len(self._blank) + self.cached
 
     @property
     def used(self) -> int:
@@ -71,7 +75,12 @@ class PagePool:
     @property
     def cached(self) -> int:
         """Free pages whose content can still be found."""
-        return len(self._order)
+        return len(self._order) + len(self._kept)
+
+    @property
+    def kept(self) -> int:
+        """Those of the cached pages that are forgotten last."""
+        return len(self._kept)
 
     @property
     def available(self) -> int:
@@ -89,7 +98,7 @@ class PagePool:
 
     def is_cached(self, page: int) -> bool:
         """Whether a page is free and its content can still be found."""
-        return page in self._order
+        return page in self._order or page in self._kept
 
     def acquire(self, digest: bytes) -> int | None:
         """The page of this name with a reference taken, or None."""
@@ -100,7 +109,7 @@ class PagePool:
                 self.regrets += 1
             return None
         if self._references[page] == 0:
-            self._order.remove(page)
+            self._take_out(page)
         self._references[page] += 1
         record = self._records[page]
         record.hits += 1
@@ -154,9 +163,23 @@ class PagePool:
                 if self._names[page]:
                     record = self._records[page]
                     record.used = self._tick()
-                    self._order.add(page, record)
+                    self._put_back(page)
                 else:
                     self._blank.append(page)
+
+    def lease(self, names: Iterable[bytes]) -> None:
+        """Forget content of these names after all other, wherever it lies."""
+        for name in names:
+            self._leases[name] = self._leases.get(name, 0) + 1
+            self._sort_in(name)
+
+    def unlease(self, names: Iterable[bytes]) -> None:
+        """Take back one `lease` of each."""
+        for name in names:
+            self._leases[name] -= 1
+            if not self._leases[name]:
+                del self._leases[name]
+                self._sort_in(name)
 
     def park(self, count: int) -> list[int]:
         """Take at most `count` free pages out of use, in neighbouring groups, since only those give
@@ -165,17 +188,18 @@ class PagePool:
         groups = []
         for first in range(0, self.total, GROUP):
             group = range(first, min(first + GROUP, self.total))
-            cached = [page for page in group if page in self._order]
+            cached = [page for page in group if self.is_cached(page)]
             if len(cached) + sum(page in blank for page in group) == len(group):
                 used = max((self._records[page].used for page in cached), default=0)
-                groups.append((bool(cached), used, -first, group))
+                kept = any(page in self._kept for page in cached)
+                groups.append((bool(cached), kept, used, -first, group))
         parked: list[int] = []
-        for *_, group in sorted(groups, key=lambda g: g[:3]):
+        for *_, group in sorted(groups, key=lambda g: g[:4]):
             if len(parked) + len(group) > count:
                 continue
             for page in group:
-                if page in self._order:
-                    self._order.remove(page)
+                if self.is_cached(page):
+                    self._take_out(page)
                     self._forget(page)
                     self.surrendered += 1
             parked += group
@@ -193,8 +217,8 @@ class PagePool:
     def forget(self) -> None:
         """Make every free page blank, since nothing lies in it any more."""
         for page in range(self.total):
-            if page in self._order:
-                self._order.remove(page)
+            if self.is_cached(page):
+                self._take_out(page)
                 for digest in self._names[page]:
                     del self._by_name[digest]
                 self._names[page] = ()
@@ -212,7 +236,7 @@ class PagePool:
             for page in pages:
                 expected[page] += 1
         assert self._references == expected, "reference counts differ from what is held"
-        free = set(self._blank) | {p for p in range(self.total) if p in self._order}
+        free = set(self._blank) | {p for p in range(self.total) if self.is_cached(p)}
         assert len(free) == self.free, "a page is free twice"
         assert not free & self._parked, "a parked page is free"
         unused = {page for page, count in enumerate(expected) if count == 0}
@@ -222,13 +246,37 @@ class PagePool:
         for page in (*self._blank, *self._parked):
             assert not self._names[page], "a blank page has a name"
         assert sum(map(len, self._names)) == len(self._by_name), "a name is lost"
+        leased = {page for name, page in self._by_name.items() if name in self._leases}
+        assert set(self._kept) == leased & unused, "the kept pages differ from the leased ones"
+        assert not any(page in self._order for page in self._kept), "a kept page may go early"
 
     def _evict(self) -> int:
-        page = self._order.pop()
+        page = self._order.pop() if len(self._order) else self._kept.popitem(last=False)[0]
         assert isinstance(page, int)
         self.evictions += 1
         self._forget(page)
         return page
+
+    def _put_back(self, page: int) -> None:
+        """A free page with content joins those that can be evicted."""
+        if self._leases and any(name in self._leases for name in self._names[page]):
+            self._kept[page] = None
+        else:
+            self._order.add(page, self._records[page])
+
+    def _take_out(self, page: int) -> None:
+        """A free page with content is none of those any more."""
+        if page in self._kept:
+            del self._kept[page]
+        else:
+            self._order.remove(page)
+
+    def _sort_in(self, name: bytes) -> None:
+        """A name's leases have changed."""
+        page = self._by_name.get(name)
+        if page is not None and self.is_cached(page):
+            self._take_out(page)
+            self._put_back(page)
 
     def _forget(self, page: int) -> None:
         names = self._names[page]

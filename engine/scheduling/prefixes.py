@@ -78,6 +78,12 @@ class Prefixes:
         self.urgent = self.urgent or bool(pages)
         return len(pages)
 
+    def take_moves(self) -> tuple[list[tuple[Move, int, int]], list[list[int]]]:
+        """The moves that the next step has to make, and the pages that have to stay until then."""
+        moves, sources = self.moves, self.sources
+        self.moves, self.sources, self.urgent = [], [], False
+        return moves, sources
+
     def forget(self) -> None:
         """Whatever was computed is gone, with the moves that were to come."""
         for pages in self.sources:

@@ -15,6 +15,7 @@ from engine.scheduling.budget import Budget, SchedulerLimits
 from engine.scheduling.cold import ColdIndex
 from engine.scheduling.cost import CostModel
 from engine.scheduling.deadlines import Deadlines
+from engine.scheduling.leases import Leases
 from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult, score_prompt
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
@@ -55,6 +56,7 @@ class Scheduler:
         self.in_flight: deque[Plan] = deque()
         self.preemptions = 0
         self.prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
+        self.leases = Leases(self.prefixes, clock, limits.lease)
         self._room = Room(self.prefixes, self.queue, self.lengths, limits.max_running)
         self._clock = clock
         self._steps = 0
@@ -86,6 +88,7 @@ class Scheduler:
         """Choose the next step: whoever decodes, then prompts as far as time allows. An empty plan
         means that there is nothing to do before the steps in flight have retired."""
         plan = Plan(self._steps)
+        self.leases.expire()
         if len(self.queue):
             self._make_way(plan)
         self._plan_decodes(plan)
@@ -98,10 +101,8 @@ class Scheduler:
             return plan
         self._steps += 1
         if prefixes.moves:
-            prefixes.urgent = False
-            plan.moves, prefixes.moves = prefixes.moves, []
-            plan.retired_pages += prefixes.sources
-            prefixes.sources = []
+            plan.moves, sources = prefixes.take_moves()
+            plan.retired_pages += sources
         plan.predicted = self.cost.predict(plan.work)
         self.in_flight.append(plan)
         return plan
@@ -124,6 +125,7 @@ class Scheduler:
                 score_prompt(chunk, result, first)
             if chunk.sample:
                 self.prefixes.publish_tail(sequence)
+                self.leases.came_back(sequence)
                 self._append(sequence, result, row - 1)
                 moved.append(sequence)
         self._retire(plan)
@@ -156,10 +158,12 @@ class Scheduler:
         """End a sequence in any state and give back what it holds; a second call does nothing."""
         if sequence.state is State.FINISHED:
             return
+        self.leases.drop(sequence)
         if sequence.state is State.RUNNING:
-            self._vacate(sequence)
             if reason in ("stop", "length"):
                 self.lengths.record(sequence.generated)
+                self.leases.keep(sequence.request.lease, sequence)
+            self._vacate(sequence)
         elif sequence.state is State.WAITING:
             self.queue.remove(sequence)
         sequence.state = State.FINISHED
@@ -169,6 +173,7 @@ class Scheduler:
     def pause(self, sequence: Sequence) -> None:
         """Set an unfinished sequence aside, alone, until `unpause`; a second call does nothing."""
         if sequence.state is State.RUNNING:
+            self.leases.keep(sequence, sequence)
             self._vacate(sequence)
             sequence.preemptions += 1
         elif sequence.state is State.WAITING:
@@ -271,8 +276,7 @@ class Scheduler:
         """Move waiting sequences in, the fairest first, until something does not fit. A tenant that
         has what it may have is passed over; others go on, as far as its claim to be served allows.
         """
-        passed: set[Account] = set()
-        claims: list[Account] = []
+        passed, claims = set[Account](), list[Account]()
         while (sequence := self.queue.head(passed)) is not None:
             above = self._room.exceeds_share(sequence.account)
             # Whoever is below its share does not wait for the long prompts of others.
@@ -321,8 +325,7 @@ class Scheduler:
         sequence.state = State.RUNNING
         sequence.slot = self._slots.pop()
         now = self._clock.now()
-        if sequence.admitted_at is None:
-            sequence.admitted_at = now
+        sequence.admitted_at = now if sequence.admitted_at is None else sequence.admitted_at
         bisect.insort(self.prefilling, sequence, key=by_order)
         self._entered.add(sequence)
         self._blocked = None
@@ -407,8 +410,7 @@ class Scheduler:
     # Results
 
     def _commit_decodes(self, plan: Plan, result: StepResult) -> list[Sequence]:
-        size, dropped, ids = self.pool.page_size, plan.dropped, result.ids
-        moved = []
+        size, dropped, ids, moved = self.pool.page_size, plan.dropped, result.ids, []
         for row, sequence in enumerate(plan.decodes):
             if dropped and sequence in dropped:
                 continue

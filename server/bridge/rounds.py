@@ -11,11 +11,12 @@ import msgspec
 
 from engine import AsyncEngine, InvalidRequest, TokenStream
 from server.answering import Answering
+from server.bridge.approvals import Approval, names_that_ask
 from server.bridge.servers import RemoteError, RemoteTool, Servers, ToolCall
 from server.errors import HTTPError
 from server.log import Event
 from server.openai import Generation
-from server.response_composer import ResponseComposer
+from server.response_composer import ResponseComposer, conversation
 
 # Calls of a response if it does not say how many.
 MAX_CALLS = 16
@@ -35,6 +36,7 @@ class Rounds:
         messages: list[dict[str, Any]],
         prepare: Callable[[list[dict[str, Any]], bool], Awaitable[Answering]],
         most: int | None,
+        approvals: Sequence[Approval] = (),
     ) -> None:
         self._engine = engine
         self._servers = servers
@@ -45,27 +47,36 @@ class Rounds:
         self._prepare = prepare
         self._left = MAX_CALLS if most is None else most
         self._turns = self.calls = 0
+        self.approvals = approvals
+        """What the client said to earlier requests; it is taken up before the first turn."""
 
     async def next(
         self, request_id: str, tell: Callable[[list[Event]], None]
     ) -> TokenStream | None:
-        """Make the calls of the turn that has ended, and begin the next one; None if there are no
-        calls."""
-        events, calls = self._composer.end_turn()
+        """Make the calls of the turn that has ended, and begin the next one; None if there is
+        nothing to go on with."""
+        if self.approvals:
+            (events, calls), self.approvals = self._composer.take_up(self.approvals), ()
+            waits, is_last = False, False
+        else:
+            events, calls, waits = self._composer.end_turn()
+            is_last = waits or not calls
         tell(events)
-        if not calls:
-            return None
         for call in calls:
             result, error = await self._call(call.name, call.text)
             tell(self._composer.called(call, result, error))
+        if is_last:
+            if not waits:
+                self._engine.end_lease(self._generation.terms.lease)
+            return None
         params, left = self._generation.params, None
         if params.max_tokens is not None:
             left = params.max_tokens - self._composer.made_tokens
             if left <= 0:
                 self._composer.run_out()
                 return None
-        spoken = [*self._messages, *self._composer.spoken]
-        answering = await self._prepare(spoken, self._left > 0)
+        said = conversation(self._messages, self._composer.spoken)
+        answering = await self._prepare(said, self._left > 0)
         self._composer.next_turn(answering.parser)
         self._turns += 1
         generation = Generation(
@@ -80,6 +91,7 @@ class Rounds:
     def cut(self) -> None:
         """It was cancelled while calls were made."""
         self._composer.cut()
+        self._engine.end_lease(self._generation.terms.lease)
 
     async def _call(self, name: str, arguments: str) -> tuple[str | None, str | None]:
         """A call's result, or what went wrong, which the model is told as well."""
@@ -131,7 +143,14 @@ async def remote_tools(
                     f"the server {label!r} has no tool {str(name)[:64]!r}",
                     param=f"{where}.allowed_tools",
                 )
-        found += [t for t in offered if allowed is None or t.name in allowed]
+        asking = names_that_ask(
+            tool.get("require_approval"), (t.name for t in offered), f"{where}.require_approval"
+        )
+        found += [
+            msgspec.structs.replace(t, asks=t.name in asking)
+            for t in offered
+            if allowed is None or t.name in allowed
+        ]
     return found
 
 
@@ -153,12 +172,6 @@ def _checked(
         names = ", ".join(known) or "none; its operator names them in server.mcp_file"
         raise InvalidRequest(
             f"server_label must be one of this server's: {names}", param=f"{where}.server_label"
-        )
-    if tool.get("require_approval") != "never":
-        raise InvalidRequest(
-            "calls cannot wait for approval here; set require_approval to 'never'",
-            param=f"{where}.require_approval",
-            code="unsupported_parameter",
         )
     allowed = tool.get("allowed_tools")
     if isinstance(allowed, dict) and set(allowed) == {"tool_names"}:

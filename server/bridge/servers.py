@@ -58,12 +58,14 @@ class ServerFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RemoteTool(msgspec.Struct, frozen=True):
-    """A tool of a server."""
+    """A tool of a server. Whether it `asks`, so that its calls wait for the client's approval, is
+    the request's wish."""
 
     server: str
     name: str
     description: str
     parameters: dict[str, Any]
+    asks: bool = False
 
 
 class ToolCall(msgspec.Struct, frozen=True):

@@ -50,6 +50,7 @@ def test_the_public_names_are_pinned() -> None:
         "failure",
         "encode",
         "encode_all",
+        "end_lease",
         "from_pretrained",
         "generate",
         "health",

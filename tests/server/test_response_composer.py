@@ -65,11 +65,11 @@ def turns(*texts: str, remote: str = "f") -> tuple[ResponseComposer, list[dict[s
         usage = Usage(prompt_tokens=10, completion_tokens=len(text))
         events += composer.delta(Delta(text=text))
         events += composer.delta(Delta(finish_reason="stop", usage=usage))
-        told, calls = composer.end_turn()
+        told, calls, waits = composer.end_turn()
         events += told
         for number, call in enumerate(calls):
             events += composer.called(call, f"result {number}", None)
-        if calls:
+        if calls and not waits:
             composer.next_turn(parser)
     return composer, events + composer.end()
 
@@ -99,7 +99,7 @@ def test_what_was_not_called_is_told() -> None:
     )
     events = composer.begin(queued=False) + composer.delta(Delta(text=CALL))
     events += composer.delta(Delta(finish_reason="length"))
-    assert composer.end_turn() == ([], [])
+    assert composer.end_turn() == ([], [], False)
     events += composer.end()
     kinds = [event["type"] for event in events]
     assert kinds[-3:] == [

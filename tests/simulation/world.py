@@ -86,6 +86,7 @@ class World:
                 pace=Pace(chance.choice([0.0, 0.004, 0.02])),
                 max_prefilling=chance.choice([1, 3, 8]),
                 prefix_caching=chance.random() < 0.85,
+                lease=chance.choice([0.0, 0.5, 120.0]),
             )
             if chance.random() < 0.5:
                 for _ in range(20):
@@ -211,8 +212,11 @@ class Guests:
             tenant=tenant,
             namespace=tenant.encode(),
             priority=chance.choice([0, 0, 0, -1, 2]),
+            lease=chance.choice(["", "", "x", "y"]),
             **({} if deadline is None else {"deadline": deadline}),
         )
+        if chance.random() < 0.1:
+            self._engine.end_lease("x")
         begun = self._loop.time()
         stream = await self._engine.submit(
             prompt, params, terms=terms, request_id=f"r{next(self._number)}"

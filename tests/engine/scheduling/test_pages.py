@@ -112,6 +112,7 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = PagePool(6, page_size=1)
         self.holders: list[tuple[list[int], list[bytes]]] = []
+        self.leases: list[list[bytes]] = []
 
     @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=5))
     def acquire(self, tokens: list[int]) -> None:
@@ -136,10 +137,32 @@ class PoolMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.holders) - 1))
         self.pool.release(self.holders.pop(index)[0])
 
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=5))
+    def lease(self, tokens: list[int]) -> None:
+        self.leases.append(hashes(*[[t] for t in tokens]))
+        self.pool.lease(self.leases[-1])
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def unlease(self, data: st.DataObject) -> None:
+        self.pool.unlease(self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1))))
+
+    @rule(count=st.integers(1, 6))
+    def park(self, count: int) -> None:
+        self.pool.park(count)
+
+    @rule(count=st.integers(1, 6))
+    def unpark(self, count: int) -> None:
+        self.pool.unpark(count)
+
+    @rule()
+    def forget(self) -> None:
+        self.pool.forget()
+
     @invariant()
     def consistent(self) -> None:
         self.pool.audit([pages for pages, _ in self.holders])
-        assert self.pool.used + self.pool.free == self.pool.total
+        assert self.pool.used + self.pool.free == self.pool.available
 
 
 TestPoolMachine = PoolMachine.TestCase

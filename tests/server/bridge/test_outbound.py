@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +11,10 @@ import httpx
 import openai
 import pytest
 
+from tests.server.bridge.asking import TOOL, WEATHER, ask
 from tests.server.bridge.test_servers import OtherServer
 from tests.server.collector import Collector
 from tests.server.process import ServerProcess
-
-TOOL: dict[str, Any] = {"type": "mcp", "server_label": "it", "require_approval": "never"}
-WEATHER = TOOL | {"allowed_tools": ["weather"]}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with OtherServer() as other:
-        file = tmp_path_factory.mktemp("mcp") / "mcp.toml"
-        file.write_text(
-            f'[servers.it]\nurl = "{other.url}/mcp"\ntimeout_seconds = 2\n'
-            '[servers.gone]\nurl = "http://127.0.0.1:9/mcp"\ntimeout_seconds = 1\n'
-        )
-        engine = {"pages": 2048, "page_size": 16, "context": 8000}
-        env = {
-            "MOCK_ENGINE": json.dumps(engine),
-            "MOCK_SERVER": json.dumps({"mcp_file": str(file)}),
-        }
-        with ServerProcess(module="tests.server.mock_server", env=env) as server:
-            yield server
-            assert server.idle()
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-def ask(client: openai.OpenAI, **more: Any) -> Any:
-    """The mock is made to call in its first turn, and writes letters in its second."""
-    options: dict[str, Any] = {
-        "model": "mock",
-        "input": "hi",
-        "tools": [WEATHER],
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-        "max_output_tokens": 200,
-    }
-    return client.responses.create(**options | more)
 
 
 def test_a_call_is_made_and_the_model_goes_on(client: openai.OpenAI) -> None:
@@ -150,14 +110,34 @@ def test_a_response_is_cancelled_while_a_tool_runs(
     assert server.idle(2)
 
 
+def test_the_prompts_pages_are_kept_while_a_tool_runs(
+    client: openai.OpenAI, server: ServerProcess
+) -> None:
+    prompt = "words " * 100
+    made = ask(client, input=prompt, tools=[TOOL | {"allowed_tools": ["hang"]}], background=True)
+    while client.responses.retrieve(made.id).output[1:] == []:
+        time.sleep(0.01)
+    while (kept := server.metric("ryzanstein_kv_pages_kept")) == 0:
+        time.sleep(0.01)
+    assert kept >= len(prompt) // 16
+    with client.responses.retrieve(made.id, stream=True) as events:
+        list(events)
+    assert client.responses.retrieve(made.id).usage.input_tokens_details.cached_tokens > len(prompt)
+    assert server.metric("ryzanstein_kv_pages_kept") == 0, "it has ended"
+
+
 @pytest.mark.parametrize(
     ("changes", "param", "status"),
     [
         ({"server_url": "http://169.254.169.254/mcp"}, "tools.[0].server_url", 400),
         ({"headers": {"a": "b"}}, "tools.[0].headers", 400),
         ({"server_label": "other"}, "tools.[0].server_label", 400),
-        ({"require_approval": "always"}, "tools.[0].require_approval", 400),
-        ({"require_approval": None}, "tools.[0].require_approval", 400),
+        ({"require_approval": "sometimes"}, "tools.[0].require_approval", 400),
+        (
+            {"require_approval": {"never": {"read_only": True}}},
+            "tools.[0].require_approval.never",
+            400,
+        ),
         ({"allowed_tools": ["dance"]}, "tools.[0].allowed_tools", 400),
         ({"allowed_tools": {"read_only": True}}, "tools.[0].allowed_tools", 400),
         ({"allowed_tools": [{}]}, "tools.[0].allowed_tools", 400),

@@ -1,0 +1,107 @@
+"""Calls that are made only once the client has approved them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from engine import InvalidRequest
+from server.bridge.servers import RemoteTool
+
+REQUEST, RESPONSE = "mcp_approval_request", "mcp_approval_response"
+MOST_REASON = 1000
+
+
+class Approval(msgspec.Struct, frozen=True):
+    """What the client said to a request; `refusal` is what the model is told if it said no."""
+
+    request_id: str
+    server: str
+    name: str
+    arguments: str
+    refusal: str | None
+
+
+def names_that_ask(rule: Any, names: Iterable[str], where: str) -> frozenset[str]:
+    """Which of a server's tools need an approval, as `require_approval` says; all if it says
+    nothing. Raises InvalidRequest naming the field."""
+    if rule == "never":
+        return frozenset()
+    if rule in (None, "always"):
+        return frozenset(names)
+    if not isinstance(rule, dict) or not rule or not set(rule) <= {"always", "never"}:
+        raise InvalidRequest(
+            "require_approval must be 'always', 'never', or an object of them with tool_names",
+            param=where,
+        )
+    listed = {choice: _tool_names(value, f"{where}.{choice}") for choice, value in rule.items()}
+    if "never" in listed:
+        return frozenset(names) - (listed["never"] - listed.get("always", set()))
+    return frozenset(listed["always"])
+
+
+def approvals_of(
+    given: Any, earlier: Sequence[Mapping[str, Any]], tools: Sequence[RemoteTool]
+) -> list[Approval]:
+    """The approvals among a request's input, for what was asked in it or in the `earlier` output.
+    Raises InvalidRequest naming the item."""
+    items = given if isinstance(given, list) else []
+    asked = {item.get("id"): item for item in [*earlier, *items] if item.get("type") == REQUEST}
+    offered = {(tool.server, tool.name) for tool in tools}
+    found: dict[str, Approval] = {}
+    for number, item in enumerate(items):
+        if item.get("type") != RESPONSE:
+            continue
+        where, identifier = f"input.[{number}]", item.get("approval_request_id")
+        request = asked.get(identifier) if isinstance(identifier, str) else None
+        if not isinstance(identifier, str) or request is None:
+            raise InvalidRequest(
+                "approval_request_id must be that of a request in the input, or in the previous "
+                "response",
+                param=f"{where}.approval_request_id",
+            )
+        if identifier in found:
+            raise InvalidRequest(f"{identifier} is answered twice", param=where)
+        if not isinstance(item.get("approve"), bool):
+            raise InvalidRequest("approve must be true or false", param=f"{where}.approve")
+        call = _asked(request, where)
+        if call not in offered:
+            raise InvalidRequest(
+                f"the tool {call[1][:64]!r} of {call[0][:64]!r} is not among this request's tools",
+                param="tools",
+            )
+        found[identifier] = Approval(
+            identifier, *call, request["arguments"], None if item["approve"] else _refusal(item)
+        )
+    return list(found.values())
+
+
+def _asked(request: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """The server and tool of a request, which a client may have sent back by itself."""
+    server, name, arguments = (request.get(k) for k in ("server_label", "name", "arguments"))
+    try:
+        whole = isinstance(json.loads(arguments), dict) if isinstance(arguments, str) else False
+    except (ValueError, RecursionError):
+        whole = False
+    if not isinstance(server, str) or not isinstance(name, str) or not whole:
+        raise InvalidRequest(
+            "an approval request needs a server_label, a name, and an object of arguments",
+            param=where,
+        )
+    return server, name
+
+
+def _refusal(item: Mapping[str, Any]) -> str:
+    reason = item.get("reason")
+    more = f": {reason[:MOST_REASON]}" if isinstance(reason, str) and reason else ""
+    return f"the user did not approve this call{more}"
+
+
+def _tool_names(value: Any, where: str) -> set[str]:
+    names = value.get("tool_names") if isinstance(value, dict) and len(value) == 1 else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidRequest("it must be an object with tool_names, a list", param=where)
+    return set(names)
