@@ -32,13 +32,14 @@ SWITCHES = ("enable_thinking", "thinking")
 @dataclass(frozen=True)
 class Wishes:
     """What a request wants of an answer: tools, a form and the field that it came by, reasoning
-    (by effort, and by tokens at most), and variables for the template."""
+    (by effort, and by tokens at most, and the fields of both), and variables for the template."""
 
     offered: Offered | None = None
     form: tuple[Grammar, str] | None = None
     effort: str | None = None
     effort_field: str = "reasoning_effort"
     budget: int | None = None
+    budget_field: str = "thinking_token_budget"
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -157,7 +158,7 @@ def _reasoning(dialect: Dialect, prompt: str, wishes: Wishes) -> tuple[bool, boo
         if wanted or wishes.budget is not None:
             raise InvalidRequest(
                 "this model's template knows no reasoning; leave its effort and budget out",
-                param=wishes.effort_field if wanted else "thinking_token_budget",
+                param=wishes.effort_field if wanted else wishes.budget_field,
             )
         return False, False
     begin, end = dialect.thinking

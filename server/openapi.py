@@ -10,11 +10,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from server import messages, protocol, responses_protocol
+from server import messages_protocol, protocol, responses_protocol
 from server.batches.routes import BatchRequest
 from server.embeddings import EmbeddingRequest
 from server.errors import ErrorBody, json_response
-from server.messages import CountRequest, MessagesRequest
+from server.messages_protocol import CountRequest, MessagesRequest
 from server.openai import ready_engine
 from server.protocol import (
     ChatRequest,
@@ -86,8 +86,8 @@ REFUSED: dict[type, Harmless] = {
     ChatRequest: protocol.HARMLESS,
     CompletionRequest: protocol.HARMLESS,
     ResponsesRequest: responses_protocol.HARMLESS,
-    MessagesRequest: messages.HARMLESS,
-    CountRequest: messages.HARMLESS,
+    MessagesRequest: messages_protocol.HARMLESS,
+    CountRequest: messages_protocol.HARMLESS,
 }
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import anthropic
 import httpx
 import pytest
 
+from engine import Delta, Usage
+from server.answer_parser import AnswerParser
+from server.dialect import HERMES
+from server.message_composer import MessageComposer
+from server.messages_protocol import CountRequest, wishes_of
 from tests.mock import continuation
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
@@ -93,10 +101,10 @@ def test_errors_have_anthropics_shape(client: anthropic.Anthropic, mock: ServerP
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="other", max_tokens=1, messages=HELLO)
     image: Any = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
-    with pytest.raises(anthropic.BadRequestError, match="only text"):
+    with pytest.raises(anthropic.BadRequestError, match="text, tool_use and tool_result are"):
         client.messages.create(model="mock", max_tokens=1, messages=image)
-    tool: Any = [{"name": "f", "input_schema": {"type": "object"}}]
-    with pytest.raises(anthropic.BadRequestError, match="tools is not supported"):
+    tool: Any = [{"type": "web_search_20250305", "name": "web_search"}]
+    with pytest.raises(anthropic.BadRequestError, match=r"tools.\[0\].type is not supported"):
         client.messages.create(model="mock", max_tokens=1, messages=HELLO, tools=tool)
     thinking: Any = {"type": "enabled", "budget_tokens": 1024}
     with pytest.raises(anthropic.BadRequestError, match="thinking"):
@@ -128,3 +136,174 @@ def test_a_failure_midway_is_an_error_event(mock_server: MockFactory) -> None:
     with pytest.raises(anthropic.APIStatusError, match="step failed"):
         list(stream)
     client.close()
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 5}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"name": "weather", "description": "of a city", "input_schema": SCHEMA}
+
+
+@pytest.fixture(scope="module")
+def wide(roomy: ServerProcess) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=roomy.url, api_key="x", max_retries=0) as client:
+        yield client
+
+
+def call(client: anthropic.Anthropic, **more: Any) -> Any:
+    options: dict[str, Any] = {
+        "model": "mock",
+        "max_tokens": 150,
+        "messages": HELLO,
+        "tools": [TOOL],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }
+    return client.messages.create(**options | more)
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
+def test_a_forced_tool_is_called(wide: anthropic.Anthropic, choice: dict[str, Any]) -> None:
+    made = call(wide, tool_choice=choice | {"disable_parallel_tool_use": True})
+    (block,) = made.content
+    assert (block.type, block.name, made.stop_reason) == ("tool_use", "weather", "tool_use")
+    assert block.id.startswith("toolu_")
+    assert list(block.input) == ["city"]
+
+
+def test_a_call_streams_as_its_whole(wide: anthropic.Anthropic) -> None:
+    options: dict[str, Any] = {
+        "tools": [TOOL],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }
+    with wide.messages.stream(model="mock", max_tokens=150, messages=HELLO, **options) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert final.content[0].input == call(wide).content[0].input  # type: ignore[union-attr]
+    assert final.stop_reason == "tool_use"
+    assert kinds.count("content_block_start") == 1
+    assert kinds.count("input_json") > 5
+
+
+def test_results_go_back_to_the_model(wide: anthropic.Anthropic) -> None:
+    made = call(wide)
+    (block,) = made.content
+    spoken: list[Any] = [*HELLO, {"role": "assistant", "content": made.content}]
+
+    def count(result: dict[str, Any], *more: dict[str, Any]) -> int:
+        told = {"type": "tool_result", "tool_use_id": block.id, **result}
+        turn: Any = {"role": "user", "content": [told, *more]}
+        answer = call(wide, messages=[*spoken, turn], tool_choice={"type": "auto"}, max_tokens=3)
+        usage = answer.usage
+        return int(usage.input_tokens + usage.cache_read_input_tokens)
+
+    nothing = count({})
+    assert count({"content": "it rains"}) == nothing + len("it rains")
+    assert count({"content": [{"type": "text", "text": "it rains"}]}) == nothing + len("it rains")
+    assert count({"content": "rain", "is_error": True}) == nothing + len("error: rain")
+    assert count({"content": "it"}, {"type": "text", "text": "and?"}) >= nothing + len("it and?")
+
+
+def test_unforced_tools_are_shown_and_unwanted_ones_are_not(wide: anthropic.Anthropic) -> None:
+    def count(**more: Any) -> int:
+        answer: Any = wide.messages.count_tokens(model="mock", messages=HELLO, **more)
+        return int(answer.input_tokens)
+
+    assert count(tools=[TOOL]) > count() + len("weather")
+    assert count(tools=[TOOL], tool_choice={"type": "none"}) == count()
+
+
+def test_an_answer_can_be_held_to_a_schema(wide: anthropic.Anthropic) -> None:
+    form: Any = {"type": "json_schema", "schema": SCHEMA}
+    for options in ({"output_config": {"format": form}}, {"extra_body": {"output_format": form}}):
+        made: Any = wide.messages.create(model="mock", max_tokens=150, messages=HELLO, **options)
+        assert list(json.loads(made.content[0].text)) == ["city"]
+        assert made.stop_reason == "end_turn"
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"tools": [TOOL, TOOL]}, r"tools.\[1\]"),
+        ({"tools": [{"name": "a b"}]}, r"tools.\[0\].name"),
+        ({"tools": [TOOL | {"input_schema": 7}]}, r"tools.\[0\].input_schema"),
+        (
+            {"tools": [TOOL | {"input_schema": {"properties": {"a": {"not": {}}}}}]},
+            r"tools.\[0\].input_schema",
+        ),
+        ({"tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
+        ({"tool_choice": {"type": "all"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": []}}, "tool_choice.type"),
+        ({"output_config": {"format": {"type": "text"}}}, "output_config.format"),
+        ({"output_config": {"effort": "mad"}}, "output_config.effort"),
+        ({"output_config": {"depth": 1}}, "output_config.depth"),
+        ({"thinking": {"type": "enabled"}}, "thinking"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(roomy: ServerProcess, body: dict[str, Any], place: str) -> None:
+    options = {"model": "mock", "max_tokens": 4, "messages": HELLO, "tools": [TOOL]}
+    forced = {"tool_choice": {"type": "any"}}
+    answer = httpx.post(f"{roomy.url}/v1/messages", json=options | forced | body)
+    assert answer.status_code == 400
+    assert re.match(place, answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize(
+    ("turn", "place"),
+    [
+        ({"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}, "tool_use"),
+        ({"role": "assistant", "content": [{"type": "tool_use", "id": "x"}]}, "an id, a name"),
+        ({"role": "user", "content": [{"type": "tool_use"}]}, "not supported"),
+    ],
+    ids=str,
+)
+def test_broken_turns_are_refused_by_place(
+    roomy: ServerProcess, turn: dict[str, Any], place: str
+) -> None:
+    body = {"model": "mock", "max_tokens": 4, "messages": [*HELLO, turn]}
+    answer = httpx.post(f"{roomy.url}/v1/messages", json=body)
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("messages.1")
+    assert place in message
+
+
+def test_thinking_is_a_block_before_the_text() -> None:
+    parser = partial(AnswerParser, style=HERMES, names=["f"], thinking=("<think>", "</think>"))
+    text = '<think>hm</think>So.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    composer = MessageComposer("msg_1", "m", 3, parser)
+    events = composer.begin()
+    for character in text:
+        events += composer.delta(Delta(text=character))
+    usage = Usage(prompt_tokens=3, completion_tokens=9)
+    events += composer.delta(Delta(finish_reason="stop", usage=usage)) + composer.end()
+    thinking, said, made = composer.body()["content"]
+    assert thinking == {"type": "thinking", "thinking": "hm", "signature": ""}
+    assert said == {"type": "text", "text": "So."}
+    assert (made["name"], made["input"]) == ("f", {"a": 1})
+    assert composer.body()["stop_reason"] == "tool_use"
+    starts = [e["index"] for e in events if e["type"] == "content_block_start"]
+    stops = [e["index"] for e in events if e["type"] == "content_block_stop"]
+    assert starts == stops == [0, 1, 2]
+    for index, kind in enumerate(("thinking", "text", "partial_json")):
+        told = [e["delta"] for e in events if e.get("index") == index and "delta" in e]
+        assert "".join(d[kind] for d in told) == ("hm", "So.", '{"a": 1}')[index]
+
+
+@pytest.mark.parametrize(
+    ("thinking", "effort", "budget"),
+    [
+        (None, None, None),
+        ({"type": "adaptive"}, None, None),
+        ({"type": "disabled"}, "none", None),
+        ({"type": "enabled", "budget_tokens": 2048}, None, 2048),
+    ],
+)
+def test_how_much_is_thought(thinking: Any, effort: str | None, budget: int | None) -> None:
+    wishes = wishes_of(CountRequest(messages=[], thinking=thinking))
+    assert (wishes.effort, wishes.budget) == (effort, budget)
+    louder = CountRequest(messages=[], thinking=thinking, output_config={"effort": "max"})
+    assert wishes_of(louder).effort == (effort or "xhigh")
