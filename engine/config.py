@@ -156,12 +156,14 @@ class EmbeddingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class BatchSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Files and batches, kept in `folder` (one of the cache folder's if empty). At most
-    `max_running` lines are answered at once, and none is begun while interactive requests wait."""
+    `max_running` lines are answered at once, and none is begun while interactive requests wait.
+    Who has files of `max_owner_bytes`, answers included, has to delete some before sending more."""
 
     enabled: bool = True
     folder: str = ""
     max_running: Positive = 16
     max_file_bytes: Positive = 200 * 1024 * 1024
+    max_owner_bytes: Positive = 4 * 1024**3
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

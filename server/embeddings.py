@@ -58,8 +58,10 @@ async def embedding_body(
     body: EmbeddingRequest,
     tenant: str,
     wait: Callable[[Future[Vectors]], Awaitable[Vectors]],
+    *,
+    later: bool = False,
 ) -> dict[str, Any]:
-    """The whole answer; `wait` is how the vectors are waited for."""
+    """The whole answer; `wait` is how the vectors are waited for, `later` if nobody else waits."""
     sequences = await tokenized(embedder, body)
     width = embedder.encoder.width
     if body.dimensions is not None and not 1 <= body.dimensions <= width:
@@ -67,7 +69,9 @@ async def embedding_body(
             f"dimensions must be between 1 and {width}, which {embedder.name} has",
             param="dimensions",
         )
-    vectors = shortened(await wait(embedder.submit(sequences, tenant)), body.dimensions)
+    vectors = shortened(
+        await wait(embedder.submit(sequences, tenant, later=later)), body.dimensions
+    )
     tokens = sum(map(len, sequences))
     data = [
         {"object": "embedding", "index": number, "embedding": shown}

@@ -22,10 +22,12 @@ BATCH_TOKENS = 2048
 
 @dataclass(eq=False)
 class Job:
-    """One request: its sequences, those that wait to be encoded, and the vectors so far."""
+    """One request: its sequences, those that wait to be encoded, whether they come after all that
+    somebody waits for, and the vectors so far."""
 
     sequences: Sequence[Sequence[int]]
     waiting: deque[int]
+    later: bool
     vectors: Vectors
     future: Future[Vectors] = field(default_factory=Future)
 
@@ -41,8 +43,9 @@ class Embedder:
     def __init__(self, section: EmbeddingSection) -> None:
         self._section = section
         self._encoder: Encoder | None = None
-        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._waiting = 0  # tokens
+        # By whether they come later, and by tenant.
+        self._queues: OrderedDict[tuple[bool, str], deque[Job]] = OrderedDict()
+        self._waiting = {False: 0, True: 0}  # tokens, of either
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="ryzanstein-embed", daemon=True)
@@ -73,8 +76,11 @@ class Embedder:
         self._encoder = Encoder(path)
         self._thread.start()
 
-    def submit(self, sequences: Sequence[Sequence[int]], tenant: str) -> Future[Vectors]:
+    def submit(
+        self, sequences: Sequence[Sequence[int]], tenant: str, *, later: bool = False
+    ) -> Future[Vectors]:
         """Queue token ids; the future has fp32 `[sequences, width]`. Cancelling it takes them out.
+        Those that can come `later` come after all others.
 
         Raises InvalidRequest for ids that cannot be encoded, Overloaded if too much waits.
         """
@@ -83,16 +89,17 @@ class Embedder:
         # Rows of about one length share a batch.
         order = sorted(range(len(sequences)), key=lambda n: len(sequences[n]), reverse=True)
         vectors = np.empty((len(sequences), encoder.width), np.float32)
-        job = Job(sequences, deque(order), vectors)
+        job = Job(sequences, deque(order), later, vectors)
         with self._changed:
             if self._closed:
                 raise EngineFailed("the server is shutting down and takes no new requests")
-            if self._waiting and self._waiting + job.tokens > self._section.max_waiting_tokens:
+            waiting = self._waiting[later]
+            if waiting and waiting + job.tokens > self._section.max_waiting_tokens:
                 raise Overloaded(
-                    f"{self._waiting} tokens wait to be embedded; try again later", retry_after=1.0
+                    f"{waiting} tokens wait to be embedded; try again later", retry_after=1.0
                 )
-            self._waiting += job.tokens
-            self._queues.setdefault(tenant, deque()).append(job)
+            self._waiting[later] += job.tokens
+            self._queues.setdefault((later, tenant), deque()).append(job)
             self._changed.notify()
         return job.future
 
@@ -151,30 +158,32 @@ class Embedder:
 
     def _next_rows(self) -> tuple[Job, list[int]]:
         """Rows of the first job of the tenant whose turn it is; none if nobody waits for them."""
-        tenant, queue = next(iter(self._queues.items()))
+        # Keys sort by whether they come later; of equals the first is the one whose turn it is.
+        turn = min(self._queues, key=lambda key: key[0])
+        queue = self._queues[turn]
         job, rows = queue[0], list[int]()
         longest = len(job.sequences[job.waiting[0]])
         most = 0 if job.future.cancelled() else max(1, BATCH_TOKENS // longest)
         while job.waiting and len(rows) < most:
             rows.append(job.waiting.popleft())
-        self._waiting -= sum(len(job.sequences[n]) for n in rows)
+        self._waiting[job.later] -= sum(len(job.sequences[n]) for n in rows)
         if not rows:
-            self._waiting -= job.tokens
+            self._waiting[job.later] -= job.tokens
             job.waiting.clear()
         if not job.waiting:
             queue.popleft()
-        self._queues.move_to_end(tenant)
+        self._queues.move_to_end(turn)
         if not queue:
-            del self._queues[tenant]
+            del self._queues[turn]
         return job, rows
 
     def _fail(self, job: Job, error: Exception) -> None:
         with self._changed:
-            self._waiting -= job.tokens
-            for tenant, queue in list(self._queues.items()):
+            self._waiting[job.later] -= job.tokens
+            for turn, queue in list(self._queues.items()):
                 if job in queue:
                     queue.remove(job)
                 if not queue:
-                    del self._queues[tenant]
+                    del self._queues[turn]
         if job.future.set_running_or_notify_cancel():
             job.future.set_exception(EngineFailed(f"embedding failed: {type(error).__name__}"))

@@ -36,7 +36,8 @@ class Answers:
         if endpoint == EMBEDDINGS:
             request, _ = decode(body, EmbeddingRequest, {})
             embedder = embedder_named(self._embedder, request.model)
-            return await embedding_body(embedder, request, tenant, asyncio.wrap_future)
+            wait = asyncio.wrap_future
+            return await embedding_body(embedder, request, tenant, wait, later=True)
         if endpoint == CHAT:
             chat = _seeded(decode(body, ChatRequest)[0], seed)
             generation = await prepare_chat(self._engine, chat, client)

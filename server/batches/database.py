@@ -76,6 +76,13 @@ class Database:
 
     # Files
 
+    def stored_bytes(self, owner: str) -> int:
+        """Of all of an owner's files."""
+        row = self._one("SELECT coalesce(sum(bytes), 0) AS bytes FROM files WHERE owner = ?", owner)
+        assert row is not None
+        size: int = row["bytes"]
+        return size
+
     def add_file(
         self, owner: str, filename: str, purpose: str, content: bytes, seconds: int | None = None
     ) -> Row:

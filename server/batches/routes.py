@@ -57,10 +57,20 @@ async def create_file(request: Request) -> ASGIApp:
         name = FILENAME.sub("_", upload.filename or "file")[:200]
     finally:
         await form.close()
-    database = batches.database
-    row = await batches.on_disk(
-        database.add_file, client_of(request).owner, name, str(purpose), content, seconds
+    database, owner = batches.database, client_of(request).owner
+    held, most = (
+        await batches.on_disk(database.stored_bytes, owner),
+        batches.section.max_owner_bytes,
     )
+    if held + len(content) > most:
+        raise HTTPError(
+            413,
+            f"your files hold {held} of {most} bytes, and this one has {len(content)}; delete some "
+            "that are no longer needed, the answers of batches among them",
+            param="file",
+            code="storage_limit_exceeded",
+        )
+    row = await batches.on_disk(database.add_file, owner, name, str(purpose), content, seconds)
     return json_response(_file(row))
 
 

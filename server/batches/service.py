@@ -27,6 +27,7 @@ class Batches:
         section: BatchSection,
     ) -> None:  # fmt: skip
         self.database = database
+        self.section = section
         self._lock = lock
         self._worker = Worker(engine, database, section, answers)
         self.on_disk = self._worker.on_disk

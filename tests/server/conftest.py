@@ -51,9 +51,11 @@ def batch_server(tmp_path: Path) -> Iterator[MockFactory]:
         yield start
 
 
-def batch_process(folder: Path, *, max_running: int = 4, **engine: object) -> ServerProcess:
-    """A mock server that keeps files and batches in `folder`."""
-    section = {"folder": str(folder), "max_running": max_running}
+def batch_process(
+    folder: Path, *, max_running: int = 4, most: int = 1 << 30, **engine: object
+) -> ServerProcess:
+    """A mock server that keeps files and batches in `folder`, `most` bytes of each owner."""
+    section = {"folder": str(folder), "max_running": max_running, "max_owner_bytes": most}
     engine = {"pages": 512, **engine}
     env = {"MOCK_ENGINE": json.dumps(engine), "MOCK_BATCHES": json.dumps(section)}
     return ServerProcess(module="tests.server.mock_server", env=env)

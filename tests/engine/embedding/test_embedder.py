@@ -130,6 +130,22 @@ def test_tenants_take_turns_batch_by_batch(embedder: Embedder) -> None:
     assert held.batches == [[20] * rows, [20] * rows, [7], [20] * rows]
 
 
+def test_what_can_come_later_comes_after_all_others(embedder: Embedder) -> None:
+    rows = BATCH_TOKENS // 20
+    embedder._section = EmbeddingSection(model="x", max_waiting_tokens=3 * rows * 20)
+    held = Held(embedder)
+    large = embedder.submit([[4] * 20] * (3 * rows), "a", later=True)
+    held.begun.wait(10)
+    small = embedder.submit([[5] * 7], "b", later=True)
+    asked = [embedder.submit([[6] * size] * rows, "a") for size in (20, 19)]
+    held.go.set()
+    for future in (*asked, small, large):
+        future.result(20)
+    sizes = [batch[0] for batch in held.batches]
+    assert sizes == [20, 20, 19, 20, 7, 20]
+    assert embedder._waiting == {False: 0, True: 0}
+
+
 def test_what_nobody_waits_for_is_not_encoded(embedder: Embedder) -> None:
     held = Held(embedder)
     first = embedder.submit([[1, 2]], "t")
@@ -141,7 +157,7 @@ def test_what_nobody_waits_for_is_not_encoded(embedder: Embedder) -> None:
     assert len(last.result(10)) == 1
     assert len(first.result(10)) == 1
     assert held.batches == [[2], [3]]
-    assert embedder._waiting == 0
+    assert embedder._waiting == {False: 0, True: 0}
 
 
 def test_a_thousand_that_leave_cost_nobody_else(folder: Path) -> None:
@@ -169,7 +185,7 @@ def test_a_failure_ends_one_request_alone(embedder: Embedder) -> None:
     with pytest.raises(EngineFailed, match="RuntimeError"):
         embedder.submit([[1, 2]], "t").result(10)
     assert len(embedder.submit([[1, 2]], "t").result(10)) == 1
-    assert embedder._waiting == 0
+    assert embedder._waiting == {False: 0, True: 0}
 
 
 def test_closing_refuses_what_waits(folder: Path) -> None:

@@ -61,6 +61,21 @@ def output(client: openai.OpenAI, identifier: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in client.files.content(identifier).text.splitlines()]
 
 
+def test_an_owner_whose_files_fill_their_room_deletes_some_first(tmp_path: Path) -> None:
+    with (
+        batch_process(tmp_path, most=1000) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        first = client.files.create(file=("a", b"x" * 600), purpose="batch")
+        with pytest.raises(openai.APIStatusError, match="600 of 1000 bytes") as refused:
+            client.files.create(file=("b", b"x" * 401), purpose="batch")
+        error = refused.value
+        assert (error.status_code, error.code) == (413, "storage_limit_exceeded")
+        assert client.files.create(file=("c", b"x" * 400), purpose="batch").bytes == 400
+        client.files.delete(first.id)
+        assert client.files.create(file=("d", b"x" * 600), purpose="batch").bytes == 600
+
+
 def test_a_batch_from_file_to_output(client: openai.OpenAI) -> None:
     made = submit(client, lines(12), metadata={"job": "night"})
     assert (made.status, made.metadata) == ("validating", {"job": "night"})
