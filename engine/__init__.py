@@ -22,6 +22,7 @@ from engine.engine import AsyncEngine
 from engine.errors import (
     ConfigError,
     DeadlineExceeded,
+    EngineClosed,
     EngineFailed,
     InvalidRequest,
     Overloaded,
@@ -51,6 +52,7 @@ __all__ = [
     "DeadlineExceeded",
     "Decision",
     "Delta",
+    "EngineClosed",
     "EngineFailed",
     "Grammar",
     "InvalidRequest",

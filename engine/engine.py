@@ -15,7 +15,7 @@ import anyio
 
 from engine.config import Config, load_config
 from engine.delivery import Delivery
-from engine.errors import DeadlineExceeded, DeviceLost, EngineFailed, InvalidRequest
+from engine.errors import DeadlineExceeded, DeviceLost, EngineClosed, EngineFailed, InvalidRequest
 from engine.failures import Failures
 from engine.loading import Parts, load
 from engine.requests import make_request, render_chat
@@ -122,7 +122,7 @@ class AsyncEngine:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._draining = True
-        self.delivery.fail_all(EngineFailed("the engine was closed"))
+        self.delivery.fail_all(EngineClosed("the engine was closed"))
         await self._stack.aclose()
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.parts.stepper.close)
@@ -290,13 +290,13 @@ class AsyncEngine:
         with anyio.move_on_after(seconds):
             while self.delivery.moving:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
                 await anyio.sleep(0.02)
-        self.delivery.fail_all(EngineFailed("the server shut down before the answer was complete"))
+        self.delivery.fail_all(EngineClosed("the server shut down before the answer was complete"))
 
     def _check_open(self, request_id: str) -> None:
         if self._failures.final is not None:
             raise self._failures.final
         if self._draining:
-            raise EngineFailed("the server is shutting down and takes no new requests")
+            raise EngineClosed("the server is shutting down and takes no new requests")
         if request_id in self.delivery:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 

@@ -34,6 +34,10 @@ class EngineFailed(RyzansteinError):
     """The engine could not finish the request, through no fault of the request."""
 
 
+class EngineClosed(EngineFailed):
+    """The engine is being closed; the same request may be asked of its next start."""
+
+
 class DeviceLost(EngineFailed):
     """Whatever ran is lost, with the KV cache. `final` says that nothing will run any more."""
 

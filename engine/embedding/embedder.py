@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.config import EmbeddingSection
 from engine.embedding.encoder import Encoder, Vectors
-from engine.errors import EngineFailed, InvalidRequest, Overloaded
+from engine.errors import EngineClosed, EngineFailed, InvalidRequest, Overloaded
 from engine.weights.sources import KNOWN_MODELS, Progress, resolve
 
 # Rows times the longest row's length: longer batches are not faster, and hold up the others.
@@ -92,7 +92,7 @@ class Embedder:
         job = Job(sequences, deque(order), later, vectors)
         with self._changed:
             if self._closed:
-                raise EngineFailed("the server is shutting down and takes no new requests")
+                raise EngineClosed("the server is shutting down and takes no new requests")
             waiting = self._waiting[later]
             if waiting and waiting + job.tokens > self._section.max_waiting_tokens:
                 raise Overloaded(
@@ -112,7 +112,7 @@ class Embedder:
             self._changed.notify()
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(EngineFailed("the server shut down"))
+                job.future.set_exception(EngineClosed("the server shut down"))
         if self._thread.is_alive():
             self._thread.join()
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
+import filelock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine import AsyncEngine, ConfigError
 from engine.config import BatchSection
 from engine.embedding.embedder import Embedder
+from engine.weights.sources import cache_folder
 from server.batches.answers import ENDPOINTS, Answers
 from server.batches.database import Database, Row
 from server.batches.worker import Worker
@@ -40,25 +44,43 @@ async def run_batch(
     """
     content = await anyio.Path(source).read_bytes()
     kept = target.with_name(target.name + ".progress")
-    try:
-        database = Database(kept)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"{kept} cannot be used: {error}") from error
-    try:
-        batch = _opened(database, content, source, kept)
-        worker = Worker(engine, database, section, Answers(engine, embedder))
-        async with anyio.create_task_group() as group:
-            group.start_soon(worker.run)
-            batch = await _watched(worker, database, batch["id"], console)
-            group.cancel_scope.cancel()
-        if batch["errors"]:
-            raise ConfigError(_told(source, json.loads(batch["errors"])))
-        await _written(worker, database, batch, target)
-    finally:
-        database.close()
-    for name in (kept, *(kept.with_name(kept.name + end) for end in ("-wal", "-shm"))):
-        name.unlink(missing_ok=True)
+    with _alone(target):
+        try:
+            database = Database(kept)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"{kept} cannot be used: {error}") from error
+        try:
+            batch = _opened(database, content, source, kept)
+            worker = Worker(engine, database, section, Answers(engine, embedder))
+            async with anyio.create_task_group() as group:
+                group.start_soon(worker.run)
+                batch = await _watched(worker, database, batch["id"], console)
+                group.cancel_scope.cancel()
+            if batch["errors"]:
+                raise ConfigError(_told(source, json.loads(batch["errors"])))
+            await _written(worker, database, batch, target)
+        finally:
+            database.close()
+        for name in (kept, *(kept.with_name(kept.name + end) for end in ("-wal", "-shm"))):
+            name.unlink(missing_ok=True)
     return batch
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Nobody else on this machine writes `target`. Raises ConfigError if somebody does."""
+    folder = cache_folder() / "batches"
+    name = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:24]
+    lock = filelock.FileLock(folder / f"{name}.lock")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ConfigError(f"another run-batch is writing {target}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _opened(database: Database, content: bytes, source: Path, kept: Path) -> Row:

@@ -15,7 +15,7 @@ import msgspec
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
-from engine import AsyncEngine, EngineFailed, Overloaded, RyzansteinError
+from engine import AsyncEngine, EngineClosed, EngineFailed, Overloaded, RyzansteinError
 from engine.config import BatchSection
 from server.batches.database import Database, Row
 from server.batches.lines import answer_line, expired_line, read_lines
@@ -200,7 +200,7 @@ class Worker:
                 finally:
                     self._resting.discard(place)
             except EngineFailed as error:
-                if self._engine.health() in ("draining", "failed"):
+                if isinstance(error, EngineClosed) or self._engine.health() == "failed":
                     await anyio.sleep_forever()  # the next start begins it again
                 attempts += 1
                 if attempts == ATTEMPTS:

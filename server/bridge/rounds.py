@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import anyio
 import msgspec
 
-from engine import AsyncEngine, InvalidRequest, TokenStream
+from engine import AsyncEngine, InvalidRequest, Overloaded, Terms, TokenStream
 from server.answering import Answering
 from server.bridge.approvals import Approval, names_that_ask
 from server.bridge.servers import RemoteError, RemoteTool, Servers, ToolCall
@@ -20,6 +22,8 @@ from server.response_composer import ResponseComposer, conversation
 
 # Calls of a response if it does not say how many.
 MAX_CALLS = 16
+# How long a later turn waits for a place in the queue, and between two tries at least.
+PATIENCE_SECONDS, LOOK_SECONDS = 60.0, 0.05
 
 
 class Rounds:
@@ -46,6 +50,7 @@ class Rounds:
         self._messages = messages
         self._prepare = prepare
         self._left = MAX_CALLS if most is None else most
+        self._begun = time.monotonic()
         self._turns = self.calls = 0
         self.approvals = approvals
         """What the client said to earlier requests; it is taken up before the first turn."""
@@ -83,10 +88,28 @@ class Rounds:
             [answering.ids],
             answering.applied(msgspec.structs.replace(params, max_tokens=left)),
             self._generation.shape,
-            self._generation.terms,
+            self._terms(),
             self._generation.names,
         )
-        return await generation.submit(self._engine, f"{request_id}-t{self._turns}")
+        return await self._submitted(generation, f"{request_id}-t{self._turns}")
+
+    def _terms(self) -> Terms:
+        """Those of a later turn: what is left of its deadline, and none for its first token."""
+        terms = self._generation.terms
+        left = max(0.0, terms.deadline - (time.monotonic() - self._begun))
+        return msgspec.structs.replace(terms, deadline=left, first_token_deadline=math.inf)
+
+    async def _submitted(self, generation: Generation, name: str) -> TokenStream:
+        """A later turn waits out an overload, for its calls have been made."""
+        patience = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return await generation.submit(self._engine, name)
+            except Overloaded as error:
+                wait = max(error.retry_after, LOOK_SECONDS)
+                if time.monotonic() + wait > patience:
+                    raise
+                await anyio.sleep(wait)
 
     def cut(self) -> None:
         """It was cancelled while calls were made."""

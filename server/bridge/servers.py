@@ -5,13 +5,14 @@
     headers = { Authorization = "Bearer ..." }
     allowed_tools = ["search"]
 
-Every operation has a connection and a time limit of its own, and over HTTP a size limit; a server
-that keeps failing is left alone for a while (circuit breaker).
+Every operation has a connection, a time limit and a size limit of its own; a server that keeps
+failing is left alone for a while (circuit breaker).
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,6 +25,7 @@ import msgspec
 from msgspec import Meta
 
 from engine import ConfigError
+from server.tools import NAME
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -34,6 +36,9 @@ T = TypeVar("T")
 MAX_TOOLS = 128
 # Of everything that a server sends in one operation, and of what of a result a model is shown.
 MAX_BYTES, MAX_TEXT = 4 << 20, 64 << 10
+# A command's lines, each of which is a message; and what counts them.
+MAX_LINES = 2000
+RELAY = Path(__file__).with_name("relay.py")
 FAILURES, REST_SECONDS = 3, 30.0
 # JSON-RPC's codes for a connection that closed and a server that broke.
 BROKEN = (-32000, -32603)
@@ -119,10 +124,12 @@ class Servers:
             found, cursor = list[RemoteTool](), None
             while len(found) <= MAX_TOOLS:
                 page = await client.list_tools(cursor=cursor)
+                # Models and clients know such names only.
                 found += [
                     RemoteTool(label, t.name, t.description or "", dict(t.input_schema))
                     for t in page.tools
-                    if not entry.allowed_tools or t.name in entry.allowed_tools
+                    if (not entry.allowed_tools or t.name in entry.allowed_tools)
+                    and NAME.fullmatch(t.name)
                 ]
                 cursor = page.next_cursor
                 if cursor is None:
@@ -225,8 +232,10 @@ async def _connected(entry: ServerEntry) -> AsyncIterator[Client]:
     from server.bridge.limits import limited_http
 
     if entry.command:
-        program, *arguments = entry.command
-        parameters = StdioServerParameters(command=program, args=arguments, env=dict(entry.env))
+        limits = (str(RELAY), str(MAX_BYTES), str(MAX_LINES))
+        parameters = StdioServerParameters(
+            command=sys.executable, args=[*limits, *entry.command], env=dict(entry.env)
+        )
         async with Client(parameters, cache=None) as client:
             yield client
         return

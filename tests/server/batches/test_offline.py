@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ async def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     begun = {s.request.id for plan in executor.plans for s in plan.admitted}
     assert 0 < len(begun) < 60
     assert len(target.read_text().splitlines()) == 60
+
+
+async def test_two_runs_do_not_write_one_target(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl"
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(run, source, target, delay=0.02))
+        while not target.with_name("out.jsonl.progress").exists():
+            await anyio.sleep(0.01)
+        with pytest.raises(ConfigError, match="another run-batch is writing"):
+            await run(source, target)
+    assert len(target.read_text().splitlines()) == 20
 
 
 async def test_another_input_is_not_mixed_in(tmp_path: Path) -> None:

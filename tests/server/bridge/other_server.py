@@ -50,6 +50,12 @@ def huge() -> str:
     return "x" * (8 << 20)
 
 
+@server.tool(name="a/b")
+def unnameable() -> str:
+    """Has a name that no model can be given."""
+    return ""
+
+
 @server.tool()
 def die() -> str:
     """Ends its process."""

@@ -66,6 +66,12 @@ async def test_tools_are_listed_and_called(other: OtherServer) -> None:
     assert await servers.call("it", "weather", {"city": "Rome"}) == "It rains in Rome."
 
 
+async def test_tools_whose_names_are_none_are_left_out(other: OtherServer) -> None:
+    names = {tool.name for tool in await at(f"{other.url}/mcp").tools("it")}
+    assert "weather" in names
+    assert "a/b" not in names
+
+
 async def test_only_what_is_allowed_is_offered(other: OtherServer) -> None:
     servers = at(f"{other.url}/mcp", allowed_tools=("weather",))
     assert [tool.name for tool in await servers.tools("it")] == ["weather"]
@@ -75,6 +81,24 @@ async def test_a_command_speaks_on_its_pipes() -> None:
     entry = ServerEntry(command=tuple(OTHER), timeout_seconds=30)
     servers = Servers({"it": entry})
     assert await servers.call("it", "weather", {"city": "Oslo"}) == "It rains in Oslo."
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: print('x' * 65536, end='')",
+        "while True: print('x')",
+        "print('{', flush=True); import time; time.sleep(0.2)",
+        "import os; os.close(1); import time; time.sleep(100)",
+    ],
+    ids=["no line ends", "lines without end", "dies in a line", "closes its pipe"],
+)
+async def test_a_hostile_command_ends_at_its_limits(program: str) -> None:
+    entry = ServerEntry(command=(sys.executable, "-u", "-c", program), timeout_seconds=20)
+    begin = time.monotonic()
+    with pytest.raises(RemoteError, match="did not speak the protocol"):
+        await Servers({"it": entry}).tools("it")
+    assert time.monotonic() - begin < 15
 
 
 async def test_a_tools_failure_is_its_answer(other: OtherServer) -> None:
