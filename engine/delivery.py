@@ -24,7 +24,8 @@ class Active:
     detokenizers: list[Detokenizer]
     open: int
     offset: int
-    scored: list[int] = field(default_factory=list)
+    pushed: list[int] = field(default_factory=list)
+    """Tokens of each choice that its stream has."""
     first_token: float | None = None
     # When each choice got its last token.
     last_tokens: list[float | None] = field(default_factory=list)
@@ -77,7 +78,6 @@ class Delivery:
             )
             for _ in sequences
         ]
-        scored = [0] * len(sequences)
         self._active[request.id] = Active(
             request,
             stream,
@@ -85,12 +85,12 @@ class Delivery:
             detokenizers,
             open=len(sequences),
             offset=stream.join(request.id, len(sequences)),
-            scored=scored,
+            pushed=[0] * len(sequences),
             last_tokens=[None] * len(sequences),
         )
 
     def deliver(self, moved: Sequence[ScheduledSequence]) -> dict[float, int]:
-        """Push the new token of each sequence; ends those that finished or hit a stop string.
+        """Push the new tokens of each sequence; ends those that finished or hit a stop string.
 
         Returns how many tokens came how many seconds after the one before them.
         """
@@ -104,7 +104,9 @@ class Delivery:
                 gaps[now - last] = gaps.get(now - last, 0) + 1
             elif active.first_token is None:
                 active.first_token = now
-            self._push(active, sequence, now)
+            count = self._push(active, sequence, now)
+            if count > 1:
+                gaps[0.0] = gaps.get(0.0, 0) + count - 1
         return gaps
 
     def abort(self, request_id: str) -> None:
@@ -189,25 +191,35 @@ class Delivery:
         for request_id in list(self._active):
             self.fail(request_id, error)
 
-    def _push(self, active: Active, sequence: ScheduledSequence, now: float) -> None:
-        """One new token of one sequence, which came just now."""
+    def _push(self, active: Active, sequence: ScheduledSequence, now: float) -> int:
+        """The new tokens of one sequence, which came just now; how many there are."""
         sampling = active.request.sampling
-        token = sequence.tokens[-1]
-        delta = Delta(index=active.offset + sequence.index, token_ids=[token])
-        if sequence.wants_prompt_logprobs and sequence.generated == 1:
+        begin = sequence.prompt_length + active.pushed[sequence.index]
+        fresh = sequence.tokens[begin:]
+        delta = Delta(index=active.offset + sequence.index, token_ids=fresh)
+        if sequence.wants_prompt_logprobs and not active.pushed[sequence.index]:
             delta.prompt_logprobs = sequence.prompt_logprobs
-        if sampling.logprobs is not None:
-            delta.logprobs = sequence.logprobs[active.scored[sequence.index] :]
-            active.scored[sequence.index] = len(sequence.logprobs)
         detokenizer = active.detokenizers[sequence.index]
         stop: str | None = None
         # The token that ended the sequence is not part of the text, unless asked for.
-        if sequence.finish_reason != "stop" or sampling.include_stop_str_in_output:
-            armed = not sampling.min_tokens or sequence.generated >= sampling.min_tokens
-            delta.text, stop = detokenizer.push(token, match=armed)
-        if stop is not None:
-            self._scheduler.finish(sequence, "stop")
-            sequence.finish_reason = "stop"
+        shown = sequence.finish_reason != "stop" or sampling.include_stop_str_in_output
+        for number, token in enumerate(fresh, 1):
+            if number == len(fresh) and not shown:
+                break
+            generated = active.pushed[sequence.index] + number
+            armed = not sampling.min_tokens or generated >= sampling.min_tokens
+            text, stop = detokenizer.push(token, match=armed)
+            delta.text += text
+            if stop is not None:
+                # What was drawn together with the end of the text is none of it.
+                del fresh[number:], sequence.tokens[begin + number :]
+                self._scheduler.finish(sequence, "stop")
+                sequence.finish_reason = "stop"
+                break
+        active.pushed[sequence.index] += len(fresh)
+        if sampling.logprobs is not None:
+            del sequence.logprobs[active.pushed[sequence.index] :]
+            delta.logprobs = sequence.logprobs[-len(fresh) :]
         if sequence.state is State.FINISHED:
             active.ends[sequence.index] = now
             if stop is None:
@@ -220,6 +232,7 @@ class Delivery:
         active.stream.push(delta)
         if active.open == 0:
             self._close(active, sequence.finish_reason or "stop")
+        return len(fresh)
 
     def _note(self, kind: str, sequence: ScheduledSequence, reason: str) -> None:
         if self._listeners:

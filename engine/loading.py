@@ -175,6 +175,8 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
         patience=batch.patience_seconds,
         prefix_caching=section.prefix_caching,
         lease=section.lease_seconds,
+        # A device that runs steps behind each other would have to wait for each.
+        speculative_tokens=batch.speculative_tokens if device.facts[0].free is None else 0,
     )
     # A page of a prompt among many, as a restored page would spare it.
     page_seconds = cost.token_seconds(batch.max_batch_tokens) * section.page_size

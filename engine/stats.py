@@ -20,11 +20,14 @@ def step_stats(
     was decided between steps."""
     scheduler = parts.scheduler
     pool = scheduler.pool
+    given = [chunk for chunk in plan.chunks if chunk.given]
     return StepStats(
         step=plan.step,
         at=parts.clock.now(),
         prefill_tokens=plan.work.prefill,
-        decode_rows=plan.work.decodes,
+        decode_rows=len(plan.decodes) + len(given),
+        drafted=sum(chunk.count - 1 for chunk in given),
+        accepted=plan.accepted,
         predicted=plan.predicted,
         running=len(scheduler.decoding) + len(scheduler.prefilling),
         waiting=len(scheduler.queue),
@@ -37,6 +40,7 @@ def step_stats(
         prefills=tuple(
             Ran(c.sequence.request.id, c.start, c.count, c.sample, c.sequence.index)
             for c in plan.chunks
+            if not c.given
         ),
         gaps=gaps,
         served=[*plan.decodes, *(c.sequence for c in plan.chunks)] if plan.chunks else plan.decodes,

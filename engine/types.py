@@ -283,7 +283,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 
     `gaps` are the seconds between the tokens that it gave and those before them in their choices,
     with how many came after each; while a request is set aside, nobody waits for its next token.
-    `served` are those that it computed anything for.
+    `served` are those that it computed anything for. Of the `drafted` tokens that were guessed so
+    many were `accepted`.
     """
 
     step: int
@@ -298,6 +299,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_total: int
     preemptions: int
     seconds: dict[str, float]
+    drafted: int = 0
+    accepted: int = 0
     decisions: tuple[Decision, ...] = ()
     prefills: tuple[Ran, ...] = ()
     gaps: dict[float, int] = {}

@@ -73,7 +73,7 @@ async def run(engine: AsyncEngine, steps: Steps, streams: int, tokens: int, form
 
 
 async def measure(model: str, streams: list[int], tokens: int, rounds: int) -> None:
-    async with AsyncEngine.from_pretrained(model) as engine:
+    async with AsyncEngine.from_pretrained(model, scheduler__speculative_tokens=0) as engine:
         for count in streams:
             steps = Steps(count)
             engine.add_listener(steps)

@@ -67,7 +67,7 @@ class Feed:
         """Add a step."""
         if not self.viewers:
             return
-        self._tokens += stats.decode_rows + stats.prefill_tokens
+        self._tokens += stats.decode_rows + stats.accepted + stats.prefill_tokens
         self._steps += 1
         self._rows += bool(stats.decode_rows)
         self._seconds += stats.seconds.get("wait", 0.0)

@@ -59,6 +59,9 @@ VLLM_NAMES = {
     "ryzanstein_request_prompt_tokens": "vllm:request_prompt_tokens",
     "ryzanstein_request_output_tokens": "vllm:request_generation_tokens",
     "ryzanstein_step_tokens": "vllm:iteration_tokens_total",
+    "ryzanstein_drafts": "vllm:spec_decode_num_drafts",
+    "ryzanstein_draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "ryzanstein_accepted_draft_tokens": "vllm:spec_decode_num_accepted_tokens",
 }
 
 
@@ -84,7 +87,7 @@ class Steps:
         whole = stats.seconds.get("wait", 0.0)
         self.seconds.observe(whole)
         self.rows.observe(stats.decode_rows)
-        self.tokens.observe(stats.decode_rows + stats.prefill_tokens)
+        self.tokens.observe(stats.decode_rows + stats.drafted + stats.prefill_tokens)
         for seconds, times in stats.gaps.items():
             self.between.observe(seconds, times)
         for decision in stats.decisions:
@@ -277,6 +280,11 @@ class Metrics(Collector):
             yield gauge(f"ryzanstein_{name}", text, value)
         moves = {("stored",): cold.stored, ("restored",): cold.hits}
         evicted = {("room",): pool.evictions, ("memory",): pool.surrendered}
+        guesses = scheduler.speculator
+        yield counter("ryzanstein_drafts", "Guesses of what follows", guesses.steps)
+        yield counter("ryzanstein_draft_tokens", "Tokens that were guessed", guesses.drafted)
+        text = "Guessed tokens that were right"
+        yield counter("ryzanstein_accepted_draft_tokens", text, guesses.accepted)
         losses = self._engine.parts.stepper.losses
         text = "Cached pages forgotten, for room or because memory was short"
         yield counter("ryzanstein_kv_evictions", text, evicted, ["reason"])

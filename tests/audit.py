@@ -26,5 +26,8 @@ def audit(scheduler: Scheduler) -> None:
         assert sequence.computed <= sequence.scheduled
         assert sequence.scheduled <= len(sequence.pages) * scheduler.pool.page_size
         drawn = sequence.scheduled + 1 - len(sequence.tokens)
+        given = [c for p in scheduler.in_flight for c in p.chunks if c.given]
+        mine = sum(c.count for c in given if c.sequence is sequence)
         if sequence.decoding:
-            assert 0 <= drawn <= len(scheduler.in_flight), "a token is lost or was drawn twice"
+            most = len(scheduler.in_flight) + mine
+            assert 0 <= drawn <= most, "a token is lost or was drawn twice"

@@ -81,6 +81,12 @@ def allowed(mask: np.ndarray[Any, Any], token: int) -> int:
     return next((t for t in ends if t < len(bits) and bits[t]), int(bits.argmax()))
 
 
+def input_of(chunk: Chunk) -> list[int]:
+    """A sequence's tokens as a chunk sees them."""
+    tokens = chunk.sequence.tokens
+    return [*tokens[: chunk.start], *chunk.given] if chunk.given else list(tokens)
+
+
 class MockExecutor:
     """Keeps token ids where a model keeps keys and values, and reads its context from there."""
 
@@ -110,10 +116,7 @@ class MockExecutor:
             if self._masks is not None:
                 self._masks.enter(sequence)
         decodes = [(s.slot, list(s.pages), s.scheduled - 1) for s in plan.decodes]
-        chunks = [
-            (c.sequence.slot, list(c.sequence.pages), list(c.sequence.tokens), c)
-            for c in plan.chunks
-        ]
+        chunks = [(c.sequence.slot, list(c.sequence.pages), input_of(c), c) for c in plan.chunks]
         held = {}
         for slot in [d[0] for d in decodes] + [c[0] for c in chunks if c[3].sample]:
             if self._masks is not None and (found := self._masks.held(slot)) is not None:
@@ -142,10 +145,13 @@ class MockExecutor:
         for slot, pages, tokens, chunk in filled.chunks:
             end = chunk.start + chunk.count
             for position in range(end - chunk.rows, end):
-                last = position == end - 1 and chunk.sample
+                last = bool(chunk.given) or (position == end - 1 and chunk.sample)
                 held = filled.held.get(slot) if last else None
                 rows += [(len(ids), held)] if held else []
-                ids.append(self._draw(slot, pages, end, held) if last else tokens[position + 1])
+                drawn = self._draw(slot, pages, position + 1, held) if last else None
+                ids.append(tokens[position + 1] if drawn is None else drawn)
+            if chunk.given and not chunk.sample:
+                del self._last[slot]  # nobody knows yet which of them counts
         faults = {row: held.fault for row, held in rows if held.fault}
         if self._masks is not None:
             self._masks.drew(rows, ids)
@@ -218,6 +224,7 @@ def mock_engine(
     stall_seconds: float = 30.0,
     look_ahead: bool = True,
     infill: bool = False,
+    speculative_tokens: int = 0,
 ) -> tuple[AsyncEngine, MockExecutor]:
     """An engine around the mock model; the real loop, scheduler, pages and streams."""
     compiler = GrammarCompiler(byte_tokenizer, VOCAB)
@@ -230,7 +237,12 @@ def mock_engine(
             tokenizer=byte_tokenizer(chat_template, *(INFILL if infill else ())),
             vocab_size=VOCAB + len(INFILL if infill else ()),
             scheduler=mock_scheduler(
-                pages, page_size, clock, step_tokens=max_batch_tokens, running=max_running
+                pages,
+                page_size,
+                clock,
+                step_tokens=max_batch_tokens,
+                running=max_running,
+                speculative_tokens=speculative_tokens,
             ),
             stepper=ThreadStepper(executor),
             limits=Limits(min(context, pages * page_size), max_waiting, max_waiting_tokens),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import transformers
 
 from engine import AsyncEngine, SamplingParams
 from engine.execution.tokenizer import open_tokenizer
+from engine.scheduling.sequence import Sequence as ScheduledSequence
+from engine.scheduling.speculate import Speculator
 from engine.weights.checkpoint import open_checkpoint
 from tests.kernels.native import needs_native
 from tests.real import gemma3_path, smollm2_path
@@ -177,6 +180,36 @@ def test_company_does_not_change_the_text(
     smollm2: Path, alone: list[list[int]], settings: dict[str, Any]
 ) -> None:
     assert run_engine(smollm2, PROMPTS, together=True, **settings) == alone
+
+
+@needs_native
+@pytest.mark.parametrize("settings", [{}, {"execution__tensor_parallel": 2}], ids=["one", "ranks"])
+def test_guesses_do_not_change_the_text(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Right and wrong ones, as many as fit, drawn and greedy."""
+
+    def all_of_them(
+        self: Speculator, decoding: Sequence[ScheduledSequence], found: dict[Any, int]
+    ) -> dict[Any, int]:
+        rooms = {s: s.final_length - len(s.tokens) - 1 for s in found}
+        return {s: min(self.most, room) for s, room in rooms.items() if room > 0}
+
+    monkeypatch.setattr(Speculator, "_worth", all_of_them)
+    prompt = "The cat sat on the mat. The dog lay on the rug. " * 3
+
+    async def texts(most: int) -> list[str]:
+        found = []
+        chosen = {"cache__tokens": 4096, "scheduler__speculative_tokens": most, **settings}
+        async with AsyncEngine.from_pretrained(str(smollm2), **chosen) as engine:
+            for temperature in (0.0, 1.0):
+                params = SamplingParams(max_tokens=60, temperature=temperature, seed=3)
+                found.append("".join([d.text async for d in engine.generate(prompt, params)]))
+            speculator = engine.parts.scheduler.speculator
+            assert (speculator.drafted > speculator.accepted > 0) == (most > 0)
+        return found
+
+    assert anyio.run(texts, 6) == anyio.run(texts, 0)
 
 
 @needs_native

@@ -158,6 +158,14 @@ SCHEDULER: list[Panel] = [
         {"{{way}}": rate("kv_cold_pages_total", by="way")},
     ),
     ("Sent back to the queue a second", "none", {"all": rate("preemptions_total")}),
+    (
+        "Guessed tokens a second",
+        "none",
+        {
+            "guessed": rate("draft_tokens_total"),
+            "right": rate("accepted_draft_tokens_total"),
+        },
+    ),
     ("Waiting tokens", "none", {"{{instance}}": on("waiting_tokens")}),
 ]
 TENANTS: list[Panel] = [

@@ -56,6 +56,7 @@ class Part(msgspec.Struct, array_like=True):
     rows: int
     sample: bool
     write: bool
+    given: tuple[int, ...]
 
 
 class Step(msgspec.Struct, tag=True):

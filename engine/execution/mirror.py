@@ -37,7 +37,7 @@ class PlanWriter:
             pages=list(self._added((*plan.grown, *(chunk.sequence for chunk in plan.chunks)))),
             decodes=[(s.slot, s.scheduled) for s in plan.decodes],
             parts=[
-                Part(c.sequence.slot, c.start, c.count, c.rows, c.sample, c.write)
+                Part(c.sequence.slot, c.start, c.count, c.rows, c.sample, c.write, c.given)
                 for c in plan.chunks
             ],
             moves=plan.moves,
@@ -73,7 +73,9 @@ class PlanReader:
             sequence.scheduled = scheduled
             decodes.append(sequence)
         chunks = [
-            Chunk(self._sequences[p.slot], p.start, p.count, p.rows, p.sample, p.write)
+            Chunk(
+                self._sequences[p.slot], p.start, p.count, p.rows, p.sample, p.write, given=p.given
+            )
             for p in step.parts
         ]
         return Plan(step.number, decodes, chunks, admitted, grown, step.moves)

@@ -216,7 +216,7 @@ class Runner:
             self._write_pages(sequence)
             if not chunk.write:
                 unwritten += range(len(tokens), len(tokens) + chunk.count)
-            tokens += sequence.tokens[chunk.start : end]
+            tokens += chunk.given or sequence.tokens[chunk.start : end]
             positions += range(chunk.start, end)
             starts.append(len(tokens))
             sample_rows += range(len(tokens) - chunk.rows, len(tokens))
@@ -257,8 +257,12 @@ class Runner:
                 continue
             sequence, end = chunk.sequence, chunk.start + chunk.count
             first, row = end - chunk.rows + 1, len(targets)
-            targets += sequence.tokens[first : end + 1 - chunk.sample]
-            scored += range(row, len(targets))
+            if not chunk.given:
+                targets += sequence.tokens[first : end + 1 - chunk.sample]
+                scored += range(row, len(targets))
+            elif not chunk.sample:
+                targets += [-1] * chunk.rows
+                drawing += [(row + n, sequence, first + n) for n in range(chunk.rows)]
             if chunk.sample:
                 drawn.append(len(targets))
                 drawn_slots.append(sequence.slot)

@@ -30,7 +30,8 @@ class Pace:
 class SchedulerLimits:
     """`max_batch_tokens` rows and `max_running` sequences a step, `max_prefilling` of them still in
     their prompts; `patience` is the seconds after which a request without a deadline is due, and
-    `lease` those for which pages of what is to go on are kept."""
+    `lease` those for which pages of what is to go on are kept. At most `speculative_tokens` are
+    guessed at once for a sequence."""
 
     max_batch_tokens: int
     max_running: int
@@ -39,6 +40,7 @@ class SchedulerLimits:
     patience: float = 30.0
     prefix_caching: bool = True
     lease: float = 120.0
+    speculative_tokens: int = 0
 
 
 class Budget:

@@ -25,7 +25,8 @@ class Chunk:
 
     `sample` says that the last row draws the next token; other rows score the prompt. Without
     `write` its keys and values are there already, in a page that is shared. `claims` names the
-    pages that it computes.
+    pages that it computes. Tokens that are `given` are the last one drawn, which the device need
+    not know, and guesses of what follows: all their rows draw.
     """
 
     sequence: Sequence
@@ -35,6 +36,7 @@ class Chunk:
     sample: bool
     write: bool = True
     claims: tuple[bytes, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -43,8 +45,9 @@ class Plan:
     slot (the device has it, whether or not it has been committed), then the `chunks`.
 
     `admitted` (re)entered their slots, `grown` are decodes with new pages. `moves` are (kind, from,
-    to), done in order before anything is computed. The rest is the scheduler's own: who has been
-    `dropped` since, and what is given back when the step has retired.
+    to), done in order before anything is computed. The rest is the scheduler's own: the number of
+    guesses that were `accepted`, who has been `dropped` since, and what is given back when the step
+    has retired.
     """
 
     step: int
@@ -56,6 +59,7 @@ class Plan:
     decisions: list[Decision] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     predicted: float = 0.0
+    accepted: int = 0
     dropped: set[Sequence] = field(default_factory=set)
     retired_pages: list[list[int]] = field(default_factory=list)
     retired_slots: list[int] = field(default_factory=list)

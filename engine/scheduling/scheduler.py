@@ -13,15 +13,17 @@ from collections import deque
 from engine.errors import ConfigError
 from engine.scheduling.budget import Budget, SchedulerLimits
 from engine.scheduling.cold import ColdIndex
+from engine.scheduling.commit import Committer
 from engine.scheduling.cost import CostModel
 from engine.scheduling.deadlines import Deadlines
 from engine.scheduling.leases import Leases
 from engine.scheduling.pages import PagePool
-from engine.scheduling.plan import Chunk, Move, Plan, StepResult, score_prompt
+from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
 from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.room import BESIDE, BUSY, FULL, NO_PAGES, OUT_OF_TURN, Room
 from engine.scheduling.sequence import Sequence, State, by_order, take_out
+from engine.scheduling.speculate import Speculator
 from engine.scheduling.tenants import Account, FairQueue, order_key
 from engine.types import Clock
 
@@ -57,6 +59,10 @@ class Scheduler:
         self.preemptions = 0
         self.prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
         self.leases = Leases(self.prefixes, clock, limits.lease)
+        self.speculator = Speculator(cost, pool.page_size, limits.speculative_tokens)
+        self._committer = Committer(self.prefixes, self.speculator, self.finish)
+        # Those of whose tokens the device does not know the last.
+        self._guessed: set[Sequence] = set()
         self._room = Room(self.prefixes, self.queue, self.lengths, limits.max_running)
         self._clock = clock
         self._steps = 0
@@ -112,21 +118,18 @@ class Scheduler:
         token. Finished ones have given up their pages and slot."""
         assert plan is self.in_flight[0], "steps retire in order"
         self.in_flight.popleft()
-        moved = self._commit_decodes(plan, result)
+        moved = self._committer.decodes(plan, result)
         row = len(plan.decodes)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             first, row = row, row + chunk.rows
             if sequence in plan.dropped:
                 continue
-            sequence.computed = chunk.start + chunk.count
-            self.prefixes.publish(sequence)
-            if sequence.wants_prompt_logprobs:
-                score_prompt(chunk, result, first)
-            if chunk.sample:
-                self.prefixes.publish_tail(sequence)
+            if chunk.given:
+                plan.accepted += self._committer.given(chunk, result, first)
+                moved.append(sequence)
+            elif self._committer.prompt(chunk, result, first):
                 self.leases.came_back(sequence)
-                self._append(sequence, result, row - 1)
                 moved.append(sequence)
         self._retire(plan)
         return moved
@@ -159,6 +162,7 @@ class Scheduler:
         if sequence.state is State.FINISHED:
             return
         self.leases.drop(sequence)
+        self.speculator.forget(sequence)
         if sequence.state is State.RUNNING:
             if reason in ("stop", "length"):
                 self.lengths.record(sequence.generated)
@@ -205,9 +209,14 @@ class Scheduler:
     def _plan_decodes(self, plan: Plan) -> None:
         """One row for each sequence that decodes; those that cannot get a page sit out or go."""
         decodes, context = plan.decodes, 0
+        given = self._plan_given(plan)
+        if given is None:
+            return
         for sequence in (
             list(self.decoding) if self.pool.free < len(self.decoding) else self.decoding
         ):
+            if given and sequence in given:
+                continue
             at = sequence.scheduled
             if at >= sequence.horizon and not self._extend(sequence, plan):
                 continue
@@ -215,8 +224,35 @@ class Scheduler:
             context += at
             decodes.append(sequence)
         work = plan.work
-        work.decodes = len(decodes)
-        work.pages = context // self.pool.page_size + len(decodes)
+        work.decodes += len(decodes)
+        work.pages += context // self.pool.page_size + len(decodes)
+
+    def _plan_given(self, plan: Plan) -> set[Sequence] | None:
+        """Sequences whose last token has to be given, with guesses if they are worth it; None if
+        the step in flight should be waited for."""
+        quiet = not self.prefilling and not len(self.queue)
+        guesses = self.speculator.guesses(self.decoding) if quiet else {}
+        if guesses is None:
+            return None
+        given = self._guessed | guesses.keys()
+        for sequence in sorted(given, key=by_order):
+            length, size = len(sequence.tokens), self.pool.page_size
+            if sequence.state is not State.RUNNING or sequence.scheduled >= length:
+                continue
+            guess = guesses.get(sequence, ())
+            if -(-(length + len(guess)) // size) - len(sequence.pages) > self.pool.free:
+                guess = ()  # nobody goes for a guess
+            count = 1 + len(guess)
+            if not self._grow(sequence, count, plan):
+                continue
+            tokens = (sequence.tokens[-1], *guess)
+            plan.chunks.append(Chunk(sequence, length - 1, count, count, not guess, given=tokens))
+            sequence.scheduled = length - 1 + count
+            plan.work.decodes += count
+            plan.work.pages += length // size + 1
+            # What it draws last is known to the device only if it draws once.
+            (self._guessed.add if guess else self._guessed.discard)(sequence)
+        return given
 
     def _extend(self, sequence: Sequence, plan: Plan) -> bool:
         """Let a sequence that decodes go on, if it has tokens left to draw."""
@@ -228,7 +264,7 @@ class Scheduler:
         """Prompts share what is left of the step: shortest remaining first, after those whose
         tenant has no more than its share."""
         now = self._clock.now()
-        rows = self.limits.max_batch_tokens - len(plan.decodes)
+        rows = self.limits.max_batch_tokens - plan.work.decodes
         size = self.pool.page_size
         budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, plan.decodes)
         token_seconds = self.cost.token_seconds(self.limits.max_batch_tokens)
@@ -389,6 +425,7 @@ class Scheduler:
             self._slots.append(sequence.slot)
         self._freed += 1
         self._entered.discard(sequence)
+        self._guessed.discard(sequence)
         sequence.account.running -= 1
         sequence.slot = -1
         sequence.pages = []
@@ -406,45 +443,3 @@ class Scheduler:
                 self.pool.release(pages)
             self._slots += plan.retired_slots
             self._freed += 1
-
-    # Results
-
-    def _commit_decodes(self, plan: Plan, result: StepResult) -> list[Sequence]:
-        size, dropped, ids, moved = self.pool.page_size, plan.dropped, result.ids, []
-        for row, sequence in enumerate(plan.decodes):
-            if dropped and sequence in dropped:
-                continue
-            token, tokens = ids[row], sequence.tokens
-            length = len(tokens)
-            sequence.computed = length
-            if not length % size:
-                self.prefixes.publish(sequence)
-            moved.append(sequence)
-            if (
-                token in sequence.ends
-                or length + 1 >= sequence.final_length
-                or sequence.wants_logprobs
-            ):
-                self._append(sequence, result, row)
-            else:
-                tokens.append(token)
-                sequence.account.take_output()
-        return moved
-
-    def _append(self, sequence: Sequence, result: StepResult, row: int) -> None:
-        """Add a drawn token, and finish the sequence if it ends there."""
-        token, request = result.ids[row], sequence.request
-        sampling = request.sampling
-        sequence.tokens.append(token)
-        sequence.account.take_output()
-        generated = len(sequence.tokens) - sequence.prompt_length
-        if sampling.logprobs is not None:
-            sequence.logprobs.append(result.logprob(row))
-        if generated >= sampling.min_tokens:
-            if token in sampling.stop_token_ids:
-                return self.finish(sequence, "stop", token)
-            if token in request.eos_token_ids and not sampling.ignore_eos:
-                return self.finish(sequence, "stop")
-        if generated >= request.max_tokens:
-            self.finish(sequence, "length")
-        return None

@@ -145,6 +145,12 @@ class FakeStepper:
 
     def _chunk(self, chunk: Chunk) -> list[int]:
         sequence, end = chunk.sequence, chunk.start + chunk.count
+        if chunk.given:
+            self._last.pop(sequence.slot, None)  # known again once it draws alone
+            return [
+                self._compute(sequence, at, [token], write=True, keep=chunk.sample)
+                for at, token in enumerate(chunk.given, start=chunk.start)
+            ]
         tokens = sequence.tokens[chunk.start : end]
         drawn = self._compute(sequence, chunk.start, tokens, write=chunk.write, keep=chunk.sample)
         scored = sequence.tokens[end - chunk.rows + 1 : end + 1 - chunk.sample]

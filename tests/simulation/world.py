@@ -6,6 +6,7 @@ import itertools
 import logging
 import random
 from collections import Counter
+from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from engine.loading import Parts
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import Pace
 from engine.scheduling.cost import Profile
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.speculate import Speculator
 from engine.scheduling.tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenant
 from engine.streams import TokenStream
 from engine.text.grammar import GrammarCompiler
@@ -87,7 +90,11 @@ class World:
                 max_prefilling=chance.choice([1, 3, 8]),
                 prefix_caching=chance.random() < 0.85,
                 lease=chance.choice([0.0, 0.5, 120.0]),
+                speculative_tokens=chance.choice([0, 1, 5]),
             )
+            guesser = Guesser(scheduler.cost, PAGE, scheduler.limits.speculative_tokens)
+            guesser.chance = chance
+            scheduler.speculator = scheduler._committer._speculator = guesser
             if chance.random() < 0.5:
                 for _ in range(20):
                     scheduler.lengths.record(chance.randint(1, 6))  # too few: let too many in
@@ -107,6 +114,25 @@ class World:
         engine = AsyncEngine(parts, seeds=lambda: 1, stall_seconds=1e9, look_ahead=look_ahead)
         engine.configure_tenants(self.tenants)
         return engine
+
+
+class Guesser(Speculator):
+    """Knows the model, and is wrong from some place on; sometimes it waits, sometimes not."""
+
+    chance: random.Random
+
+    def guesses(self, decoding: List[Sequence]) -> dict[Sequence, tuple[int, ...]] | None:
+        found: dict[Sequence, tuple[int, ...]] = {}
+        for sequence in decoding if self.most else ():
+            room = min(self.most, sequence.final_length - len(sequence.tokens) - 1)
+            if room < 1 or self.chance.random() < 0.5:
+                continue
+            if sequence.scheduled >= len(sequence.tokens):
+                return None
+            guess = expected(sequence.tokens, self.chance.randint(1, room))
+            wrong = self.chance.randrange(2 * len(guess))
+            found[sequence] = tuple(t + (n == wrong) for n, t in enumerate(guess))
+        return found
 
 
 class Watcher:

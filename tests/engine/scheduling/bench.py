@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from engine.scheduling.cost import Profile
@@ -29,12 +30,19 @@ class Clock:
 class Bench:
     """A scheduler with the mock model behind it."""
 
-    def __init__(self, pages: int = 16, budget: int = 16, running: int = 4, **options: Any) -> None:
+    def __init__(
+        self,
+        pages: int = 16,
+        budget: int = 16,
+        running: int = 4,
+        choose: Callable[[list[int]], int] = next_token,
+        **options: Any,
+    ) -> None:
         self.clock = Clock()
         self.scheduler = mock_scheduler(
             pages, SIZE, self.clock, step_tokens=budget, running=running, **options
         )
-        self.executor = MockExecutor(pages, SIZE, next_token)
+        self.executor = MockExecutor(pages, SIZE, choose)
         self.count = 0
 
     def add(
