@@ -157,7 +157,11 @@ async def measure(
         engines: dict[str, AsyncEngine] = {}
         for kind, options in kinds.items():
             made = AsyncEngine.from_pretrained(
-                model, model__dtype=dtype, cache__tokens=16384, **options
+                model,
+                model__dtype=dtype,
+                cache__tokens=16384,
+                scheduler__speculative_tokens=0,
+                **options,
             )
             engines[kind] = await stack.enter_async_context(made)
             found[kind]["timeline"] = dict(engines[kind].parts.timeline)

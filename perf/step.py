@@ -57,7 +57,7 @@ async def measure(
     """Medians over steady decode steps of `streams` sequences, in microseconds."""
     lags: list[float] = []
     # All prompts at once, so that all sequences decode together soon.
-    settings = {"scheduler__target_itl_ms": 250.0} | settings
+    settings = {"scheduler__target_itl_ms": 250.0, "scheduler__speculative_tokens": 0} | settings
     async with AsyncEngine.from_pretrained(model, **settings) as engine:
         runner: Any = engine.parts.stepper._executor  # type: ignore[attr-defined]
         recorder = StepRecorder(streams, runner)

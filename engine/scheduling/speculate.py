@@ -16,6 +16,8 @@ from engine.scheduling.sequence import Sequence
 
 # Tokens that have to have been there before, and sequences among which guessing is considered.
 GRAM, MOST_RUNNING = 3, 8
+# How far back is looked, in the end, and how much further at each token: the loop does not wait.
+WINDOW, STRIDE = 32_768, 256
 # How likely a guess is to be right before anything is known, and how fast that is learned.
 FIRST_RATE, LEARNING = 0.6, 0.25
 # Below this a sequence guesses nothing for so many tokens, then twice as many, and so on.
@@ -28,22 +30,30 @@ class Track:
     """Where each run of tokens of a sequence was last followed by something, and how its guesses
     have fared."""
 
-    __slots__ = ("_ends", "_gram", "_indexed", "rate", "rest", "until")
+    __slots__ = ("_ends", "_gram", "_indexed", "_oldest", "rate", "rest", "until")
 
     def __init__(self, gram: int) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
-        self._gram = self._indexed = gram
+        self._gram = gram
+        # Runs that end from the one place to the other are known.
+        self._oldest = self._indexed = 0
         self.rate = FIRST_RATE
         self.until = 0
         self.rest = REST
 
     def find(self, tokens: List[int]) -> int | None:
         """The place after the last earlier occurrence of the final tokens."""
-        for end in range(self._indexed, len(tokens)):
-            self._ends[tuple(tokens[end - self._gram : end])] = end
-        self._indexed = max(self._indexed, len(tokens))
-        last = tuple(tokens[-self._gram :])
-        return self._ends.get(last) if len(tokens) >= self.until else None
+        gram, length = self._gram, len(tokens)
+        if not self._indexed:
+            self._oldest = self._indexed = max(gram, length)
+        for end in range(self._indexed, length):
+            self._ends[tuple(tokens[end - gram : end])] = end
+        self._indexed = max(self._indexed, length)
+        oldest = max(gram, self._oldest - STRIDE, length - WINDOW)
+        for end in range(self._oldest - 1, oldest - 1, -1):
+            self._ends.setdefault(tuple(tokens[end - gram : end]), end)
+        self._oldest = min(self._oldest, oldest)
+        return self._ends.get(tuple(tokens[-gram:])) if length >= self.until else None
 
 
 class Speculator:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.scheduling.cost import FLAT, Profile
-from engine.scheduling.speculate import REST, Track
+from engine.scheduling.speculate import REST, STRIDE, Track
 from engine.types import Grammar
 from tests.engine.scheduling.bench import Bench, generated
 from tests.mock import continuation, mock_engine, next_token
@@ -175,3 +175,13 @@ async def test_the_loop_gains_what_was_guessed() -> None:
         assert len(tokens) == 100
         steps = len(executor.plans)
         assert steps == 100 if most == 0 else steps < 45
+
+
+def test_a_long_text_is_looked_through_bit_by_bit() -> None:
+    text = list(range(1000, 1000 + 5 * STRIDE))
+    tokens = [7, 8, 9, *text, 7, 8, 9]
+    track = Track(3)
+    found = [track.find(tokens) for _ in range(7)]
+    assert found == [None] * 5 + [3, 3]
+    tokens += [1000, 7, 8, 9]
+    assert track.find(tokens) == 3 + len(text) + 3, "the last one counts"
