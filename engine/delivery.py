@@ -212,6 +212,7 @@ class Delivery:
             delta.text += text
             if stop is not None:
                 # What was drawn together with the end of the text is none of it.
+                sequence.account.give_back_output(len(fresh) - number)
                 del fresh[number:], sequence.tokens[begin + number :]
                 self._scheduler.finish(sequence, "stop")
                 sequence.finish_reason = "stop"

@@ -194,7 +194,7 @@ class AsyncEngine:
             seed=self._seeds() if params.seed is None else params.seed,
             arrival=arrival,
         )
-        self._check_open(request.id)
+        self.check_open(request.id)
         self.admission.admit(request, self.parts.clock.now())
         return self._enqueue(request, stream or TokenStream())
 
@@ -233,6 +233,16 @@ class AsyncEngine:
     def allowance(self, tenant: str) -> Allowance:
         """What a tenant may still ask for before it is told to come back later."""
         return self.admission.allowance(tenant, self.parts.clock.now())
+
+    def check_open(self, request_id: str) -> None:
+        """Raises EngineFailed or EngineClosed if nothing is taken now, InvalidRequest if the id is
+        in use."""
+        if self._failures.final is not None:
+            raise self._failures.final
+        if self._draining:
+            raise EngineClosed("the server is shutting down and takes no new requests")
+        if request_id in self.delivery:
+            raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidRequest unless `ids` are tokens of the model, and at least one."""
@@ -291,14 +301,6 @@ class AsyncEngine:
             while self.delivery.moving:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
                 await anyio.sleep(0.02)
         self.delivery.fail_all(EngineClosed("the server shut down before the answer was complete"))
-
-    def _check_open(self, request_id: str) -> None:
-        if self._failures.final is not None:
-            raise self._failures.final
-        if self._draining:
-            raise EngineClosed("the server is shutting down and takes no new requests")
-        if request_id in self.delivery:
-            raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
     def _enqueue(self, request: Request, stream: TokenStream) -> TokenStream:
         fingerprint = self.parts.fingerprint

@@ -60,6 +60,7 @@ class Failures:
         for plan in plans:
             scheduler.discard(plan)
         delivery.fail_all(EngineFailed(str(error)))
+        scheduler.leases.clear()
         scheduler.prefixes.forget()
         if error.final:
             self.final = EngineFailed(str(error))

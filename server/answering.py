@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +15,7 @@ import msgspec
 from engine import AsyncEngine, Grammar, InvalidRequest, SamplingParams
 from server.answer_parser import AnswerParser
 from server.constraints import constraint
-from server.dialect import Dialect, dialect_of, taught
+from server.dialect import MISTRAL, Dialect, dialect_of, taught
 from server.tools import Offered
 
 # How many tokens of reasoning an effort stands for; None is no limit.
@@ -27,6 +29,7 @@ EFFORTS: dict[str, int | None] = {
 }
 # How templates are told not to have the model reason: Qwen's, DeepSeek's and Granite's names.
 SWITCHES = ("enable_thinking", "thinking")
+NINE = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ async def prepare_answer(
     tools = None
     if offered is not None and offered.choice != "none":
         tools = [tool.as_template_input() for tool in offered.tools]
+    if dialect.style is MISTRAL:
+        messages = [_with_short_ids(message) for message in messages]
     if not dialect.shows_tools and (tools or any(_speaks_of_tools(m) for m in messages)):
         messages, tools = taught(dialect.style, messages, tools or []), None
     variables = wishes.for_template
@@ -145,6 +150,22 @@ def effort_of(value: Any, name: str) -> str | None:
     if value is not None and not (isinstance(value, str) and value in EFFORTS):
         raise InvalidRequest(f"{name} must be one of {', '.join(EFFORTS)}", param=name)
     return None if value is None else str(value)
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    """Mistral's templates take ids of calls of nine letters or digits, and no others."""
+
+    def short(identifier: str) -> str:
+        if NINE.fullmatch(identifier):
+            return identifier
+        return hashlib.blake2b(identifier.encode()).hexdigest()[:9]
+
+    changed = dict(message)
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [{**c, "id": short(c["id"])} for c in message["tool_calls"]]
+    if "tool_call_id" in message:
+        changed["tool_call_id"] = short(message["tool_call_id"])
+    return changed
 
 
 def _speaks_of_tools(message: Mapping[str, Any]) -> bool:

@@ -65,7 +65,10 @@ class MessageComposer:
         for block, said in zip(self._blocks, self._said, strict=True):
             text = "".join(said)
             field = TEXTS[block["type"]][0]
-            blocks.append(block | {field: _object(text) if field == "input" else text})
+            value = _object(text) if field == "input" else text
+            # What the model broke off is nothing that can be called.
+            if value is not None:
+                blocks.append(block | {field: value})
         return {
             "id": self._identifier,
             "type": "message",
@@ -121,8 +124,14 @@ class MessageComposer:
         sequence = last.stop_reason if isinstance(last.stop_reason, str) else None
         reasons = {"stop": "end_turn", "length": "max_tokens", "abort": "end_turn"}
         reason = "stop_sequence" if sequence else reasons.get(last.finish_reason or "")
-        if reason == "end_turn" and any(block["type"] == "tool_use" for block in self._blocks):
-            reason = "tool_use"
+        if reason == "end_turn":
+            calls = [
+                _object("".join(said))
+                for block, said in zip(self._blocks, self._said, strict=True)
+                if block["type"] == "tool_use"
+            ]
+            # Clients make no calls of an answer that was cut off.
+            reason = "max_tokens" if None in calls else "tool_use" if calls else reason
         return {"stop_reason": reason, "stop_sequence": sequence}
 
 
@@ -136,10 +145,10 @@ def usage_body(usage: Usage) -> dict[str, int]:
     }
 
 
-def _object(text: str) -> Any:
-    """A call's input; what the model broke off is nothing that can be called with."""
+def _object(text: str) -> dict[str, Any] | None:
+    """A call's input; None if it is no object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None

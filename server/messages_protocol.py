@@ -111,7 +111,22 @@ def template_messages(body: CountRequest) -> list[dict[str, Any]]:
                 "role must be user or assistant; a system prompt goes into system",
                 param=f"{where}.role",
             )
-    return messages
+    return _joined(messages)
+
+
+def _joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns of one role that follow each other are one."""
+    joined: list[dict[str, Any]] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if last is None or last["role"] != message["role"] or message["role"] == "tool":
+            joined.append(message)
+            continue
+        calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
+        texts = [text for text in (last["content"], message["content"]) if text]
+        whole = {"role": message["role"], "content": "\n".join(texts)}
+        joined[-1] = whole | ({"tool_calls": calls} if calls else {})
+    return joined
 
 
 def _assistant(content: str | list[dict[str, Any]], where: str, calls: set[str]) -> dict[str, Any]:
@@ -221,12 +236,12 @@ def _thinking(given: dict[str, Any] | None) -> tuple[str | None, int | None]:
     return None, budget
 
 
-def _form(given: dict[str, Any] | None, where: str) -> tuple[Grammar, str] | None:
+def _form(given: Any, where: str) -> tuple[Grammar, str] | None:
     """The schema that the answer has to match."""
     if given is None:
         return None
-    schema = given.get("schema")
-    if given.get("type") != "json_schema" or not isinstance(schema, dict):
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict) or given.get("type") != "json_schema":
         raise InvalidRequest("it must be of type json_schema, with a schema", param=where)
     return Grammar.json_schema(schema), f"{where}.schema"
 

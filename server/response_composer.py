@@ -115,7 +115,7 @@ class ResponseComposer:
     def take_up(self, approvals: Sequence[Approval]) -> tuple[list[Event], list[Item]]:
         """Before the first turn, what the client said to earlier requests; the calls that are to be
         made."""
-        events, calls = list[Event](), list[Item]()
+        events, calls = self._started(), list[Item]()
         for approval in approvals:
             item = Item("mcp_call", len(self.items), approval.name, approval.server)
             item.approval = approval.request_id
@@ -178,10 +178,7 @@ class ResponseComposer:
     def delta(self, delta: Delta) -> list[Event]:
         self._usage = delta.usage or self._usage
         self._finish = delta.finish_reason or self._finish
-        events: list[Event] = []
-        if self.status == "queued":
-            self.status = "in_progress"
-            events.append({"type": "response.in_progress", "response": self.snapshot()})
+        events = self._started()
         # Text may be held back for a while; its tokens' scores come with it.
         self._held += self._scores(delta)
         for piece in self._pieces(delta, self._held):
@@ -190,6 +187,13 @@ class ResponseComposer:
             if isinstance(piece, Content):
                 self._held = []
         return events
+
+    def _started(self) -> list[Event]:
+        """It waits no longer, if it did."""
+        if self.status != "queued":
+            return []
+        self.status = "in_progress"
+        return [{"type": "response.in_progress", "response": self.snapshot()}]
 
     def end(self, reason: str = "") -> list[Event]:
         self.status, name = "completed", "completed"

@@ -124,8 +124,8 @@ async def prepare_response(
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
     )
     params = answering.applied(asked)
-    if body.generate is False:
-        # What is not submitted is checked here.
+    if body.generate is False or approvals:
+        # What is not submitted, or only after calls, is checked here.
         params.validate(engine.parts.vocab_size)
         check_length(len(ids), params.max_tokens, engine.parts.limits)
     identifier = f"resp_{uuid.uuid4().hex}"
@@ -166,9 +166,12 @@ async def prepare_response(
     generation = Generation([ids], params, shape, terms, names)
     if remote and servers is not None:
 
-        def prepare(conversation: list[dict[str, Any]], may_call: bool) -> Awaitable[Answering]:
+        def prepare(
+            conversation: list[dict[str, Any]], first: bool, may_call: bool
+        ) -> Awaitable[Answering]:
             # Only the first turn can be made to call.
-            choice = "auto" if may_call else "none"
+            wanted = body.tool_choice if first or body.tool_choice == "none" else "auto"
+            choice = wanted if may_call else "none"
             free = msgspec.structs.replace(body, tool_choice=choice)
             return prompt_of(engine, conversation, free, remote)
 
@@ -189,6 +192,10 @@ async def prepare_response(
 async def submit(engine: AsyncEngine, record: Record, generation: Generation) -> TokenStream | None:
     """Queue a response's first turn; None if calls come before it, which `Record.rounds` makes."""
     if isinstance(record.rounds, Rounds) and record.rounds.approvals:
+        # Nothing is called for who would be refused then.
+        engine.check_open(record.id)
+        now, tokens = engine.parts.clock.now(), len(generation.prompts[0])
+        engine.admission.check_room(generation.terms.tenant, 1, tokens, now)
         return None
     return await generation.submit(engine, record.id)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence as Waiting
-from engine.scheduling.tenants import BURST_SECONDS, Tenant
+from engine.scheduling.tenants import BURST_SECONDS, Account, Tenant
 from engine.types import Allowance, QueueProgress, Request
 
 # Tokens of an output of which nothing is known yet.
@@ -88,8 +88,15 @@ class Admission:
             raise
 
     def _check(self, request: Request, now: float) -> None:
+        n = request.sampling.n
+        account = self.check_room(request.tenant, n, n * len(request.prompt_ids), now)
+        self._check_deadline(request, account.waiting, now)
+
+    def check_room(self, tenant: str, n: int, prompt_tokens: int, now: float) -> Account:
+        """The account of a tenant that may queue `n` sequences with so many tokens of prompts.
+        Raises Overloaded if it may not now."""
         queue, limits = self._scheduler.queue, self._limits
-        account = queue.account(request.tenant, now)
+        account = queue.account(tenant, now)
         wait = account.wait_for_quota(now)
         if wait > 0:
             rate = account.tenant.tokens_per_second
@@ -98,8 +105,8 @@ class Admission:
                 retry_after=wait,
                 reason="rate",
             )
-        queued, n = len(queue), request.sampling.n
-        tokens = queue.tokens + len(request.prompt_ids) * n
+        queued = len(queue)
+        tokens = queue.tokens + prompt_tokens
         if queued + n > limits.max_waiting:
             self._refuse(f"{queued} sequences are waiting, the limit is {limits.max_waiting}")
         if queued and tokens > limits.max_waiting_tokens:
@@ -109,7 +116,7 @@ class Admission:
         crowded = 2 * (queued + n) > limits.max_waiting and len(queue.accounts) > 1
         if crowded and len(account.waiting) + n > queue.share(account, limits.max_waiting):
             self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting", "share")
-        self._check_deadline(request, account.waiting, now)
+        return account
 
     @property
     def is_full(self) -> bool:

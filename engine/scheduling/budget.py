@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from engine.scheduling.cost import CostModel, Work
@@ -43,6 +44,16 @@ class SchedulerLimits:
     speculative_tokens: int = 0
 
 
+def longest_step(pace: Pace, decodes: Iterable[Sequence]) -> float:
+    """What a step may be predicted to take beside `decodes`, however easily it is borne."""
+    target = MARGIN * pace.target if pace.target else pace.longest
+    # One request may hurry, but not so that nobody's prompt gets on.
+    wanted = [
+        max(EASY_SECONDS, MARGIN * s.request.target_itl) for s in decodes if s.request.target_itl
+    ]
+    return min([target, pace.longest, *wanted])
+
+
 class Budget:
     """What is left of one step, and the work that is in it so far: `rows` beside `decodes`."""
 
@@ -66,14 +77,7 @@ class Budget:
     def _seconds(self, pace: Pace, decodes: list[Sequence]) -> float:
         """What the step may be predicted to take beside `decodes`."""
         easy = max(EASY_SECONDS, EASY_FACTOR * self._cost.predict(self._work))
-        target = MARGIN * pace.target if pace.target else easy
-        # One request may hurry, but not so that nobody's prompt gets on.
-        wanted = [
-            max(EASY_SECONDS, MARGIN * s.request.target_itl)
-            for s in decodes
-            if s.request.target_itl
-        ]
-        return min([target, pace.longest, *wanted])
+        return min(longest_step(pace, decodes), pace.longest if pace.target else easy)
 
     def chunk(self, sequence: Sequence) -> int:
         """How many tokens of a prompt the step can still take: whole pages, or all that is left of

@@ -35,9 +35,11 @@ class Leases:
     def keep(self, key: Hashable, sequence: Sequence) -> None:
         """Keep what a sequence has computed for `key`, in place of what that had; nothing for an
         empty one."""
-        self.drop(key)
         names = tuple(sequence.hashes[: sequence.published])
-        most = int(SHARE * self._pool.total)
+        if key in self._held and len(self._held[key][0]) > len(names):
+            names = self._held[key][0]  # it has not come back to all of it yet
+        self.drop(key)
+        most = int(SHARE * self._pool.available)
         shares = self._prefixes.shares(sequence)
         if not key or not shares or not self._seconds or not 0 < len(names) <= most:
             return
@@ -60,9 +62,15 @@ class Leases:
         self._pool.unlease(names)
 
     def expire(self) -> None:
-        """End those whose time has passed."""
+        """End those whose time has passed, or for which there is no room any more."""
         while self._held:
             key, (_, until) = next(iter(self._held.items()))
-            if until > self._clock.now():
+            crowded = self._pages > SHARE * self._pool.available
+            if until > self._clock.now() and not crowded:
                 return
+            self.drop(key)
+
+    def clear(self) -> None:
+        """End all: what they kept is gone."""
+        for key in list(self._held):
             self.drop(key)

@@ -59,7 +59,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
         self.leases = Leases(self.prefixes, clock, limits.lease)
-        self.speculator = Speculator(cost, pool.page_size, limits.speculative_tokens)
+        self.speculator = Speculator(cost, pool.page_size, limits)
         self._committer = Committer(self.prefixes, self.speculator, self.finish)
         # Those of whose tokens the device does not know the last.
         self._guessed: set[Sequence] = set()
@@ -240,8 +240,9 @@ class Scheduler:
             if sequence.state is not State.RUNNING or sequence.scheduled >= length:
                 continue
             guess = guesses.get(sequence, ())
-            if -(-(length + len(guess)) // size) - len(sequence.pages) > self.pool.free:
-                guess = ()  # nobody goes for a guess
+            needed = -(-(length + len(guess)) // size) - len(sequence.pages)
+            if needed > self.pool.free - len(self.decoding):
+                guess = ()  # nobody goes for a guess, or waits
             count = 1 + len(guess)
             if not self._grow(sequence, count, plan):
                 continue
@@ -249,7 +250,7 @@ class Scheduler:
             plan.chunks.append(Chunk(sequence, length - 1, count, count, not guess, given=tokens))
             sequence.scheduled = length - 1 + count
             plan.work.decodes += count
-            plan.work.pages += length // size + 1
+            plan.work.pages += count * (length // size + 1)
             # What it draws last is known to the device only if it draws once.
             (self._guessed.add if guess else self._guessed.discard)(sequence)
         return given
@@ -266,7 +267,8 @@ class Scheduler:
         now = self._clock.now()
         rows = self.limits.max_batch_tokens - plan.work.decodes
         size = self.pool.page_size
-        budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, plan.decodes)
+        beside = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, beside)
         token_seconds = self.cost.token_seconds(self.limits.max_batch_tokens)
         ordered = sorted(
             (self._room.exceeds_share(s.account), prefill_key(s, now, token_seconds), n)
@@ -426,6 +428,7 @@ class Scheduler:
         self._freed += 1
         self._entered.discard(sequence)
         self._guessed.discard(sequence)
+        self.speculator.set_aside(sequence)
         sequence.account.running -= 1
         sequence.slot = -1
         sequence.pages = []

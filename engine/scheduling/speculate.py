@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 
+from engine.scheduling.budget import MAX_SCORED_ROWS, SchedulerLimits, longest_step
 from engine.scheduling.cost import CostModel, Work
 from engine.scheduling.sequence import Sequence
 
@@ -24,6 +25,8 @@ FIRST_RATE, LEARNING = 0.6, 0.25
 POOR_RATE, REST = 0.25, 32
 # What has to be gained to be worth waiting for the step in flight.
 WORTH = 1.1
+# Rows of guesses in a step: their logits take memory.
+MOST_GUESSES = MAX_SCORED_ROWS
 
 
 class Track:
@@ -44,7 +47,9 @@ class Track:
     def find(self, tokens: List[int]) -> int | None:
         """The place after the last earlier occurrence of the final tokens."""
         gram, length = self._gram, len(tokens)
-        if not self._indexed:
+        if length - self._indexed > STRIDE:
+            # At first, and after a while in which nothing was asked.
+            self.clear()
             self._oldest = self._indexed = max(gram, length)
         for end in range(self._indexed, length):
             self._ends[tuple(tokens[end - gram : end])] = end
@@ -55,16 +60,23 @@ class Track:
         self._oldest = min(self._oldest, oldest)
         return self._ends.get(tuple(tokens[-gram:])) if length >= self.until else None
 
+    def clear(self) -> None:
+        """Forget the text, but not how guesses have fared."""
+        self._ends = {}
+        self._oldest = self._indexed = 0
+
 
 class Speculator:
     """Guesses for sequences that decode, and counts of what came of it."""
 
-    def __init__(self, cost: CostModel, page_size: int, most: int) -> None:
+    def __init__(self, cost: CostModel, page_size: int, limits: SchedulerLimits) -> None:
         self.steps = self.drafted = self.accepted = 0
+        self.most = limits.speculative_tokens
         self.gram = GRAM
         self._cost = cost
         self._size = page_size
-        self.most = most
+        self._rows = limits.max_batch_tokens
+        self._pace = limits.pace
         self._tracks: dict[Sequence, Track | None] = {}
 
     def guesses(self, decoding: List[Sequence]) -> dict[Sequence, tuple[int, ...]] | None:
@@ -88,11 +100,11 @@ class Speculator:
     def learn(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """How many of a sequence's guesses were right."""
         track = self._tracks.get(sequence)
-        if not drafted or track is None:
-            return
-        self.steps += 1
+        self.steps += drafted > 0
         self.drafted += drafted
         self.accepted += accepted
+        if not drafted or track is None:
+            return
         # The first wrong one says nothing about those behind it.
         tried = min(accepted + 1, drafted)
         track.rate += LEARNING * (accepted / tried - track.rate)
@@ -104,6 +116,11 @@ class Speculator:
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""
         self._tracks.pop(sequence, None)
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """A sequence runs no more for now, and should hold no memory."""
+        if (track := self._tracks.get(sequence)) is not None:
+            track.clear()
 
     def _track(self, sequence: Sequence) -> Track | None:
         """None for those whose draws depend on what was drawn before."""
@@ -121,23 +138,31 @@ class Speculator:
         return self._tracks[sequence]
 
     def _worth(self, decoding: List[Sequence], found: dict[Sequence, int]) -> dict[Sequence, int]:
-        """How many tokens to guess for whom, so that most tokens are expected a second."""
-        work = Work(decodes=len(decoding), pages=sum(len(s.tokens) // self._size for s in decoding))
-        tokens = float(len(decoding))
+        """How many tokens to guess for whom, so that most tokens are expected a second, within what
+        a step may take and hold."""
+        pages = {s: len(s.tokens) // self._size + 1 for s in decoding}
+        work = Work(decodes=len(decoding), pages=sum(pages.values()))
+        tokens, most_rows = float(len(decoding)), min(self._rows, len(decoding) + MOST_GUESSES)
         plain = best = tokens / self._cost.predict(work)
+        limit = longest_step(self._pace, decoding)
         counts: dict[Sequence, int] = {}
         for sequence in found:
             track = self._tracks[sequence]
             assert track is not None
             rows, expected, chance = work.decodes, tokens, 1.0
             room = sequence.final_length - len(sequence.tokens) - 1
-            for count in range(1, min(self.most, room) + 1):
+            read = work.pages
+            for count in range(1, min(self.most, room, most_rows - rows) + 1):
                 chance *= track.rate
                 expected += chance
-                rate = expected / self._cost.decode_seconds(rows + count, work.pages)
-                if rate > best:
-                    best, counts[sequence] = rate, count
+                # Each row reads the pages before it.
+                seconds = self._cost.decode_seconds(rows + count, read + count * pages[sequence])
+                if seconds > limit:
+                    break
+                if expected / seconds > best:
+                    best, counts[sequence] = expected / seconds, count
                     work.decodes, tokens = rows + count, expected
+                    work.pages = read + count * pages[sequence]
         return counts if best > WORTH * plain else {}
 
 

@@ -82,6 +82,11 @@ class Account:
         self.counter += self.charge
         self._spend(1)
 
+    def give_back_output(self, tokens: int) -> None:
+        """Some that were drawn are of no use to it."""
+        self.counter -= self.charge * tokens
+        self._spend(-tokens)
+
     def wait_for_quota(self, now: float) -> float:
         """Seconds until the tenant's rate allows another request; 0 if it does."""
         rate = self.tenant.tokens_per_second

@@ -45,9 +45,22 @@ CREATE INDEX batches_of ON batches (owner, created_at);
 # Files are kept, and read, in pieces of about this size.
 PART_BYTES = 4 << 20
 # All that a list shows of a file.
+STORED = """
+SELECT (SELECT coalesce(sum(bytes), 0) FROM files WHERE owner = ?) +
+  (SELECT coalesce(sum(bytes), 0) FROM batches JOIN files ON files.id = input_file_id
+   WHERE batches.owner = ? AND status IN ('validating', 'in_progress', 'cancelling')) AS bytes
+"""
 SHOWN = "id, owner, filename, purpose, bytes, created_at, expires_at"
 ACTIVE = ("validating", "in_progress", "finalizing", "cancelling")
 Row = dict[str, Any]
+
+
+class StorageFull(Exception):
+    """An owner has `held` bytes and wants `more`, but may have `most`."""
+
+    def __init__(self, held: int, more: int, most: int) -> None:
+        super().__init__(f"{held} + {more} > {most}")
+        self.held, self.more, self.most = held, more, most
 
 
 class Database:
@@ -77,16 +90,24 @@ class Database:
     # Files
 
     def stored_bytes(self, owner: str) -> int:
-        """Of all of an owner's files."""
-        row = self._one("SELECT coalesce(sum(bytes), 0) AS bytes FROM files WHERE owner = ?", owner)
+        """Of an owner's files, and of those that its batches are at work on once more."""
+        row = self._one(STORED, owner, owner)
         assert row is not None
         size: int = row["bytes"]
         return size
 
     def add_file(
-        self, owner: str, filename: str, purpose: str, content: bytes, seconds: int | None = None
+        self,
+        owner: str,
+        filename: str,
+        purpose: str,
+        content: bytes,
+        seconds: int | None = None,
+        most: int | None = None,
     ) -> Row:
-        """Keep a file, for some seconds or until it is deleted; what it is shown as."""
+        """Keep a file, for some seconds or until it is deleted; what it is shown as. Raises
+        StorageFull if its owner would have more than `most` bytes."""
+        self._check_room(owner, len(content), most)
         now = int(time.time())
         values = (
             f"file-{uuid.uuid4().hex}",
@@ -135,9 +156,19 @@ class Database:
     # Batches
 
     def add_batch(
-        self, owner: str, tenant: str, endpoint: str, file: str, metadata: Any, window: int
+        self,
+        owner: str,
+        tenant: str,
+        endpoint: str,
+        file: str,
+        metadata: Any,
+        window: int,
+        most: int | None = None,
     ) -> Row:
-        """A new batch, whose lines have not been read yet."""
+        """A new batch, whose lines have not been read yet. Raises StorageFull if its owner would
+        have more than `most` bytes, this file's being there twice."""
+        row = self.file(file, owner)
+        self._check_room(owner, 0 if row is None else row["bytes"], most)
         now = int(time.time())
         identifier = f"batch_{uuid.uuid4().hex}"
         self._connection.execute(
@@ -254,6 +285,11 @@ class Database:
                 f"UPDATE batches SET status = ?, finalizing_at = ?, {status}_at = ? WHERE id = ?",
                 (status, now, now, identifier),
             )
+
+    def _check_room(self, owner: str, more: int, most: int | None) -> None:
+        held = self.stored_bytes(owner)
+        if most is not None and held + more > most:
+            raise StorageFull(held, more, most)
 
     def purge(self) -> None:
         """Forget files that have expired."""

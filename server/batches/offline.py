@@ -15,7 +15,7 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from engine import AsyncEngine, ConfigError
+from engine import AsyncEngine, ConfigError, EngineFailed
 from engine.config import BatchSection
 from engine.embedding.embedder import Embedder
 from engine.weights.sources import cache_folder
@@ -52,10 +52,19 @@ async def run_batch(
         try:
             batch = _opened(database, content, source, kept)
             worker = Worker(engine, database, section, Answers(engine, embedder))
+            failures: list[EngineFailed] = []
+
+            async def fail() -> None:
+                failures.append(await engine.failure())
+                group.cancel_scope.cancel()
+
             async with anyio.create_task_group() as group:
                 group.start_soon(worker.run)
+                group.start_soon(fail)
                 batch = await _watched(worker, database, batch["id"], console)
                 group.cancel_scope.cancel()
+            if failures:
+                raise failures[0]
             if batch["errors"]:
                 raise ConfigError(_told(source, json.loads(batch["errors"])))
             await _written(worker, database, batch, target)

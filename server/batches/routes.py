@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from engine import InvalidRequest
 from server.batches.answers import EMBEDDINGS, ENDPOINTS
-from server.batches.database import Row
+from server.batches.database import Row, StorageFull
 from server.batches.service import Batches
 from server.errors import HTTPError, json_response
 from server.openai import read_body, ready_engine
@@ -58,19 +58,13 @@ async def create_file(request: Request) -> ASGIApp:
     finally:
         await form.close()
     database, owner = batches.database, client_of(request).owner
-    held, most = (
-        await batches.on_disk(database.stored_bytes, owner),
-        batches.section.max_owner_bytes,
-    )
-    if held + len(content) > most:
-        raise HTTPError(
-            413,
-            f"your files hold {held} of {most} bytes, and this one has {len(content)}; delete some "
-            "that are no longer needed, the answers of batches among them",
-            param="file",
-            code="storage_limit_exceeded",
+    most = batches.section.max_owner_bytes
+    try:
+        row = await batches.on_disk(
+            database.add_file, owner, name, str(purpose), content, seconds, most
         )
-    row = await batches.on_disk(database.add_file, owner, name, str(purpose), content, seconds)
+    except StorageFull as error:
+        raise _full(error, "file") from error
     return json_response(_file(row))
 
 
@@ -131,15 +125,19 @@ async def create_batch(request: Request) -> ASGIApp:
     client, database = client_of(request), batches.database
     if await batches.on_disk(database.file, body.input_file_id, client.owner) is None:
         raise _missing("file", body.input_file_id, "input_file_id")
-    row = await batches.on_disk(
-        database.add_batch,
-        client.owner,
-        client.tenant,
-        body.endpoint,
-        body.input_file_id,
-        body.metadata,
-        WINDOW_SECONDS,
-    )
+    try:
+        row = await batches.on_disk(
+            database.add_batch,
+            client.owner,
+            client.tenant,
+            body.endpoint,
+            body.input_file_id,
+            body.metadata,
+            WINDOW_SECONDS,
+            batches.section.max_owner_bytes,
+        )
+    except StorageFull as error:
+        raise _full(error, "input_file_id") from error
     batches.wake()
     return json_response(batch_body(row), headers=headers)
 
@@ -162,6 +160,17 @@ async def cancel_batch(request: Request) -> ASGIApp:
     await batches.on_disk(batches.database.cancel, row["id"])
     batches.wake()
     return json_response(batch_body(await _find_batch(request)))
+
+
+def _full(error: StorageFull, param: str) -> HTTPError:
+    return HTTPError(
+        413,
+        f"your files, and batches under way, hold {error.held} of {error.most} bytes, and this "
+        f"needs {error.more} more; delete files that are no longer needed, answers of batches "
+        "among them, or wait for batches to end",
+        param=param,
+        code="storage_limit_exceeded",
+    )
 
 
 def service_of(request: Request) -> Batches:

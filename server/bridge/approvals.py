@@ -37,10 +37,11 @@ def names_that_ask(rule: Any, names: Iterable[str], where: str) -> frozenset[str
             "require_approval must be 'always', 'never', or an object of them with tool_names",
             param=where,
         )
-    listed = {choice: _tool_names(value, f"{where}.{choice}") for choice, value in rule.items()}
+    known = frozenset(names)
+    listed = {choice: _tool_names(v, f"{where}.{choice}", known) for choice, v in rule.items()}
     if "never" in listed:
-        return frozenset(names) - (listed["never"] - listed.get("always", set()))
-    return frozenset(listed["always"])
+        return known - (listed["never"] - listed.get("always", frozenset()))
+    return listed["always"]
 
 
 def approvals_of(
@@ -49,11 +50,17 @@ def approvals_of(
     """The approvals among a request's input, for what was asked in it or in the `earlier` output.
     Raises InvalidRequest naming the item."""
     items = given if isinstance(given, list) else []
-    asked = {item.get("id"): item for item in [*earlier, *items] if item.get("type") == REQUEST}
+    asked = {
+        item["id"]: item
+        for item in [*earlier, *items]
+        if item.get("type") == REQUEST and isinstance(item.get("id"), str)
+    }
+    # Clients that store nothing send all that came before again, calls that were made among it.
+    made = [item.get("approval_request_id") for item in items if item.get("type") == "mcp_call"]
     offered = {(tool.server, tool.name) for tool in tools}
     found: dict[str, Approval] = {}
     for number, item in enumerate(items):
-        if item.get("type") != RESPONSE:
+        if item.get("type") != RESPONSE or item.get("approval_request_id") in made:
             continue
         where, identifier = f"input.[{number}]", item.get("approval_request_id")
         request = asked.get(identifier) if isinstance(identifier, str) else None
@@ -82,10 +89,7 @@ def approvals_of(
 def _asked(request: Mapping[str, Any], where: str) -> tuple[str, str]:
     """The server and tool of a request, which a client may have sent back by itself."""
     server, name, arguments = (request.get(k) for k in ("server_label", "name", "arguments"))
-    try:
-        whole = isinstance(json.loads(arguments), dict) if isinstance(arguments, str) else False
-    except (ValueError, RecursionError):
-        whole = False
+    whole = isinstance(arguments, str) and arguments_in(arguments) is not None
     if not isinstance(server, str) or not isinstance(name, str) or not whole:
         raise InvalidRequest(
             "an approval request needs a server_label, a name, and an object of arguments",
@@ -94,14 +98,26 @@ def _asked(request: Mapping[str, Any], where: str) -> tuple[str, str]:
     return server, name
 
 
+def arguments_in(text: str) -> dict[str, Any] | None:
+    """A call's arguments; None if they are no object that can be sent."""
+    try:
+        value = json.loads(text)
+        msgspec.json.encode(value)  # not with half of a surrogate pair
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _refusal(item: Mapping[str, Any]) -> str:
     reason = item.get("reason")
     more = f": {reason[:MOST_REASON]}" if isinstance(reason, str) and reason else ""
     return f"the user did not approve this call{more}"
 
 
-def _tool_names(value: Any, where: str) -> set[str]:
+def _tool_names(value: Any, where: str, known: frozenset[str]) -> frozenset[str]:
     names = value.get("tool_names") if isinstance(value, dict) and len(value) == 1 else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidRequest("it must be an object with tool_names, a list", param=where)
-    return set(names)
+    if unknown := sorted(set(names) - known):
+        raise InvalidRequest(f"the server has no tool {unknown[0][:64]!r}", param=where)
+    return frozenset(names)

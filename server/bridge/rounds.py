@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,9 +10,9 @@ from typing import Any
 import anyio
 import msgspec
 
-from engine import AsyncEngine, InvalidRequest, Overloaded, Terms, TokenStream
+from engine import AsyncEngine, InvalidRequest, Overloaded, SamplingParams, Terms, TokenStream
 from server.answering import Answering
-from server.bridge.approvals import Approval, names_that_ask
+from server.bridge.approvals import Approval, arguments_in, names_that_ask
 from server.bridge.servers import RemoteError, RemoteTool, Servers, ToolCall
 from server.errors import HTTPError
 from server.log import Event
@@ -27,8 +26,8 @@ PATIENCE_SECONDS, LOOK_SECONDS = 60.0, 0.05
 
 
 class Rounds:
-    """What follows a response's first turn. `prepare` makes a conversation's prompt, after which
-    the model may call again or not."""
+    """What follows a response's first turn. `prepare` makes a conversation's prompt; it is told
+    whether the model has not been asked yet, and whether it may call."""
 
     def __init__(
         self,
@@ -38,7 +37,7 @@ class Rounds:
         composer: ResponseComposer,
         generation: Generation,
         messages: list[dict[str, Any]],
-        prepare: Callable[[list[dict[str, Any]], bool], Awaitable[Answering]],
+        prepare: Callable[[list[dict[str, Any]], bool, bool], Awaitable[Answering]],
         most: int | None,
         approvals: Sequence[Approval] = (),
     ) -> None:
@@ -58,9 +57,22 @@ class Rounds:
     async def next(
         self, request_id: str, tell: Callable[[list[Event]], None]
     ) -> TokenStream | None:
+        """See `_next`; what it goes on from is kept only if it does, or may later."""
+        stream, waits = None, False
+        try:
+            stream, waits = await self._next(request_id, tell)
+        finally:
+            if stream is None and not waits:
+                self._engine.end_lease(self._generation.terms.lease)
+        return stream
+
+    async def _next(
+        self, request_id: str, tell: Callable[[list[Event]], None]
+    ) -> tuple[TokenStream | None, bool]:
         """Make the calls of the turn that has ended, and begin the next one; None if there is
-        nothing to go on with."""
-        if self.approvals:
+        nothing to go on with, and whether the client has to do something first."""
+        first = bool(self.approvals)
+        if first:
             (events, calls), self.approvals = self._composer.take_up(self.approvals), ()
             waits, is_last = False, False
         else:
@@ -71,27 +83,20 @@ class Rounds:
             result, error = await self._call(call.name, call.text)
             tell(self._composer.called(call, result, error))
         if is_last:
-            if not waits:
-                self._engine.end_lease(self._generation.terms.lease)
-            return None
+            return None, waits
         params, left = self._generation.params, None
         if params.max_tokens is not None:
             left = params.max_tokens - self._composer.made_tokens
             if left <= 0:
                 self._composer.run_out()
-                return None
+                return None, False
         said = conversation(self._messages, self._composer.spoken)
-        answering = await self._prepare(said, self._left > 0)
+        answering = await self._prepare(said, first, self._left > 0)
         self._composer.next_turn(answering.parser)
         self._turns += 1
-        generation = Generation(
-            [answering.ids],
-            answering.applied(msgspec.structs.replace(params, max_tokens=left)),
-            self._generation.shape,
-            self._terms(),
-            self._generation.names,
-        )
-        return await self._submitted(generation, f"{request_id}-t{self._turns}")
+        params = answering.applied(msgspec.structs.replace(params, max_tokens=left))
+        stream = await self._submitted(answering.ids, params, f"{request_id}-t{self._turns}")
+        return stream, False
 
     def _terms(self) -> Terms:
         """Those of a later turn: what is left of its deadline, and none for its first token."""
@@ -99,10 +104,12 @@ class Rounds:
         left = max(0.0, terms.deadline - (time.monotonic() - self._begun))
         return msgspec.structs.replace(terms, deadline=left, first_token_deadline=math.inf)
 
-    async def _submitted(self, generation: Generation, name: str) -> TokenStream:
+    async def _submitted(self, ids: list[int], params: SamplingParams, name: str) -> TokenStream:
         """A later turn waits out an overload, for its calls have been made."""
         patience = time.monotonic() + PATIENCE_SECONDS
+        shape, names = self._generation.shape, self._generation.names
         while True:
+            generation = Generation([ids], params, shape, self._terms(), names)
             try:
                 return await generation.submit(self._engine, name)
             except Overloaded as error:
@@ -114,7 +121,6 @@ class Rounds:
     def cut(self) -> None:
         """It was cancelled while calls were made."""
         self._composer.cut()
-        self._engine.end_lease(self._generation.terms.lease)
 
     async def _call(self, name: str, arguments: str) -> tuple[str | None, str | None]:
         """A call's result, or what went wrong, which the model is told as well."""
@@ -124,7 +130,10 @@ class Rounds:
         self.calls += 1
         begun, failed = time.monotonic(), True
         try:
-            result = await self._servers.call(self._where[name], name, json.loads(arguments))
+            given = arguments_in(arguments)
+            if given is None:
+                raise RemoteError("its arguments are no JSON object that can be sent")
+            result = await self._servers.call(self._where[name], name, given)
             failed = False
             return result, None
         except RemoteError as error:

@@ -34,6 +34,8 @@ logger = logging.getLogger("ryzanstein.server")
 T = TypeVar("T")
 
 MAX_TOOLS = 128
+# Connections to one server.
+MAX_AT_ONCE = 16
 # Of everything that a server sends in one operation, and of what of a result a model is shown.
 MAX_BYTES, MAX_TEXT = 4 << 20, 64 << 10
 # A command's lines, each of which is a message; and what counts them.
@@ -115,6 +117,7 @@ class Servers:
         self.on_call: Callable[[ToolCall], None] | None = None
         """Told of every call."""
         self._breakers = {label: Breaker() for label in entries}
+        self._limits = {label: anyio.CapacityLimiter(MAX_AT_ONCE) for label in entries}
 
     async def tools(self, label: str) -> list[RemoteTool]:
         """What a server offers, as far as it may be called. Raises RemoteError."""
@@ -160,7 +163,7 @@ class Servers:
             raise RemoteError(f"{label} has failed repeatedly and is left alone for now")
         try:
             with anyio.fail_after(seconds):
-                async with _connected(self.entries[label]) as client:
+                async with self._limits[label], _connected(self.entries[label]) as client:
                     outcome = await _answer(client, work)
         except TimeoutError:
             breaker.note(failed=True)

@@ -45,6 +45,7 @@ def test_the_public_names_are_pinned() -> None:
         "allowance",
         "chat",
         "check_ids",
+        "check_open",
         "configure_tenants",
         "decode",
         "drain",

@@ -10,13 +10,15 @@ from typing import Any
 
 import anthropic
 import httpx
+import msgspec
 import pytest
 
 from engine import Delta, Usage
 from server.answer_parser import AnswerParser
+from server.answering import _with_short_ids
 from server.dialect import HERMES
 from server.message_composer import MessageComposer
-from server.messages_protocol import CountRequest, wishes_of
+from server.messages_protocol import CountRequest, template_messages, wishes_of
 from tests.mock import continuation
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
@@ -307,3 +309,53 @@ def test_how_much_is_thought(thinking: Any, effort: str | None, budget: int | No
     assert (wishes.effort, wishes.budget) == (effort, budget)
     louder = CountRequest(messages=[], thinking=thinking, output_config={"effort": "max"})
     assert wishes_of(louder).effort == (effort or "xhigh")
+
+
+@pytest.mark.parametrize("arguments", ['{"path": "/tmp", "dry_run": tru', '{"x": oops', "[1]"])
+def test_a_call_that_was_cut_off_is_none(arguments: str) -> None:
+    parser = partial(AnswerParser, style=HERMES, names=["f"])
+    composer = MessageComposer("msg_1", "m", 3, parser)
+    composer.begin()
+    composer.delta(Delta(text=f'<tool_call>{{"name": "f", "arguments": {arguments}'))
+    composer.delta(Delta(finish_reason="stop"))
+    composer.end()
+    body = composer.body()
+    assert body["stop_reason"] != "tool_use"
+    assert not any(block["type"] == "tool_use" for block in body["content"])
+
+
+def test_turns_of_one_role_are_one() -> None:
+    turns: list[Any] = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c"},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}],
+        },
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "d"}]},
+    ]
+    body = msgspec.convert({"messages": turns}, CountRequest)
+    messages = template_messages(body)
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
+    assert messages[0]["content"] == "a\nb"
+    assert messages[1]["content"] == "c"
+    assert messages[1]["tool_calls"][0]["id"] == "1"
+
+
+@pytest.mark.parametrize("form", ["json", [1], 7])
+def test_forms_that_are_none_are_refused(roomy: ServerProcess, form: Any) -> None:
+    body = {"model": "mock", "max_tokens": 4, "messages": HELLO, "output_config": {"format": form}}
+    answer = httpx.post(f"{roomy.url}/v1/messages", json=body)
+    assert answer.status_code == 400
+
+
+def test_mistrals_templates_get_ids_that_they_take() -> None:
+    call = {"id": "toolu_abcdefghi", "type": "function", "function": {"name": "f"}}
+    asked = _with_short_ids({"role": "assistant", "content": "", "tool_calls": [call]})
+    told = _with_short_ids({"role": "tool", "tool_call_id": "toolu_abcdefghi", "content": ""})
+    assert asked["tool_calls"][0]["id"] == told["tool_call_id"]
+    assert re.fullmatch("[a-z0-9]{9}", told["tool_call_id"])
+    assert _with_short_ids({"role": "tool", "tool_call_id": "abcdefghi"})["tool_call_id"] == (
+        "abcdefghi"
+    )

@@ -92,7 +92,8 @@ class World:
                 lease=chance.choice([0.0, 0.5, 120.0]),
                 speculative_tokens=chance.choice([0, 1, 5]),
             )
-            guesser = Guesser(scheduler.cost, PAGE, scheduler.limits.speculative_tokens)
+            guesser = Guesser(scheduler.cost, PAGE, scheduler.limits)
+            guesser.rows = scheduler.limits.max_batch_tokens
             guesser.chance = chance
             scheduler.speculator = scheduler._committer._speculator = guesser
             if chance.random() < 0.5:
@@ -120,16 +121,19 @@ class Guesser(Speculator):
     """Knows the model, and is wrong from some place on; sometimes it waits, sometimes not."""
 
     chance: random.Random
+    rows: int
 
     def guesses(self, decoding: List[Sequence]) -> dict[Sequence, tuple[int, ...]] | None:
         found: dict[Sequence, tuple[int, ...]] = {}
+        rows = self.rows - len(decoding)
         for sequence in decoding if self.most else ():
-            room = min(self.most, sequence.final_length - len(sequence.tokens) - 1)
+            room = min(self.most, rows, sequence.final_length - len(sequence.tokens) - 1)
             if room < 1 or self.chance.random() < 0.5:
                 continue
             if sequence.scheduled >= len(sequence.tokens):
                 return None
             guess = expected(sequence.tokens, self.chance.randint(1, room))
+            rows -= len(guess)
             wrong = self.chance.randrange(2 * len(guess))
             found[sequence] = tuple(t + (n == wrong) for n, t in enumerate(guess))
         return found
@@ -151,6 +155,9 @@ class Watcher:
                 scheduler = self._engine.parts.scheduler
                 audit(scheduler)
                 pool = scheduler.pool
+                for plan in scheduler.in_flight:
+                    rows = len(plan.decodes) + sum(chunk.count for chunk in plan.chunks)
+                    assert rows <= scheduler.limits.max_batch_tokens, "a step is too large"
                 assert pool.used + pool.free == pool.available, "a page is lost"
                 if not self._world.capped:
                     self._check_fairness()

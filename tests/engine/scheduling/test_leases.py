@@ -127,3 +127,30 @@ def test_without_a_cache_or_time_nothing_is_kept() -> None:
         bench = Bench(pages=12, **options)
         conversation(bench, lease="a")
         assert len(bench.scheduler.leases) == bench.scheduler.pool.kept == 0
+
+
+def test_who_is_set_aside_again_at_once_keeps_what_it_had() -> None:
+    bench = Bench(pages=12)
+    (sequence,) = bench.add(PROMPT, max_tokens=12)
+    while sequence.generated < 5:
+        bench.step()
+    bench.scheduler.pause(sequence)
+    kept = bench.scheduler.pool.kept
+    bench.scheduler.unpause(sequence)
+    plan = bench.scheduler.plan()
+    result = bench.execute(plan)
+    bench.scheduler.pause(sequence)
+    bench.scheduler.commit(plan, result)
+    assert bench.scheduler.pool.kept == kept > 0
+
+
+def test_a_pool_that_shrinks_keeps_less() -> None:
+    bench = Bench(pages=16)
+    for name in "ab":
+        bench.add([ord(name), *PROMPT[1:]], max_tokens=5, lease=name)
+        bench.drain()
+    assert bench.scheduler.pool.kept == 8
+    bench.scheduler.resize(8)
+    bench.scheduler.plan()
+    assert bench.scheduler.pool.available == 8
+    assert len(bench.scheduler.leases) == 1

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.scheduling.budget import Pace
 from engine.scheduling.cost import FLAT, Profile
 from engine.scheduling.speculate import REST, STRIDE, Track
 from engine.types import Grammar
@@ -185,3 +186,98 @@ def test_a_long_text_is_looked_through_bit_by_bit() -> None:
     assert found == [None] * 5 + [3, 3]
     tokens += [1000, 7, 8, 9]
     assert track.find(tokens) == 3 + len(text) + 3, "the last one counts"
+
+
+def most_rows(bench: Bench) -> int:
+    return max(len(p.decodes) + sum(c.count for c in p.chunks) for p in bench.executor.plans)
+
+
+def test_a_step_takes_no_more_rows_than_it_may() -> None:
+    guessing = Bench(pages=128, budget=16, choose=circle, speculative_tokens=8)
+    for _ in range(4):
+        guessing.add(PROMPT, max_tokens=40)
+    guessing.drain()
+    assert guessing.scheduler.speculator.drafted > 0
+    assert most_rows(guessing) <= 16
+
+
+@pytest.mark.parametrize("asked", [{}, {"target_itl": 0.05}], ids=["ever", "one request"])
+def test_a_step_takes_no_longer_than_it_may(asked: dict[str, float]) -> None:
+    slope = Profile((1, 101), (0.03, 1.03), 0.0, 0.0, 0.0)
+    limit = 0.8 * 0.05 if asked else 0.06
+    guessing = bench(8, profile=slope, pace=Pace(longest=0.06))
+    guessing.scheduler.speculator._tracks.clear()
+    guessing.add(PROMPT, max_tokens=40, **asked)
+    while guessing.scheduler.has_work:
+        plan = guessing.step()
+        if any(len(chunk.given) > 1 for chunk in plan.chunks):
+            assert plan.predicted <= limit + 1e-9
+
+
+def test_rows_that_read_much_are_not_for_nothing() -> None:
+    """A guess reads all that is before it, like any row."""
+    dear = Profile((1, 512), (0.001, 0.002), 0.0, 0.01, 0.0)
+    guessing = bench(8, profile=dear)
+    guessing.add(PROMPT, max_tokens=40)
+    guessing.drain()
+    assert guessing.scheduler.speculator.drafted == 0
+
+
+def test_prompts_hurry_no_more_because_somebody_guessed() -> None:
+    slope = Profile((1, 1001), (0.001, 1.001), 0.0, 0.0, 0.0)
+    plans = []
+    for most in (0, 4):
+        each = Bench(
+            pages=512, budget=400, choose=circle, profile=slope, pace=Pace(0.02),
+            speculative_tokens=most,
+        )  # fmt: skip
+        each.add(PROMPT, max_tokens=200)
+        for _ in range(8):
+            each.step()
+        each.add([7 + n % 80 for n in range(300)], max_tokens=1)
+        plans.append(each.step())
+    assert plans[1].predicted <= 1.2 * plans[0].predicted
+
+
+def test_all_guesses_are_counted_the_last_ones_too() -> None:
+    guessing = bench(8)
+    stats = []
+    for _ in range(5):
+        guessing.add(PROMPT, max_tokens=14)
+        while guessing.scheduler.has_work:
+            plan = guessing.step()
+            stats.append(sum(len(c.given) - 1 for c in plan.chunks if c.given))
+    assert guessing.scheduler.speculator.drafted == sum(stats) > 0
+
+
+async def test_what_is_cut_off_is_not_paid_for() -> None:
+    from engine import SamplingParams
+
+    def letters(context: list[int]) -> int:
+        return ord("abcdef"[(context[-1] - ord("a") + 1) % 6])
+
+    counters = []
+    for most in (0, 8):
+        engine, _ = mock_engine(choose=letters, speculative_tokens=most)
+        async with engine:
+            params = SamplingParams(max_tokens=40, stop=("ab",))
+            async for _ in engine.generate(list(b"abcdefabcdefabc"), params):
+                pass
+            (account,) = engine.parts.scheduler.queue.accounts.values()
+            counters.append(account.counter)
+    assert counters[0] == counters[1]
+
+
+def test_who_is_set_aside_holds_no_memory() -> None:
+    guessing = bench(4)
+    (sequence,) = guessing.add(PROMPT, max_tokens=40)
+    while sequence.generated < 10:
+        guessing.step()
+    track = guessing.scheduler.speculator._tracks[sequence]
+    assert track is not None
+    assert track._ends
+    guessing.scheduler.pause(sequence)
+    assert not track._ends
+    guessing.scheduler.unpause(sequence)
+    guessing.drain()
+    assert not guessing.scheduler.speculator._tracks

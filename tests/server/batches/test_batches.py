@@ -72,6 +72,8 @@ def test_an_owner_whose_files_fill_their_room_deletes_some_first(tmp_path: Path)
         error = refused.value
         assert (error.status_code, error.code) == (413, "storage_limit_exceeded")
         assert client.files.create(file=("c", b"x" * 400), purpose="batch").bytes == 400
+        with pytest.raises(openai.APIStatusError, match="needs 600 more"):
+            client.batches.create(input_file_id=first.id, endpoint=CHAT, completion_window="24h")
         client.files.delete(first.id)
         assert client.files.create(file=("d", b"x" * 600), purpose="batch").bytes == 600
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 from rich.console import Console
 
-from engine import ConfigError
+from engine import ConfigError, EngineFailed
 from engine.config import BatchSection
 from server.batches.database import Row
 from server.batches.offline import run_batch
@@ -126,3 +126,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     assert len(texts[0]) == 3
     assert "3 answered" in capsys.readouterr().err
+
+
+async def test_it_ends_if_the_model_has_failed_for_good(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl"
+    engine, executor = mock_engine(pages=256)
+    executor.delay = 0.01
+
+    async def break_it() -> None:
+        while engine.health() != "failed":
+            executor.error = RuntimeError("broken")
+            await anyio.sleep(0.005)
+
+    async with engine, anyio.create_task_group() as group:
+        group.start_soon(break_it)
+        with anyio.fail_after(20), pytest.raises(EngineFailed, match="steps in a row"):
+            await run_batch(engine, None, source, target, BatchSection(), Console(quiet=True))
+    assert not target.exists()

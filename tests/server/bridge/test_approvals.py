@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from engine import InvalidRequest
-from server.bridge.approvals import approvals_of, names_that_ask
+from server.bridge.approvals import approvals_of, arguments_in, names_that_ask
 from server.bridge.servers import RemoteTool
 from server.response_composer import conversation
 from tests.server.bridge.asking import ask
@@ -25,10 +25,8 @@ def said(request: Any, *, approve: bool, **more: Any) -> dict[str, Any]:
 
 
 def go_on(client: openai.OpenAI, made: Any, *answers: Any, **options: Any) -> Any:
-    options = {"previous_response_id": made.id, **options}
-    return client.responses.create(
-        model="mock", input=list(answers), tools=[ASKING], max_output_tokens=30, **options
-    )
+    options = {"previous_response_id": made.id, "max_output_tokens": 30, **options}
+    return client.responses.create(model="mock", input=list(answers), tools=[ASKING], **options)
 
 
 @pytest.fixture
@@ -201,3 +199,70 @@ def test_an_assistant_that_goes_on_is_still_the_same_one() -> None:
     assert [m["role"] for m in joined] == ["user", "assistant", "tool"]
     assert joined[1] == {"role": "assistant", "content": "b", "tool_calls": [call]}
     assert conversation(before, []) == before
+
+
+def test_what_has_been_called_is_not_called_again(client: openai.OpenAI) -> None:
+    """A client that stores nothing sends everything back in every turn."""
+    first = ask(client, tools=[ASKING], store=False)
+    request = first.output[-1]
+    history = [{"role": "user", "content": "hi"}, *(i.model_dump() for i in first.output)]
+    history.append(said(request, approve=True))
+    options: dict[str, Any] = {"tools": [ASKING], "store": False, "max_output_tokens": 30}
+    second = client.responses.create(model="mock", input=history, **options)
+    assert [item.type for item in second.output].count("mcp_call") == 1
+    history += [i.model_dump() for i in second.output]
+    history.append({"role": "user", "content": "thanks"})
+    third = client.responses.create(model="mock", input=history, **options)
+    assert [item.type for item in third.output].count("mcp_call") == 0
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 5}, {"max_output_tokens": 10**9}], ids=str)
+def test_nothing_is_called_for_a_request_that_is_wrong(
+    server: ServerProcess, asked: Any, wrong: dict[str, Any]
+) -> None:
+    body = {
+        "model": "mock",
+        "previous_response_id": asked.id,
+        "input": [said(asked.output[-1], approve=True)],
+        "tools": [ASKING],
+        **wrong,
+    }
+    response = httpx.post(f"{server.url}/v1/responses", json=body, timeout=20)
+    assert response.status_code == 400
+
+
+def test_the_model_may_not_call_by_itself_if_it_may_not(client: openai.OpenAI, asked: Any) -> None:
+    answer = said(asked.output[-1], approve=True)
+    made = go_on(client, asked, answer, tool_choice="none")
+    assert [item.type for item in made.output][1:] == ["mcp_call", "message"]
+    forced: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    made = go_on(client, asked, answer, **forced, max_output_tokens=200)
+    assert [item.type for item in made.output][1:] == ["mcp_call", "mcp_approval_request"]
+
+
+def test_in_the_background_it_is_in_progress_before_it_calls(
+    client: openai.OpenAI, asked: Any
+) -> None:
+    made = go_on(client, asked, said(asked.output[-1], approve=True), background=True)
+    with client.responses.retrieve(made.id, stream=True) as events:
+        kinds = [event.type for event in events]
+    assert kinds.index("response.in_progress") < kinds.index("response.mcp_call.in_progress")
+
+
+@pytest.mark.parametrize("identifier", [[], {}, 7, None])
+def test_odd_items_are_no_requests(server: ServerProcess, identifier: Any) -> None:
+    item = {"type": "mcp_approval_request", "id": identifier}
+    body = {"model": "mock", "input": [item, {"role": "user", "content": "hi"}]}
+    response = httpx.post(f"{server.url}/v1/responses", json=body, timeout=20)
+    assert response.status_code == 200
+
+
+def test_half_a_surrogate_pair_is_no_servers_fault() -> None:
+    assert arguments_in('{"a": "\\ud800"}') is None
+    assert arguments_in("[1]") is None
+    assert arguments_in('{"a": 1}') == {"a": 1}
+
+
+def test_a_misspelt_name_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no tool 'delete_al'"):
+        names_that_ask({"always": {"tool_names": ["delete_al"]}}, ["delete_all"], "x")

@@ -31,7 +31,7 @@ def rounds_of(engine: AsyncEngine, terms: Terms) -> Rounds:
     composer.begin(queued=False)
     composer.delta(Delta(text=CALL, finish_reason="stop"))
 
-    async def prepare(messages: list[dict[str, Any]], may_call: bool) -> Answering:
+    async def prepare(messages: list[dict[str, Any]], first: bool, may_call: bool) -> Answering:
         assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
         return Answering([1, 2, 3])
 
