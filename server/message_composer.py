@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from engine import Delta, Usage
 from server.answer_parser import AnswerParser, CallArguments, CallBegin, Content, Piece, Reasoning
 from server.log import Event
-from server.tools import call_id
+from server.tools import call_id, object_in
 
 # By kind of block: where its text lies, and what a delta and its text are called.
 TEXTS = {
@@ -65,7 +64,7 @@ class MessageComposer:
         for block, said in zip(self._blocks, self._said, strict=True):
             text = "".join(said)
             field = TEXTS[block["type"]][0]
-            value = _object(text) if field == "input" else text
+            value = object_in(text) if field == "input" else text
             # What the model broke off is nothing that can be called.
             if value is not None:
                 blocks.append(block | {field: value})
@@ -126,7 +125,7 @@ class MessageComposer:
         reason = "stop_sequence" if sequence else reasons.get(last.finish_reason or "")
         if reason == "end_turn":
             calls = [
-                _object("".join(said))
+                object_in("".join(said))
                 for block, said in zip(self._blocks, self._said, strict=True)
                 if block["type"] == "tool_use"
             ]
@@ -143,12 +142,3 @@ def usage_body(usage: Usage) -> dict[str, int]:
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
     }
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """A call's input; None if it is no object."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -26,6 +26,7 @@ from server.errors import ErrorDetail
 from server.format import chat_logprobs
 from server.log import Event
 from server.output_items import CALLS, Item
+from server.tools import object_in
 
 
 class ResponseComposer:
@@ -276,10 +277,10 @@ class ResponseComposer:
         if last.kind == "message":
             last.logprobs += self._held
             self._held = []
-        if last.kind == REQUEST and not _is_object(last.text):
+        if last.kind == REQUEST and object_in(last.text) is None:
             self.items.pop()  # nobody has been told of it
             return []
-        if last.kind in CALLS and not _is_object(last.text):
+        if last.kind in CALLS and object_in(last.text) is None:
             # The model broke off, or wrote what is no JSON.
             last.error = "its arguments are no JSON object"
             return last.end("incomplete")
@@ -326,13 +327,6 @@ def conversation(
         whole = {"role": "assistant", "content": content}
         before.append(whole | ({"tool_calls": calls} if calls else {}))
     return [*before, *after]
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def response_usage(usage: Usage) -> dict[str, Any]:

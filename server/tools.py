@@ -142,12 +142,18 @@ def call_id() -> str:
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(9))
 
 
+def object_in(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is; None if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def arguments_of(text: Any, where: str) -> dict[str, Any]:
     """A call's arguments as templates want them. Raises InvalidRequest if they are no object."""
-    try:
-        value = json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError):
-        value = None
+    value = object_in(text) if isinstance(text, str) else text
     if not isinstance(value, dict):
         raise InvalidRequest("a call's arguments must be a JSON object", param=where)
     return value

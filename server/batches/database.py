@@ -44,12 +44,13 @@ CREATE INDEX batches_of ON batches (owner, created_at);
 """
 # Files are kept, and read, in pieces of about this size.
 PART_BYTES = 4 << 20
-# All that a list shows of a file.
+# Bytes of an owner's files, and once more of those that its batches are at work on.
 STORED = """
 SELECT (SELECT coalesce(sum(bytes), 0) FROM files WHERE owner = ?) +
   (SELECT coalesce(sum(bytes), 0) FROM batches JOIN files ON files.id = input_file_id
    WHERE batches.owner = ? AND status IN ('validating', 'in_progress', 'cancelling')) AS bytes
 """
+# All that a list shows of a file.
 SHOWN = "id, owner, filename, purpose, bytes, created_at, expires_at"
 ACTIVE = ("validating", "in_progress", "finalizing", "cancelling")
 Row = dict[str, Any]

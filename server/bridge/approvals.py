@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import msgspec
 
 from engine import InvalidRequest
 from server.bridge.servers import RemoteTool
+from server.tools import object_in
 
 REQUEST, RESPONSE = "mcp_approval_request", "mcp_approval_response"
 MOST_REASON = 1000
@@ -100,12 +100,12 @@ def _asked(request: Mapping[str, Any], where: str) -> tuple[str, str]:
 
 def arguments_in(text: str) -> dict[str, Any] | None:
     """A call's arguments; None if they are no object that can be sent."""
+    value = object_in(text)
     try:
-        value = json.loads(text)
         msgspec.json.encode(value)  # not with half of a surrogate pair
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value
 
 
 def _refusal(item: Mapping[str, Any]) -> str:
