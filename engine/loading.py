@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version as package_version
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from engine.types import Clock, MonotonicClock
 from engine.upkeep import Upkeep
+from engine.version import VERSION
 from engine.weights.checkpoint import open_checkpoint
 from engine.weights.sources import KNOWN_MODELS, Progress, cache_folder, resolve
 from kernels.backend import available_cores, build_identity
@@ -208,9 +208,7 @@ def _profile_file(config: Config, fingerprint: bytes, shape: Shape) -> Path:
         processor = next((line for line in lines if line.startswith("model name")), "")
     machine = (platform.machine(), platform.release(), processor, available_cores())
     ways = (config.execution.threads, config.execution.tensor_parallel)
-    text = repr(
-        (fingerprint, machine, ways, build_identity(), package_version("ryzanstein"), shape)
-    )
+    text = repr((fingerprint, machine, ways, build_identity(), VERSION, shape))
     name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     return cache_folder() / "profiles" / f"{name}.json"
 

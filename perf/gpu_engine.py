@@ -4,8 +4,9 @@
 
 The load of nano-vllm's benchmark: 256 requests at once, prompts and answers of 100 to 1,024 tokens
 each, drawn evenly, every answer to its full length. Then one request alone. A folder with a random
-model is written first, so that loading is real, too. `--peer` gives the same requests to
-`transformers`' continuous batching. `--smoke` tries it all at toy sizes on whatever there is.
+model is written first, so that loading is real, too. `--http` asks the server one by one, too;
+`--peer` gives the same requests to `transformers`' continuous batching. `--smoke` tries it all at
+toy sizes on whatever there is.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ import argparse
 import gc
 import json
 import random
+import re
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from engine import AsyncEngine, SamplingParams
 from kernels.gpu.catalogue import MODELS, Dimensions
 from perf.gpu import TOY, RandomCheckpoint
+from perf.load import Settings, run, served_model, summarize
 
 Requests = list[tuple[list[int], int]]
 
@@ -42,8 +49,10 @@ def write_folder(model: Dimensions, folder: Path, context: int, device: torch.de
         for name in sorted(checkpoint.names())
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    # Every id is text, so that each token is one event; prompts are bytes.
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters += [f"w{n}" for n in range(len(letters), model.vocab - 1)]
+    tokenizer = Tokenizer(models.BPE({text: n for n, text in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
@@ -94,6 +103,51 @@ async def through_engine(folder: Path, requests: Requests, settings: dict[str, A
         }
 
 
+def through_http(
+    folder: Path, settings: dict[str, Any], prompt: int, output: int
+) -> dict[str, Any]:
+    """Output tokens a second of one client, whose requests follow each other, as the client of a
+    server in another process sees them."""
+    flags = [
+        f"{key.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+    ]
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(folder), "--port", "0"]
+    for flag in [*flags, "batches.enabled=false"]:
+        command += ["--set", flag]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        log = ""
+        try:
+            while not (found := re.search(r"address +(http://\S+)", log)):
+                line = process.stderr.readline()
+                assert line, f"the server did not start:\n{log}"
+                log += line
+            drain = threading.Thread(target=process.stderr.read, daemon=True)
+            drain.start()
+            load = Settings(
+                url=found[1],
+                model=anyio.run(served_model, found[1], None),
+                prompt_tokens=(prompt, prompt),
+                output_tokens=(output, output),
+                chat=False,
+                api_key=None,
+                ignore_eos=True,
+            )
+            run_load = partial(run, load, concurrency=1, requests=5, rate=None, seed=0)
+            outcomes, seconds = anyio.run(run_load)
+        finally:
+            process.terminate()
+    summary = summarize(outcomes, seconds, 1.0, 0.1)
+    assert not summary["errors"], summary["first_error"]
+    return {
+        "tokens_per_second": summary["output_tokens_per_second"],
+        "itl_p50_ms": summary["itl_ms"]["p50"],
+        "itl_p99_ms": summary["itl_ms"]["p99"],
+        "ttft_p50_ms": summary["ttft_ms"]["p50"],
+    }
+
+
 def through_transformers(folder: Path, requests: Requests, device: torch.device) -> dict[str, Any]:
     """The same with `transformers`' continuous batching; it wants one length for all answers, so
     every answer has the mean length."""
@@ -105,8 +159,9 @@ def through_transformers(folder: Path, requests: Requests, device: torch.device)
     make: Any = transformers.GenerationConfig
     generation = make(max_new_tokens=mean, min_new_tokens=mean, do_sample=False, eos_token_id=-1)
     prompts = [prompt for prompt, _ in requests]
-    # The first call captures its graphs, which ours did while loading.
-    model.generate_batch(prompts, generation, persistent_manager=True)
+    # A first call captures its graphs, which ours did while loading.
+    few = make(max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=-1)
+    model.generate_batch(prompts, few, persistent_manager=True)
     start = time.perf_counter()
     outputs = model.generate_batch(prompts, generation, persistent_manager=True)
     seconds = time.perf_counter() - start
@@ -121,6 +176,7 @@ def measure(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--http", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -135,27 +191,32 @@ def measure(arguments: list[str] | None = None) -> dict[str, Any]:
         "cache__prefix_caching": False,
     }
     if options.smoke:
-        model, least, most, context = TOY, 3, 9, 64
+        model, least, most, context = TOY, 3, 9, 2048
         settings |= {"scheduler__max_running": 4, "scheduler__max_batch_tokens": 32}
-        settings |= {"cache__tokens": 512}
+        settings |= {"cache__tokens": 4096}
+    prompt, output = (8, 8) if options.smoke else (128, most)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(model, folder, context, device)
         requests = requests_of(options.requests, least, most, model.vocab)
         result: dict[str, Any] = {"model": model.name, "requests": len(requests)}
-        result["engine"] = anyio.run(through_engine, folder, requests, settings)
+
+        def note(part: str, found: dict[str, Any]) -> None:
+            result[part] = found
+            figures = (
+                f"{key} {value:,.1f}" if isinstance(value, float) else str(value)
+                for key, value in found.items()
+            )
+            print(f"{model.name} {part}: {', '.join(figures)}", flush=True)
+
+        note("engine", anyio.run(through_engine, folder, requests, settings))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if options.http:
+            note("http", through_http(folder, settings, prompt, output))
         if options.peer:
-            result["transformers"] = through_transformers(folder, requests, device)
-    for part in ("engine", "transformers"):
-        if part in result:
-            found = ", ".join(
-                f"{key} {value:,.1f}" if isinstance(value, float) else str(value)
-                for key, value in result[part].items()
-            )
-            print(f"{model.name} {part}: {found}")
+            note("transformers", through_transformers(folder, requests, device))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
     return result

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from engine import AsyncEngine, Config, ConfigError, RyzansteinError, SamplingParams, load_config
 from engine.loading import Parts
+from engine.version import VERSION
 from engine.weights.sources import KNOWN_MODELS, cache_folder, cached_path
 from server.progress import StartupProgress
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 app = App(
     name="ryzanstein",
     help="A fast, private language-model server: OpenAI-compatible HTTP, SSE and WebSocket.",
-    version=package_version("ryzanstein"),
+    version=VERSION,
 )
 errors = Console(stderr=True)
 
@@ -245,7 +246,7 @@ def models() -> int:
 @app.command
 def version() -> int:
     """Print the versions that a bug report needs."""
-    print(f"ryzanstein {package_version('ryzanstein')}")
+    print(f"ryzanstein {VERSION}")
     print(f"python {platform.python_version()}, torch {package_version('torch')}")
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     return 0

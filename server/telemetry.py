@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from importlib.metadata import version as package_version
 
 import anyio
 from prometheus_client import (
@@ -28,6 +27,7 @@ from starlette.types import ASGIApp
 
 from engine import AsyncEngine, RequestStats, StepStats
 from engine.execution.memory import device_memory
+from engine.version import VERSION
 from server.figures import COUNTS, SECONDS, Histogram, Limited, counter, gauge, relabelled
 from server.journal import Journal
 from server.tracing import Tracing
@@ -238,7 +238,7 @@ class Metrics(Collector):
         state = self._engine.health()
         loaded = state != "loading"
         labels = {
-            "version": package_version("ryzanstein"),
+            "version": VERSION,
             "model": self._engine.parts.model_name if loaded else "",
             "device": self._engine.parts.device if loaded else "",
         }

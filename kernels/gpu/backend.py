@@ -49,6 +49,7 @@ class GpuBackend:
             self.hardware = torch.cuda.get_device_name(device)
         self._hopper = True
         if device.type == "cuda":
+            device = torch.device("cuda", device.index or torch.cuda.current_device())
             self._hopper = torch.cuda.get_device_capability(device) >= (9, 0)
             # Sums in fp32, rounded once.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

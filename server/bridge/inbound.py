@@ -8,7 +8,6 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from importlib.metadata import version as package_version
 from typing import Annotated, Any
 
 import mcp_types as types
@@ -24,6 +23,7 @@ from starlette.requests import Request
 
 from engine import AsyncEngine, Delta, InvalidRequest
 from engine.embedding.embedder import Embedder
+from engine.version import VERSION
 from server import timeline
 from server.embeddings import EmbeddingRequest, embedder_named, embedding_body
 from server.errors import describe
@@ -100,7 +100,7 @@ def make_manager(
     inbound = Inbound(engine, embedder)
     server: Server[Any] = Server(
         "ryzanstein",
-        version=package_version("ryzanstein"),
+        version=VERSION,
         instructions="A language model that runs here. `chat` answers, `generate` continues text.",
         on_list_tools=inbound.list_tools,
         on_call_tool=inbound.call_tool,
