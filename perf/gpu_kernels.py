@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from kernels.gpu.draws import Draws
 from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
-from kernels.gpu.weights import GpuWeight, place
+from kernels.gpu.weights import GpuWeight, place, unpack_nibbles
 from kernels.ops import Heads
 
 PAGE = 16
@@ -56,15 +57,13 @@ def dense_of(weight: GpuWeight) -> torch.Tensor:
     if weight.format == "int8":
         return tensor.double() * weight.scales.double()[:, None]
     if weight.format == "group4":
-        shifts = torch.arange(0, 32, 4, device=tensor.device)
-        words = tensor.view(len(tensor), -1, 1, 16) >> shifts[:, None]
-        tensor = (words & 15).reshape(len(tensor), -1)[:, :columns]
+        tensor = unpack_nibbles(tensor, columns)
     assert weight.lows is not None
-    spread = [
-        t.double().t().repeat_interleave(weight.group, 1)[:, :columns]
+    scale, low = (
+        t.double().repeat_interleave(weight.group, 1)[:, :columns]
         for t in (weight.scales, weight.lows)
-    ]
-    return tensor.double() * spread[0] + spread[1]
+    )
+    return (tensor.double() + 128 + low) * scale if weight.zeros else tensor.double() * scale + low
 
 
 class Attention:
@@ -145,10 +144,21 @@ class Attention:
 def linear_of(
     device: torch.device, weight: GpuWeight, *, invariant: bool = False
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The op on one weight, without a model."""
+    """The op on one weight, without a model, as a step of so many rows has it."""
+    ops = ops_without_model(device, invariant=invariant)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1 and ops.fits_row(weight):
+            return ops.row_linear(x, weight, None, 0.0, None, "")
+        return ops.linear(x, weight)
+
+    return run
+
+
+def ops_without_model(device: torch.device, *, invariant: bool = False) -> GpuOps:
+    """Ops in bf16 that have no cache."""
     staging = Staging(16, 1, 1, 0, device)
-    ops = GpuOps([], PAGE, staging, Workspace(device), BF16, PAGE, invariant)
-    return lambda x: ops.linear(x, weight)
+    return GpuOps([], PAGE, staging, Workspace(device), BF16, PAGE, invariant)
 
 
 def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
@@ -196,8 +206,33 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 label = f"matmul {kind} {rows} rows{' invariant' if invariant else ''}"
                 # int8 also rounds the activations.
                 check(label, lambda f=linear, x=x: f(x), exact, 3e-2)  # type: ignore[misc]
+    _check_rows(device, matrix, check)
     found.append(_check_draws(device, 300 if smoke else 128256, repeats // 2))
     return found
+
+
+def _check_rows(device: torch.device, matrix: torch.Tensor, check: Callable[..., None]) -> None:
+    """A row's matmul with all that can stand around it."""
+    ops, inputs = ops_without_model(device), matrix.shape[1]
+    x = torch.randn(1, inputs, device=device).to(BF16)
+    scale = torch.rand(inputs, device=device) + 0.5
+    norm = GpuWeight("n", (inputs,), "float", scale)
+    normed = x.double() * torch.rsqrt(x.double().square().mean() + 1e-5) * scale
+    formats: tuple[WeightFormat, ...] = ("bfloat16", "int4")
+    for kind in formats:
+        weight = place("w", [Matrix(matrix)], [], kind, BF16, device)
+        exact = normed @ dense_of(weight).t()
+        residual = torch.randn_like(exact).to(BF16)
+        half = exact.shape[1] // 2
+        gated = torch.nn.functional.silu(exact[:, :half]) * exact[:, half:]
+        added, plain = partial(ops.row_linear, x, weight, norm, 1e-5, residual, ""), residual
+        check(f"row {kind} norm, residual", added, exact + plain, 1e-2)
+        check(
+            f"row {kind} norm, gate",
+            partial(ops.row_linear, x, weight, norm, 1e-5, None, "silu"),
+            gated,
+            1e-2,
+        )
 
 
 def _check_draws(device: torch.device, vocab: int, repeats: int) -> dict[str, Any]:
@@ -218,28 +253,58 @@ def _check_draws(device: torch.device, vocab: int, repeats: int) -> dict[str, An
         most = nucleus if top_p < 1 else top_k if temperature else 1
         for draw in range(3):
             sampling.uniform[:] = (draw + 0.5) / 3
-            ids = draws.draw(logits, sampling, lambda n: draws.launch(n, logits)).clone()
+
+            def launch(count: int, filtered: bool) -> None:
+                draws.launch(count, logits, filtered=filtered)
+
+            ids = draws.draw(logits, sampling, launch).clone()
             rank = (logits > logits.gather(1, ids[:, None])).sum(1)
             wrong += int((rank >= most).sum())
             for _ in range(repeats):
-                again = draws.draw(logits, sampling, lambda n: draws.launch(n, logits))
+                again = draws.draw(logits, sampling, launch)
                 races += not torch.equal(again, ids)
     ok = wrong == races == 0
     return {"name": "draws", "error": float(wrong), "races": races, "ok": ok}
 
 
+def seconds_a_launch(launches: Sequence[Callable[[], Any]]) -> float:
+    """Seconds of one of these, in a captured graph of them all, as a step has them; median of 5."""
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for launch in launches:
+            launch()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for launch in launches:
+            launch()
+    graph.replay()
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return float(sorted(times)[2]) * 1e-3 / 2 / len(launches)
+
+
+def copies_of(size: float) -> int:
+    """How many things of so many bytes do not fit a GPU's cache together."""
+    return max(2, min(24, int(600e6 / size)))
+
+
 def time_kernels(device: torch.device) -> list[str]:
     """Kernel times beside torch's own and the roofline, as lines of text."""
-    from triton.testing import do_bench
-
     card = card_of(torch.cuda.get_device_name(device)) or H100
     lines = [f"{'kernel':36} {'us':>9} {'peer us':>9} {'roofline us':>11} share"]
+    Runs = Sequence[Callable[[], Any]]
 
-    def line(
-        name: str, run: Callable[[], Any], peer: Callable[[], Any] | None, bound: float
-    ) -> None:
-        ours = do_bench(run, return_mode="median") * 1e3
-        theirs = do_bench(peer, return_mode="median") * 1e3 if peer else float("nan")
+    def line(name: str, runs: Runs, peers: Runs, bound: float) -> None:
+        ours, theirs = seconds_a_launch(runs) * 1e6, seconds_a_launch(peers) * 1e6
         share = bound * 1e6 / ours
         lines.append(f"{name:36} {ours:9.1f} {theirs:9.1f} {bound * 1e6:11.1f} {share:5.0%}")
 
@@ -247,31 +312,37 @@ def time_kernels(device: torch.device) -> list[str]:
     for model in (LLAMA_8B, QWEN_06B):
         heads = model.heads
         for rows, context in ((1, 8192), (16, 4096), (64, 4096), (256, 1024)):
-            made = Attention(device, heads, [1] * rows, [context - 1] * rows)
-            q = made.queries.view(rows, heads.query, 1, heads.dim)
             shape = (rows, heads.kv, context, heads.dim)
-            k, v = (torch.randn(shape, device=device).to(BF16) for _ in "kv")
+            count = copies_of(4 * rows * heads.kv * context * heads.dim)
+            made = [
+                Attention(device, heads, [1] * rows, [context - 1] * rows) for _ in range(count)
+            ]
+            q = made[0].queries.view(rows, heads.query, 1, heads.dim)
+            kv = [[torch.randn(shape, device=device).to(BF16) for _ in "kv"] for _ in range(count)]
+            peers = [partial(sdpa, q, k, v, enable_gqa=True) for k, v in kv]
             bound = attention_seconds(model, card, rows, context)
-            line(
-                f"decode attention {model.name} {rows}x{context}",
-                made.run,
-                lambda q=q, k=k, v=v: sdpa(q, k, v, enable_gqa=True),  # type: ignore[misc]
-                bound,
-            )
-            del made, k, v
+            name = f"decode attention {model.name} {rows}x{context}"
+            line(name, [one.run for one in made], peers, bound)
+            del made, kv, peers
     for model in (LLAMA_1B, LLAMA_8B):
-        outputs, inputs = 2 * model.intermediate, model.hidden
-        matrix = torch.randn(outputs, inputs, device=device).to(BF16)
-        formats: tuple[WeightFormat, ...] = ("bfloat16", "int8", "int4")
-        for kind in formats:
-            weight = place("w", [Matrix(matrix)], [], kind, BF16, device)
-            for rows in (1, 16, 64, 512):
-                x = torch.randn(rows, inputs, device=device).to(BF16)
-                linear = linear_of(device, weight)
-                line(
-                    f"matmul {kind} {model.name} {rows} rows",
-                    lambda f=linear, x=x: f(x),  # type: ignore[misc]
-                    lambda x=x, m=matrix: x @ m.t(),  # type: ignore[misc]
-                    matmul_seconds(card, rows, outputs, inputs, kind),
-                )
+        for part, outputs, inputs in (
+            ("gate_up", 2 * model.intermediate, model.hidden),
+            ("o", model.hidden, model.heads.query * model.heads.dim),
+        ):
+            formats: tuple[WeightFormat, ...] = ("bfloat16", "int8", "int4")
+            for kind in formats:
+                matrices = [
+                    torch.randn(outputs, inputs, device=device).to(BF16)
+                    for _ in range(copies_of(outputs * inputs * (2 if kind == "bfloat16" else 0.5)))
+                ]
+                weights = [place("w", [Matrix(m)], [], kind, BF16, device) for m in matrices]
+                for rows in (1, 16, 64, 512):
+                    x = torch.randn(rows, inputs, device=device).to(BF16)
+                    line(
+                        f"{kind} {model.name} {part} {rows} rows",
+                        [partial(linear_of(device, w), x) for w in weights],
+                        [partial(torch.mm, x, m.t()) for m in matrices],
+                        matmul_seconds(card, rows, outputs, inputs, kind),
+                    )
+                del matrices, weights
     return lines

@@ -29,6 +29,12 @@ REGISTERS = 65536
 SHARED = {80: 164 << 10, 90: 228 << 10}
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 MAX_WARPS = 64
+LEAST_WARPS = {
+    "attention_kernel": 4,
+    "matmul_kernel": 4,
+    "float_row_kernel": 8,
+    "digits_row_kernel": 16,
+}
 INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL")
 
 
@@ -60,8 +66,10 @@ def compile_one(launch: Compiled, architecture: int) -> Report:
         signature[name] = launch.signature.get(name, "constexpr")
         if signature[name].startswith("*") or name in launch.aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, dict(config.constants), attributes)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    early = architecture >= 90
+    constants = {**config.constants, "EARLY": early}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": early}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, spilled = usage(compiled.asm["cubin"])
     counts = instructions(compiled.asm["cubin"])
@@ -104,7 +112,7 @@ def judge(report: Report, launch: Compiled) -> list[str]:
         problems.append(f"spills {report.spilled} bytes")
     if report.shared > SHARED_LIMIT[report.architecture]:
         problems.append(f"takes {report.shared} bytes of shared memory")
-    least = {"attention_kernel": 4, "matmul_kernel": 4}.get(config.kernel.__name__, 16)
+    least = LEAST_WARPS.get(config.kernel.__name__, 16)
     if report.occupancy < least:
         problems.append(f"only {report.occupancy} warps fit a multiprocessor")
     missing = [w for w in _wanted(report, launch) if not any(counts.get(name) for name in w)]

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import Config, power_of_two
+from kernels.gpu.launch import Config, enter, power_of_two
 from kernels.ops import Heads
 
 # Programs that keep every multiprocessor of a large GPU (132) busy, several times over.
@@ -58,11 +58,13 @@ def attention_kernel(
     QUANTIZED: tl.constexpr,
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One block of queries against one split of its sequence's keys.
 
     `scale` includes log2(e); `window` of 0 sees everything (WINDOWED is then false).
     """
+    enter(EARLY)
     block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = QUERY_HEADS // KV_HEADS
     if DECODE:
@@ -177,8 +179,10 @@ def merge_kernel(
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Add the splits of one head of one row, in order of position."""
+    enter(EARLY)
     row, head = tl.program_id(0), tl.program_id(1)
     if row < tl.load(query_starts + sequences):
         splits = tl.arange(0, SPLITS)

@@ -13,7 +13,7 @@ import torch
 
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.launch import Compiled, Config, pointer
-from kernels.gpu.matmul import Format, MatmulShape
+from kernels.gpu.matmul import Form, Format, MatmulShape
 from kernels.gpu.ops import (
     embed_config,
     gated_config,
@@ -21,9 +21,11 @@ from kernels.gpu.ops import (
     quantize_config,
     rope_config,
     select_config,
+    values_config,
 )
 from kernels.gpu.pages import copy_kernel
 from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
+from kernels.gpu.single import RowShape
 from kernels.ops import Heads
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -49,6 +51,8 @@ QWEN_06B = Dimensions(
     "Qwen3-0.6B", 1024, 3072, 28, Heads(16, 8, 128), 151936, norms=True, tied=True
 )
 LLAMA_8B = Dimensions("Llama-3.1-8B", 4096, 14336, 32, Heads(32, 8, 128), 128256)
+# Groups of 4-bit weights, and whether they have zeros: of GGUF files, and of our own.
+FOURS = ((32, False), (128, True))
 MODELS = (LLAMA_1B, QWEN_06B, LLAMA_8B)
 PAGE = 16
 
@@ -90,7 +94,10 @@ def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
 def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Compiled:
     """A matmul of a shape."""
     stored = {"float": shape.dtype, "int8": INT8, "group8": INT8, "group4": INT32}[shape.format]
+    if shape.format == "group4":
+        stored = torch.int16  # halves of words
     scales = {"float": shape.dtype, "int8": F32}.get(shape.format, F16)
+    lows = BF16 if shape.zeros else F16 if shape.format in ("group8", "group4") else stored
     x = INT8 if shape.format == "int8" else shape.dtype
     signature = {
         "out": pointer(out),
@@ -98,7 +105,7 @@ def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Co
         "x_scales": pointer(F32 if shape.format == "int8" else x),
         "weight": pointer(stored),
         "scales": pointer(scales),
-        "lows": pointer(F16 if shape.format in ("group8", "group4") else stored),
+        "lows": pointer(lows),
         "bias": pointer(F32 if shape.bias else stored),
         "partial": pointer(F32),
         "arrived": pointer(INT32),
@@ -106,8 +113,73 @@ def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Co
         "outputs": "i32",
         "inputs": "i32",
         "stride": "i32",
+        "groups": "i32",
     }
     return Compiled(f"matmul {label}", shape.config(), signature, ("outputs", "inputs", "stride"))
+
+
+def row_launches(model: Dimensions) -> Iterator[Compiled]:
+    """A row's matmuls, with everything that can stand around them."""
+    shapes = {
+        "qkv": (model.heads.qkv_width, model.hidden, True, False, ""),
+        "o": (model.hidden, model.heads.query * model.heads.dim, False, True, ""),
+        "gate_up": (model.intermediate, model.hidden, True, False, "silu"),
+        "down": (model.hidden, model.intermediate, False, True, ""),
+        "head": (model.vocab, model.hidden, False, False, ""),
+    }
+    signature = {
+        **dict.fromkeys(("out", "x", "weight", "bias", "residual"), pointer(BF16)),
+        **dict.fromkeys(("norm", "steps", "totals"), pointer(F32)),
+        **dict.fromkeys(("digits",), pointer(INT32)),
+        "scales": pointer(F16),
+        "eps": "fp32",
+        "outputs": "i32",
+        "groups": "i32",
+        "inputs": "i32",
+    }
+    for name, (outputs, inputs, norm, add, activation) in shapes.items():
+        forms = [Form("float"), *(Form("group4", inputs // 8, g, zeros) for g, zeros in FOURS)]
+        for form in forms:
+            shape = RowShape(outputs, inputs, form, False, norm, add, activation, inline=True)
+            config, kind = shape.config(), str(form.format)
+            if kind == "group4":
+                kind += f"/{form.group}"
+                lows = pointer(BF16 if form.zeros else F16)
+                digits = shape.digits_config()[0]
+                types = {**signature, "digits": pointer(INT8)}
+                yield _named(f"digits {name}", digits, types, ("inputs",))
+            types = {**signature, "weight": pointer(BF16)}
+            if form.format == "group4":
+                types |= {"weight": pointer(INT32), "bias": pointer(INT32), "lows": lows}
+            if name == "head":
+                types["out"] = pointer(F32)
+            yield _named(f"row {kind} {name}", config, types, ("outputs",))
+
+
+def values_launches(model: Dimensions) -> Iterator[Compiled]:
+    """Weights in groups, as floats for many rows."""
+    for kind, group, zeros in (("group8", 32, False), *(("group4", g, z) for g, z in FOURS)):
+        four = kind == "group4"
+        stride = model.hidden // (8 if four else 1)
+        form = Form(kind, stride, group, zeros, model.hidden // group)  # type: ignore[arg-type]
+        types = {
+            "out": pointer(BF16),
+            "weight": pointer(INT32 if four else INT8),
+            "scales": pointer(F16),
+            "lows": pointer(BF16 if zeros else F16),
+            "first": "i32",
+        }
+        yield _named(f"values {kind}/{group}", values_config(model.hidden, form)[0], types)
+
+
+def _named(
+    label: str, config: Config, types: dict[str, str], aligned: tuple[str, ...] = ()
+) -> Compiled:
+    """A launch whose arguments are among `types`."""
+    names = [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
+    return Compiled(
+        label, config, {n: types[n] for n in names}, tuple(n for n in aligned if n in names)
+    )
 
 
 def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
@@ -155,15 +227,16 @@ def embed_launches(model: Dimensions) -> Iterator[Compiled]:
         "first": "i32",
     }
     tables = {"out": pointer(BF16), "table": pointer(BF16)}
-    yield Compiled("embed", embed_config("float", model.hidden)[0], {**tables, **inputs})
+    yield Compiled("embed", embed_config(model.hidden, Form("float"))[0], {**tables, **inputs})
     tables |= {"table": pointer(INT8), "scales": pointer(F16), "lows": pointer(F16)}
-    config = embed_config("group8", model.hidden, model.hidden, 32)[0]
+    width = model.hidden
+    config = embed_config(width, Form("group8", width, 32, groups=width // 32))[0]
     yield Compiled("embed group8", config, {**tables, **inputs}, ("rows",))
     tables |= {"table": pointer(INT32)}
-    config = embed_config("group4", model.hidden, model.hidden // 8, 128)[0]
+    config = embed_config(width, Form("group4", width // 8, 32, groups=width // 32))[0]
     yield Compiled("embed group4", config, {**tables, **inputs}, ("rows",))
     tables |= {"table": pointer(INT8), "scales": pointer(F32), "lows": pointer(INT8)}
-    config = embed_config("int8", model.hidden, model.hidden)[0]
+    config = embed_config(width, Form("int8", width))[0]
     yield Compiled("embed int8", config, {**tables, **inputs}, ("rows",))
 
 
@@ -173,7 +246,8 @@ def sampling_launches(vocab: int, rows: int) -> Iterator[Compiled]:
         **dict.fromkeys(("counts", "targets", "slots", "top_k", "keys", "partial_ids"), "*i32"),
         **dict.fromkeys(("masses", "above", "ids", "last_ids"), "*i64"),
     }
-    for config in SamplerShape(rows, vocab).configs():
+    shape = SamplerShape(rows, vocab)
+    for config in [*shape.configs(filtered=True), *shape.configs(filtered=False)]:
         yield _typed(config, types)
     constants = {"VOCAB": vocab, "BLOCK": BLOCK}
     yield _typed(
@@ -191,7 +265,7 @@ def page_launches() -> Iterator[Compiled]:
 
 def _typed(config: Config, types: dict[str, str]) -> Compiled:
     """A kernel whose arguments are all pointers, fp32 if not said otherwise."""
-    names = [n for n in config.kernel.arg_names if n not in config.constants]
+    names = [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
     level = config.constants.get("LEVEL")
     label = config.kernel.__name__.removesuffix("_kernel")
     label = label if level is None else f"{label} {level}"
@@ -237,13 +311,27 @@ def launches(
             for count in (1, 64, 512):
                 invariant = kind == "float"
                 shape_ = MatmulShape(
-                    count, outputs, inputs, kind, group, BF16, False, invariant, hopper
+                    count,
+                    outputs,
+                    inputs,
+                    kind,
+                    group,
+                    BF16,
+                    bias=False,
+                    invariant=invariant,
+                    hopper=hopper,
+                    zeros=group == 128,
+                    inline=True,
                 )
                 label = f"{kind}{f'/{group}' if group > 1 else ''} {name} {count}"
                 made.append(matmul_launch(shape_, label))
     for decode in (True, False):
         window = AttentionShape(model.heads, PAGE, BF16, False, True, 64, 64, decode, hopper=hopper)
         made += attention_launches(window, f"{'decode' if decode else 'mixed'} window 64")
+    few = [(name, MatmulShape(4, *size, "float", 1, BF16, False)) for name, size in widths.items()]
+    made += [matmul_launch(shape, f"float {name} 4") for name, shape in few]
+    made += row_launches(model)
+    made += values_launches(model)
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches()

@@ -32,19 +32,21 @@ class Draws:
         self,
         logits: torch.Tensor,
         sampling: Sampling,
-        replay: Callable[[int], None],
+        replay: Callable[[int, bool], None],
         drawn: Sequence[int] = (),
         slots: Sequence[int] = (),
     ) -> torch.Tensor:
         """Ids, int64 on the device, of the first rows of `logits`; those of the rows `drawn` also
-        go to `last_ids`, at `slots`. `replay` launches for so many rows of these logits, unless
-        edits make it others."""
+        go to `last_ids`, at `slots`. `replay` launches for so many rows of these logits, with or
+        without filters, unless edits make it others."""
         count = len(sampling.targets)
         self._send(sampling, count, drawn, slots)
+        limits = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+        filtered = bool((limits & (sampling.temperature > 0)).any())
         if sampling.edited:
-            self.launch(count, self._edited(logits[:count], sampling))
+            self.launch(count, self._edited(logits[:count], sampling), filtered=filtered)
         else:
-            replay(count)
+            replay(count, filtered)
         return self._ids[:count]
 
     def warm_up(self, logits: torch.Tensor) -> None:
@@ -52,11 +54,12 @@ class Draws:
         history = np.zeros((2, logits.shape[1]), np.int32)
         self._penalize(logits[:1].clone(), [0], history[:1], history[1:] > 0, np.ones((1, 4)))
 
-    def launch(self, rows: int, logits: torch.Tensor) -> None:
+    def launch(self, rows: int, logits: torch.Tensor, *, filtered: bool) -> None:
         """All kernels of a draw, with the parameters that were sent last."""
         parameters = self._mirror.device
         floats, ints = parameters[FLOATS].view(torch.float32), parameters[INTS]
-        self._sampler.draw(rows, logits, floats, ints, self._ids, self._last_ids)
+        sampler, ids = self._sampler, self._ids
+        sampler.draw(rows, logits, floats, ints, ids, self._last_ids, filtered=filtered)
 
     def _send(
         self, sampling: Sampling, count: int, drawn: Sequence[int], slots: Sequence[int]

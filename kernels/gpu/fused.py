@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gpu.launch import enter
+
 # Adding and subtracting 1.5 * 2^23 rounds an fp32 number to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
 
@@ -42,8 +44,10 @@ def embed_kernel(
     first,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Rows of a float table."""
+    enter(EARLY)
     row = tl.program_id(0)
     token, scale = place_of(token_of(row, token_ids, last_ids, slots, fed), first, rows, scale)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -70,25 +74,31 @@ def embed_numbers_kernel(
     STRIDE: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Rows of a table of whole numbers, in any of `matmul.Format`."""
+    enter(EARLY)
     row = tl.program_id(0)
     token, scale = place_of(token_of(row, token_ids, last_ids, slots, fed), first, rows, scale)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     if FORMAT == "group4":
-        word = columns // 128 * 16 + columns % 16
+        word = columns // 32 * 4 + columns % 8 // 2
         words = tl.load(table + token * STRIDE + word, mask=inside, other=0)
-        values = ((words >> (columns % 128 // 16 * 4)) & 15).to(tl.float32)
+        shift = columns % 32 // 8 * 4 + columns % 2 * 16
+        values = ((words >> shift) & 15).to(tl.float32)
     else:
         values = tl.load(table + token * STRIDE + columns, mask=inside, other=0).to(tl.float32)
     if FORMAT == "int8":
         values *= tl.load(scales + token)
     else:
-        place = (columns // GROUP).to(tl.int64) * rows + token
+        place = token * GROUPS + columns // GROUP
         factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
-        values = values * factor + tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
+        low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
+        values = (values + 128.0 + low) * factor if ZEROS else values * factor + low
     place = row.to(tl.int64) * WIDTH + columns
     tl.store(out + place, (values * scale).to(out.dtype.element_ty), mask=inside)
 
@@ -104,8 +114,10 @@ def norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """RMS norm of a row, of its sum with the residual if ADD."""
+    enter(EARLY)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -120,8 +132,9 @@ def norm_kernel(
 
 
 @triton.jit
-def quantize_kernel(out, scales, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_kernel(out, scales, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """A row of activations in int8 under one scale (BitNet's arithmetic, arXiv 2402.17764)."""
+    enter(EARLY)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -170,9 +183,11 @@ def rope_write_kernel(
     BLOCK: tl.constexpr,
     NORMS: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One head of one token: a query is normalized, rotated and written out; a key is also, to the
     cache; a value goes there as it is."""
+    enter(EARLY)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = DIM // 2
     dims = tl.arange(0, BLOCK)
@@ -210,30 +225,41 @@ def rope_write_kernel(
 
 
 @triton.jit
-def gated_kernel(out, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+def active(gate, ACTIVATION: tl.constexpr):
+    """An activation function's value."""
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-gate))
+    if ACTIVATION == "relu2":
+        positive = tl.maximum(gate, 0.0)
+        return positive * positive
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    # tanh by way of exp of what is never positive, so that nothing overflows.
+    small = tl.exp(-2.0 * tl.abs(inner))
+    tanh = (1.0 - small) / (1.0 + small)
+    return 0.5 * gate * (1.0 + tl.where(inner < 0.0, -tanh, tanh))
+
+
+@triton.jit
+def gated_kernel(
+    out, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, EARLY: tl.constexpr
+):
     """`activation(gate) * up` of a row whose halves are the two."""
+    enter(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     gate = tl.load(x + row * 2 * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        active = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == "relu2":
-        active = tl.maximum(gate, 0.0)
-        active = active * active
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        # tanh by way of exp of what is never positive, so that nothing overflows.
-        small = tl.exp(-2.0 * tl.abs(inner))
-        tanh = (1.0 - small) / (1.0 + small)
-        active = 0.5 * gate * (1.0 + tl.where(inner < 0.0, -tanh, tanh))
-    tl.store(out + row * WIDTH + columns, (active * up).to(out.dtype.element_ty), mask=inside)
+    value = active(gate, ACTIVATION) * up
+    tl.store(out + row * WIDTH + columns, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def select_kernel(out, x, sample_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def select_kernel(
+    out, x, sample_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     """The rows whose logits the step needs."""
+    enter(EARLY)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH

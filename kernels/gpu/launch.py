@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TRITON_TYPES: dict[torch.dtype, str] = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+
+@triton.jit
+def enter(EARLY: tl.constexpr):
+    """Every kernel's first words, or second after what no kernel before it writes.
+
+    If EARLY it was launched while the one before it still runs, and waits for it here; the next may
+    already come (programmatic dependent launch, sm_90).
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @dataclass(frozen=True)
@@ -34,9 +50,11 @@ class Config:
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Run it; `arguments` are the kernel's other ones, in order."""
-        self.kernel[grid](
-            *arguments, **self.constants, num_warps=self.warps, num_stages=self.stages
-        )
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
+        early = early_launches(arguments[0].device)
+        if early:
+            options["launch_pdl"] = True
+        self.kernel[grid](*arguments, **self.constants, EARLY=early, **options)
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,12 @@ class Compiled:
     signature: Mapping[str, str]
     aligned: tuple[str, ...] = field(default=())
     """Integer arguments that are multiples of 16; pointers always are."""
+
+
+@cache
+def early_launches(device: torch.device) -> bool:
+    """Whether a kernel can be launched there while the one before it runs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def pointer(dtype: torch.dtype) -> str:

@@ -10,20 +10,83 @@ depends on who came first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import Config
+from kernels.gpu.launch import Config, enter
 
 Format = Literal["float", "int8", "group8", "group4"]
-# A block of 4-bit weights: 16 words whose nibble i is input 16 i + word.
+# Inputs of a block of 4-bit weights: 32 halves of words, of which each shift gives 4 times 8
+# neighbours.
 WORD_BLOCK = 128
-WANTED_PROGRAMS = 512
-MAX_SPLITS = 16
+# Programs that few rows are split among, and shares of the inputs, at most.
+WANTED = {"float": (256, 4), "int8": (512, 16), "group8": (512, 16), "group4": (2048, 8)}
 MAX_FEW = 16
+# Whole numbers of 4 bits as bf16: in a number of 128 the last bits of the mantissa count ones. Then
+# 128 and what stands for zero are taken away; both are exact.
+WHOLE = tl.constexpr(
+    """{
+    .reg .b32 bits, one;
+    mov.b32 one, 0x3f803f80;
+    lop3.b32 bits, $4, 0x000f000f, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, bits, one, $5;
+    shr.u32 bits, $4, 4;
+    lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $1, bits, one, $5;
+    shr.u32 bits, $4, 8;
+    lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $2, bits, one, $5;
+    shr.u32 bits, $4, 12;
+    lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $3, bits, one, $5;
+    }"""
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is stored: elements of a row, inputs of a group, groups of a row; `zeros` if a
+    group has a number that stands for zero instead of a lowest value."""
+
+    format: Format
+    stride: int = 0
+    group: int = 1
+    zeros: bool = False
+    groups: int = 0
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As a kernel's constants."""
+        return {
+            "STRIDE": self.stride,
+            "FORMAT": self.format,
+            "GROUP": self.group,
+            "ZEROS": self.zeros,
+            "GROUPS": self.groups,
+        }
+
+
+@triton.jit
+def whole_numbers(words, low, like, INLINE: tl.constexpr):
+    """The four nibbles of each half word, less what stands for zero, in the type of `like`."""
+    if INLINE:
+        spread = low.to(tl.int16, bitcast=True)[:, None] + words * 0
+        numbers = tl.inline_asm_elementwise(
+            WHOLE, "=r,=r,=r,=r,r,r", [words, spread],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        less = low.to(tl.float32)[:, None] + 128.0
+        numbers = (
+            ((words & 15).to(tl.float32) + less).to(like),
+            (((words >> 4) & 15).to(tl.float32) + less).to(like),
+            (((words >> 8) & 15).to(tl.float32) + less).to(like),
+            (((words >> 12) & 15).to(tl.float32) + less).to(like),
+        )
+    return numbers
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -41,19 +104,24 @@ def matmul_kernel(
     outputs,
     inputs,
     stride,
+    groups,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    INLINE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One tile of outputs x rows, over one share of the inputs.
 
-    `stride` is elements (words with 4 bits) of a weight's row.
+    `stride` is elements (half words with 4 bits) of a weight's row.
     """
+    enter(EARLY)
     block_out, block_row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     output = block_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -63,6 +131,7 @@ def matmul_kernel(
     share = tl.cdiv(blocks, SPLITS)
     first, last = split * share, tl.minimum(blocks, (split + 1) * share)
     base = weight + output.to(tl.int64)[:, None] * stride
+    own_groups = output.to(tl.int64) * groups
 
     if FORMAT == "int8":
         sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.int32)
@@ -70,19 +139,34 @@ def matmul_kernel(
         sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     for block in range(first, last):
         if FORMAT == "group4":
-            words = tl.load(
-                base + block * 16 + tl.arange(0, 16)[None, :], mask=in_out[:, None], other=0
-            )
-            for part in tl.static_range(8):
-                k = block * BLOCK_IN + part * 16 + tl.arange(0, 16)
-                group = (block * BLOCK_IN + part * 16) // GROUP * outputs
-                factor = tl.load(scales + group + output, mask=in_out, other=0.0).to(tl.float32)
-                low = tl.load(lows + group + output, mask=in_out, other=0.0).to(tl.float32)
-                numbers = ((words >> (part * 4)) & 15).to(tl.float32)
-                w = (numbers * factor[:, None] + low[:, None]).to(x.dtype.element_ty)
-                inside = (k < inputs)[:, None] & in_rows[None, :]
-                values = tl.load(source + k[:, None], mask=inside, other=0.0)
-                sums = tl.dot(w, values, sums, input_precision=PRECISION)
+            column = tl.arange(0, 32)
+            words = tl.load(base + block * 32 + column[None, :], mask=in_out[:, None], other=0)
+            k = block * BLOCK_IN + column // 8 * 32 + column % 8
+            if ZEROS:
+                group = own_groups + block * BLOCK_IN // GROUP
+                factor = tl.load(scales + group, mask=in_out, other=0.0).to(tl.float32)
+                low = tl.load(lows + group, mask=in_out, other=0.0)
+                numbers = whole_numbers(words, low, x.dtype.element_ty, INLINE)
+                share_sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+                for part in tl.static_range(4):
+                    at = (k + part * 8)[:, None]
+                    inside = (at < inputs) & in_rows[None, :]
+                    values = tl.load(source + at, mask=inside, other=0.0)
+                    share_sums = tl.dot(
+                        numbers[part], values, share_sums, input_precision=PRECISION
+                    )
+                sums += share_sums * factor[:, None]
+            else:
+                group = own_groups[:, None] + ((block * BLOCK_IN + column // 8 * 32) // GROUP)
+                factor = tl.load(scales + group, mask=in_out[:, None], other=0.0).to(tl.float32)
+                low = tl.load(lows + group, mask=in_out[:, None], other=0.0).to(tl.float32)
+                for part in tl.static_range(4):
+                    numbers = ((words >> (part * 4)) & 15).to(tl.float32)
+                    w = (numbers * factor + low).to(x.dtype.element_ty)
+                    at = (k + part * 8)[:, None]
+                    inside = (at < inputs) & in_rows[None, :]
+                    values = tl.load(source + at, mask=inside, other=0.0)
+                    sums = tl.dot(w, values, sums, input_precision=PRECISION)
         else:
             k = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
             in_k = k < inputs
@@ -90,9 +174,9 @@ def matmul_kernel(
             inside = in_k[:, None] & in_rows[None, :]
             values = tl.load(source + k[:, None], mask=inside, other=0)
             if FORMAT == "group8":
-                group = block * BLOCK_IN // GROUP * outputs
-                factor = tl.load(scales + group + output, mask=in_out, other=0.0).to(tl.float32)
-                low = tl.load(lows + group + output, mask=in_out, other=0.0).to(tl.float32)
+                group = own_groups + block * BLOCK_IN // GROUP
+                factor = tl.load(scales + group, mask=in_out, other=0.0).to(tl.float32)
+                low = tl.load(lows + group, mask=in_out, other=0.0).to(tl.float32)
                 w = (w.to(tl.float32) * factor[:, None] + low[:, None]).to(x.dtype.element_ty)
             if FORMAT == "int8":
                 sums = tl.dot(w, values, sums, out_dtype=tl.int32)
@@ -142,6 +226,8 @@ class MatmulShape:
     bias: bool
     invariant: bool = False
     hopper: bool = True
+    zeros: bool = False
+    inline: bool = False
 
     @property
     def few(self) -> bool:
@@ -169,6 +255,8 @@ class MatmulShape:
             return min(self.group, 64)
         if self.format == "int8":
             return 128
+        if self.few and self.dtype != torch.float32:
+            return 128
         return 64 if self.hopper and self.dtype != torch.float32 else 32
 
     @property
@@ -177,8 +265,9 @@ class MatmulShape:
         if not self.few:
             return 1
         blocks = -(-self.inputs // self.block_in)
-        wanted = WANTED_PROGRAMS // -(-self.outputs // self.block_out)
-        return 1 << (max(1, min(wanted, blocks // 4, MAX_SPLITS)).bit_length() - 1)
+        programs, most = WANTED[self.format]
+        wanted = programs // -(-self.outputs // self.block_out)
+        return 1 << (max(1, min(wanted, blocks // 4, most)).bit_length() - 1)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -193,13 +282,50 @@ class MatmulShape:
             {
                 "FORMAT": self.format,
                 "GROUP": self.group,
+                "ZEROS": self.zeros,
                 "BLOCK_OUT": self.block_out,
                 "BLOCK_ROWS": self.block_rows,
                 "BLOCK_IN": self.block_in,
                 "SPLITS": self.splits,
                 "BIAS": self.bias,
                 "PRECISION": "ieee" if wide else "tf32",
+                "INLINE": self.inline,
             },
             warps=4 if self.block_out == 64 else 8,
             stages=2 if wide else 4 if self.few else 3,
         )
+
+
+@triton.jit(do_not_specialize=["first"])
+def values_kernel(
+    out,
+    weight,
+    scales,
+    lows,
+    first,
+    INPUTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A weight's rows from `first` on, as floats `[rows, INPUTS]`."""
+    enter(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < INPUTS
+    source = (first + row) * STRIDE
+    if FORMAT == "group4":
+        word = column // 32 * 4 + column % 8 // 2
+        words = tl.load(weight + source + word, mask=inside, other=0)
+        number = ((words >> (column % 32 // 8 * 4 + column % 2 * 16)) & 15).to(tl.float32)
+    else:
+        number = tl.load(weight + source + column, mask=inside, other=0).to(tl.float32)
+    group = (first + row) * GROUPS + column // GROUP
+    factor = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(lows + group, mask=inside, other=0.0).to(tl.float32)
+    number = (number + 128.0 + low) * factor if ZEROS else number * factor + low
+    tl.store(out + row * INPUTS + column, number.to(out.dtype.element_ty), mask=inside)

@@ -11,12 +11,16 @@ from kernels.collectives import Collectives
 from kernels.gpu import fused
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.launch import Config, power_of_two
-from kernels.gpu.matmul import Format, MatmulShape
+from kernels.gpu.matmul import MAX_FEW, Form, MatmulShape, values_kernel
+from kernels.gpu.single import RowShape, digits_of
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight
 from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
 
 MAX_BLOCK = 4096
+# From so many rows on, weights in groups are made floats for cuBLAS, so many elements at a time.
+MANY_ROWS = 96
+SCRATCH_ELEMENTS = 16 << 20
 LOG2_E = 1.4426950408889634
 
 
@@ -81,6 +85,8 @@ class GpuOps:
         self._context = context
         self._invariant = invariant
         self._collectives = collectives
+        # Machine instructions are written out where there is a machine, and for bf16.
+        self._inline = workspace.device.type == "cuda" and dtype == torch.bfloat16
         self.bucket = Bucket(1, 1, 1, True)
         self.logits: torch.Tensor | None = None
         """Where the next op writes, if it makes logits."""
@@ -88,7 +94,7 @@ class GpuOps:
     def embed(self, table: Weight, scale: float, first: int = 0) -> torch.Tensor:
         weight, s = gpu(table), self._staging
         out = self._rows(self.bucket.rows, table.shape[1])
-        config, blocks = embed_config(weight.format, table.shape[1], weight.stride, weight.group)
+        config, blocks = embed_config(table.shape[1], weight.form)
         inputs = (s.token_ids, s.last_ids, s.slots, s.fed, scale, table.shape[0], first)
         grid = (self.bucket.rows, blocks)
         if weight.format == "float":
@@ -121,8 +127,7 @@ class GpuOps:
             out = self.logits[: len(x)]
         else:
             out = self._rows(len(x), weight.shape[0])
-        if placed.format == "float" and not self._invariant:
-            dense_linear(out, x, placed)
+        if not self._invariant and self._dense(out, x, placed):
             return out
         scales = x
         if placed.format == "int8":
@@ -134,12 +139,15 @@ class GpuOps:
         parts = len(x) * weight.shape[0] * shape.splits if shape.splits > 1 else 1
         partial = torch.empty(parts, dtype=torch.float32, device=x.device)
         tiles = shape.grid[0] * shape.grid[1]
+        tensor = placed.tensor
+        if placed.format == "group4":
+            tensor = tensor.view(torch.int16)
         shape.config().launch(
             shape.grid,
             out,
             x,
             scales,
-            placed.tensor,
+            tensor,
             placed.scales if placed.scales is not None else placed.tensor,
             placed.lows if placed.lows is not None else placed.tensor,
             placed.bias if placed.bias is not None else placed.tensor,
@@ -148,8 +156,75 @@ class GpuOps:
             len(x),
             weight.shape[0],
             weight.shape[1],
-            placed.stride,
+            tensor.shape[1],
+            placed.groups,
         )
+        return out
+
+    def _dense(self, out: torch.Tensor, x: torch.Tensor, weight: GpuWeight) -> bool:
+        """What is fastest through cuBLAS, in floats; whether it is."""
+        few = len(x) <= MAX_FEW and self._dtype != torch.float32
+        if weight.format == "float" and not few:
+            dense_linear(out, x, weight.tensor, weight.bias)
+            return True
+        if not weight.groups or len(x) < MANY_ROWS:
+            return False
+        # Some outputs at a time, so that what is written is read from the cache.
+        outputs, inputs = weight.shape
+        rows = max(1, min(outputs, SCRATCH_ELEMENTS // inputs))
+        scratch = self._rows(rows, inputs)
+        config, blocks = values_config(inputs, weight.form)
+        for first in range(0, outputs, rows):
+            count = min(rows, outputs - first)
+            config.launch(
+                (count, blocks), scratch, weight.tensor, weight.scales, weight.lows, first,
+            )  # fmt: skip
+            bias = None if weight.bias is None else weight.bias[first : first + count]
+            dense_linear(out[:, first : first + count], x, scratch[:count], bias)
+        return True
+
+    def fits_row(self, weight: Weight) -> bool:
+        """Whether `row_linear` takes this weight."""
+        kind = gpu(weight).format
+        # Digits hold no more than bf16 does.
+        fits = kind == "float" or (kind == "group4" and self._dtype != torch.float32)
+        return fits and not self._invariant
+
+    def row_linear(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        norm: Weight | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        activation: str,
+    ) -> torch.Tensor:
+        """`linear` of one row, `[1, out]`, or half as many with a gate: of its RMS norm if there is
+        one, then gated, then added to the residual."""
+        placed = gpu(weight)
+        shape = RowShape(
+            weight.shape[0] // (2 if activation else 1),
+            weight.shape[1],
+            placed.form,
+            placed.bias is not None,
+            norm is not None,
+            residual is not None,
+            activation,
+            self._inline,
+        )
+        out = self._rows(1, shape.outputs) if self.logits is None else self.logits[:1]
+        bias = placed.bias if placed.bias is not None else placed.tensor
+        scale = gpu(norm).tensor if norm is not None else None
+        added = residual if residual is not None else x
+        if placed.format == "float":
+            around = (bias, added, scale if scale is not None else x, eps)
+            shape.config().launch(shape.grid, out, x, placed.tensor, *around, shape.outputs)
+            return out
+        digits = digits_of(x, shape, scale, eps)
+        whole = (digits.numbers, digits.steps, digits.totals)
+        tables = (placed.tensor, placed.scales, placed.lows)
+        sizes = (shape.outputs, placed.groups)
+        shape.config().launch(shape.grid, out, *whole, *tables, bias, added, *sizes)
         return out
 
     def rope_write_kv(
@@ -255,6 +330,8 @@ class GpuOps:
             weight.bias is not None,
             self._invariant,
             self._workspace.hopper,
+            weight.zeros,
+            self._inline,
         )
 
     def _rows(self, rows: int, width: int) -> torch.Tensor:
@@ -274,17 +351,19 @@ def gpu(weight: Weight) -> GpuWeight:
     return weight
 
 
-def dense_linear(out: torch.Tensor, x: torch.Tensor, weight: GpuWeight) -> None:
+def dense_linear(
+    out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+) -> None:
     """A float matmul through cuBLAS, summed in fp32 and rounded once."""
-    matrix = weight.tensor.t()
+    matrix = values.t()
     if out.dtype == x.dtype:
         torch.mm(x, matrix, out=out)
     elif x.is_cuda:
         torch.mm(x, matrix, out_dtype=out.dtype, out=out)
     else:
         torch.mm(x.to(out.dtype), matrix.to(out.dtype), out=out)
-    if weight.bias is not None:
-        out.add_(weight.bias)
+    if bias is not None:
+        out.add_(bias)
 
 
 def _blocks(width: int) -> tuple[int, int]:
@@ -298,14 +377,21 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def embed_config(kind: Format, width: int, stride: int = 0, group: int = 0) -> tuple[Config, int]:
+def embed_config(width: int, form: Form) -> tuple[Config, int]:
     """The lookup in a table of this form, and the blocks of its rows."""
     block, count = _blocks(width)
     sizes = {"WIDTH": width, "BLOCK": block}
-    if kind == "float":
+    if form.format == "float":
         return Config(fused.embed_kernel, sizes, _warps(block)), count
-    groups = {"STRIDE": stride, "FORMAT": kind, "GROUP": group}
-    return Config(fused.embed_numbers_kernel, {**sizes, **groups}, _warps(block)), count
+    kernel = fused.embed_numbers_kernel
+    return Config(kernel, {**sizes, **form.constants}, _warps(block)), count
+
+
+def values_config(inputs: int, form: Form) -> tuple[Config, int]:
+    """A weight of this form as floats, and the blocks of its rows."""
+    block, count = _blocks(inputs)
+    sizes = {"INPUTS": inputs, "BLOCK": block}
+    return Config(values_kernel, {**sizes, **form.constants}, _warps(block)), count
 
 
 def norm_config(width: int, *, add: bool) -> Config:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import Config, power_of_two
+from kernels.gpu.launch import Config, enter, power_of_two
 from kernels.host_pages import spans_of
 
 
@@ -18,9 +18,11 @@ from kernels.host_pages import spans_of
 def copy_kernel(
     target, source, target_pages, source_pages, words, target_stride, source_stride,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Page `source_pages[i]` to `target_pages[i]`; `words` of 8 bytes are a page's share of this
     tensor, the strides those between pages."""
+    enter(EARLY)
     index = tl.program_id(0)
     to = tl.load(target_pages + index).to(tl.int64) * target_stride
     of = tl.load(source_pages + index).to(tl.int64) * source_stride

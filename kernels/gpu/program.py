@@ -16,9 +16,10 @@ import torch
 
 from kernels.batch import Batch, Samples, Sampling
 from kernels.gpu.draws import Draws
+from kernels.gpu.fuse import Step, fuse, handles
 from kernels.gpu.ops import Bucket, GpuOps
 from kernels.gpu.staging import Staging
-from kernels.ops import Handle, Instruction, Rows, Tape
+from kernels.ops import Handle, Rows, Tape
 from kernels.sampling import score
 
 
@@ -97,6 +98,9 @@ class GpuProgram:
         self._device = device
         self._pinned = device.type == "cuda"
         self._layers, self._head = split(tape)
+        after = {h.index for i, _ in self._head for h in handles(i.arguments)}
+        self._row_layers = fuse(self._layers, after, ops.fits_row)
+        self._row_head = fuse(self._head, {tape.logits.index}, ops.fits_row)
         self._selected: dict[int, torch.Tensor] = {}
         vocab, samples = tape.logits.width, limits.samples
         self._logits = torch.zeros(samples, vocab, dtype=torch.float32, device=device)
@@ -203,30 +207,32 @@ class GpuProgram:
             prepare(self._decode(size), partial(self._run_layers, self._decode(size)))
         for size in reversed(self._sample_buckets):
             prepare(size, partial(self._run_head, size))
-            prepare(("draw", size), partial(self._draws.launch, size, self._logits))
+            for filtered in (True, False):
+                launch = partial(self._draws.launch, size, self._logits, filtered=filtered)
+                prepare(("draw", size, filtered), launch)
 
     def _run_layers(self, bucket: Bucket) -> None:
         """The layers, and the rows of their results that the head wants, at a fixed place."""
         self._ops.bucket = bucket
-        values = self._replay(self._layers, {})
+        row = bucket.decode and bucket.rows == 1
+        values = self._replay(self._row_layers if row else self._layers, {})
         for index, value in values.items():
             if index not in self._selected:
                 size = (self._limits.samples, value.shape[1])
                 self._selected[index] = torch.zeros(size, dtype=value.dtype, device=self._device)
             self._selected[index][: bucket.samples].copy_(value)
 
-    def _replay_draw(self, count: int) -> None:
+    def _replay_draw(self, count: int, filtered: bool) -> None:
         rows = fit(count, self._sample_buckets)
-        self._graphs.run(("draw", rows), lambda: self._draws.launch(rows, self._logits))
+        launch = partial(self._draws.launch, rows, self._logits, filtered=filtered)
+        self._graphs.run(("draw", rows, filtered), launch)
 
     def _run_head(self, samples: int) -> None:
         values = {index: value[:samples] for index, value in self._selected.items()}
-        self._replay(self._head, values)
+        self._replay(self._row_head if samples == 1 else self._head, values)
 
-    def _replay(
-        self, instructions: Sequence[tuple[Instruction, tuple[int, ...]]], values: dict[int, Any]
-    ) -> dict[int, torch.Tensor]:
-        for instruction, dead in instructions:
+    def _replay(self, steps: Sequence[Step], values: dict[int, Any]) -> dict[int, torch.Tensor]:
+        for instruction, dead in steps:
             arguments = [
                 values[a.index] if isinstance(a, Handle) else a for a in instruction.arguments
             ]
@@ -241,9 +247,7 @@ class GpuProgram:
         return values
 
 
-def split(
-    tape: Tape,
-) -> tuple[list[tuple[Instruction, tuple[int, ...]]], list[tuple[Instruction, tuple[int, ...]]]]:
+def split(tape: Tape) -> tuple[list[Step], list[Step]]:
     """What runs on token rows, the selection included, and what runs on logits rows."""
     steps = list(zip(tape.instructions, tape.last_use, strict=True))
     layers = [s for s in steps if s[0].op == "select_rows" or s[0].results[0].rows is Rows.TOKENS]

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import Config, power_of_two
+from kernels.gpu.launch import Config, enter, power_of_two
 
 BLOCK = 4096
 WARPS = 16
@@ -56,8 +56,10 @@ def best_kernel(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The largest scaled logit of each block."""
+    enter(EARLY)
     row, block = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     x = scaled_logits(logits, temperature, row, columns, VOCAB)
@@ -83,12 +85,14 @@ def histogram_kernel(
     BINS: tl.constexpr,
     RANGE: tl.constexpr,
     LEVEL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Counts and masses of the candidates by their distance from an edge.
 
     LEVEL 0 has the whole range, from the best logit down; 1 and 3 the bin that the pass before
     found for top-k and top-p; 2 the whole range again, of what top-k kept.
     """
+    enter(EARLY)
     row, block = tl.program_id(0), tl.program_id(1)
     k, p = tl.load(top_k + row), tl.load(top_p + row)
     wanted = k > 0
@@ -133,6 +137,7 @@ def pivot_kernel(
     BINS: tl.constexpr,
     RANGE: tl.constexpr,
     LEVEL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Find the bin in which a row's threshold falls, and leave the histogram empty.
 
@@ -141,6 +146,7 @@ def pivot_kernel(
     `[rows, 2]`: how much lies above it, and how much is to be kept (tokens for top-k, mass for
     top-p). Fine ones write `thresholds` fp32 `[rows]`, the least scaled logit that is kept.
     """
+    enter(EARLY)
     row = tl.program_id(0)
     k, p = tl.load(top_k + row), tl.load(top_p + row)
     if LEVEL == 0:
@@ -212,19 +218,25 @@ def draw_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCKS_PADDED: tl.constexpr,
+    FILTERED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The best token of each block: by logit if greedy, else by logit and noise."""
+    enter(EARLY)
     row, block = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     x = scaled_logits(logits, temperature, row, columns, VOCAB)
     if tl.load(temperature + row) > 0.0:
-        least = tl.load(min_p + row)
-        floor = tl.load(thresholds + row)
-        if least > 0.0:
-            best = row_best(partial_best, row, BLOCKS, BLOCKS_PADDED)
-            floor = tl.maximum(floor, best + tl.log(least))
         noise = gumbel(tl.load(keys + row * 2), tl.load(keys + row * 2 + 1), columns)
-        x = tl.where(x >= floor, x + noise, float("-inf"))
+        if FILTERED:
+            least = tl.load(min_p + row)
+            floor = tl.load(thresholds + row)
+            if least > 0.0:
+                best = row_best(partial_best, row, BLOCKS, BLOCKS_PADDED)
+                floor = tl.maximum(floor, best + tl.log(least))
+            x = tl.where(x >= floor, x + noise, float("-inf"))
+        else:
+            x += noise
     value, place = tl.max(x, 0, return_indices=True)
     tl.store(partial_values + row * BLOCKS + block, value)
     tl.store(partial_ids + row * BLOCKS + block, block * BLOCK + place)
@@ -241,9 +253,11 @@ def pick_kernel(
     VOCAB: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCKS_PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A row's token: the one that is to be scored, or the best of the blocks'; what is drawn for a
     slot stays there as the next step's input."""
+    enter(EARLY)
     row = tl.program_id(0)
     blocks = tl.arange(0, BLOCKS_PADDED)
     values = tl.load(
@@ -269,9 +283,11 @@ def penalize_kernel(
     factors,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Penalties of some rows, in place; `counts` int32, `seen` int8 `[rows, vocab]`,
     `factors` fp32 `[rows, 4]`: repetition, presence, frequency and nothing."""
+    enter(EARLY)
     index, block = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < VOCAB
@@ -299,20 +315,21 @@ class SamplerShape:
         """Programs of a row."""
         return -(-self.vocab // BLOCK)
 
-    def configs(self) -> list[Config]:
-        """Every kernel of a draw, in order: best, (histogram, pivot) x 4, draw, pick."""
+    def configs(self, *, filtered: bool) -> list[Config]:
+        """Every kernel of a draw, in order: best, (histogram, pivot) x 4 if some row has filters,
+        draw, pick."""
         vocab = {"VOCAB": self.vocab, "BLOCK": BLOCK, "BLOCKS": self.blocks}
         blocks = {"BLOCKS": self.blocks, "BLOCKS_PADDED": power_of_two(self.blocks)}
         bins = {"BINS": BINS, "RANGE": RANGE}
-        made = [Config(best_kernel, vocab, WARPS)]
-        for level in range(4):
+        made = [Config(best_kernel, vocab, WARPS)] if filtered else []
+        for level in range(4 if filtered else 0):
             made.append(
                 Config(histogram_kernel, {**vocab, **blocks, **bins, "LEVEL": level}, WARPS)
             )
             made.append(Config(pivot_kernel, {**blocks, **bins, "LEVEL": level}))
         return [
             *made,
-            Config(draw_kernel, {**vocab, **blocks}, WARPS),
+            Config(draw_kernel, {**vocab, **blocks, "FILTERED": filtered}, WARPS),
             Config(pick_kernel, {"VOCAB": self.vocab, **blocks}),
         ]
 
@@ -333,7 +350,6 @@ class Sampler:
         self._above = make(rows, 2, dtype=torch.int64)
         self._counts = make(rows, BINS, dtype=torch.int32)
         self._masses = make(rows, BINS, dtype=torch.int64)
-        self._configs = shape.configs()
 
     def draw(
         self,
@@ -343,8 +359,11 @@ class Sampler:
         ints: torch.Tensor,
         ids: torch.Tensor,
         last_ids: torch.Tensor,
+        *,
+        filtered: bool,
     ) -> None:
-        """Tokens of `rows` rows of `logits` fp32 `[rows, vocab]` to `ids` int64 `[rows]`.
+        """Tokens of `rows` rows of `logits` fp32 `[rows, vocab]` to `ids` int64 `[rows]`;
+        `filtered` if some row has top-k, top-p or min-p.
 
         `floats` `[3, rows or more]`: temperature, top-p, min-p. `ints` int32 `[5, ...]`: top-k,
         targets, slots, and two rows that hold the pairs of each row's key. Ids that are drawn for
@@ -353,13 +372,15 @@ class Sampler:
         temperature, top_p, min_p = floats
         top_k, targets, slots = ints[:3]
         keys = ints[3:]
-        best, *passes, draw, pick = self._configs
+        *filters, draw, pick = self._shape.configs(filtered=filtered)
         grid = (rows, self._shape.blocks)
-        best.launch(grid, self._best, logits, temperature)
-        found = (self._counts, self._masses, self._best, self._edges, self._thresholds)
-        for histogram, pivot in zip(passes[::2], passes[1::2], strict=True):
-            histogram.launch(grid, *found, logits, temperature, top_k, top_p, min_p)
-            pivot.launch((rows,), *found, self._above, temperature, top_k, top_p)
+        if filtered:
+            best, *passes = filters
+            best.launch(grid, self._best, logits, temperature)
+            found = (self._counts, self._masses, self._best, self._edges, self._thresholds)
+            for histogram, pivot in zip(passes[::2], passes[1::2], strict=True):
+                histogram.launch(grid, *found, logits, temperature, top_k, top_p, min_p)
+                pivot.launch((rows,), *found, self._above, temperature, top_k, top_p)
         draw.launch(
             grid, self._values, self._ids, self._best, self._thresholds, logits, temperature,
             min_p, keys,

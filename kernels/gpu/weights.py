@@ -1,9 +1,10 @@
 """Weights as the GPU kernels read them.
 
-Quantized GGUF blocks keep their bits: 4-bit ones become nibbles in blocks of 128 inputs with a
-scale and a lowest value for each group of 32, 8-bit ones int8 in groups of 32. `int4` packs a float
-checkpoint in groups of 128, `int8` in one scale an output with int8 activations; ternary weights
-are such int8 weights, which is BitNet's own arithmetic. Everything else is stored in `dtype`.
+Quantized GGUF blocks keep their bits: 4-bit ones become nibbles with a scale and a lowest value for
+each group of 32, 8-bit ones int8 in groups of 32. `int4` packs a float checkpoint in groups of 128
+with a scale and the number that stands for zero, `int8` in one scale an output with int8
+activations; ternary weights are such int8 weights, which is BitNet's own arithmetic. Everything
+else is stored in `dtype`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import cast
 import torch
 
 from kernels.backend import HostTensor, TernaryTensor, WeightFormat
-from kernels.gpu.matmul import WORD_BLOCK, Format
+from kernels.gpu.matmul import WORD_BLOCK, Form, Format
 from kernels.ops import Weight
 
 GGUF_GROUP = 32
 INT4_GROUP = 128
-NIBBLES = 8
+# The smallest positive fp16 number.
+LEAST_HALF = 2.0**-24
+# A nibble's bits in a bf16 number of this size are it and the nibble.
+BF16_ZERO = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +33,10 @@ class GpuWeight(Weight):
     """A placed weight.
 
     `tensor` is `[out, in]` float or int8, `[out, words]` int32 with 4 bits, or a vector `[n]` fp32.
-    `scales` is fp32 `[out]` for `int8`, else `scales` and `lows` are fp16 `[groups, out]`: a value
-    is `number * scale + low`. `bias` is fp32 `[out]`.
+    `scales` is fp32 `[out]` for `int8`, else `scales` and `lows` are fp16 `[out, groups]`: a value
+    is `number * scale + low`. With `zeros`, `lows` is bf16: minus 128 and the number that
+    stands for zero, which bf16 holds exactly: a value is `(number - zero) * scale`. `bias` is fp32
+    `[out]`.
     """
 
     format: Format
@@ -39,11 +45,22 @@ class GpuWeight(Weight):
     lows: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     group: int = 0
+    zeros: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row; 0 of a weight without."""
+        return self.scales.shape[1] if self.scales is not None and self.scales.dim() == 2 else 0
 
     @property
     def stride(self) -> int:
         """Elements of a row."""
         return self.tensor.shape[-1]
+
+    @property
+    def form(self) -> Form:
+        """What kernels are compiled for."""
+        return Form(self.format, self.stride, self.group or 1, self.zeros, self.groups)
 
     @property
     def bytes(self) -> int:
@@ -54,11 +71,13 @@ class GpuWeight(Weight):
 
 @dataclass(frozen=True)
 class Groups:
-    """A matrix in groups: `numbers` uint8 or int8 `[out, in]`, `scales`, `lows` `[out, groups]`."""
+    """A matrix in groups: `numbers` uint8 or int8 `[out, in]`, `scales`, `lows` `[out, groups]`;
+    with `zeros` the lowest values are no numbers of their own, but `-zeros * scales`."""
 
     numbers: torch.Tensor
     scales: torch.Tensor
     lows: torch.Tensor
+    zeros: torch.Tensor | None = None
 
 
 def place(
@@ -110,27 +129,39 @@ def column_unit(parts: Sequence[HostTensor], weight_format: WeightFormat) -> int
 
 
 def quantize_groups(dense: torch.Tensor, group: int) -> Groups:
-    """Round a matrix to 4 bits with a scale and a lowest value a group; `dense` `[out, in]`."""
+    """Round a matrix to 4 bits with a scale and a zero a group; `dense` `[out, in]`."""
     rows, columns = dense.shape
     padded = torch.nn.functional.pad(dense, (0, -columns % group))
     blocks = padded.view(rows, -1, group)
-    low, high = blocks.amin(2), blocks.amax(2)
-    scales = ((high - low) / 15).clamp(min=1e-8).half().float()
-    lows = low.half().float()
-    numbers = ((blocks - lows[..., None]) / scales[..., None]).round().clamp(0, 15)
-    return Groups(numbers.view(rows, -1)[:, :columns].to(torch.uint8), scales, lows)
+    low, high = blocks.amin(2).clamp(max=0), blocks.amax(2).clamp(min=0)
+    scales = ((high - low) / 15).clamp(min=LEAST_HALF).half().float()
+    zeros = (-low / scales).round().clamp(0, 15)
+    numbers = ((blocks / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
+    numbers = numbers.view(rows, -1)[:, :columns].to(torch.uint8)
+    return Groups(numbers, scales, -zeros * scales, zeros)
 
 
 def pack_nibbles(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers of 4 bits, uint8 `[out, in]`, as int32 `[out, words]`: in each 128 inputs word j
-    holds inputs j, 16 + j, 32 + j ..., so that a shift unpacks 16 neighbours."""
+    """Numbers of 4 bits, uint8 `[out, in]`, as int32 `[out, words]`, 4 words for 32 inputs. As 8
+    halves of 16 bits, half j holds inputs j, 8 + j, 16 + j and 24 + j from its lowest nibble on, so
+    that a shift unpacks 8 neighbours for the matrix units, and the even and odd nibbles of a word
+    are bytes for dot products of 4."""
     rows, columns = numbers.shape
-    padded = torch.nn.functional.pad(numbers, (0, -columns % WORD_BLOCK)).to(torch.int64)
-    blocks = padded.view(rows, -1, NIBBLES, WORD_BLOCK // NIBBLES)
-    shifts = torch.arange(0, 32, 4, device=numbers.device)[:, None]
-    words = (blocks << shifts).sum(2)
+    padded = torch.nn.functional.pad(numbers, (0, -columns % WORD_BLOCK))
+    blocks = padded.view(rows, -1, 4, 4, 2).to(torch.int64)
+    nibble = torch.arange(0, 16, 4, device=numbers.device)[:, None, None]
+    half = torch.arange(0, 32, 16, device=numbers.device)
+    words = (blocks << (nibble + half)).sum((2, 4))
     words = torch.where(words >= 1 << 31, words - (1 << 32), words)
     return words.to(torch.int32).view(rows, -1).contiguous()
+
+
+def unpack_nibbles(words: torch.Tensor, columns: int) -> torch.Tensor:
+    """What `pack_nibbles` packed, int32 `[out, in]`."""
+    nibble = torch.arange(0, 16, 4, device=words.device)[:, None, None]
+    half = torch.arange(0, 32, 16, device=words.device)
+    blocks = words.view(len(words), -1, 1, 4, 1) >> (nibble + half)
+    return (blocks & 15).reshape(len(words), -1)[:, :columns]
 
 
 def _place_groups(
@@ -144,12 +175,16 @@ def _place_groups(
 ) -> GpuWeight:
     numbers = torch.cat([g.numbers for g in groups])
     tensor = pack_nibbles(numbers) if bits == 4 else numbers.contiguous()
-    scales = torch.cat([g.scales for g in groups]).half().t().contiguous()
-    lows = torch.cat([g.lows for g in groups]).half().t().contiguous()
+    scales = torch.cat([g.scales for g in groups]).half()
+    zeros = [g.zeros for g in groups if g.zeros is not None]
+    if zeros:
+        lows = -(torch.cat(zeros) + BF16_ZERO).bfloat16()
+    else:
+        lows = torch.cat([g.lows for g in groups]).half()
     # The kernel walks whole blocks of 128 inputs; it reads a scale for each group of them.
-    spare = -(-shape[1] // WORD_BLOCK) * WORD_BLOCK // group - scales.shape[0]
-    scales = torch.nn.functional.pad(scales, (0, 0, 0, spare))
-    lows = torch.nn.functional.pad(lows, (0, 0, 0, spare))
+    spare = -(-shape[1] // WORD_BLOCK) * WORD_BLOCK // group - scales.shape[1]
+    scales = torch.nn.functional.pad(scales, (0, spare)).contiguous()
+    lows = torch.nn.functional.pad(lows, (0, spare)).contiguous()
     kind: Format = "group4" if bits == 4 else "group8"
     return GpuWeight(
         name,
@@ -160,6 +195,7 @@ def _place_groups(
         lows.to(device),
         bias,
         group,
+        bool(zeros),
     )
 
 

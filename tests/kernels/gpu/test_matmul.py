@@ -7,7 +7,7 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 
 from kernels.gpu.matmul import MatmulShape
-from kernels.gpu.weights import pack_nibbles, quantize_groups
+from kernels.gpu.weights import pack_nibbles, quantize_groups, unpack_nibbles
 from tests.kernels.gpu.filled import run_linear
 from tests.kernels.native import Host, quantized
 from tests.kernels.test_native_linear import q4_k
@@ -76,13 +76,15 @@ def test_in_the_invariant_mode_rows_do_not_depend_on_their_number(weights: str) 
         assert torch.equal(alone, together[:count])
 
 
-def test_a_shift_unpacks_sixteen_neighbours() -> None:
+def test_a_shift_unpacks_eight_neighbours_of_each_chunk() -> None:
     numbers = torch.randint(0, 16, (3, 200), generator=torch.Generator().manual_seed(0))
     words = pack_nibbles(numbers.to(torch.uint8))
     assert words.shape == (3, 32)
-    for part in range(8):
-        found = (words[:, :16] >> (part * 4)) & 15
-        assert torch.equal(found.long(), numbers[:, part * 16 : part * 16 + 16])
+    assert torch.equal(unpack_nibbles(words, 200), numbers.int())
+    halves = words.view(torch.int16)
+    for part in range(4):
+        found = (halves[:, 8:16] >> (part * 4)) & 15
+        assert torch.equal(found.long(), numbers[:, 32 + part * 8 : 40 + part * 8])
 
 
 @pytest.mark.parametrize(("weights", "columns"), [("int4", 1100), ("int8", 1100)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,10 @@ def noise(uniform: float, size: int) -> torch.Tensor:
 def draw(logits: torch.Tensor, sampling: Sampling) -> list[int]:
     rows, vocab = logits.shape
     draws = Draws(rows, vocab, torch.zeros(rows, dtype=torch.int64), HOST)
-    launch: Callable[[int], None] = lambda count: draws.launch(count, logits)  # noqa: E731
+
+    def launch(count: int, filtered: bool) -> None:
+        draws.launch(count, logits, filtered=filtered)
+
     first = draws.draw(logits, sampling, launch).tolist()
     # Each draw leaves its histograms empty for the next.
     assert draws.draw(logits, sampling, launch).tolist() == first

@@ -21,7 +21,7 @@ from tests.tiny import write_llama
 def specialization(config: Config, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """What Triton compiles anew for: constants, types, alignment, and integers that are 1 or
     multiples of 16 unless a kernel asks that they are not looked at."""
-    names = [n for n in config.kernel.arg_names if n not in config.constants]
+    names = [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
     ignored = config.kernel.kwargs.get("do_not_specialize") or ()
     kinds: list[Any] = []
     for name, value in zip(names, arguments, strict=True):
