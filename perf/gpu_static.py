@@ -33,7 +33,8 @@ LEAST_WARPS = {
     "attention_kernel": 4,
     "matmul_kernel": 4,
     "float_row_kernel": 8,
-    "digits_row_kernel": 16,
+    "decode_kernel": 8,
+    "digits_row_kernel": 8,
 }
 INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL")
 

@@ -22,6 +22,8 @@ from kernels.ops import Heads
 # Programs that keep every multiprocessor of a large GPU (132) busy, several times over.
 WANTED_PROGRAMS = 512
 MAX_SPLITS = 32
+# More than these leave so little to each that it is best read at once.
+MANY_SPLITS = 4
 # In the batch-invariant mode every step splits alike, whatever it holds.
 INVARIANT_SPLITS = 8
 # Bytes that the parts of a split launch may take.
@@ -270,17 +272,30 @@ class AttentionShape:
                 "KV_HEADS": heads.kv,
                 "TOKENS": self.tokens,
                 "BLOCK_M": self.block_m,
-                "BLOCK_N": 32 if padded > 128 or wide else 64,
+                "BLOCK_N": self._block_n(padded),
                 "DECODE": self.decode,
                 "QUANTIZED": self.quantized,
                 "WINDOWED": self.windowed,
                 "PRECISION": "ieee" if wide else "tf32",
             },
-            warps=4 if self.hopper or self.block_m < 64 else 8,
+            warps=self._warps(padded),
             stages=1 if wide else self._stages(padded),
         )
         merge = Config(merge_kernel, shared, warps=2) if self.splits > 1 else None
         return main, merge
+
+    def _block_n(self, padded: int) -> int:
+        """Keys of a tile: many where programs have few."""
+        if padded > 128 or self.dtype == torch.float32:
+            return 32
+        return 128 if self.decode and self.splits > MANY_SPLITS else 64
+
+    def _warps(self, padded: int) -> int:
+        """Warps of a program; few where there are many programs."""
+        if not self.decode:
+            return 4 if self.hopper or self.block_m < 64 else 8
+        narrow = padded <= 128 and self.splits <= MANY_SPLITS and not self.quantized
+        return 2 if narrow else 4
 
     def _stages(self, padded: int) -> int:
         """How many tiles of keys and values are on their way at once: what compiles unspilled."""

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from kernels.gpu.attention import AttentionShape
-from kernels.gpu.launch import Compiled, Config, pointer
-from kernels.gpu.matmul import Form, Format, MatmulShape
-from kernels.gpu.ops import (
+from kernels.gpu.configs import (
     embed_config,
     gated_config,
     norm_config,
@@ -23,6 +21,9 @@ from kernels.gpu.ops import (
     select_config,
     values_config,
 )
+from kernels.gpu.decode import DecodeShape
+from kernels.gpu.launch import Compiled, Config, pointer
+from kernels.gpu.matmul import Form, Format, MatmulShape
 from kernels.gpu.pages import copy_kernel
 from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
 from kernels.gpu.single import RowShape
@@ -89,6 +90,26 @@ def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
             "sequences": "i32",
         }
         yield Compiled(f"merge {label}", merge, signature)
+
+
+def decode_launches(model: Dimensions, rows: int, *, quantized: bool) -> Iterator[Compiled]:
+    """A decode's attention with all that it takes over."""
+    for windowed in (False, True):
+        shape = DecodeShape(model.heads, PAGE, BF16, quantized, windowed, model.norms, rows)
+        cache = pointer(INT8 if quantized else BF16)
+        scales = pointer(F32 if quantized else BF16)
+        types = {
+            **dict.fromkeys(("out", "qkv"), pointer(BF16)),
+            **dict.fromkeys(("keys", "values"), cache),
+            **dict.fromkeys(("key_scales", "value_scales"), scales),
+            **dict.fromkeys(("partial", "partial_sums", "cosine", "sine"), pointer(F32)),
+            **dict.fromkeys(("query_norm", "key_norm"), pointer(F32)),
+            **dict.fromkeys(("arrived", "query_starts", "context_lengths"), pointer(INT32)),
+            **dict.fromkeys(("slots", "page_table"), pointer(INT32)),
+            "eps": "fp32", "scale": "fp32", "window": "i32", "table_width": "i32",
+        }
+        kind = f"{'window ' if windowed else ''}{'int8' if quantized else 'bf16'}"
+        yield _named(f"decode {kind} {rows}", shape.config(), types)
 
 
 def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Compiled:
@@ -280,6 +301,8 @@ def launches(
     for quantized in (False, True):
         made += fused_launches(model, quantized=quantized)
         cache = "int8" if quantized else "bf16"
+        for count in (1, 16, 64):
+            made += decode_launches(model, count, quantized=quantized)
         for count in rows:
             for decode in (True, False):
                 if (decode and count > 64) or (not decode and count < 64):

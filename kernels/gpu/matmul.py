@@ -25,6 +25,8 @@ WORD_BLOCK = 128
 # Programs that few rows are split among, and shares of the inputs, at most.
 WANTED = {"float": (256, 4), "int8": (512, 16), "group8": (512, 16), "group4": (2048, 8)}
 MAX_FEW = 16
+# Rows up to which 4-bit weights leave the device too few programs otherwise.
+MAX_SPLIT = 64
 # Whole numbers of 4 bits as bf16: in a number of 128 the last bits of the mantissa count ones. Then
 # 128 and what stands for zero are taken away; both are exact.
 WHOLE = tl.constexpr(
@@ -262,10 +264,12 @@ class MatmulShape:
     @property
     def splits(self) -> int:
         """Programs that share a tile's inputs."""
-        if not self.few:
+        if not self.few and (self.format != "group4" or self.rows > MAX_SPLIT or self.invariant):
             return 1
         blocks = -(-self.inputs // self.block_in)
         programs, most = WANTED[self.format]
+        if not self.few:
+            programs, most = 512, 4
         wanted = programs // -(-self.outputs // self.block_out)
         return 1 << (max(1, min(wanted, blocks // 4, most)).bit_length() - 1)
 

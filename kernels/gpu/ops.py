@@ -8,16 +8,24 @@ import torch
 
 from kernels.backend import rotation_tables
 from kernels.collectives import Collectives
-from kernels.gpu import fused
 from kernels.gpu.attention import AttentionShape
-from kernels.gpu.launch import Config, power_of_two
-from kernels.gpu.matmul import MAX_FEW, Form, MatmulShape, values_kernel
+from kernels.gpu.configs import (
+    embed_config,
+    gated_config,
+    norm_config,
+    quantize_config,
+    rope_config,
+    select_config,
+    values_config,
+)
+from kernels.gpu.decode import DecodeShape
+from kernels.gpu.launch import power_of_two
+from kernels.gpu.matmul import MAX_FEW, MatmulShape
 from kernels.gpu.single import RowShape, digits_of
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight
 from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
 
-MAX_BLOCK = 4096
 # From so many rows on, weights in groups are made floats for cuBLAS, so many elements at a time.
 MANY_ROWS = 96
 SCRATCH_ELEMENTS = 16 << 20
@@ -294,6 +302,55 @@ class GpuOps:
             merge.launch(grid, out, partial, sums, s.query_starts, bucket.sequences)
         return out
 
+    def fits_decode(self, heads: Heads) -> bool:
+        """Whether `decode_attention` takes these heads."""
+        return DecodeShape.fits(heads) and not self._invariant
+
+    def decode_attention(
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        rope: Rope,
+        norms: HeadNorms | None,
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:
+        """`rope_write_kv` and `attention` of chunks of one token each."""
+        cache, s, rows = self._caches[layer], self._staging, self.bucket.rows
+        quantized = cache.key_scales is not None
+        shape = DecodeShape(
+            heads, self._page, self._dtype, quantized, window > 0, norms is not None, rows
+        )
+        out = self._rows(rows, heads.query * heads.dim)
+        partial, sums = shape.workspace(qkv.device)
+        cosine, sine = self._rotation(rope)
+        shape.config().launch(
+            shape.grid,
+            out,
+            partial,
+            sums,
+            self._workspace.arrived(rows * heads.kv),
+            qkv,
+            cache.keys,
+            cache.values,
+            cache.key_scales if quantized else cache.keys,
+            cache.value_scales if quantized else cache.values,
+            s.query_starts,
+            s.context_lengths,
+            s.kv_slots,
+            s.page_table,
+            cosine,
+            sine,
+            gpu(norms.query).tensor if norms else cosine,
+            gpu(norms.key).tensor if norms else cosine,
+            norms.eps if norms else 0.0,
+            scale * LOG2_E,
+            window,
+            s.page_table.shape[1],
+        )
+        return out
+
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         width = x.shape[1] // 2
         out = self._rows(len(x), width)
@@ -364,69 +421,3 @@ def dense_linear(
         torch.mm(x.to(out.dtype), matrix.to(out.dtype), out=out)
     if bias is not None:
         out.add_(bias)
-
-
-def _blocks(width: int) -> tuple[int, int]:
-    """How a row is cut: the size of a block and how many there are."""
-    block = min(power_of_two(width), MAX_BLOCK)
-    return block, -(-width // block)
-
-
-def _warps(block: int) -> int:
-    """Warps of a program that handles so many elements: 8 or more a thread."""
-    return max(1, min(16, block // 256))
-
-
-def embed_config(width: int, form: Form) -> tuple[Config, int]:
-    """The lookup in a table of this form, and the blocks of its rows."""
-    block, count = _blocks(width)
-    sizes = {"WIDTH": width, "BLOCK": block}
-    if form.format == "float":
-        return Config(fused.embed_kernel, sizes, _warps(block)), count
-    kernel = fused.embed_numbers_kernel
-    return Config(kernel, {**sizes, **form.constants}, _warps(block)), count
-
-
-def values_config(inputs: int, form: Form) -> tuple[Config, int]:
-    """A weight of this form as floats, and the blocks of its rows."""
-    block, count = _blocks(inputs)
-    sizes = {"INPUTS": inputs, "BLOCK": block}
-    return Config(values_kernel, {**sizes, **form.constants}, _warps(block)), count
-
-
-def norm_config(width: int, *, add: bool) -> Config:
-    """A norm over rows of this width."""
-    block = power_of_two(width)
-    return Config(fused.norm_kernel, {"WIDTH": width, "BLOCK": block, "ADD": add}, _warps(block))
-
-
-def quantize_config(width: int) -> Config:
-    """Int8 rows of this width."""
-    block = power_of_two(width)
-    return Config(fused.quantize_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block))
-
-
-def rope_config(heads: Heads, *, norms: bool, quantized: bool) -> Config:
-    """Rotation and the cache's writes."""
-    constants = {
-        "QUERY_HEADS": heads.query,
-        "KV_HEADS": heads.kv,
-        "DIM": heads.dim,
-        "BLOCK": power_of_two(heads.dim // 2),
-        "NORMS": norms,
-        "QUANTIZED": quantized,
-    }
-    return Config(fused.rope_write_kernel, constants, 1)
-
-
-def gated_config(width: int, activation: Activation) -> tuple[Config, int]:
-    """A gate of this width, and the blocks of its rows."""
-    block, count = _blocks(width)
-    constants = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation}
-    return Config(fused.gated_kernel, constants, _warps(block)), count
-
-
-def select_config(width: int) -> tuple[Config, int]:
-    """A gather of rows, and their blocks."""
-    block, count = _blocks(width)
-    return Config(fused.select_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count

@@ -56,6 +56,22 @@ def finish(result, up, out, bias, residual, output, outputs, ACTIVATION: tl.cons
 
 
 @triton.jit
+def read(places, inside, WHOLE: tl.constexpr):
+    """What lies there; all of it is inside if WHOLE."""
+    return tl.load(places) if WHOLE else tl.load(places, mask=inside, other=0)
+
+
+@triton.jit
+def read_once(places, inside, WHOLE: tl.constexpr):
+    """The same of weights, which need not stay in the cache."""
+    if WHOLE:
+        values = tl.load(places, eviction_policy="evict_first")
+    else:
+        values = tl.load(places, mask=inside, other=0, eviction_policy="evict_first")
+    return values
+
+
+@triton.jit
 def float_row_kernel(
     out,
     x,
@@ -68,6 +84,7 @@ def float_row_kernel(
     INPUTS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
@@ -81,9 +98,9 @@ def float_row_kernel(
     row = tl.minimum(output, outputs - 1).to(tl.int64)
     base = weight + row[:, None] * INPUTS + column[None, :]
     other = base + outputs.to(tl.int64) * INPUTS
-    first = tl.load(base, mask=column[None, :] < INPUTS, other=0.0)
+    first = read_once(base, column[None, :] < INPUTS, WHOLE)
     if ACTIVATION != "":
-        second = tl.load(other, mask=column[None, :] < INPUTS, other=0.0)
+        second = read_once(other, column[None, :] < INPUTS, WHOLE)
     enter(EARLY)
     sums = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
     ups = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
@@ -91,16 +108,16 @@ def float_row_kernel(
     for block in tl.static_range(0, (INPUTS + BLOCK_IN - 1) // BLOCK_IN):
         at = block * BLOCK_IN + column
         inside = at < INPUTS
-        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        values = read(x + at, inside, WHOLE).to(tl.float32)
         if NORM:
             squares += values * values
-            values *= tl.load(norm + at, mask=inside, other=0.0)
+            values *= read(norm + at, inside, WHOLE)
         if block > 0:
-            first = tl.load(base + block * BLOCK_IN, mask=inside[None, :], other=0.0)
+            first = read_once(base + block * BLOCK_IN, inside[None, :], WHOLE)
         sums += first.to(tl.float32) * values[None, :]
         if ACTIVATION != "":
             if block > 0:
-                second = tl.load(other + block * BLOCK_IN, mask=inside[None, :], other=0.0)
+                second = read_once(other + block * BLOCK_IN, inside[None, :], WHOLE)
             ups += second.to(tl.float32) * values[None, :]
     result, up = tl.sum(sums, 1), tl.sum(ups, 1)
     if NORM:
@@ -184,10 +201,10 @@ def digit(word, byte: tl.constexpr):
 
 
 @triton.jit
-def weighted(whole, step, total, scales, lows, known, ZEROS: tl.constexpr):
+def weighted(whole, step, total, scales, lows, known, WHOLE: tl.constexpr, ZEROS: tl.constexpr):
     """A chunk's sum of whole numbers as the value that it stands for."""
-    scale = tl.load(scales, mask=known, other=0.0).to(tl.float32)
-    low = tl.load(lows, mask=known, other=0.0).to(tl.float32)
+    scale = read(scales, known, WHOLE).to(tl.float32)
+    low = read(lows, known, WHOLE).to(tl.float32)
     if ZEROS:
         value = (whole * step + (low + 128.0) * total) * scale
     else:
@@ -213,6 +230,7 @@ def digits_row_kernel(
     ZEROS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -226,34 +244,38 @@ def digits_row_kernel(
     row = tl.minimum(output, outputs - 1).to(tl.int64)[:, None]
     base = weight + row * WORDS + column[None, :]
     other = base + outputs.to(tl.int64) * WORDS
-    first = tl.load(base, mask=column[None, :] < WORDS, other=0)
+    first = read_once(base, column[None, :] < WORDS, WHOLE)
     if ACTIVATION != "":
-        second = tl.load(other, mask=column[None, :] < WORDS, other=0)
+        second = read_once(other, column[None, :] < WORDS, WHOLE)
     enter(EARLY)
     sums = tl.zeros([BLOCK_OUT, CHUNKS], tl.float32)
     ups = tl.zeros([BLOCK_OUT, CHUNKS], tl.float32)
     for block in tl.static_range(0, (WORDS + BLOCK_IN - 1) // BLOCK_IN):
         at, here = block * BLOCK_IN + column, block * CHUNKS + chunk
         inside, known = at < WORDS, here < WORDS // 4
-        high_even = tl.load(digits + at, mask=inside, other=0)[None, :]
-        high_odd = tl.load(digits + WORDS + at, mask=inside, other=0)[None, :]
-        low_even = tl.load(digits + 2 * WORDS + at, mask=inside, other=0)[None, :]
-        low_odd = tl.load(digits + 3 * WORDS + at, mask=inside, other=0)[None, :]
-        step = tl.load(steps + here, mask=known, other=0.0)[None, :]
-        total = tl.load(totals + here, mask=known, other=0.0)[None, :]
+        high_even = read(digits + at, inside, WHOLE)[None, :]
+        high_odd = read(digits + WORDS + at, inside, WHOLE)[None, :]
+        low_even = read(digits + 2 * WORDS + at, inside, WHOLE)[None, :]
+        low_odd = read(digits + 3 * WORDS + at, inside, WHOLE)[None, :]
+        step = read(steps + here, known, WHOLE)[None, :]
+        total = read(totals + here, known, WHOLE)[None, :]
         place = row * groups + (here * 32 // GROUP)[None, :]
         if block > 0:
-            first = tl.load(base + block * BLOCK_IN, mask=inside[None, :], other=0)
+            first = read_once(base + block * BLOCK_IN, inside[None, :], WHOLE)
         whole = products(first, high_even, high_odd, low_even, low_odd, INLINE)
         whole = tl.sum(tl.reshape(whole, [BLOCK_OUT, CHUNKS, 4]), 2).to(tl.float32)
-        sums += weighted(whole, step, total, scales + place, lows + place, known[None, :], ZEROS)
+        sums += weighted(
+            whole, step, total, scales + place, lows + place, known[None, :], WHOLE, ZEROS
+        )
         if ACTIVATION != "":
             if block > 0:
-                second = tl.load(other + block * BLOCK_IN, mask=inside[None, :], other=0)
+                second = read_once(other + block * BLOCK_IN, inside[None, :], WHOLE)
             whole = products(second, high_even, high_odd, low_even, low_odd, INLINE)
             whole = tl.sum(tl.reshape(whole, [BLOCK_OUT, CHUNKS, 4]), 2).to(tl.float32)
             place += outputs.to(tl.int64) * groups
-            ups += weighted(whole, step, total, scales + place, lows + place, known[None, :], ZEROS)
+            ups += weighted(
+                whole, step, total, scales + place, lows + place, known[None, :], WHOLE, ZEROS
+            )
     finish(
         tl.sum(sums, 1), tl.sum(ups, 1), out, bias, residual, output, outputs, ACTIVATION, BIAS, ADD
     )
@@ -274,41 +296,39 @@ class RowShape:
     inline: bool = False
 
     @property
-    def block_out(self) -> int:
-        """Outputs of a program."""
-        if self.activation:
-            return 2
-        if self.form.format == "float" and self.inputs <= 2048 and self.outputs < 8192:
-            return 2
-        return 4
-
-    @property
-    def block_in(self) -> int:
-        """Columns, or words, that a program reads at once."""
+    def blocks(self) -> tuple[int, int, int]:
+        """Outputs of a program, the columns or words that it reads at once, and its warps: what was
+        fastest on an H200."""
+        gated = self.activation != ""
         if self.form.format == "group4":
-            return min(512, power_of_two(self.form.stride))
-        few = self.outputs < 8192 and not 2048 < self.inputs <= 4096
-        return min(2048 if few else 1024, power_of_two(self.inputs))
+            outputs, warps = (2, 1) if gated else (4, 1 if self.inputs >= 8192 else 2)
+            return outputs, min(256, power_of_two(self.form.stride)), warps
+        if gated and self.inputs <= 2048:
+            return 1, power_of_two(self.inputs), 2
+        return 4, min(1024, power_of_two(self.inputs)), 4
 
     @property
     def grid(self) -> tuple[int]:
         """Programs."""
-        return (-(-self.outputs // self.block_out),)
+        return (-(-self.outputs // self.blocks[0]),)
 
     def config(self) -> Config:
         """How the matmul is compiled."""
+        block_out, block_in, warps = self.blocks
+        columns = self.form.stride if self.form.format == "group4" else self.inputs
         shared: dict[str, Any] = {
-            "BLOCK_OUT": self.block_out,
-            "BLOCK_IN": self.block_in,
+            "BLOCK_OUT": block_out,
+            "BLOCK_IN": block_in,
+            "WHOLE": columns % block_in == 0,
             "BIAS": self.bias,
             "ADD": self.add,
             "ACTIVATION": self.activation,
         }
         if self.form.format == "group4":
             form = self.form
-            more = {"WORDS": form.stride, "GROUP": form.group, "ZEROS": form.zeros}
-            return Config(digits_row_kernel, {**shared, **more, "INLINE": self.inline}, 4, stages=1)
-        warps = 4 if self.block_out * self.block_in >= 8192 else 2
+            more: dict[str, Any] = {"WORDS": form.stride, "GROUP": form.group, "ZEROS": form.zeros}
+            more["INLINE"] = self.inline
+            return Config(digits_row_kernel, {**shared, **more}, warps, stages=1)
         more = {"INPUTS": self.inputs, "NORM": self.norm}
         return Config(float_row_kernel, {**shared, **more}, warps, stages=1)
 

@@ -1,0 +1,76 @@
+"""How the kernels between matmuls are compiled for rows of some width."""
+
+from __future__ import annotations
+
+from kernels.gpu import fused
+from kernels.gpu.launch import Config, power_of_two
+from kernels.gpu.matmul import Form, values_kernel
+from kernels.ops import Activation, Heads
+
+MAX_BLOCK = 4096
+
+
+def _blocks(width: int) -> tuple[int, int]:
+    """How a row is cut: the size of a block and how many there are."""
+    block = min(power_of_two(width), MAX_BLOCK)
+    return block, -(-width // block)
+
+
+def _warps(block: int) -> int:
+    """Warps of a program that handles so many elements: 8 or more a thread."""
+    return max(1, min(16, block // 256))
+
+
+def embed_config(width: int, form: Form) -> tuple[Config, int]:
+    """The lookup in a table of this form, and the blocks of its rows."""
+    block, count = _blocks(width)
+    sizes = {"WIDTH": width, "BLOCK": block}
+    if form.format == "float":
+        return Config(fused.embed_kernel, sizes, _warps(block)), count
+    kernel = fused.embed_numbers_kernel
+    return Config(kernel, {**sizes, **form.constants}, _warps(block)), count
+
+
+def values_config(inputs: int, form: Form) -> tuple[Config, int]:
+    """A weight of this form as floats, and the blocks of its rows."""
+    block, count = _blocks(inputs)
+    sizes = {"INPUTS": inputs, "BLOCK": block}
+    return Config(values_kernel, {**sizes, **form.constants}, _warps(block)), count
+
+
+def norm_config(width: int, *, add: bool) -> Config:
+    """A norm over rows of this width."""
+    block = power_of_two(width)
+    return Config(fused.norm_kernel, {"WIDTH": width, "BLOCK": block, "ADD": add}, _warps(block))
+
+
+def quantize_config(width: int) -> Config:
+    """Int8 rows of this width."""
+    block = power_of_two(width)
+    return Config(fused.quantize_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block))
+
+
+def rope_config(heads: Heads, *, norms: bool, quantized: bool) -> Config:
+    """Rotation and the cache's writes."""
+    constants = {
+        "QUERY_HEADS": heads.query,
+        "KV_HEADS": heads.kv,
+        "DIM": heads.dim,
+        "BLOCK": power_of_two(heads.dim // 2),
+        "NORMS": norms,
+        "QUANTIZED": quantized,
+    }
+    return Config(fused.rope_write_kernel, constants, 1)
+
+
+def gated_config(width: int, activation: Activation) -> tuple[Config, int]:
+    """A gate of this width, and the blocks of its rows."""
+    block, count = _blocks(width)
+    constants = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation}
+    return Config(fused.gated_kernel, constants, _warps(block)), count
+
+
+def select_config(width: int) -> tuple[Config, int]:
+    """A gather of rows, and their blocks."""
+    block, count = _blocks(width)
+    return Config(fused.select_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count

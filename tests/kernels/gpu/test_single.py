@@ -1,0 +1,144 @@
+"""Matmuls of one row with what stands around them, and tapes that are made for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+
+from engine.models import load_model
+from engine.weights.checkpoint import open_checkpoint
+from kernels.backend import CacheLayout, select_backend
+from kernels.gpu.backend import GpuBackend
+from kernels.gpu.fuse import fuse, fuse_attention
+from kernels.gpu.ops import GpuOps, Workspace
+from kernels.gpu.program import split
+from kernels.gpu.staging import Staging
+from kernels.gpu.weights import GpuWeight, place, unpack_nibbles
+from kernels.ops import Handle, Recorder
+from tests.kernels.gpu.filled import HOST, gpu_vector, program_of
+from tests.kernels.native import Host, chunks_batch, quantized
+from tests.tiny import write_llama
+
+FORMS = {
+    "float32": lambda: place("w", [random(70, 300)], [], "float32", torch.float32, HOST),
+    "int4": lambda: place("w", [random(70, 300)], [], "int4", torch.float32, HOST),
+    "long int4": lambda: place("w", [random(70, 2200)], [], "int4", torch.float32, HOST),
+    "Q4_1": lambda: place("w", [quantized(Type.Q4_1, 70, 160)], [], "auto", torch.float32, HOST),
+}
+
+
+def random(outputs: int, inputs: int) -> Host:
+    return Host(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(inputs)))
+
+
+def values_of(weight: GpuWeight) -> torch.Tensor:
+    """What a weight stands for, fp64."""
+    if weight.format == "float":
+        return weight.tensor.double()
+    assert weight.scales is not None
+    assert weight.lows is not None
+    inputs = weight.shape[1]
+    numbers = unpack_nibbles(weight.tensor, inputs).double()
+    scale, low = (
+        t.double().repeat_interleave(weight.group, 1)[:, :inputs]
+        for t in (weight.scales, weight.lows)
+    )
+    return (numbers + 128 + low) * scale if weight.zeros else numbers * scale + low
+
+
+def ops() -> GpuOps:
+    return GpuOps([], 4, Staging(1, 1, 1, 0, HOST), Workspace(HOST), torch.float32, 16, False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("around", ["nothing", "norm and residual", "norm and gate", "bias"])
+def test_a_row_equals_the_ops_one_by_one(form: str, around: str) -> None:
+    weight = FORMS[form]()
+    values, inputs = values_of(weight), weight.shape[1]
+    x = random(1, inputs).values
+    norm = 1 + 0.3 * random(1, inputs).values[0]
+    residual = random(1, 70).values
+    normed = x.double() * torch.rsqrt(x.double().square().mean() + 1e-5) * norm
+    if around == "nothing":
+        found, wanted = ops().row_linear(x, weight, None, 0.0, None, ""), x.double() @ values.T
+    elif around == "bias":
+        bias = torch.arange(70.0)
+        biased = GpuWeight(**{**vars(weight), "bias": bias})
+        found = ops().row_linear(x, biased, None, 0.0, None, "")
+        wanted = x.double() @ values.T + bias
+    elif around == "norm and gate":
+        found = ops().row_linear(x, weight, gpu_vector(norm), 1e-5, None, "silu")
+        gate, up = (normed @ values.T).split(35, 1)
+        wanted = torch.nn.functional.silu(gate) * up
+    else:
+        found = ops().row_linear(x, weight, gpu_vector(norm), 1e-5, residual, "")
+        wanted = normed @ values.T + residual
+    # A row of digits keeps 14 bits of the largest of each 32.
+    most = 1e-6 if weight.format == "float" else 2e-4
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < most
+
+
+def test_rows_of_zeros_and_of_huge_numbers_have_digits_too() -> None:
+    weight = FORMS["int4"]()
+    for factor in (0.0, 1e30, 1e-20):
+        x = random(1, 300).values * factor
+        found = ops().row_linear(x, weight, None, 0.0, None, "")
+        wanted = (x.double() @ values_of(weight).T).float()
+        assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-3 * factor)
+
+
+def recorded(path: Path) -> Any:
+    backend = GpuBackend("bfloat16", "bfloat16", HOST)
+    model = load_model(open_checkpoint(path), backend)
+    recorder = Recorder()
+    return recorder.finish(model.forward(recorder))
+
+
+def test_norms_gates_and_sums_go_into_the_matmuls(tmp_path: Path) -> None:
+    layers, head = split(recorded(write_llama(tmp_path, head_dim=32)))
+    kept = {a.index for i, _ in head for a in i.arguments if isinstance(a, Handle)}
+    steps = fuse(fuse_attention(layers, kept, lambda _: True), kept, lambda _: True)
+    ops_ = [instruction.op for instruction, _ in steps]
+    block = ["row_linear", "decode_attention", "row_linear", "row_linear", "row_linear"]
+    assert ops_ == ["embed", *block, *block, "select_rows", "select_rows"]
+    norms = [i.arguments[2] is not None for i, _ in steps if i.op == "row_linear"]
+    sums = [i.arguments[4] is not None for i, _ in steps if i.op == "row_linear"]
+    gates = [i.arguments[5] for i, _ in steps if i.op == "row_linear"]
+    assert norms == [True, False, True, False] * 2
+    # The last sum is left to the head, which first selects rows.
+    assert sums == [False, True, False, True, False, True, False, False]
+    assert gates == ["", "", "silu", ""] * 2
+    made = {h.index for i, _ in steps for h in i.results}
+    freed = [index for _, dead in steps for index in dead]
+    assert sorted(freed) == sorted(made - kept)
+    assert len(set(freed)) == len(freed)
+
+
+def test_what_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
+    layers, head = split(recorded(write_llama(tmp_path)))
+    kept = {a.index for i, _ in head for a in i.arguments if isinstance(a, Handle)}
+    steps = fuse(fuse_attention(layers, kept, lambda _: False), kept, lambda _: False)
+    assert [i for i, _ in steps] == [i for i, _ in layers]
+
+
+def test_single_tokens_give_the_references_logits(tmp_path: Path) -> None:
+    path = write_llama(tmp_path, head_dim=32)
+    backend, _ = select_backend("reference", dtype="float32", cache_dtype="auto", threads=1)
+    model = load_model(open_checkpoint(path), backend)
+    backend.allocate_cache(CacheLayout(2, model.config.heads, 4, "float32"), 128)
+    recorder = Recorder()
+    reference = backend.compile(recorder.finish(model.forward(recorder)), 512)
+    program, _ = program_of(path)
+    rng = np.random.default_rng(0)
+    tables = rng.permutation(120).reshape(4, 30).astype(np.int32)
+    for counts, starts in (([9, 4], [0, 0]), ([1, 1], [9, 4]), ([1], [10]), ([1], [11])):
+        tokens = [rng.integers(0, 260, count).tolist() for count in counts]
+        batch = chunks_batch(tokens, starts, tables, 4)
+        program.forward(batch)
+        reference.forward(batch)
+        assert torch.allclose(program.logits(), reference.logits(), atol=1e-4)
