@@ -87,17 +87,18 @@ async def through_engine(folder: Path, requests: Requests, settings: dict[str, A
             return seen
 
         await run(requests[0][0], 2)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         async with anyio.create_task_group() as group:
             for prompt, count in requests:
                 group.start_soon(run, prompt, count)
-        together = time.perf_counter() - start
+        together, busy = time.perf_counter() - start, time.process_time() - busy
         start = time.perf_counter()
         alone = await run(*requests[0])
         return {
             "device": engine.parts.device,
             "load_seconds": loaded,
             "seconds": together,
+            "cpu_seconds": busy,
             "tokens_per_second": sum(count for _, count in requests) / together,
             "alone_tokens_per_second": alone / (time.perf_counter() - start),
         }

@@ -106,7 +106,10 @@ def decode_launches(model: Dimensions, rows: int, *, quantized: bool) -> Iterato
             **dict.fromkeys(("query_norm", "key_norm"), pointer(F32)),
             **dict.fromkeys(("arrived", "query_starts", "context_lengths"), pointer(INT32)),
             **dict.fromkeys(("slots", "page_table"), pointer(INT32)),
-            "eps": "fp32", "scale": "fp32", "window": "i32", "table_width": "i32",
+            "eps": "fp32",
+            "scale": "fp32",
+            "window": "i32",
+            "table_width": "i32",
         }
         kind = f"{'window ' if windowed else ''}{'int8' if quantized else 'bf16'}"
         yield _named(f"decode {kind} {rows}", shape.config(), types)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -49,12 +53,15 @@ class Config:
     stages: int = 2
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Run it; `arguments` are the kernel's other ones, in order."""
+        """Run it; `arguments` are the kernel's other ones, in order. Inside `compiling` it is only
+        compiled."""
         options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
         early = early_launches(arguments[0].device)
         if early:
             options["launch_pdl"] = True
-        self.kernel[grid](*arguments, **self.constants, EARLY=early, **options)
+        self.kernel.run(
+            *arguments, grid=grid, warmup=_compiling.get(), **self.constants, EARLY=early, **options
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,21 @@ class Compiled:
     signature: Mapping[str, str]
     aligned: tuple[str, ...] = field(default=())
     """Integer arguments that are multiples of 16; pointers always are."""
+
+
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Launches inside compile their kernels, as many at once as there are cores, and run nothing;
+    at the end all are there. Raises what the compiler does."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+        token = _compiling.set(True)
+        try:
+            yield
+        finally:
+            _compiling.reset(token)
 
 
 @cache

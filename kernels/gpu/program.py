@@ -7,7 +7,7 @@ one memory pool; nothing is compiled afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from kernels.batch import Batch, Samples, Sampling
 from kernels.gpu.draws import Draws
 from kernels.gpu.fuse import Step, fuse, fuse_attention, handles
+from kernels.gpu.launch import compiling
 from kernels.gpu.ops import Bucket, GpuOps
 from kernels.gpu.staging import Staging
 from kernels.ops import Handle, Rows, Tape
@@ -53,10 +54,18 @@ class Graphs:
         # One stream for all: cuBLAS keeps a workspace for each that it sees.
         self._stream: Any = torch.cuda.Stream(device) if self._capture else None  # type: ignore[no-untyped-call]
 
-    def prepare(self, key: Any, launches: Callable[[], None]) -> None:
-        """Compile, warm up and capture; without a key only what comes before."""
+    def prepare_all(self, launches: Mapping[Any, Callable[[], None]]) -> None:
+        """Compile everything at once, then warm up and capture one by one, in this order."""
         if not self._capture:
             return
+        with compiling():
+            for launch in launches.values():
+                launch()
+        for key, launch in launches.items():
+            self.prepare(key, launch)
+
+    def prepare(self, key: Any, launches: Callable[[], None]) -> None:
+        """Warm up and capture; without a key only what comes before."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             launches()
@@ -200,17 +209,17 @@ class GpuProgram:
 
     @torch.inference_mode()
     def _prepare(self) -> None:
-        prepare = self._graphs.prepare
-        prepare(None, partial(self._draws.warm_up, self._logits))
+        launches: dict[Any, Callable[[], None]] = {None: partial(self._draws.warm_up, self._logits)}
         for size in reversed(self._row_buckets):
-            prepare(self._mixed(size), partial(self._run_layers, self._mixed(size)))
+            launches[self._mixed(size)] = partial(self._run_layers, self._mixed(size))
         for size in reversed(self._decode_buckets):
-            prepare(self._decode(size), partial(self._run_layers, self._decode(size)))
+            launches[self._decode(size)] = partial(self._run_layers, self._decode(size))
         for size in reversed(self._sample_buckets):
-            prepare(size, partial(self._run_head, size))
+            launches[size] = partial(self._run_head, size)
             for filtered in (True, False):
-                launch = partial(self._draws.launch, size, self._logits, filtered=filtered)
-                prepare(("draw", size, filtered), launch)
+                draw = partial(self._draws.launch, size, self._logits, filtered=filtered)
+                launches["draw", size, filtered] = draw
+        self._graphs.prepare_all(launches)
 
     def _run_layers(self, bucket: Bucket) -> None:
         """The layers, and the rows of their results that the head wants, at a fixed place."""
