@@ -162,7 +162,7 @@ def row_launches(model: Dimensions) -> Iterator[Compiled]:
         "inputs": "i32",
     }
     for name, (outputs, inputs, norm, add, activation) in shapes.items():
-        forms = [Form("float"), *(Form("group4", inputs // 8, g, zeros) for g, zeros in FOURS)]
+        forms = [Form("float"), *(Form("group4", inputs // 8, g, z, inputs // g) for g, z in FOURS)]
         for form in forms:
             shape = RowShape(outputs, inputs, form, False, norm, add, activation, inline=True)
             config, kind = shape.config(), str(form.format)

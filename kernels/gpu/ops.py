@@ -96,8 +96,8 @@ class GpuOps:
         # Machine instructions are written out where there is a machine, and for bf16.
         self._inline = workspace.device.type == "cuda" and dtype == torch.bfloat16
         self.bucket = Bucket(1, 1, 1, True)
-        self.logits: torch.Tensor | None = None
-        """Where the next op writes, if it makes logits."""
+        self.target: torch.Tensor | None = None
+        """Where the next op writes, if it makes logits or selects rows."""
 
     def embed(self, table: Weight, scale: float, first: int = 0) -> torch.Tensor:
         weight, s = gpu(table), self._staging
@@ -131,8 +131,8 @@ class GpuOps:
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         placed = gpu(weight)
-        if self.logits is not None:
-            out = self.logits[: len(x)]
+        if self.target is not None:
+            out = self.target[: len(x)]
         else:
             out = self._rows(len(x), weight.shape[0])
         if not self._invariant and self._dense(out, x, placed):
@@ -220,7 +220,7 @@ class GpuOps:
             activation,
             self._inline,
         )
-        out = self._rows(1, shape.outputs) if self.logits is None else self.logits[:1]
+        out = self._rows(1, shape.outputs) if self.target is None else self.target[:1]
         bias = placed.bias if placed.bias is not None else placed.tensor
         scale = gpu(norm).tensor if norm is not None else None
         added = residual if residual is not None else x
@@ -231,8 +231,7 @@ class GpuOps:
         digits = digits_of(x, shape, scale, eps)
         whole = (digits.numbers, digits.steps, digits.totals)
         tables = (placed.tensor, placed.scales, placed.lows)
-        sizes = (shape.outputs, placed.groups)
-        shape.config().launch(shape.grid, out, *whole, *tables, bias, added, *sizes)
+        shape.config().launch(shape.grid, out, *whole, *tables, bias, added, shape.outputs)
         return out
 
     def rope_write_kv(
@@ -359,7 +358,8 @@ class GpuOps:
         return out
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._rows(self.bucket.samples, x.shape[1])
+        rows = self.bucket.samples
+        out = self._rows(rows, x.shape[1]) if self.target is None else self.target[:rows]
         config, blocks = select_config(x.shape[1])
         config.launch((self.bucket.samples, blocks), out, x, self._staging.sample_rows)
         return out
@@ -371,9 +371,9 @@ class GpuOps:
     def all_gather(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
         assert self._collectives is not None, "one rank has nobody to meet"
         gathered = self._collectives.all_gather(x, widths)
-        if self.logits is None:
+        if self.target is None:
             return gathered
-        return self.logits[: len(x)].copy_(gathered)
+        return self.target[: len(x)].copy_(gathered)
 
     def _matmul_shape(self, rows: int, weight: GpuWeight) -> MatmulShape:
         outputs, inputs = weight.shape

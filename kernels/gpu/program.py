@@ -230,9 +230,11 @@ class GpuProgram:
         values = self._replay(steps, {})
         for index, value in values.items():
             if index not in self._selected:
+                # From the next time on they are written there.
                 size = (self._limits.samples, value.shape[1])
-                self._selected[index] = torch.zeros(size, dtype=value.dtype, device=self._device)
-            self._selected[index][: bucket.samples].copy_(value)
+                kept = torch.zeros(size, dtype=value.dtype, device=self._device)
+                kept[: bucket.samples].copy_(value)
+                self._selected[index] = self._targets[index] = kept
 
     def _replay_draw(self, count: int, filtered: bool) -> None:
         rows = fit(count, self._sample_buckets)
@@ -248,7 +250,7 @@ class GpuProgram:
             arguments = [
                 values[a.index] if isinstance(a, Handle) else a for a in instruction.arguments
             ]
-            self._ops.logits = self._targets.get(instruction.results[-1].index)
+            self._ops.target = self._targets.get(instruction.results[-1].index)
             produced = getattr(self._ops, instruction.op)(*arguments)
             if len(instruction.results) == 1:
                 produced = (produced,)
