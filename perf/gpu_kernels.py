@@ -18,7 +18,7 @@ from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, place, unpack_nibbles
-from kernels.ops import Heads, Rope
+from kernels.ops import Heads
 
 PAGE = 16
 BF16 = torch.bfloat16
@@ -117,18 +117,6 @@ class Attention:
         """bf16 `[rows, query heads * dim]`."""
         return self.ops.attention(self.queries, 0, self.heads, self.heads.dim**-0.5, 0)
 
-    def prepare_decode(self) -> None:
-        """Queries, and the newest keys and values, as a projection makes them."""
-        heads, device = self.heads, self.queries.device
-        self.qkv = torch.randn(len(self.queries), heads.qkv_width, device=device).to(BF16)
-        self.rope = Rope(tuple(10000.0 ** (-2 * i / heads.dim) for i in range(heads.dim // 2)))
-        self.queries = self.ops.rope_write_kv(self.qkv, 0, heads, self.rope, None)
-
-    def decode(self) -> torch.Tensor:
-        """bf16 `[rows, query heads * dim]`, from the projection on."""
-        heads = self.heads
-        return self.ops.decode_attention(self.qkv, 0, heads, self.rope, None, heads.dim**-0.5, 0)
-
     def exact(self) -> torch.Tensor:
         """The same in float64, from what the cache holds."""
         heads, first, outputs = self.heads, 0, []
@@ -205,11 +193,6 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 label = f"attention {name} {'int8' if quantized else 'bf16'}"
                 label += " invariant" if invariant else ""
                 check(label, made.run, made.exact(), 2e-2)
-    before = [long, 0, 33, 200]
-    for quantized in (False, True):
-        made = Attention(device, heads, [1] * 4, before, quantized=quantized)
-        made.prepare_decode()
-        check(f"decode {'int8' if quantized else 'bf16'}", made.decode, made.exact(), 2e-2)
     outputs, inputs = (70, 160) if smoke else (4096, 4096)
     matrix = torch.randn(outputs, inputs, device=device).to(BF16)
     formats: tuple[WeightFormat, ...] = ("int4",) if smoke else ("bfloat16", "int8", "int4")
@@ -334,14 +317,12 @@ def time_kernels(device: torch.device) -> list[str]:
             made = [
                 Attention(device, heads, [1] * rows, [context - 1] * rows) for _ in range(count)
             ]
-            for one in made:
-                one.prepare_decode()
             q = made[0].queries.view(rows, heads.query, 1, heads.dim)
             kv = [[torch.randn(shape, device=device).to(BF16) for _ in "kv"] for _ in range(count)]
             peers = [partial(sdpa, q, k, v, enable_gqa=True) for k, v in kv]
             bound = attention_seconds(model, card, rows, context)
             name = f"decode attention {model.name} {rows}x{context}"
-            line(name, [one.decode for one in made], peers, bound)
+            line(name, [one.run for one in made], peers, bound)
             del made, kv, peers
     for model in (LLAMA_1B, LLAMA_8B):
         for part, outputs, inputs in (

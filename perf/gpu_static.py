@@ -33,7 +33,6 @@ LEAST_WARPS = {
     "attention_kernel": 4,
     "matmul_kernel": 4,
     "float_row_kernel": 8,
-    "decode_kernel": 8,
     "digits_row_kernel": 8,
 }
 INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL")

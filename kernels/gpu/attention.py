@@ -300,7 +300,7 @@ class AttentionShape:
     def _stages(self, padded: int) -> int:
         """How many tiles of keys and values are on their way at once: what compiles unspilled."""
         narrow = self.quantized and not self.hopper and padded <= 64
-        return 2 if padded > 128 or narrow else 3
+        return 2 if padded > 128 or narrow or self._block_n(padded) > 64 else 3
 
     def workspace(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the splits leave their parts: fp32 `[rows, query heads, splits, dim]`, and the

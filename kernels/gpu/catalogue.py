@@ -21,7 +21,6 @@ from kernels.gpu.configs import (
     select_config,
     values_config,
 )
-from kernels.gpu.decode import DecodeShape
 from kernels.gpu.launch import Compiled, Config, pointer
 from kernels.gpu.matmul import Form, Format, MatmulShape
 from kernels.gpu.pages import copy_kernel
@@ -92,29 +91,6 @@ def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
         yield Compiled(f"merge {label}", merge, signature)
 
 
-def decode_launches(model: Dimensions, rows: int, *, quantized: bool) -> Iterator[Compiled]:
-    """A decode's attention with all that it takes over."""
-    for windowed in (False, True):
-        shape = DecodeShape(model.heads, PAGE, BF16, quantized, windowed, model.norms, rows)
-        cache = pointer(INT8 if quantized else BF16)
-        scales = pointer(F32 if quantized else BF16)
-        types = {
-            **dict.fromkeys(("out", "qkv"), pointer(BF16)),
-            **dict.fromkeys(("keys", "values"), cache),
-            **dict.fromkeys(("key_scales", "value_scales"), scales),
-            **dict.fromkeys(("partial", "partial_sums", "cosine", "sine"), pointer(F32)),
-            **dict.fromkeys(("query_norm", "key_norm"), pointer(F32)),
-            **dict.fromkeys(("arrived", "query_starts", "context_lengths"), pointer(INT32)),
-            **dict.fromkeys(("slots", "page_table"), pointer(INT32)),
-            "eps": "fp32",
-            "scale": "fp32",
-            "window": "i32",
-            "table_width": "i32",
-        }
-        kind = f"{'window ' if windowed else ''}{'int8' if quantized else 'bf16'}"
-        yield _named(f"decode {kind} {rows}", shape.config(), types)
-
-
 def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Compiled:
     """A matmul of a shape."""
     stored = {"float": shape.dtype, "int8": INT8, "group8": INT8, "group4": INT32}[shape.format]
@@ -142,7 +118,7 @@ def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Co
     return Compiled(f"matmul {label}", shape.config(), signature, ("outputs", "inputs", "stride"))
 
 
-def row_launches(model: Dimensions) -> Iterator[Compiled]:
+def row_launches(model: Dimensions, *, hopper: bool) -> Iterator[Compiled]:
     """A row's matmuls, with everything that can stand around them."""
     shapes = {
         "qkv": (model.heads.qkv_width, model.hidden, True, False, ""),
@@ -164,7 +140,7 @@ def row_launches(model: Dimensions) -> Iterator[Compiled]:
     for name, (outputs, inputs, norm, add, activation) in shapes.items():
         forms = [Form("float"), *(Form("group4", inputs // 8, g, z, inputs // g) for g, z in FOURS)]
         for form in forms:
-            shape = RowShape(outputs, inputs, form, False, norm, add, activation, inline=True)
+            shape = RowShape(outputs, inputs, form, False, norm, add, activation, True, hopper)
             config, kind = shape.config(), str(form.format)
             if kind == "group4":
                 kind += f"/{form.group}"
@@ -188,7 +164,7 @@ def values_launches(model: Dimensions) -> Iterator[Compiled]:
         form = Form(kind, stride, group, zeros, model.hidden // group)  # type: ignore[arg-type]
         types = {
             "out": pointer(BF16),
-            "weight": pointer(INT32 if four else INT8),
+            "weight": pointer(torch.int16 if four else INT8),
             "scales": pointer(F16),
             "lows": pointer(BF16 if zeros else F16),
             "first": "i32",
@@ -304,8 +280,6 @@ def launches(
     for quantized in (False, True):
         made += fused_launches(model, quantized=quantized)
         cache = "int8" if quantized else "bf16"
-        for count in (1, 16, 64):
-            made += decode_launches(model, count, quantized=quantized)
         for count in rows:
             for decode in (True, False):
                 if (decode and count > 64) or (not decode and count < 64):
@@ -356,7 +330,7 @@ def launches(
         made += attention_launches(window, f"{'decode' if decode else 'mixed'} window 64")
     few = [(name, MatmulShape(4, *size, "float", 1, BF16, False)) for name, size in widths.items()]
     made += [matmul_launch(shape, f"float {name} 4") for name, shape in few]
-    made += row_launches(model)
+    made += row_launches(model, hopper=hopper)
     made += values_launches(model)
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)

@@ -34,8 +34,12 @@ def embed_config(width: int, form: Form) -> tuple[Config, int]:
 def values_config(inputs: int, form: Form) -> tuple[Config, int]:
     """A weight of this form as floats, and the blocks of its rows."""
     block, count = _blocks(inputs)
-    sizes = {"INPUTS": inputs, "BLOCK": block}
-    return Config(values_kernel, {**sizes, **form.constants}, _warps(block)), count
+    sizes = {**form.constants, "INPUTS": inputs, "BLOCK": block}
+    if form.format == "group4":
+        # Half words, of which each thread takes 16 bytes.
+        sizes["STRIDE"] = form.stride * 2
+        return Config(values_kernel, sizes, max(1, block // 1024)), count
+    return Config(values_kernel, sizes, _warps(block)), count
 
 
 def norm_config(width: int, *, add: bool) -> Config:

@@ -1,7 +1,4 @@
-"""A tape for tokens of their own, and for one row: neighbours become one kernel.
-
-A decode's attention rotates its queries and writes the cache itself. Of one row, what stands before
-and behind a matmul becomes part of it:
+"""A tape for one row: what stands before and behind a matmul becomes part of it.
 
 A norm goes into the matmul that alone reads it, a gate into the one that it alone reads, and the
 sum with the residual into the one that makes its other part.
@@ -13,33 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kernels.ops import Handle, Heads, Instruction, Weight
+from kernels.ops import Handle, Instruction, Weight
 
 Step = tuple[Instruction, tuple[int, ...]]
-
-
-def fuse_attention(
-    steps: Sequence[Step], kept: set[int], fits: Callable[[Heads], bool]
-) -> list[Step]:
-    """The steps with `decode_attention(qkv, layer, heads, rope, norms, scale, window)` in place of
-    each `rope_write_kv` and the `attention` that alone reads it."""
-    found: list[Instruction] = []
-    uses = Counter(h.index for i, _ in steps for h in handles(i.arguments))
-    for instruction, _ in steps:
-        last = found[-1] if found else None
-        if (
-            instruction.op == "attention"
-            and last is not None
-            and last.op == "rope_write_kv"
-            and last.results[0] == instruction.arguments[0]
-            and uses[last.results[0].index] == 1
-            and fits(instruction.arguments[2])
-        ):
-            arguments = (*last.arguments, *instruction.arguments[3:])
-            found[-1] = Instruction("decode_attention", arguments, instruction.results)
-        else:
-            found.append(instruction)
-    return _with_ends(found, kept)
 
 
 def fuse(steps: Sequence[Step], kept: set[int], fits: Callable[[Weight], bool]) -> list[Step]:

@@ -316,20 +316,34 @@ def values_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A weight's rows from `first` on, as floats `[rows, INPUTS]`."""
+    """A weight's rows from `first` on, as floats `[rows, INPUTS]`; 4 bits come as half words."""
     enter(EARLY)
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < INPUTS
-    source = (first + row) * STRIDE
+    source, groups = weight + (first + row) * STRIDE, (first + row) * GROUPS
     if FORMAT == "group4":
-        word = column // 32 * 4 + column % 8 // 2
-        words = tl.load(weight + source + word, mask=inside, other=0)
-        number = ((words >> (column % 32 // 8 * 4 + column % 2 * 16)) & 15).to(tl.float32)
+        half = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        column = half // 8 * 32 + half % 8
+        inside = column < INPUTS
+        words = tl.load(source + half, mask=inside, other=0)
+        factor = tl.load(scales + groups + column // GROUP, mask=inside, other=0.0)
+        low = tl.load(lows + groups + column // GROUP, mask=inside, other=0.0)
+        for part in tl.static_range(4):
+            number = ((words >> (part * 4)) & 15).to(tl.float32)
+            at = column + part * 8
+            place = out + row * INPUTS + at
+            store_values(place, number, factor, low, at < INPUTS, ZEROS)
     else:
-        number = tl.load(weight + source + column, mask=inside, other=0).to(tl.float32)
-    group = (first + row) * GROUPS + column // GROUP
-    factor = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
-    low = tl.load(lows + group, mask=inside, other=0.0).to(tl.float32)
-    number = (number + 128.0 + low) * factor if ZEROS else number * factor + low
-    tl.store(out + row * INPUTS + column, number.to(out.dtype.element_ty), mask=inside)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < INPUTS
+        number = tl.load(source + column, mask=inside, other=0).to(tl.float32)
+        factor = tl.load(scales + groups + column // GROUP, mask=inside, other=0.0)
+        low = tl.load(lows + groups + column // GROUP, mask=inside, other=0.0)
+        store_values(out + row * INPUTS + column, number, factor, low, inside, ZEROS)
+
+
+@triton.jit
+def store_values(place, number, factor, low, inside, ZEROS: tl.constexpr):
+    """What numbers of a group stand for."""
+    factor, low = factor.to(tl.float32), low.to(tl.float32)
+    value = (number + 128.0 + low) * factor if ZEROS else number * factor + low
+    tl.store(place, value.to(place.dtype.element_ty), mask=inside)

@@ -18,7 +18,6 @@ from kernels.gpu.configs import (
     select_config,
     values_config,
 )
-from kernels.gpu.decode import DecodeShape
 from kernels.gpu.launch import power_of_two
 from kernels.gpu.matmul import MAX_FEW, MatmulShape
 from kernels.gpu.single import RowShape, digits_of
@@ -182,10 +181,11 @@ class GpuOps:
         rows = max(1, min(outputs, SCRATCH_ELEMENTS // inputs))
         scratch = self._rows(rows, inputs)
         config, blocks = values_config(inputs, weight.form)
+        tensor = weight.tensor.view(torch.int16) if weight.format == "group4" else weight.tensor
         for first in range(0, outputs, rows):
             count = min(rows, outputs - first)
             config.launch(
-                (count, blocks), scratch, weight.tensor, weight.scales, weight.lows, first,
+                (count, blocks), scratch, tensor, weight.scales, weight.lows, first,
             )  # fmt: skip
             bias = None if weight.bias is None else weight.bias[first : first + count]
             dense_linear(out[:, first : first + count], x, scratch[:count], bias)
@@ -219,6 +219,7 @@ class GpuOps:
             residual is not None,
             activation,
             self._inline,
+            self._workspace.hopper,
         )
         out = self._rows(1, shape.outputs) if self.target is None else self.target[:1]
         bias = placed.bias if placed.bias is not None else placed.tensor
@@ -231,7 +232,8 @@ class GpuOps:
         digits = digits_of(x, shape, scale, eps)
         whole = (digits.numbers, digits.steps, digits.totals)
         tables = (placed.tensor, placed.scales, placed.lows)
-        shape.config().launch(shape.grid, out, *whole, *tables, bias, added, shape.outputs)
+        sizes = (shape.outputs, placed.groups)
+        shape.config().launch(shape.grid, out, *whole, *tables, bias, added, *sizes)
         return out
 
     def rope_write_kv(
@@ -299,55 +301,6 @@ class GpuOps:
         if merge is not None:
             grid = (bucket.rows, heads.query)
             merge.launch(grid, out, partial, sums, s.query_starts, bucket.sequences)
-        return out
-
-    def fits_decode(self, heads: Heads) -> bool:
-        """Whether `decode_attention` takes these heads."""
-        return DecodeShape.fits(heads) and not self._invariant
-
-    def decode_attention(
-        self,
-        qkv: torch.Tensor,
-        layer: int,
-        heads: Heads,
-        rope: Rope,
-        norms: HeadNorms | None,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        """`rope_write_kv` and `attention` of chunks of one token each."""
-        cache, s, rows = self._caches[layer], self._staging, self.bucket.rows
-        quantized = cache.key_scales is not None
-        shape = DecodeShape(
-            heads, self._page, self._dtype, quantized, window > 0, norms is not None, rows
-        )
-        out = self._rows(rows, heads.query * heads.dim)
-        partial, sums = shape.workspace(qkv.device)
-        cosine, sine = self._rotation(rope)
-        shape.config().launch(
-            shape.grid,
-            out,
-            partial,
-            sums,
-            self._workspace.arrived(rows * heads.kv),
-            qkv,
-            cache.keys,
-            cache.values,
-            cache.key_scales if quantized else cache.keys,
-            cache.value_scales if quantized else cache.values,
-            s.query_starts,
-            s.context_lengths,
-            s.kv_slots,
-            s.page_table,
-            cosine,
-            sine,
-            gpu(norms.query).tensor if norms else cosine,
-            gpu(norms.key).tensor if norms else cosine,
-            norms.eps if norms else 0.0,
-            scale * LOG2_E,
-            window,
-            s.page_table.shape[1],
-        )
         return out
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:

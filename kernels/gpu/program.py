@@ -16,7 +16,7 @@ import torch
 
 from kernels.batch import Batch, Samples, Sampling
 from kernels.gpu.draws import Draws
-from kernels.gpu.fuse import Step, fuse, fuse_attention, handles
+from kernels.gpu.fuse import Step, fuse, handles
 from kernels.gpu.launch import compiling
 from kernels.gpu.ops import Bucket, GpuOps
 from kernels.gpu.staging import Staging
@@ -108,8 +108,7 @@ class GpuProgram:
         self._pinned = device.type == "cuda"
         self._layers, self._head = split(tape)
         after = {h.index for i, _ in self._head for h in handles(i.arguments)}
-        self._decode_layers = fuse_attention(self._layers, after, ops.fits_decode)
-        self._row_layers = fuse(self._decode_layers, after, ops.fits_row)
+        self._row_layers = fuse(self._layers, after, ops.fits_row)
         self._row_head = fuse(self._head, {tape.logits.index}, ops.fits_row)
         self._selected: dict[int, torch.Tensor] = {}
         vocab, samples = tape.logits.width, limits.samples
@@ -224,10 +223,8 @@ class GpuProgram:
     def _run_layers(self, bucket: Bucket) -> None:
         """The layers, and the rows of their results that the head wants, at a fixed place."""
         self._ops.bucket = bucket
-        steps = self._layers
-        if bucket.decode:
-            steps = self._row_layers if bucket.rows == 1 else self._decode_layers
-        values = self._replay(steps, {})
+        row = bucket.decode and bucket.rows == 1
+        values = self._replay(self._row_layers if row else self._layers, {})
         for index, value in values.items():
             if index not in self._selected:
                 # From the next time on they are written there.

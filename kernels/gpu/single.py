@@ -40,8 +40,8 @@ PRODUCTS = tl.constexpr(
 
 
 @triton.jit
-def finish(result, up, added, out, bias, output, outputs, ACTIVATION: tl.constexpr,
-           BIAS: tl.constexpr):  # fmt: skip
+def finish(result, up, out, bias, residual, output, outputs, ACTIVATION: tl.constexpr,
+           BIAS: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
     """What comes behind the sums: bias, gate, residual; then they are stored."""
     inside = output < outputs
     if BIAS:
@@ -50,7 +50,9 @@ def finish(result, up, added, out, bias, output, outputs, ACTIVATION: tl.constex
             up += tl.load(bias + outputs + output, mask=inside, other=0.0)
     if ACTIVATION != "":
         result = active(result, ACTIVATION) * up
-    tl.store(out + output, (result + added).to(out.dtype.element_ty), mask=inside)
+    if ADD:
+        result += tl.load(residual + output, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + output, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -67,28 +69,6 @@ def read_once(places, inside, WHOLE: tl.constexpr):
     else:
         values = tl.load(places, mask=inside, other=0, eviction_policy="evict_first")
     return values
-
-
-@triton.jit
-def ahead(base, column, BLOCK_IN: tl.constexpr, INPUTS: tl.constexpr, BLOCKS: tl.constexpr,
-          WHOLE: tl.constexpr):  # fmt: skip
-    """The first two blocks of some rows of weights; the first twice if it is the only one."""
-    first = read_once(base, column[None, :] < INPUTS, WHOLE)
-    second = first
-    if BLOCKS > 1:
-        inside = BLOCK_IN + column < INPUTS
-        second = read_once(base + BLOCK_IN, inside[None, :], WHOLE)
-    return first, second
-
-
-@triton.jit
-def rest(residual, output, outputs, ADD: tl.constexpr):
-    """What is added to the outputs, fp32."""
-    if ADD:
-        added = tl.load(residual + output, mask=output < outputs, other=0.0).to(tl.float32)
-    else:
-        added = tl.zeros_like(output).to(tl.float32)
-    return added
 
 
 @triton.jit
@@ -118,39 +98,32 @@ def float_row_kernel(
     row = tl.minimum(output, outputs - 1).to(tl.int64)
     base = weight + row[:, None] * INPUTS + column[None, :]
     other = base + outputs.to(tl.int64) * INPUTS
-    BLOCKS: tl.constexpr = (INPUTS + BLOCK_IN - 1) // BLOCK_IN
-    # Two blocks of weights are on their way before the kernel in front has ended.
-    gates = ahead(base, column, BLOCK_IN, INPUTS, BLOCKS, WHOLE)
+    first = read_once(base, column[None, :] < INPUTS, WHOLE)
     if ACTIVATION != "":
-        others = ahead(other, column, BLOCK_IN, INPUTS, BLOCKS, WHOLE)
+        second = read_once(other, column[None, :] < INPUTS, WHOLE)
     enter(EARLY)
-    added = rest(residual, output, outputs, ADD)
     sums = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
     ups = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
     squares = tl.zeros([BLOCK_IN], tl.float32)
-    for block in tl.static_range(0, BLOCKS):
+    for block in tl.static_range(0, (INPUTS + BLOCK_IN - 1) // BLOCK_IN):
         at = block * BLOCK_IN + column
         inside = at < INPUTS
         values = read(x + at, inside, WHOLE).to(tl.float32)
         if NORM:
             squares += values * values
             values *= read(norm + at, inside, WHOLE)
-        if block < 2:
-            numbers = gates[block]
-        else:
-            numbers = read_once(base + block * BLOCK_IN, inside[None, :], WHOLE)
-        sums += numbers.to(tl.float32) * values[None, :]
+        if block > 0:
+            first = read_once(base + block * BLOCK_IN, inside[None, :], WHOLE)
+        sums += first.to(tl.float32) * values[None, :]
         if ACTIVATION != "":
-            if block < 2:
-                numbers = others[block]
-            else:
-                numbers = read_once(other + block * BLOCK_IN, inside[None, :], WHOLE)
-            ups += numbers.to(tl.float32) * values[None, :]
+            if block > 0:
+                second = read_once(other + block * BLOCK_IN, inside[None, :], WHOLE)
+            ups += second.to(tl.float32) * values[None, :]
     result, up = tl.sum(sums, 1), tl.sum(ups, 1)
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)
         result, up = result * factor, up * factor
-    finish(result, up, added, out, bias, output, outputs, ACTIVATION, BIAS)
+    finish(result, up, out, bias, residual, output, outputs, ACTIVATION, BIAS, ADD)
 
 
 @triton.jit
@@ -228,26 +201,10 @@ def digit(word, byte: tl.constexpr):
 
 
 @triton.jit
-def scales_ahead(scales, lows, row, here, CHUNKS: tl.constexpr, ALL: tl.constexpr,
-                 GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr,
-                 WHOLE: tl.constexpr):  # fmt: skip
-    """Scales and lowest values of the first two blocks' chunks."""
-    place = row * GROUPS + (here * 32 // GROUP)[None, :]
-    known = (here < ALL)[None, :]
-    first, low = read(scales + place, known, WHOLE), read(lows + place, known, WHOLE)
-    second, second_low = first, low
-    if BLOCKS > 1:
-        here += CHUNKS
-        place = row * GROUPS + (here * 32 // GROUP)[None, :]
-        known = (here < ALL)[None, :]
-        second, second_low = read(scales + place, known, WHOLE), read(lows + place, known, WHOLE)
-    return first, second, low, second_low
-
-
-@triton.jit
-def weighted(whole, step, total, scale, low, ZEROS: tl.constexpr):
+def weighted(whole, step, total, scales, lows, known, WHOLE: tl.constexpr, ZEROS: tl.constexpr):
     """A chunk's sum of whole numbers as the value that it stands for."""
-    scale, low = scale.to(tl.float32), low.to(tl.float32)
+    scale = read(scales, known, WHOLE).to(tl.float32)
+    low = read(lows, known, WHOLE).to(tl.float32)
     if ZEROS:
         value = (whole * step + (low + 128.0) * total) * scale
     else:
@@ -267,9 +224,9 @@ def digits_row_kernel(
     bias,
     residual,
     outputs,
+    groups,
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
     ZEROS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -282,58 +239,46 @@ def digits_row_kernel(
 ):
     """Some outputs of a 4-bit weight `[outputs, WORDS]` for a row of digits (int32 here)."""
     CHUNKS: tl.constexpr = BLOCK_IN // 4
-    BLOCKS: tl.constexpr = (WORDS + BLOCK_IN - 1) // BLOCK_IN
-    ALL: tl.constexpr = WORDS // 4
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     column, chunk = tl.arange(0, BLOCK_IN), tl.arange(0, CHUNKS)
     row = tl.minimum(output, outputs - 1).to(tl.int64)[:, None]
-    up_row = row + outputs
     base = weight + row * WORDS + column[None, :]
-    other = weight + up_row * WORDS + column[None, :]
-    # Two blocks of weights are on their way before the kernel in front has ended.
-    gates = ahead(base, column, BLOCK_IN, WORDS, BLOCKS, WHOLE)
-    units = scales_ahead(scales, lows, row, chunk, CHUNKS, ALL, GROUP, GROUPS, BLOCKS, WHOLE)
+    other = base + outputs.to(tl.int64) * WORDS
+    first = read_once(base, column[None, :] < WORDS, WHOLE)
     if ACTIVATION != "":
-        others = ahead(other, column, BLOCK_IN, WORDS, BLOCKS, WHOLE)
-        up_units = scales_ahead(
-            scales, lows, up_row, chunk, CHUNKS, ALL, GROUP, GROUPS, BLOCKS, WHOLE
-        )
+        second = read_once(other, column[None, :] < WORDS, WHOLE)
     enter(EARLY)
-    added = rest(residual, output, outputs, ADD)
     sums = tl.zeros([BLOCK_OUT, CHUNKS], tl.float32)
     ups = tl.zeros([BLOCK_OUT, CHUNKS], tl.float32)
-    for block in tl.static_range(0, BLOCKS):
+    for block in tl.static_range(0, (WORDS + BLOCK_IN - 1) // BLOCK_IN):
         at, here = block * BLOCK_IN + column, block * CHUNKS + chunk
-        inside, known = at < WORDS, here < ALL
+        inside, known = at < WORDS, here < WORDS // 4
         high_even = read(digits + at, inside, WHOLE)[None, :]
         high_odd = read(digits + WORDS + at, inside, WHOLE)[None, :]
         low_even = read(digits + 2 * WORDS + at, inside, WHOLE)[None, :]
         low_odd = read(digits + 3 * WORDS + at, inside, WHOLE)[None, :]
         step = read(steps + here, known, WHOLE)[None, :]
         total = read(totals + here, known, WHOLE)[None, :]
-        group = (here * 32 // GROUP)[None, :]
-        if block < 2:
-            words, scale, low = gates[block], units[block], units[2 + block]
-        else:
-            place = row * GROUPS + group
-            words = read_once(base + block * BLOCK_IN, inside[None, :], WHOLE)
-            scale = read(scales + place, known[None, :], WHOLE)
-            low = read(lows + place, known[None, :], WHOLE)
-        whole = products(words, high_even, high_odd, low_even, low_odd, INLINE)
+        place = row * groups + (here * 32 // GROUP)[None, :]
+        if block > 0:
+            first = read_once(base + block * BLOCK_IN, inside[None, :], WHOLE)
+        whole = products(first, high_even, high_odd, low_even, low_odd, INLINE)
         whole = tl.sum(tl.reshape(whole, [BLOCK_OUT, CHUNKS, 4]), 2).to(tl.float32)
-        sums += weighted(whole, step, total, scale, low, ZEROS)
+        sums += weighted(
+            whole, step, total, scales + place, lows + place, known[None, :], WHOLE, ZEROS
+        )
         if ACTIVATION != "":
-            if block < 2:
-                words, scale, low = others[block], up_units[block], up_units[2 + block]
-            else:
-                place = up_row * GROUPS + group
-                words = read_once(other + block * BLOCK_IN, inside[None, :], WHOLE)
-                scale = read(scales + place, known[None, :], WHOLE)
-                low = read(lows + place, known[None, :], WHOLE)
-            whole = products(words, high_even, high_odd, low_even, low_odd, INLINE)
+            if block > 0:
+                second = read_once(other + block * BLOCK_IN, inside[None, :], WHOLE)
+            whole = products(second, high_even, high_odd, low_even, low_odd, INLINE)
             whole = tl.sum(tl.reshape(whole, [BLOCK_OUT, CHUNKS, 4]), 2).to(tl.float32)
-            ups += weighted(whole, step, total, scale, low, ZEROS)
-    finish(tl.sum(sums, 1), tl.sum(ups, 1), added, out, bias, output, outputs, ACTIVATION, BIAS)
+            place += outputs.to(tl.int64) * groups
+            ups += weighted(
+                whole, step, total, scales + place, lows + place, known[None, :], WHOLE, ZEROS
+            )
+    finish(
+        tl.sum(sums, 1), tl.sum(ups, 1), out, bias, residual, output, outputs, ACTIVATION, BIAS, ADD
+    )
 
 
 @dataclass(frozen=True)
@@ -349,6 +294,7 @@ class RowShape:
     add: bool = False
     activation: str = ""
     inline: bool = False
+    hopper: bool = True
 
     @property
     def blocks(self) -> tuple[int, int, int]:
@@ -356,7 +302,8 @@ class RowShape:
         fastest on an H200."""
         gated = self.activation != ""
         if self.form.format == "group4":
-            outputs, warps = (2, 1) if gated else (4, 1 if self.inputs >= 8192 else 2)
+            alone = gated or (self.inputs >= 8192 and self.hopper)
+            outputs, warps = 2 if gated else 4, 1 if alone else 2
             return outputs, min(256, power_of_two(self.form.stride)), warps
         if gated and self.inputs <= 2048:
             return 1, power_of_two(self.inputs), 2
@@ -382,7 +329,6 @@ class RowShape:
         if self.form.format == "group4":
             form = self.form
             more: dict[str, Any] = {"WORDS": form.stride, "GROUP": form.group, "ZEROS": form.zeros}
-            more["GROUPS"] = form.groups
             more["INLINE"] = self.inline
             return Config(digits_row_kernel, {**shared, **more}, warps, stages=1)
         more = {"INPUTS": self.inputs, "NORM": self.norm}

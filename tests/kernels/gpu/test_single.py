@@ -14,7 +14,7 @@ from engine.models import load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.gpu.backend import GpuBackend
-from kernels.gpu.fuse import fuse, fuse_attention
+from kernels.gpu.fuse import fuse
 from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.program import split
 from kernels.gpu.staging import Staging
@@ -100,11 +100,12 @@ def recorded(path: Path) -> Any:
 
 
 def test_norms_gates_and_sums_go_into_the_matmuls(tmp_path: Path) -> None:
-    layers, head = split(recorded(write_llama(tmp_path, head_dim=32)))
+    layers, head = split(recorded(write_llama(tmp_path)))
     kept = {a.index for i, _ in head for a in i.arguments if isinstance(a, Handle)}
-    steps = fuse(fuse_attention(layers, kept, lambda _: True), kept, lambda _: True)
+    steps = fuse(layers, kept, lambda _: True)
     ops_ = [instruction.op for instruction, _ in steps]
-    block = ["row_linear", "decode_attention", "row_linear", "row_linear", "row_linear"]
+    attention = ["rope_write_kv", "attention"]
+    block = ["row_linear", *attention, "row_linear", "row_linear", "row_linear"]
     assert ops_ == ["embed", *block, *block, "select_rows", "select_rows"]
     norms = [i.arguments[2] is not None for i, _ in steps if i.op == "row_linear"]
     sums = [i.arguments[4] is not None for i, _ in steps if i.op == "row_linear"]
@@ -122,12 +123,12 @@ def test_norms_gates_and_sums_go_into_the_matmuls(tmp_path: Path) -> None:
 def test_what_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
     layers, head = split(recorded(write_llama(tmp_path)))
     kept = {a.index for i, _ in head for a in i.arguments if isinstance(a, Handle)}
-    steps = fuse(fuse_attention(layers, kept, lambda _: False), kept, lambda _: False)
+    steps = fuse(layers, kept, lambda _: False)
     assert [i for i, _ in steps] == [i for i, _ in layers]
 
 
 def test_single_tokens_give_the_references_logits(tmp_path: Path) -> None:
-    path = write_llama(tmp_path, head_dim=32)
+    path = write_llama(tmp_path)
     backend, _ = select_backend("reference", dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(path), backend)
     backend.allocate_cache(CacheLayout(2, model.config.heads, 4, "float32"), 128)
