@@ -187,17 +187,20 @@ def greedy(rows: int) -> Sampling:
     )
 
 
-def seconds_of(program: GpuProgram, batch: Batch, sampling: Sampling, repeats: int) -> float:
+def seconds_of(
+    program: GpuProgram, batch: Batch, sampling: Sampling, repeats: int, steps: int
+) -> float:
     """Seconds of a step that is launched while the one before it runs, as the engine does it;
-    median of `repeats` times ten."""
+    median of `repeats` times so many steps, after one step more."""
+    program.start(batch, lambda: sampling, 0, [], [])()
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         start = time.perf_counter()
-        waits = [program.start(batch, lambda: sampling, 0, [], []) for _ in range(10)]
+        waits = [program.start(batch, lambda: sampling, 0, [], []) for _ in range(steps)]
         for wait in waits:
             wait()
-        times.append((time.perf_counter() - start) / 10)
-    return statistics.median(times[1:])
+        times.append((time.perf_counter() - start) / steps)
+    return statistics.median(times)
 
 
 def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
@@ -230,7 +233,8 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
             batches = [(f"decode {n}", [1] * n) for n in sizes] + [("prefill", [prefill])]
             for name, counts in batches:
                 batch = batch_of(counts, before, model.vocab)
-                seconds = seconds_of(program, batch, greedy(len(counts)), repeats)
+                sampling, steps = greedy(len(counts)), 1 if smoke else 10
+                seconds = seconds_of(program, batch, sampling, repeats, steps)
                 bound = None
                 if card is not None:
                     length = before + sum(counts) / len(counts) / 2

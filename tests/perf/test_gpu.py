@@ -23,7 +23,7 @@ def test_the_command_checks_and_times_what_it_says(
     assert gpu.main(["--smoke", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert all(check["ok"] and check["races"] == 0 for check in result["checks"])
-    assert result["engine"]["engine"]["tokens_per_second"] > 0
+    assert result["engine"][0]["engine"]["tokens_per_second"] > 0
     assert {step["step"] for step in result["steps"]} == {"decode 2", "prefill"}
     assert "0 checks failed" in capsys.readouterr().out
 
@@ -54,8 +54,11 @@ def test_requests_go_through_the_engine_to_their_full_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "engine.json"
-    found = gpu_engine.measure(["--smoke", "--requests", "5", "--json", str(file)])["engine"]
-    assert json.loads(file.read_text())["engine"] == found
+    arguments = ["--smoke", "--requests", "5", "--http", "--json", str(file)]
+    result = gpu_engine.measure(arguments)
+    assert json.loads(file.read_text()) == result
+    assert result["http"]["tokens_per_second"] > 0
+    found = result["engine"]
     assert found["tokens_per_second"] > 0
     assert found["device"].startswith("CPU, native")
     assert "toy engine" in capsys.readouterr().out
