@@ -15,6 +15,7 @@ import anyio
 
 from engine.config import Config, load_config
 from engine.delivery import Delivery
+from engine.door import Door
 from engine.errors import DeadlineExceeded, DeviceLost, EngineClosed, EngineFailed, InvalidRequest
 from engine.failures import Failures
 from engine.loading import Parts, load
@@ -82,8 +83,7 @@ class AsyncEngine:
         self._flying: deque[tuple[Plan, float]] = deque()
         self._step_started: float | None = None
         self._held = False  # whether there is work that waits for the device
-        self._failures = Failures()
-        self._draining = False
+        self._failures, self.door = Failures(), Door()
 
     @classmethod
     def from_pretrained(
@@ -121,7 +121,7 @@ class AsyncEngine:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self._draining = True
+        self.door.close(shut=True)
         self.delivery.fail_all(EngineClosed("the engine was closed"))
         await self._stack.aclose()
         with anyio.CancelScope(shield=True):
@@ -194,7 +194,7 @@ class AsyncEngine:
             seed=self._seeds() if params.seed is None else params.seed,
             arrival=arrival,
         )
-        self.check_open(request.id)
+        self.check_open(request.id, terms.lease)
         self.admission.admit(request, self.parts.clock.now())
         return self._enqueue(request, stream or TokenStream())
 
@@ -234,13 +234,12 @@ class AsyncEngine:
         """What a tenant may still ask for before it is told to come back later."""
         return self.admission.allowance(tenant, self.parts.clock.now())
 
-    def check_open(self, request_id: str) -> None:
-        """Raises EngineFailed or EngineClosed if nothing is taken now, InvalidRequest if the id is
-        in use."""
+    def check_open(self, request_id: str, lease: str = "") -> None:
+        """Raises EngineFailed or EngineClosed if nothing is taken now (of the lease, see `Door`),
+        InvalidRequest if the id is in use."""
         if self._failures.final is not None:
             raise self._failures.final
-        if self._draining:
-            raise EngineClosed("the server is shutting down and takes no new requests")
+        self.door.check(lease)
         if request_id in self.delivery:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
@@ -286,7 +285,7 @@ class AsyncEngine:
         started = self._step_started
         if started is not None and self.parts.clock.now() - started > self._stall_seconds:
             return "stalled"
-        return "draining" if self._draining else "ok"
+        return "draining" if self.door.closing else "ok"
 
     async def failure(self) -> EngineFailed:
         """Wait until the engine has failed for good, and say why."""
@@ -295,11 +294,12 @@ class AsyncEngine:
         return self._failures.final
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, let running requests finish for up to `seconds`, then end them."""
-        self._draining = True
+        """Take nothing new, let what runs finish for up to `seconds`, then end it."""
+        self.door.close()
         with anyio.move_on_after(seconds):
-            while self.delivery.moving:  # noqa: ASYNC110  (a drain is rare, a poll is enough)
+            while self.delivery.moving or self.door.is_held:  # noqa: ASYNC110  (rare: polling will do)
                 await anyio.sleep(0.02)
+        self.door.close(shut=True)
         self.delivery.fail_all(EngineClosed("the server shut down before the answer was complete"))
 
     def _enqueue(self, request: Request, stream: TokenStream) -> TokenStream:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -291,7 +291,12 @@ class Store:
             self._settle(record)
 
     async def _run(self, record: Record, stream: TokenStream | None) -> None:
-        """Everything that happens to one response."""
+        """Everything that happens to one response; a drain waits for all of its turns."""
+        with nullcontext() if record.rounds is None else self._engine.door.hold(record.id):
+            await self._answer(record, stream)
+
+    async def _answer(self, record: Record, stream: TokenStream | None) -> None:
+        """A response's turns, to its end."""
         composer = record.composer
         try:
             if stream is not None:

@@ -195,3 +195,33 @@ def test_a_wrong_file_keeps_the_server_from_starting(tmp_path: Path) -> None:
         ServerProcess(module="tests.server.mock_server", env=env),
     ):
         pass
+
+
+def test_a_drain_waits_for_the_turns_that_are_left(tmp_path: Path) -> None:
+    """SIGTERM comes while a tool hangs; its answer still has its second turn."""
+    env = {
+        "MOCK_ENGINE": json.dumps({"pages": 2048, "page_size": 16, "context": 8000}),
+        "MOCK_SERVER": json.dumps({"mcp_file": str(tmp_path / "mcp.toml")}),
+    }
+    with OtherServer() as other:
+        (tmp_path / "mcp.toml").write_text(
+            f'[servers.it]\nurl = "{other.url}/mcp"\ntimeout_seconds = 2\n'
+        )
+        with (
+            ServerProcess(module="tests.server.mock_server", env=env) as own,
+            openai.OpenAI(base_url=f"{own.url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            hang = TOOL | {"allowed_tools": ["hang"]}
+            kinds = []
+            for event in ask(client, stream=True, tools=[hang]):
+                kinds.append(event.type)
+                if event.type == "response.mcp_call.in_progress":
+                    own.terminate()
+                    while httpx.get(f"{own.url}/health/ready").status_code == 200:
+                        time.sleep(0.01)
+                    with pytest.raises(openai.InternalServerError, match="shutting down"):
+                        ask(client)
+            assert "response.mcp_call.failed" in kinds
+            assert "response.output_text.delta" in kinds
+            assert kinds[-1] == "response.incomplete"
+            assert own.wait() == 0
