@@ -17,7 +17,7 @@ from kernels.backend import (
 )
 from kernels.collectives import Collectives
 from kernels.gpu.ops import GpuCache, GpuOps, Workspace
-from kernels.gpu.pages import GpuPages
+from kernels.gpu.pages import GpuCodec, GpuPages
 from kernels.gpu.program import GpuProgram, Limits
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, column_unit, place
@@ -62,6 +62,7 @@ class GpuBackend:
         self._bytes = 0
         self._layout: CacheLayout
         self._pages = 0
+        self._tensors: list[torch.Tensor] = []
         self._caches: list[GpuCache] = []
 
     def describe(self) -> str:
@@ -100,43 +101,36 @@ class GpuBackend:
                 f"cache.dtype is {layout.dtype}, but the model computes in {kept}; a GPU takes "
                 f"{kept} or int8"
             )
-        if layout.dtype == "int8" and layout.page_size * layout.heads.kv % 2:
-            raise ValueError("an int8 cache takes an even number of heads and tokens a page")
         if layout.heads.dim > MAX_HEAD_DIM or layout.heads.dim % 8:
             raise ValueError(
                 f"heads are {layout.heads.dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
             )
         self._layout, self._pages = layout, pages
-        vectors = (pages * layout.page_size, layout.heads.kv)
         quantized = layout.dtype == "int8"
         dtype = torch.int8 if quantized else TORCH_DTYPES[layout.dtype]
-
-        def make(*size: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, device=self._device)
-
+        # Keys and values of a layer lie behind each other, so that a page is one slice.
+        slots = (2 * layout.layers, pages * layout.page_size, layout.heads.kv)
+        self._tensors = [torch.zeros(*slots, layout.heads.dim, dtype=dtype, device=self._device)]
+        if quantized:
+            self._tensors.append(torch.zeros(slots, dtype=torch.float32, device=self._device))
+        parts = [(tensor[0::2], tensor[1::2]) for tensor in self._tensors]
         self._caches = [
-            GpuCache(
-                make(*vectors, layout.heads.dim, dtype=dtype),
-                make(*vectors, layout.heads.dim, dtype=dtype),
-                make(*vectors, dtype=torch.float32) if quantized else None,
-                make(*vectors, dtype=torch.float32) if quantized else None,
-            )
-            for _ in range(layout.layers)
+            GpuCache(*(half[layer] for pair in parts for half in pair))
+            for layer in range(layout.layers)
         ]
 
     def pages(self) -> GpuPages:
         """The cache's pages, to be copied and read."""
-        tensors = [
-            tensor
-            for cache in self._caches
-            for tensor in (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-            if tensor is not None
-        ]
-        return GpuPages(tensors, self._pages)
+        return GpuPages(self._tensors, self._pages)
 
     def page_codec(self, dtype: CacheDType) -> PageCodec:
-        """There is none."""
-        raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
+        """Pages as int8; see `PageCodec`."""
+        if dtype != "int8" or self._layout.dtype == "int8":
+            raise ValueError(
+                f"cache.cold_dtype is {dtype} and the cache {self._layout.dtype}; a GPU makes int8 "
+                "of a float cache"
+            )
+        return GpuCodec(self._tensors[0], self._pages)
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> GpuProgram:
         """Record, warm up and capture for steps of up to `max_rows` rows."""
@@ -156,10 +150,9 @@ class GpuBackend:
         )
         samples = min(max_rows, max_sequences + max(SCORED_ROWS, layout.page_size))
         limits = Limits(max_rows, max_sequences, samples)
-        spare = self._pages - 1
-        self.pages().copy(spare, spare)  # compiled now, not with the first shared page
         return GpuProgram(tape, ops, staging, limits, self._device, capture=self._capture)
 
     def close(self) -> None:
         """Release the cache."""
+        self._tensors.clear()
         self._caches.clear()  # the program's own list, too

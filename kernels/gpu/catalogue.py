@@ -23,7 +23,7 @@ from kernels.gpu.configs import (
 )
 from kernels.gpu.launch import Compiled, Config, pointer
 from kernels.gpu.matmul import Form, Format, MatmulShape
-from kernels.gpu.pages import copy_kernel
+from kernels.gpu.pages import compress_kernel, restore_kernel
 from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
 from kernels.gpu.single import RowShape
 from kernels.ops import Heads
@@ -255,12 +255,13 @@ def sampling_launches(vocab: int, rows: int) -> Iterator[Compiled]:
     )
 
 
-def page_launches() -> Iterator[Compiled]:
-    """A page's copy."""
-    words = {"target": "*i64", "source": "*i64", "target_pages": "*i32", "source_pages": "*i32"}
-    sizes = {"words": "i32", "target_stride": "i32", "source_stride": "i32"}
-    config = Config(copy_kernel, {"BLOCK": 1024})
-    yield Compiled("copy_page", config, {**words, **sizes}, tuple(sizes))
+def page_launches(model: Dimensions) -> Iterator[Compiled]:
+    """A page as int8, and back."""
+    types = {"numbers": "*i8", "steps": "*fp32", "cache": "*bf16", "page": "i32", "pages": "i32"}
+    dim = model.heads.dim
+    constants = {"VECTORS": PAGE * model.heads.kv, "DIM": dim, "BLOCK": dim}
+    for kernel in (compress_kernel, restore_kernel):
+        yield Compiled(kernel.__name__.removesuffix("_kernel"), Config(kernel, constants, 1), types)
 
 
 def _typed(config: Config, types: dict[str, str]) -> Compiled:
@@ -334,7 +335,7 @@ def launches(
     made += values_launches(model)
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
-    made += page_launches()
+    made += page_launches(model)
     return _distinct(made)
 
 

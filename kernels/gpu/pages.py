@@ -1,4 +1,4 @@
-"""Pages of a cache on a device: copied there, or as one block of bytes on the host."""
+"""Pages of a cache on a device: copied there, and as one block of bytes on the host."""
 
 from __future__ import annotations
 
@@ -10,61 +10,122 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.fused import ROUND
 from kernels.gpu.launch import Config, enter, power_of_two
 from kernels.host_pages import spans_of
 
-
-@triton.jit
-def copy_kernel(
-    target, source, target_pages, source_pages, words, target_stride, source_stride,
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Page `source_pages[i]` to `target_pages[i]`; `words` of 8 bytes are a page's share of this
-    tensor, the strides those between pages."""
-    enter(EARLY)
-    index = tl.program_id(0)
-    to = tl.load(target_pages + index).to(tl.int64) * target_stride
-    of = tl.load(source_pages + index).to(tl.int64) * source_stride
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < words
-    tl.store(target + to + offsets, tl.load(source + of + offsets, mask=inside), mask=inside)
+Bytes = npt.NDArray[np.uint8]
 
 
 class GpuPages:
-    """Pages of a cache on a device: copied there, or to and from blocks of bytes on the host.
-
-    `tensors` begin with the cache's slots; a page is an equal share of each, in order.
-    """
+    """Each of `tensors` has the keys and values of all layers one behind the other, or their
+    scales: `[2 * layers, slots, ...]`; a page is an equal share of the slots of each. On the host
+    it is a block of bytes that is sent at once."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], pages: int) -> None:
-        flat = [tensor.view(-1).view(torch.uint8).view(pages, -1) for tensor in tensors]
-        self._parts = [part.view(torch.int64) for part in flat]
-        self._spans, self.page_bytes = spans_of([part.shape[1] for part in flat])
-        self._device = tensors[0].device
-        self._on_gpu = self._device.type == "cuda"
+        self._parts = [tensor.view(len(tensor), pages, -1).view(torch.uint8) for tensor in tensors]
+        sizes = [len(part) * part.shape[2] for part in self._parts]
+        self._spans, self.page_bytes = spans_of(sizes)
 
     def copy(self, source: int, target: int) -> None:
-        """One page to another, in every tensor."""
-        if self._on_gpu:
-            torch.cuda.set_device(self._device)  # a thread starts with the first
-        ends = torch.tensor([target, source], dtype=torch.int32, device=self._device)
+        """One page to another, in every layer."""
         for part in self._parts:
-            words = part.shape[1]
-            block = min(1024, power_of_two(words))
-            Config(copy_kernel, {"BLOCK": block}).launch(
-                (1, -(-words // block)), part, part, ends[:1], ends[1:], words, words, words
-            )
+            part[:, target] = part[:, source]
 
-    def read(self, page: int, block: npt.NDArray[np.uint8]) -> None:
+    def read(self, page: int, block: Bytes) -> None:
         """Fill `block`, uint8 `[page_bytes]`."""
         for part, span in zip(self._parts, self._spans, strict=True):
-            block[span] = part[page].view(torch.uint8).cpu().numpy()
+            block[span] = part[:, page].cpu().numpy().reshape(-1)
 
-    def write(self, block: npt.NDArray[np.uint8], page: int) -> None:
+    def write(self, block: Bytes, page: int) -> None:
         """Make a page of what `read` left in `block`."""
         for part, span in zip(self._parts, self._spans, strict=True):
-            part[page].view(torch.uint8).copy_(torch.from_numpy(block[span]))
+            part[:, page] = torch.from_numpy(block[span]).to(part.device).view(len(part), -1)
 
     def discard(self, pages: Sequence[int]) -> None:
         """Nothing: the device's memory is the cache's alone."""
+
+
+@triton.jit(do_not_specialize=["page", "pages"])
+def compress_kernel(
+    numbers,
+    steps,
+    cache,
+    page,
+    pages,
+    VECTORS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A vector of a page, fp32 or bf16, as int8 with a step of its own."""
+    enter(EARLY)
+    vector, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dims = tl.arange(0, BLOCK)
+    source = cache + ((layer * pages + page) * VECTORS + vector) * DIM + dims
+    x = tl.load(source, mask=dims < DIM, other=0.0).to(tl.float32)
+    most = tl.max(tl.abs(x), 0)
+    inverse = tl.where(most > 0.0, 127.0 / tl.maximum(most, 1e-30), 0.0)
+    place = layer * VECTORS + vector
+    tl.store(steps + place, most / 127.0)
+    rounded = (x * inverse + ROUND) - ROUND
+    tl.store(numbers + place * DIM + dims, rounded.to(tl.int8), mask=dims < DIM)
+
+
+@triton.jit(do_not_specialize=["page", "pages"])
+def restore_kernel(
+    numbers,
+    steps,
+    cache,
+    page,
+    pages,
+    VECTORS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """The reverse of `compress_kernel`, as far as there is one."""
+    enter(EARLY)
+    vector, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dims = tl.arange(0, BLOCK)
+    place = layer * VECTORS + vector
+    number = tl.load(numbers + place * DIM + dims, mask=dims < DIM, other=0).to(tl.float32)
+    target = cache + ((layer * pages + page) * VECTORS + vector) * DIM + dims
+    value = number * tl.load(steps + place)
+    tl.store(target, value.to(cache.dtype.element_ty), mask=dims < DIM)
+
+
+class GpuCodec:
+    """Pages of a float cache, `[2 * layers, slots, kv heads, head_dim]`, as int8 with a scale for
+    each token and head; they are made so on the device, before they are sent."""
+
+    def __init__(self, cache: torch.Tensor, pages: int) -> None:
+        layers, slots, heads, dim = cache.shape
+        self._cache, self._pages = cache, pages
+        vectors = slots // pages * heads
+        count = layers * vectors
+        self.page_bytes = count * (dim + 4)
+        self._block = torch.empty(self.page_bytes, dtype=torch.uint8, device=cache.device)
+        # The steps come first: they have to lie at multiples of 4.
+        self._steps = self._block[: 4 * count].view(torch.float32)
+        self._numbers = self._block[4 * count :].view(torch.int8)
+        self._grid = (vectors, layers)
+        self._constants = {"VECTORS": vectors, "DIM": dim, "BLOCK": power_of_two(dim)}
+        self._launch(compress_kernel, pages - 1)  # compiled now, not with the first page
+        self._launch(restore_kernel, pages - 1)
+
+    def compress(self, page: int, block: Bytes) -> None:
+        """Fill `block`, uint8 `[page_bytes]`, with a page of the cache."""
+        self._launch(compress_kernel, page)
+        block[:] = self._block.cpu().numpy()
+
+    def restore(self, block: Bytes, page: int) -> None:
+        """Make a page of the cache of what `compress` left in `block`."""
+        self._block.copy_(torch.from_numpy(block))
+        self._launch(restore_kernel, page)
+
+    def _launch(self, kernel: object, page: int) -> None:
+        if self._cache.is_cuda:
+            torch.cuda.set_device(self._cache.device)  # a thread starts with the first
+        config = Config(kernel, self._constants, 1)
+        config.launch(self._grid, self._numbers, self._steps, self._cache, page, self._pages)

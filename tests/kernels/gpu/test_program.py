@@ -119,6 +119,38 @@ def test_pages_are_copied_and_go_to_the_host_and_back() -> None:
     pages.discard([6])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_go_to_the_host_as_int8_and_come_back_rounded(dtype: Any) -> None:
+    backend = GpuBackend(dtype, dtype, HOST)
+    backend.allocate_cache(CacheLayout(2, Heads(4, 2, 24), SIZE, dtype, 64), 8)
+    pages, codec = backend.pages(), backend.page_codec("int8")
+    vectors = 2 * 2 * SIZE * 2
+    assert codec.page_bytes == vectors * (24 + 4)
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    values = torch.randn(vectors, 24, generator=torch.Generator().manual_seed(0))
+    values[5] = 0
+    values = values.to(kind)
+    pages.write(values.view(torch.uint8).numpy().reshape(-1), 3)
+    block = np.zeros(codec.page_bytes, np.uint8)
+    codec.compress(3, block)
+    codec.restore(block, 6)
+    back = np.zeros(pages.page_bytes, np.uint8)
+    pages.read(6, back)
+    found = torch.from_numpy(back).view(kind).view(vectors, 24).float()
+    step = values.float().abs().amax(1, keepdim=True) / 127
+    least = 0.501 if dtype == "float32" else 1.1  # and what bfloat16 rounds
+    assert ((found - values.float()).abs() <= step * least).all()
+    pages.read(5, back)
+    assert not back.any()
+
+
+def test_a_codec_makes_int8_of_floats() -> None:
+    backend = GpuBackend("bfloat16", "bfloat16", HOST)
+    backend.allocate_cache(CacheLayout(1, Heads(4, 2, 8), SIZE, "int8", 64), 8)
+    with pytest.raises(ValueError, match="int8 of a float cache"):
+        backend.page_codec("int8")
+
+
 def test_rows_of_an_int8_table_are_looked_up() -> None:
     table = Host(torch.randn(40, 160, generator=torch.Generator().manual_seed(0)))
     backend = GpuBackend("int8", "float32", HOST)
