@@ -135,9 +135,10 @@ def build(
     pages: int,
     rows: int,
     capture: bool,
+    invariant: bool,
 ) -> tuple[GpuProgram, GpuBackend]:
     """A model with random weights and a cache of so many pages, compiled."""
-    backend = GpuBackend(weights, "bfloat16", device, capture=capture)
+    backend = GpuBackend(weights, "bfloat16", device, capture=capture, invariant=invariant)
     checkpoint = RandomCheckpoint(model, device, context)
     config = read_config(checkpoint.config, None)
     placed = Llama(config, WeightLoader(checkpoint, backend, lambda *_: None))
@@ -217,7 +218,8 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
         plan, sizes, before, prefill, repeats = [(TOY, "int4")], [2], 20, 8, 1
     found = []
     for model, weights in plan:
-        for capture in (True,) if smoke else (True, False):
+        ways = [(True, False)] if smoke else [(True, False), (False, False), (True, True)]
+        for capture, invariant in ways:
             context = before + max(prefill, PAGE)
             decoding = -(-(before + PAGE) // PAGE) * max(sizes)
             program, backend = build(
@@ -229,6 +231,7 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 pages=max(decoding, -(-context // PAGE)) + 1,
                 rows=max(prefill, *sizes),
                 capture=capture,
+                invariant=invariant,
             )
             batches = [(f"decode {n}", [1] * n) for n in sizes] + [("prefill", [prefill])]
             for name, counts in batches:
@@ -247,6 +250,7 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                         "weights": weights,
                         "step": name,
                         "graphs": capture,
+                        "invariant": invariant,
                         "seconds": seconds,
                         "tokens_per_second": sum(counts) / seconds,
                         "roofline_share": bound / seconds if bound else None,
@@ -262,11 +266,13 @@ def time_steps(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
 
 def print_steps(steps: list[dict[str, Any]]) -> None:
     """The table of whole steps."""
-    print(f"{'model':14} {'weights':9} {'step':11} {'graphs':6} {'ms':>9} {'tok/s':>9} roofline")
+    head = f"{'model':14} {'weights':9} {'step':11} {'graphs':9} {'ms':>9} {'tok/s':>9} roofline"
+    print(head)
     for s in steps:
         share = f"{s['roofline_share']:7.0%}" if s["roofline_share"] else "       -"
+        way = "invariant" if s["invariant"] else "on" if s["graphs"] else "off"
         print(
-            f"{s['model']:14} {s['weights']:9} {s['step']:11} {'on' if s['graphs'] else 'off':6} "
+            f"{s['model']:14} {s['weights']:9} {s['step']:11} {way:9} "
             f"{s['seconds'] * 1e3:9.3f} {s['tokens_per_second']:9.0f} {share}"
         )
 
