@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from engine.errors import EngineClosed
 
@@ -15,21 +14,21 @@ class Door:
     def __init__(self) -> None:
         self.closing = False
         self._shut = False
-        self._held: set[str] = set()
+        self._held: dict[str, Callable[[], bool]] = {}
 
     @property
     def is_held(self) -> bool:
-        """Whether somebody has not ended whose next request would be taken."""
-        return bool(self._held) and not self._shut
+        """Whether somebody is worth waiting for: who has not ended, and moves."""
+        return not self._shut and any(moves() for moves in self._held.values())
 
-    @contextmanager
-    def hold(self, lease: str) -> Iterator[None]:
-        """Requests of this lease are taken while a drain waits, which it does until this ends."""
-        self._held.add(lease)
-        try:
-            yield
-        finally:
-            self._held.discard(lease)
+    def hold(self, lease: str, moves: Callable[[], bool]) -> None:
+        """Take this lease's requests while a drain waits, until `release`; it waits as long as
+        `moves` says."""
+        self._held[lease] = moves
+
+    def release(self, lease: str) -> None:
+        """The lease's last request has ended; others are ignored."""
+        self._held.pop(lease, None)
 
     def close(self, *, shut: bool = False) -> None:
         """Take nothing new; `shut` takes nothing at all."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -164,8 +164,11 @@ class Store:
             self._group.cancel_scope.cancel()
 
     def start(self, record: Record, stream: TokenStream | None) -> None:
-        """Let a response run that has been submitted; without a stream its `rounds` begin it."""
+        """Let a response run that has been submitted; without a stream its `rounds` begin it. A
+        drain waits for all of its turns, unless it is set aside."""
         record.stream = stream
+        if record.rounds is not None:
+            self._engine.door.hold(record.id, lambda: not (record.paused or record.held))
         self._records[record.id] = record
         self._append(record, record.composer.begin(queued=record.background))
         self._group.start_soon(self._run, record, stream)
@@ -291,12 +294,7 @@ class Store:
             self._settle(record)
 
     async def _run(self, record: Record, stream: TokenStream | None) -> None:
-        """Everything that happens to one response; a drain waits for all of its turns."""
-        with nullcontext() if record.rounds is None else self._engine.door.hold(record.id):
-            await self._answer(record, stream)
-
-    async def _answer(self, record: Record, stream: TokenStream | None) -> None:
-        """A response's turns, to its end."""
+        """Everything that happens to one response."""
         composer = record.composer
         try:
             if stream is not None:
@@ -410,6 +408,7 @@ class Store:
 
     def _end(self, record: Record) -> None:
         assert record.composer.status in ENDED or record.error is None
+        self._engine.door.release(record.id)
         record.log.close()
         record.ended.set()
         if record.id in self._records:

@@ -49,7 +49,8 @@ class GpuBackend:
             self.hardware = torch.cuda.get_device_name(device)
         self._hopper = True
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or torch.cuda.current_device())
+            index = torch.cuda.current_device() if device.index is None else device.index
+            device = torch.device("cuda", index)
             self._hopper = torch.cuda.get_device_capability(device) >= (9, 0)
             # Sums in fp32, rounded once.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

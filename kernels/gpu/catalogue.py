@@ -126,6 +126,9 @@ def row_launches(model: Dimensions, *, hopper: bool) -> Iterator[Compiled]:
         "gate_up": (model.intermediate, model.hidden, True, False, "silu"),
         "down": (model.hidden, model.intermediate, False, True, ""),
         "head": (model.vocab, model.hidden, False, False, ""),
+        # Of other models: rows that no block divides, and long ones.
+        "odd": (1000, 576, True, True, ""),
+        "long": (8192, 28672, False, True, ""),
     }
     signature = {
         **dict.fromkeys(("out", "x", "weight", "bias", "residual"), pointer(BF16)),
@@ -138,7 +141,8 @@ def row_launches(model: Dimensions, *, hopper: bool) -> Iterator[Compiled]:
         "inputs": "i32",
     }
     for name, (outputs, inputs, norm, add, activation) in shapes.items():
-        forms = [Form("float"), *(Form("group4", inputs // 8, g, z, inputs // g) for g, z in FOURS)]
+        words = -(-inputs // 128) * 16
+        forms = [Form("float"), *(Form("group4", words, g, z, words * 8 // g) for g, z in FOURS)]
         for form in forms:
             shape = RowShape(outputs, inputs, form, False, norm, add, activation, True, hopper)
             config, kind = shape.config(), str(form.format)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -53,8 +51,8 @@ class Config:
     stages: int = 2
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Run it; `arguments` are the kernel's other ones, in order. Inside `compiling` it is only
-        compiled."""
+        """Run it; `arguments` are the kernel's other ones, in order. Inside `compile_all` it is
+        only compiled."""
         options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
         early = early_launches(arguments[0].device)
         if early:
@@ -78,16 +76,18 @@ class Compiled:
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Launches inside compile their kernels, as many at once as there are cores, and run nothing;
-    at the end all are there. Raises what the compiler does."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
-        token = _compiling.set(True)
-        try:
-            yield
-        finally:
-            _compiling.reset(token)
+def compile_all(launches: Iterable[Callable[[], None]], at_once: int) -> None:
+    """Compile the kernels that these launch, some at once, and run none. Raises what the compiler
+    does."""
+
+    def compile_them() -> None:
+        _compiling.set(True)
+        with ThreadPoolExecutor(at_once) as threads, triton.AsyncCompileMode(threads):
+            for launch in launches:
+                launch()
+
+    # Triton's mode outlasts an exception, but not its context.
+    copy_context().run(compile_them)
 
 
 @cache

@@ -77,7 +77,7 @@ def whole_numbers(words, low, like, INLINE: tl.constexpr):
     if INLINE:
         spread = low.to(tl.int16, bitcast=True)[:, None] + words * 0
         numbers = tl.inline_asm_elementwise(
-            WHOLE, "=r,=r,=r,=r,r,r", [words, spread],
+            WHOLE, "=&r,=&r,=&r,=&r,r,r", [words, spread],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
     else:

@@ -178,7 +178,8 @@ class GpuOps:
             return False
         # Some outputs at a time, so that what is written is read from the cache.
         outputs, inputs = weight.shape
-        rows = max(1, min(outputs, SCRATCH_ELEMENTS // inputs))
+        # Each time an even number of tiles, whose results begin at 16 bytes.
+        rows = min(outputs, max(1, SCRATCH_ELEMENTS // inputs // 128) * 128)
         scratch = self._rows(rows, inputs)
         config, blocks = values_config(inputs, weight.form)
         tensor = weight.tensor.view(torch.int16) if weight.format == "group4" else weight.tensor
@@ -190,6 +191,11 @@ class GpuOps:
             bias = None if weight.bias is None else weight.bias[first : first + count]
             dense_linear(out[:, first : first + count], x, scratch[:count], bias)
         return True
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share the model."""
+        return self._collectives.ranks if self._collectives is not None else 1
 
     def fits_row(self, weight: Weight) -> bool:
         """Whether `row_linear` takes this weight."""

@@ -1,7 +1,7 @@
 """A tape on a GPU: captured once for a few sizes of batch, replayed with one launch a part.
 
-A step is two graphs: the layers, for a bucket of token rows, and the output head with everything
-behind it, for a bucket of logits rows. All are captured before the first request, largest first, in
+A step is three graphs: the layers, for a bucket of token rows, the output head and the draw, for a
+bucket of logits rows. All are captured before the first request, largest first, in
 one memory pool; nothing is compiled afterwards.
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from kernels.backend import available_cores
 from kernels.batch import Batch, Samples, Sampling
 from kernels.gpu.draws import Draws
 from kernels.gpu.fuse import Step, fuse, handles
-from kernels.gpu.launch import compiling
+from kernels.gpu.launch import compile_all
 from kernels.gpu.ops import Bucket, GpuOps
 from kernels.gpu.staging import Staging
 from kernels.ops import Handle, Rows, Tape
@@ -47,7 +48,8 @@ def buckets(most: int, least: int = 1) -> list[int]:
 class Graphs:
     """Captures what it is given on a GPU; elsewhere (the interpreter) it just runs it."""
 
-    def __init__(self, device: torch.device, *, capture: bool) -> None:
+    def __init__(self, device: torch.device, *, capture: bool, ranks: int) -> None:
+        self._at_once = max(1, available_cores() // ranks)
         self._capture = capture and device.type == "cuda"
         self._graphs: dict[Any, Any] = {}
         self._pool: Any = None
@@ -58,9 +60,8 @@ class Graphs:
         """Compile everything at once, then warm up and capture one by one, in this order."""
         if not self._capture:
             return
-        with compiling():
-            for launch in launches.values():
-                launch()
+        with torch.cuda.stream(self._stream):
+            compile_all(launches.values(), self._at_once)
         for key, launch in launches.items():
             self.prepare(key, launch)
 
@@ -125,7 +126,7 @@ class GpuProgram:
         self._row_buckets = buckets(limits.rows, 16)
         self._decode_buckets = buckets(min(limits.sequences, limits.rows))
         self._sample_buckets = buckets(samples)
-        self._graphs = Graphs(device, capture=capture)
+        self._graphs = Graphs(device, capture=capture, ranks=ops.ranks)
         self._prepare()
 
     @torch.inference_mode()

@@ -302,7 +302,8 @@ class RowShape:
         fastest on an H200."""
         gated = self.activation != ""
         if self.form.format == "group4":
-            alone = gated or (self.inputs >= 8192 and self.hopper)
+            # A warp alone runs out of registers where rows are longer.
+            alone = self.inputs <= 4096 if gated else 8192 <= self.inputs <= 14336 and self.hopper
             outputs, warps = 2 if gated else 4, 1 if alone else 2
             return outputs, min(256, power_of_two(self.form.stride)), warps
         if gated and self.inputs <= 2048:

@@ -262,15 +262,16 @@ async def test_a_drain_that_takes_too_long_tells_the_readers() -> None:
 async def test_a_drain_waits_for_what_goes_on_in_several_requests() -> None:
     engine, _ = mock_engine()
     async with engine, anyio.create_task_group() as group:
-        with engine.door.hold("answer"):
-            group.start_soon(engine.drain, 5)
-            await anyio.sleep(0.05)
-            stream = await engine.submit(
-                "hello", SamplingParams(max_tokens=10), terms=Terms(lease="answer")
-            )
-            with pytest.raises(EngineFailed, match="shutting down"):
-                await engine.submit("more", terms=Terms(lease="other"))
-            assert "".join([d.text async for d in stream]) == text_of("hello", 10)
+        engine.door.hold("answer", lambda: True)
+        group.start_soon(engine.drain, 5)
+        await anyio.sleep(0.05)
+        stream = await engine.submit(
+            "hello", SamplingParams(max_tokens=10), terms=Terms(lease="answer")
+        )
+        with pytest.raises(EngineFailed, match="shutting down"):
+            await engine.submit("more", terms=Terms(lease="other"))
+        assert "".join([d.text async for d in stream]) == text_of("hello", 10)
+        engine.door.release("answer")
         with pytest.raises(EngineFailed, match="shutting down"):
             await engine.submit("more", terms=Terms(lease="answer"))
 

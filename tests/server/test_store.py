@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from engine import AsyncEngine, SamplingParams
 from engine.config import ServerSection
 from server.errors import HTTPError
+from server.log import Event
 from server.response_composer import ResponseComposer
 from server.store import Record, Store
 from tests.mock import mock_engine
@@ -37,6 +38,18 @@ async def begin(
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     store.start(record, await engine.submit(PROMPT, params, request_id=name))
     return record
+
+
+class NoMore:
+    """The turns of a response that has one."""
+
+    calls = 0
+
+    async def next(self, request_id: str, tell: Callable[[list[Event]], None]) -> None:
+        """Nothing follows."""
+
+    def cut(self) -> None:
+        """Nothing is cut."""
 
 
 async def test_what_ended_last_is_kept_however_early_it_began() -> None:
@@ -134,9 +147,10 @@ async def test_going_on_does_not_outrun_a_reader_who_has_stalled() -> None:
         assert len(record.composer.text) == 390
 
 
-async def test_a_drain_does_not_wait_for_what_is_set_aside() -> None:
+@pytest.mark.parametrize("calls", [False, True], ids=["one turn", "turns"])
+async def test_a_drain_does_not_wait_for_what_is_set_aside(calls: bool) -> None:
     async with opened() as (engine, store):
-        record = await begin(engine, store, "r")
+        record = await begin(engine, store, "r", rounds=NoMore() if calls else None)
         store.pause(record)
         await anyio.sleep(0.05)
         with anyio.fail_after(2):
