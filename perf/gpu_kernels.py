@@ -14,6 +14,7 @@ from kernels.backend import WeightFormat
 from kernels.batch import Batch
 from kernels.gpu.catalogue import LLAMA_1B, LLAMA_8B, QWEN_06B
 from kernels.gpu.draws import Draws
+from kernels.gpu.launch import early_launches
 from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
@@ -45,6 +46,29 @@ class Matrix:
 
     def packed(self) -> torch.Tensor:
         raise ValueError("not in blocks")
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A matrix of GGUF's Q4_1 or Q8_0 with random numbers, as a checkpoint's tensor."""
+
+    format: str
+    shape: tuple[int, ...]
+    name: str = "random"
+    block: int = 32
+
+    def dense(self) -> torch.Tensor:
+        raise ValueError("it is in blocks")
+
+    def packed(self) -> torch.Tensor:
+        halves, rest = (2, 16) if self.format == "Q4_1" else (1, 32)
+        size = (self.shape[0], self.shape[1] // self.block)
+        factors = (torch.rand(*size, halves) * 0.01).half().view(torch.uint8)
+        numbers = torch.randint(0, 256, (*size, rest), dtype=torch.uint8)
+        return torch.cat([factors, numbers], -1).view(size[0], -1)
+
+    def narrow(self, dimension: int, start: int, length: int) -> Blocks:
+        raise ValueError("it stays whole")
 
 
 def dense_of(weight: GpuWeight) -> torch.Tensor:
@@ -108,7 +132,7 @@ class Attention:
             made = [torch.randn(shape, device=device).to(BF16) for _ in "kv"]
             self.cache = GpuCache(made[0], made[1])
         self.queries = torch.randn(len(rows), heads.query * heads.dim, device=device).to(BF16)
-        workspace = Workspace(device)
+        workspace = workspace_of(device)
         self.ops = GpuOps([self.cache], PAGE, staging, workspace, BF16, width * PAGE, invariant)
         decode = all(count == 1 for count in counts)
         self.ops.bucket = Bucket(len(rows), len(counts), 1, decode)
@@ -158,7 +182,12 @@ def linear_of(
 def ops_without_model(device: torch.device, *, invariant: bool = False) -> GpuOps:
     """Ops in bf16 that have no cache."""
     staging = Staging(16, 1, 1, 0, device)
-    return GpuOps([], PAGE, staging, Workspace(device), BF16, PAGE, invariant)
+    return GpuOps([], PAGE, staging, workspace_of(device), BF16, PAGE, invariant)
+
+
+def workspace_of(device: torch.device) -> Workspace:
+    """As the engine has it on this device."""
+    return Workspace(device, early_launches(device) or device.type != "cuda")
 
 
 def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
@@ -207,6 +236,7 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 # int8 also rounds the activations.
                 check(label, lambda f=linear, x=x: f(x), exact, 3e-2)  # type: ignore[misc]
     _check_rows(device, matrix, check)
+    _check_odd(device, check, smoke=smoke)
     found.append(_check_draws(device, 300 if smoke else 128256, repeats // 2))
     return found
 
@@ -233,6 +263,30 @@ def _check_rows(device: torch.device, matrix: torch.Tensor, check: Callable[...,
             gated,
             1e-2,
         )
+
+
+def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool) -> None:
+    """Sizes that no block divides, groups of 32, a bias, and results in fp32."""
+    outputs, inputs = (70, 160) if smoke else (4100, 576)
+    bias = Matrix(torch.randn(outputs, device=device))
+    tensors: dict[str, tuple[Any, WeightFormat]] = {
+        "bfloat16": (Matrix(torch.randn(outputs, inputs, device=device).to(BF16)), "bfloat16"),
+        "int4": (Matrix(torch.randn(outputs, inputs, device=device).to(BF16)), "int4"),
+        "Q4_1": (Blocks("Q4_1", (outputs, inputs)), "auto"),
+        "Q8_0": (Blocks("Q8_0", (outputs, inputs)), "auto"),
+    }
+    for name, (tensor, kind) in tensors.items():
+        weight = place("w", [tensor], [bias], kind, BF16, device)
+        ops, dense = ops_without_model(device), dense_of(weight)
+        for rows in (1, 7, 128):
+            x = torch.randn(rows, inputs, device=device).to(BF16)
+            ops.target = torch.zeros(rows, outputs, device=device)
+            run = partial(ops.linear, x, weight)
+            if rows == 1 and ops.fits_row(weight):
+                run = partial(ops.row_linear, x, weight, None, 0.0, None, "")
+            exact = x.double() @ dense.t() + bias.values.double()
+            # Each run writes to the same place.
+            check(f"odd {name} {rows} rows", lambda run=run: run().clone(), exact, 3e-2)
 
 
 def _check_draws(device: torch.device, vocab: int, repeats: int) -> dict[str, Any]:
