@@ -194,7 +194,7 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
     """Largest error of each kernel relative to its largest output, and whether a repetition ever
     gave other bits."""
     found: list[dict[str, Any]] = []
-    repeats = 2 if smoke else 200
+    repeats = 1 if smoke else 200
 
     def check(name: str, run: Callable[[], torch.Tensor], exact: torch.Tensor, most: float) -> None:
         first = run()
@@ -215,7 +215,7 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
         mixtures = {"mixed": mixtures["mixed"]}
     for name, (counts, before) in mixtures.items():
         for quantized in (False, True):
-            for invariant in (False, True):
+            for invariant in (quantized,) if smoke else (False, True):
                 made = Attention(
                     device, heads, counts, before, quantized=quantized, invariant=invariant
                 )
@@ -235,20 +235,24 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 label = f"matmul {kind} {rows} rows{' invariant' if invariant else ''}"
                 # int8 also rounds the activations.
                 check(label, lambda f=linear, x=x: f(x), exact, 3e-2)  # type: ignore[misc]
-    _check_rows(device, matrix, check)
+    _check_rows(device, matrix, check, formats[-1:] if smoke else ("bfloat16", "int4"))
     _check_odd(device, check, smoke=smoke)
     found.append(_check_draws(device, 300 if smoke else 128256, repeats // 2))
     return found
 
 
-def _check_rows(device: torch.device, matrix: torch.Tensor, check: Callable[..., None]) -> None:
+def _check_rows(
+    device: torch.device,
+    matrix: torch.Tensor,
+    check: Callable[..., None],
+    formats: tuple[WeightFormat, ...],
+) -> None:
     """A row's matmul with all that can stand around it."""
     ops, inputs = ops_without_model(device), matrix.shape[1]
     x = torch.randn(1, inputs, device=device).to(BF16)
     scale = torch.rand(inputs, device=device) + 0.5
     norm = GpuWeight("n", (inputs,), "float", scale)
     normed = x.double() * torch.rsqrt(x.double().square().mean() + 1e-5) * scale
-    formats: tuple[WeightFormat, ...] = ("bfloat16", "int4")
     for kind in formats:
         weight = place("w", [Matrix(matrix)], [], kind, BF16, device)
         exact = normed @ dense_of(weight).t()
@@ -275,10 +279,12 @@ def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool)
         "Q4_1": (Blocks("Q4_1", (outputs, inputs)), "auto"),
         "Q8_0": (Blocks("Q8_0", (outputs, inputs)), "auto"),
     }
+    if smoke:
+        tensors = {"Q4_1": tensors["Q4_1"]}
     for name, (tensor, kind) in tensors.items():
         weight = place("w", [tensor], [bias], kind, BF16, device)
         ops, dense = ops_without_model(device), dense_of(weight)
-        for rows in (1, 7, 128):
+        for rows in (1,) if smoke else (1, 7, 128):
             x = torch.randn(rows, inputs, device=device).to(BF16)
             ops.target = torch.zeros(rows, outputs, device=device)
             run = partial(ops.linear, x, weight)

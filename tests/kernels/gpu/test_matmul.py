@@ -6,6 +6,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
+from kernels.gpu import ops as gpu_ops
 from kernels.gpu.matmul import MatmulShape
 from kernels.gpu.weights import pack_nibbles, quantize_groups, unpack_nibbles
 from tests.kernels.gpu.filled import run_linear
@@ -22,6 +23,19 @@ def inputs(rows: int, columns: int) -> torch.Tensor:
 def test_ggml_blocks_are_multiplied_in_their_own_bits(kind: Type, rows: int) -> None:
     weight, x = quantized(kind, 70, 160), inputs(rows, 160)
     assert torch.allclose(run_linear(weight, x), x @ weight.values.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["Q4_1", "Q8_0", "int4"])
+def test_for_many_rows_weights_in_groups_become_floats_some_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    monkeypatch.setattr(gpu_ops, "SCRATCH_ELEMENTS", 160 * 128)
+    rows, bias = gpu_ops.MANY_ROWS, torch.arange(300.0)
+    weight = Host(inputs(300, 160)) if weights == "int4" else quantized(Type[weights], 300, 160)
+    kind, x = "int4" if weights == "int4" else "auto", inputs(rows, 160)
+    found = run_linear(weight, x, bias, weights=kind)
+    few = run_linear(weight, x[:20], bias, weights=kind)
+    assert torch.allclose(found[:20], few, atol=1e-3)
 
 
 def test_q4_k_keeps_its_numbers_and_rounds_its_scales_to_fp16() -> None:
