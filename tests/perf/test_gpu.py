@@ -15,6 +15,8 @@ from tests.kernels.gpu.interpreter import patch
 patch()
 
 
+# Triton's interpreter takes most of a minute, and a busy machine several times that.
+@pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_command_checks_and_times_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
