@@ -15,11 +15,7 @@ import argparse
 import gc
 import json
 import random
-import re
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -32,6 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine import AsyncEngine, SamplingParams
 from kernels.gpu.catalogue import MODELS, Dimensions
+from perf.company import server
 from perf.gpu import TOY, RandomCheckpoint
 from perf.load import Settings, run, served_model, summarize
 
@@ -113,32 +110,21 @@ def through_http(
         f"{key.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in settings.items()
     ]
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(folder), "--port", "0"]
+    arguments = ["--model", str(folder)]
     for flag in [*flags, "batches.enabled=false"]:
-        command += ["--set", flag]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        log = ""
-        try:
-            while not (found := re.search(r"address +(http://\S+)", log)):
-                line = process.stderr.readline()
-                assert line, f"the server did not start:\n{log}"
-                log += line
-            drain = threading.Thread(target=process.stderr.read, daemon=True)
-            drain.start()
-            load = Settings(
-                url=found[1],
-                model=anyio.run(served_model, found[1], None),
-                prompt_tokens=(prompt, prompt),
-                output_tokens=(output, output),
-                chat=False,
-                api_key=None,
-                ignore_eos=True,
-            )
-            run_load = partial(run, load, concurrency=1, requests=5, rate=None, seed=0)
-            outcomes, seconds = anyio.run(run_load)
-        finally:
-            process.terminate()
+        arguments += ["--set", flag]
+    with server(*arguments) as url:
+        load = Settings(
+            url=url,
+            model=anyio.run(served_model, url, None),
+            prompt_tokens=(prompt, prompt),
+            output_tokens=(output, output),
+            chat=False,
+            api_key=None,
+            ignore_eos=True,
+        )
+        run_load = partial(run, load, concurrency=1, requests=5, rate=None, seed=0)
+        outcomes, seconds = anyio.run(run_load)
     summary = summarize(outcomes, seconds, 1.0, 0.1)
     assert not summary["errors"], summary["first_error"]
     return {

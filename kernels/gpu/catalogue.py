@@ -29,7 +29,7 @@ from kernels.gpu.single import RowShape
 from kernels.ops import Heads
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-INT8, INT32, INT64 = torch.int8, torch.int32, torch.int64
+INT8, INT16, INT32, INT64 = torch.int8, torch.int16, torch.int32, torch.int64
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
 
 def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Compiled:
     """A matmul of a shape."""
-    stored = {"float": shape.dtype, "int8": INT8, "group8": INT8, "group4": INT32}[shape.format]
-    if shape.format == "group4":
-        stored = torch.int16  # halves of words
+    # Of 4 bits it takes halves of words.
+    stored = {"float": shape.dtype, "int8": INT8, "group8": INT8, "group4": INT16}[shape.format]
     scales = {"float": shape.dtype, "int8": F32}.get(shape.format, F16)
     lows = BF16 if shape.zeros else F16 if shape.format in ("group8", "group4") else stored
     x = INT8 if shape.format == "int8" else shape.dtype
@@ -133,7 +132,7 @@ def row_launches(model: Dimensions, *, hopper: bool) -> Iterator[Compiled]:
     signature = {
         **dict.fromkeys(("out", "x", "weight", "bias", "residual"), pointer(BF16)),
         **dict.fromkeys(("norm", "steps", "totals"), pointer(F32)),
-        **dict.fromkeys(("digits",), pointer(INT32)),
+        "digits": pointer(INT32),
         "scales": pointer(F16),
         "eps": "fp32",
         "outputs": "i32",
@@ -168,7 +167,7 @@ def values_launches(model: Dimensions) -> Iterator[Compiled]:
         form = Form(kind, stride, group, zeros, model.hidden // group)  # type: ignore[arg-type]
         types = {
             "out": pointer(BF16),
-            "weight": pointer(torch.int16 if four else INT8),
+            "weight": pointer(INT16 if four else INT8),
             "scales": pointer(F16),
             "lows": pointer(BF16 if zeros else F16),
             "first": "i32",
@@ -180,10 +179,15 @@ def _named(
     label: str, config: Config, types: dict[str, str], aligned: tuple[str, ...] = ()
 ) -> Compiled:
     """A launch whose arguments are among `types`."""
-    names = [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
+    names = _arguments(config)
     return Compiled(
         label, config, {n: types[n] for n in names}, tuple(n for n in aligned if n in names)
     )
+
+
+def _arguments(config: Config) -> list[str]:
+    """A kernel's arguments but those that are fixed when it is compiled."""
+    return [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
 
 
 def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
@@ -270,11 +274,10 @@ def page_launches(model: Dimensions) -> Iterator[Compiled]:
 
 def _typed(config: Config, types: dict[str, str]) -> Compiled:
     """A kernel whose arguments are all pointers, fp32 if not said otherwise."""
-    names = [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
     level = config.constants.get("LEVEL")
     label = config.kernel.__name__.removesuffix("_kernel")
     label = label if level is None else f"{label} {level}"
-    return Compiled(label, config, {n: types.get(n, pointer(F32)) for n in names})
+    return Compiled(label, config, {n: types.get(n, pointer(F32)) for n in _arguments(config)})
 
 
 def launches(

@@ -58,6 +58,12 @@ def embed_kernel(
 
 
 @triton.jit
+def value_of(number, factor, low, ZEROS: tl.constexpr):
+    """What a number of a group stands for; see `GpuWeight`."""
+    return (number + 128.0 + low) * factor if ZEROS else number * factor + low
+
+
+@triton.jit
 def embed_numbers_kernel(
     out,
     table,
@@ -98,7 +104,7 @@ def embed_numbers_kernel(
         place = token * GROUPS + columns // GROUP
         factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
         low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
-        values = (values + 128.0 + low) * factor if ZEROS else values * factor + low
+        values = value_of(values, factor, low, ZEROS)
     place = row.to(tl.int64) * WIDTH + columns
     tl.store(out + place, (values * scale).to(out.dtype.element_ty), mask=inside)
 
@@ -146,6 +152,13 @@ def quantize_kernel(out, scales, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EA
 
 
 @triton.jit
+def whole_steps(x, most):
+    """A cache's vector in steps of a 127th of its largest, `most`, as whole numbers."""
+    inverse = tl.where(most > 0.0, 127.0 / tl.maximum(most, 1e-30), 0.0)
+    return (x * inverse + ROUND) - ROUND
+
+
+@triton.jit
 def write_vector(cache, scales, slot, head, first, second, dims, KV_HEADS, DIM, QUANTIZED):
     """A head's two halves to its place in the cache, with a scale of its own if QUANTIZED."""
     HALF: tl.constexpr = DIM // 2
@@ -153,11 +166,8 @@ def write_vector(cache, scales, slot, head, first, second, dims, KV_HEADS, DIM, 
     inside = dims < HALF
     if QUANTIZED:
         most = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
-        step = most / 127.0
-        inverse = tl.where(most > 0.0, 127.0 / tl.maximum(most, 1e-30), 0.0)
-        tl.store(scales + slot * KV_HEADS + head, step)
-        first = (first * inverse + ROUND) - ROUND
-        second = (second * inverse + ROUND) - ROUND
+        tl.store(scales + slot * KV_HEADS + head, most / 127.0)
+        first, second = whole_steps(first, most), whole_steps(second, most)
     tl.store(cache + place, first.to(cache.dtype.element_ty), mask=inside)
     tl.store(cache + place + HALF, second.to(cache.dtype.element_ty), mask=inside)
 

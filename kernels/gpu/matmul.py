@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.fused import value_of
 from kernels.gpu.launch import Config, enter
 
 Format = Literal["float", "int8", "group8", "group4"]
@@ -344,6 +345,5 @@ def values_kernel(
 @triton.jit
 def store_values(place, number, factor, low, inside, ZEROS: tl.constexpr):
     """What numbers of a group stand for."""
-    factor, low = factor.to(tl.float32), low.to(tl.float32)
-    value = (number + 128.0 + low) * factor if ZEROS else number * factor + low
+    value = value_of(number, factor.to(tl.float32), low.to(tl.float32), ZEROS)
     tl.store(place, value.to(place.dtype.element_ty), mask=inside)

@@ -146,15 +146,12 @@ class GpuOps:
         parts = len(x) * weight.shape[0] * shape.splits if shape.splits > 1 else 1
         partial = torch.empty(parts, dtype=torch.float32, device=x.device)
         tiles = shape.grid[0] * shape.grid[1]
-        tensor = placed.tensor
-        if placed.format == "group4":
-            tensor = tensor.view(torch.int16)
         shape.config().launch(
             shape.grid,
             out,
             x,
             scales,
-            tensor,
+            placed.cells,
             placed.scales if placed.scales is not None else placed.tensor,
             placed.lows if placed.lows is not None else placed.tensor,
             placed.bias if placed.bias is not None else placed.tensor,
@@ -163,7 +160,7 @@ class GpuOps:
             len(x),
             weight.shape[0],
             weight.shape[1],
-            tensor.shape[1],
+            placed.cells.shape[1],
             placed.groups,
         )
         return out
@@ -182,11 +179,10 @@ class GpuOps:
         rows = min(outputs, max(1, SCRATCH_ELEMENTS // inputs // 128) * 128)
         scratch = self._rows(rows, inputs)
         config, blocks = values_config(inputs, weight.form)
-        tensor = weight.tensor.view(torch.int16) if weight.format == "group4" else weight.tensor
         for first in range(0, outputs, rows):
             count = min(rows, outputs - first)
             config.launch(
-                (count, blocks), scratch, tensor, weight.scales, weight.lows, first,
+                (count, blocks), scratch, weight.cells, weight.scales, weight.lows, first,
             )  # fmt: skip
             bias = None if weight.bias is None else weight.bias[first : first + count]
             dense_linear(out[:, first : first + count], x, scratch[:count], bias)

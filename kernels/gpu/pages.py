@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.fused import ROUND
+from kernels.gpu.fused import whole_steps
 from kernels.gpu.launch import Config, enter, power_of_two
 from kernels.host_pages import spans_of
 
@@ -65,11 +65,10 @@ def compress_kernel(
     source = cache + ((layer * pages + page) * VECTORS + vector) * DIM + dims
     x = tl.load(source, mask=dims < DIM, other=0.0).to(tl.float32)
     most = tl.max(tl.abs(x), 0)
-    inverse = tl.where(most > 0.0, 127.0 / tl.maximum(most, 1e-30), 0.0)
     place = layer * VECTORS + vector
     tl.store(steps + place, most / 127.0)
-    rounded = (x * inverse + ROUND) - ROUND
-    tl.store(numbers + place * DIM + dims, rounded.to(tl.int8), mask=dims < DIM)
+    number = whole_steps(x, most).to(tl.int8)
+    tl.store(numbers + place * DIM + dims, number, mask=dims < DIM)
 
 
 @triton.jit(do_not_specialize=["page", "pages"])

@@ -58,6 +58,11 @@ class GpuWeight(Weight):
         return self.tensor.shape[-1]
 
     @property
+    def cells(self) -> torch.Tensor:
+        """What matrix units' kernels read: of 4 bits halves of words, int16, else the elements."""
+        return self.tensor.view(torch.int16) if self.format == "group4" else self.tensor
+
+    @property
     def form(self) -> Form:
         """What kernels are compiled for."""
         return Form(self.format, self.stride, self.group or 1, self.zeros, self.groups)

@@ -18,8 +18,9 @@ from kernels.gpu.fuse import fuse
 from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.program import split
 from kernels.gpu.staging import Staging
-from kernels.gpu.weights import GpuWeight, place, unpack_nibbles
+from kernels.gpu.weights import GpuWeight, place
 from kernels.ops import Handle, Recorder
+from perf.gpu_kernels import dense_of
 from tests.kernels.gpu.filled import HOST, gpu_vector, program_of
 from tests.kernels.native import Host, chunks_batch, quantized
 from tests.tiny import write_llama
@@ -36,21 +37,6 @@ def random(outputs: int, inputs: int) -> Host:
     return Host(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(inputs)))
 
 
-def values_of(weight: GpuWeight) -> torch.Tensor:
-    """What a weight stands for, fp64."""
-    if weight.format == "float":
-        return weight.tensor.double()
-    assert weight.scales is not None
-    assert weight.lows is not None
-    inputs = weight.shape[1]
-    numbers = unpack_nibbles(weight.tensor, inputs).double()
-    scale, low = (
-        t.double().repeat_interleave(weight.group, 1)[:, :inputs]
-        for t in (weight.scales, weight.lows)
-    )
-    return (numbers + 128 + low) * scale if weight.zeros else numbers * scale + low
-
-
 def ops() -> GpuOps:
     return GpuOps([], 4, Staging(1, 1, 1, 0, HOST), Workspace(HOST), torch.float32, 16, False)
 
@@ -59,7 +45,7 @@ def ops() -> GpuOps:
 @pytest.mark.parametrize("around", ["nothing", "norm and residual", "norm and gate", "bias"])
 def test_a_row_equals_the_ops_one_by_one(form: str, around: str) -> None:
     weight = FORMS[form]()
-    values, inputs = values_of(weight), weight.shape[1]
+    values, inputs = dense_of(weight), weight.shape[1]
     x = random(1, inputs).values
     norm = 1 + 0.3 * random(1, inputs).values[0]
     residual = random(1, 70).values
@@ -88,7 +74,7 @@ def test_rows_of_zeros_and_of_huge_numbers_have_digits_too() -> None:
     for factor in (0.0, 1e30, 1e-20):
         x = random(1, 300).values * factor
         found = ops().row_linear(x, weight, None, 0.0, None, "")
-        wanted = (x.double() @ values_of(weight).T).float()
+        wanted = (x.double() @ dense_of(weight).T).float()
         assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-3 * factor)
 
 
