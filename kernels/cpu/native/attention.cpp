@@ -5,16 +5,25 @@ namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 namespace {
 
-// scores[first + r][tokens of T tiles] = scale * q . k. Fetches `ahead` meanwhile, tiles as long.
-template <CacheFormat kFormat, int T, int R>
-void score(State<kFormat>* state, int first, int64_t token, const uint8_t* const* keys,
-           const float* const* key_scales, int64_t words, float scale,
-           const uint8_t* const* ahead, int aheads) {
+// Some tiles of keys, and what is fetched while they are scored: the same tokens' values and the keys
+// that come next.
+struct Keys {
+  const uint8_t* tiles[kKeyTiles];
+  const uint8_t* values[kKeyTiles];
+  const uint8_t* next[kKeyTiles];
+  const float* scales[kKeyTiles];
+};
+
+// scores[first + r][tokens of T tiles, `from` onwards] = scale * q . k
+template <CacheFormat kFormat, int T, int R, bool kFetch>
+void score(State<kFormat>* state, int first, int64_t token, const Keys& keys, int from,
+           int64_t words, float scale) {
   constexpr bool kInt8 = kFormat == CacheFormat::kInt8;
+  const uint8_t* const* tiles = keys.tiles + from;
   Floats sum[T][R];
   Ints whole[T][R];
-  for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) {
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int r = 0; r < R; ++r) {
       if (kInt8) {
         whole[t][r] = start_signed(state->query_offsets + first + r);
       } else {
@@ -23,39 +32,46 @@ void score(State<kFormat>* state, int first, int64_t token, const uint8_t* const
     }
   }
   for (int64_t i = 0; i < words; ++i) {
-    for (int a = 0; a < aheads; ++a) _mm_prefetch(ahead[a] + i * 64, _MM_HINT_T1);
+    if constexpr (kFetch) {
+      UNROLL for (int t = from; t < from + T; ++t) {
+        _mm_prefetch(keys.values[t] + i * 64, _MM_HINT_T1);
+        _mm_prefetch(keys.next[t] + i * 64, _MM_HINT_T1);
+      }
+    }
     if constexpr (kInt8) {
       Signed k[T];
-      for (int t = 0; t < T; ++t) k[t] = load_signed(keys[t] + i * 64);
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int t = 0; t < T; ++t) k[t] = load_signed(tiles[t] + i * 64);
+      UNROLL for (int r = 0; r < R; ++r) {
         const Bytes q = broadcast4(state->queries[first + r] + i * 4);
-        for (int t = 0; t < T; ++t) whole[t][r] = dot_signed(whole[t][r], k[t], q);
+        UNROLL for (int t = 0; t < T; ++t) whole[t][r] = dot_signed(whole[t][r], k[t], q);
       }
     } else if constexpr (kFormat == CacheFormat::kBf16) {
       Pairs k[T];
-      for (int t = 0; t < T; ++t) k[t] = load_pairs(keys[t] + i * 64);
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int t = 0; t < T; ++t) k[t] = load_pairs(tiles[t] + i * 64);
+      UNROLL for (int r = 0; r < R; ++r) {
         const Pairs q =
-            broadcast_pair(reinterpret_cast<const uint16_t*>(state->queries[first + r]) + i * 2);
-        for (int t = 0; t < T; ++t) sum[t][r] = dot_pairs(sum[t][r], k[t], q);
+            broadcast_pair(reinterpret_cast<const PairValue*>(state->queries[first + r]) + i * 2);
+        UNROLL for (int t = 0; t < T; ++t) sum[t][r] = dot_pairs(sum[t][r], k[t], q);
       }
     } else {
       Floats k[T];
-      for (int t = 0; t < T; ++t) k[t] = load(reinterpret_cast<const float*>(keys[t] + i * 64));
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int t = 0; t < T; ++t) {
+        k[t] = load(reinterpret_cast<const float*>(tiles[t] + i * 64));
+      }
+      UNROLL for (int r = 0; r < R; ++r) {
         const Floats q = set1(reinterpret_cast<const float*>(state->queries[first + r])[i]);
-        for (int t = 0; t < T; ++t) sum[t][r] = fma(k[t], q, sum[t][r]);
+        UNROLL for (int t = 0; t < T; ++t) sum[t][r] = fma(k[t], q, sum[t][r]);
       }
     }
   }
-  for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) {
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int r = 0; r < R; ++r) {
       Floats factor = set1(scale);
       if (kInt8) {
-        factor = mul(load(key_scales[t]), set1(scale * state->query_scales[first + r]));
+        factor = mul(load(keys.scales[from + t]), set1(scale * state->query_scales[first + r]));
         sum[t][r] = to_floats(whole[t][r]);
       }
-      store(state->scores[first + r] + token + t * 16, mul(sum[t][r], factor));
+      store(state->scores[first + r] + token + (from + t) * 16, mul(sum[t][r], factor));
     }
   }
 }
@@ -75,32 +91,33 @@ void mix(State<kFormat>* state, int first, int64_t dim, const Values& values) {
   constexpr bool kInt8 = kFormat == CacheFormat::kInt8;
   Floats sum[R][D];
   Ints upper[R][D], lower[R][D];
-  for (int r = 0; r < R; ++r) {
-    for (int d = 0; d < D; ++d) {
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int d = 0; d < D; ++d) {
       sum[r][d] = load(state->acc[first + r] + dim + 16 * d);
       if (kInt8) upper[r][d] = lower[r][d] = set1_int(0);
     }
   }
   const auto add_word = [&](const uint8_t* at, int64_t word, bool whole) {
     Bytes v[D];
-    for (int d = 0; d < D; ++d) {
+    UNROLL for (int d = 0; d < D; ++d) {
       v[d] = load_bytes(at + 64 * d);
       if (!whole) v[d] = first_elements(v[d], values.left, 4 / kElements<kFormat>);
     }
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* weight = state->weights[first + r] + word * 4;
+    UNROLL for (int r = 0; r < R; ++r) {
+      const uint8_t* weight =
+          state->weights[first + r] + word * kElements<kFormat> * kOperand<kFormat>;
       if constexpr (kInt8) {
         const Bytes high = broadcast4(weight), low = broadcast4(state->low[first + r] + word * 4);
-        for (int d = 0; d < D; ++d) {
+        UNROLL for (int d = 0; d < D; ++d) {
           upper[r][d] = dot_small(upper[r][d], high, v[d]);
           lower[r][d] = dot_small(lower[r][d], low, v[d]);
         }
       } else if constexpr (kFormat == CacheFormat::kBf16) {
-        const Pairs w = broadcast_pair(reinterpret_cast<const uint16_t*>(weight));
-        for (int d = 0; d < D; ++d) sum[r][d] = dot_pairs(sum[r][d], as_pairs(v[d]), w);
+        const Pairs w = broadcast_pair(reinterpret_cast<const PairValue*>(weight));
+        UNROLL for (int d = 0; d < D; ++d) sum[r][d] = dot_pairs(sum[r][d], as_pairs(v[d]), w);
       } else {
         const Floats w = set1(*reinterpret_cast<const float*>(weight));
-        for (int d = 0; d < D; ++d) sum[r][d] = fma(as_floats(v[d]), w, sum[r][d]);
+        UNROLL for (int d = 0; d < D; ++d) sum[r][d] = fma(as_floats(v[d]), w, sum[r][d]);
       }
     }
   };
@@ -112,8 +129,8 @@ void mix(State<kFormat>* state, int first, int64_t dim, const Values& values) {
     }
     if (values.left && page == values.count - 1) add_word(at, word, false);
   }
-  for (int r = 0; r < R; ++r) {
-    for (int d = 0; d < D; ++d) {
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int d = 0; d < D; ++d) {
       if (kInt8) {
         const Floats whole = fma(to_floats(upper[r][d]), set1(128.0f), to_floats(lower[r][d]));
         sum[r][d] = fma(whole, set1(state->weight_scales[first + r]), sum[r][d]);
@@ -131,29 +148,32 @@ void score_block(const Task& task, int64_t base, int64_t tokens, State<kFormat>*
   for (int64_t token = 0; token < tokens;) {
     const int64_t left = (tokens - token + 15) / 16;
     const int count = left >= kKeyTiles ? kKeyTiles : 1;
-    const uint8_t *keys[kKeyTiles], *ahead[2 * kKeyTiles];
-    const float* scales[kKeyTiles];
-    int aheads = 0;
+    Keys keys;
     for (int t = 0; t < count; ++t) {
-      const int64_t at = base + token + t * 16, tile = task.tile(at);
-      keys[t] = cache.keys + tile;
-      ahead[aheads++] = cache.values + tile;
-      if (at + count * 16 < base + tokens) {
-        ahead[aheads++] = cache.keys + task.tile(at + count * 16);
-      }
+      const int64_t at = base + token + t * 16, next = at + count * 16, tile = task.tile(at);
+      keys.tiles[t] = cache.keys + tile;
+      keys.values[t] = cache.values + tile;
+      keys.next[t] = cache.keys + (next < base + tokens ? task.tile(next) : tile);
       if (kFormat == CacheFormat::kInt8) {
-        scales[t] =
+        keys.scales[t] =
             cache.scale(cache.key_scales, task.page(at), task.head, at % cache.page_size);
       }
     }
-    each_pass(task.rows, [&](auto r, int first) {
-      constexpr int R = decltype(r)::value;
-      const int fetch = first == 0 ? aheads : 0;
-      if (count == kKeyTiles) {
-        score<kFormat, kKeyTiles, R>(state, first, token, keys, scales, words, task.scale, ahead,
-                                     fetch);
+    each_pass<kPass>(task.rows, [&](auto r, int first) {
+      constexpr int R = decltype(r)::value, T = R > kManyRows ? 1 : kKeyTiles;
+      const auto score_tiles = [&](auto fetch) {
+        constexpr bool kFetch = decltype(fetch)::value > 0;
+        if (count == T) {
+          return score<kFormat, T, R, kFetch>(state, first, token, keys, 0, words, task.scale);
+        }
+        for (int t = 0; t < count; ++t) {
+          score<kFormat, 1, R, kFetch>(state, first, token, keys, t, words, task.scale);
+        }
+      };
+      if (first == 0) {
+        score_tiles(Count<1>());
       } else {
-        score<kFormat, 1, R>(state, first, token, keys, scales, words, task.scale, ahead, fetch);
+        score_tiles(Count<0>());
       }
     });
     token += count * 16;
@@ -185,7 +205,7 @@ void mix_block(const Task& task, int64_t base, int64_t tokens, State<kFormat>* s
     }
   }
   for (int r = 0; r < task.rows; ++r) state->narrow_weights(r, (tokens + 15) / 16 * 16);
-  each_pass(task.rows, [&](auto r, int first) {
+  each_pass<n == 4 ? kMixPass : kPass>(task.rows, [&](auto r, int first) {
     constexpr int R = decltype(r)::value;
     int64_t dim = 0;
     for (; dim + 16 * kDims <= cache.dim; dim += 16 * kDims) {

@@ -14,22 +14,28 @@ namespace {
 constexpr int kBlock = 256;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 // Rows that share a pass over keys or values, and tiles of keys that one pass covers: every operand
-// that is loaded has to feed several products.
-constexpr int kPass = kWide ? 6 : 2, kKeyTiles = kWide ? 4 : 1;
+// that is loaded has to feed several products. Fewer registers hold the sums of several tiles only
+// for few rows. Int8 and int4 have two sums for each value.
+constexpr int kPass = kWide ? 6 : 4, kKeyTiles = kWide ? 4 : 2, kManyRows = kWide ? kPass : 2;
+constexpr int kMixPass = kWide ? 6 : 2;
 
 template <CacheFormat kFormat>
 constexpr int kElements =  // of the cache in a word of four bytes
     kFormat == CacheFormat::kF32 ? 1 : kFormat == CacheFormat::kBf16 ? 2 : 4;
+// Bytes of a query's or a softmax weight's element that is multiplied with them.
+template <CacheFormat kFormat>
+constexpr int kOperand = kFormat == CacheFormat::kF32    ? 4
+                         : kFormat == CacheFormat::kBf16 ? static_cast<int>(sizeof(PairValue))
+                                                         : 1;
 
 // What one task works on: queries and softmax weights as words that the cache's words are multiplied
 // with. Softmax weights beside int8 values have 14 bits: seven in `weights`, seven in `low`.
 template <CacheFormat kFormat>
 struct State {
-  static constexpr int n = kElements<kFormat>;
   alignas(64) float scores[kQueryRows][kBlock];
   alignas(64) float acc[kQueryRows][kMaxDim];
-  alignas(64) uint8_t queries[kQueryRows][kMaxDim * 4 / n];
-  alignas(64) uint8_t weights[kQueryRows][kBlock * 4 / n];
+  alignas(64) uint8_t queries[kQueryRows][kMaxDim * kOperand<kFormat>];
+  alignas(64) uint8_t weights[kQueryRows][kBlock * kOperand<kFormat>];
   alignas(64) uint8_t low[kQueryRows][kBlock];
   float maximum[kQueryRows], total[kQueryRows];
   float query_scales[kQueryRows], weight_scales[kQueryRows];
@@ -42,7 +48,7 @@ struct State {
     if (kFormat == CacheFormat::kF32) {
       std::memcpy(queries[row], q, static_cast<size_t>(dim) * 4);
     } else if (kFormat == CacheFormat::kBf16) {
-      round_to_bf16(q, dim, reinterpret_cast<uint16_t*>(queries[row]));
+      store_pairs(q, dim, reinterpret_cast<PairValue*>(queries[row]));
     } else {
       int32_t sum;
       auto* out = reinterpret_cast<int8_t*>(queries[row]);
@@ -56,7 +62,7 @@ struct State {
     if (kFormat == CacheFormat::kF32) {
       std::memcpy(weights[row], scores[row], static_cast<size_t>(count) * 4);
     } else if (kFormat == CacheFormat::kBf16) {
-      round_to_bf16(scores[row], count, reinterpret_cast<uint16_t*>(weights[row]));
+      store_pairs(scores[row], count, reinterpret_cast<PairValue*>(weights[row]));
     } else {
       constexpr float kMost = 127 * 128 + 127;
       Floats highest = zero();
@@ -87,12 +93,11 @@ inline void with_count(int count, const Body& body) {
     with_count<N - 1>(count, body);
   }
 }
-// Calls body(Count<how many>(), first row) for passes over `rows` rows.
-template <class Body>
+// Calls body(Count<how many>(), first row) for passes of at most N over `rows` rows.
+template <int N, class Body>
 inline void each_pass(int rows, const Body& body) {
-  for (int first = 0; first < rows; first += kPass) {
-    with_count<kPass>(rows - first < kPass ? rows - first : kPass,
-                      [&](auto r) { body(r, first); });
+  for (int first = 0; first < rows; first += N) {
+    with_count<N>(rows - first < N ? rows - first : N, [&](auto r) { body(r, first); });
   }
 }
 

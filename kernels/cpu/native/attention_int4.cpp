@@ -35,41 +35,41 @@ void score(GroupState* state, int first, int64_t token, const uint8_t* const* ke
            const uint16_t* const* scales, int64_t groups, float scale, const uint8_t* const* ahead,
            int aheads) {
   Floats sum[T][R];
-  for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) sum[t][r] = zero();
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int r = 0; r < R; ++r) sum[t][r] = zero();
   }
   for (int64_t g = 0; g < groups; ++g) {
-    Ints whole[T][R];
-    for (int t = 0; t < T; ++t) {
-      for (int r = 0; r < R; ++r) whole[t][r] = set1_int(0);
+    Partial whole[T][R];
+    UNROLL for (int t = 0; t < T; ++t) {
+      UNROLL for (int r = 0; r < R; ++r) whole[t][r] = no_products();
     }
     for (int64_t word = g * 4; word < g * 4 + 4; ++word) {
       for (int a = 0; a < aheads; ++a) _mm_prefetch(ahead[a] + word * 64, _MM_HINT_T1);
       Bytes low[T], high[T];
-      for (int t = 0; t < T; ++t) {
+      UNROLL for (int t = 0; t < T; ++t) {
         const Bytes both = load_bytes(keys[t] + word * 64);
         low[t] = field<0, 4>(both);
         high[t] = field<4, 4>(both);
       }
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int r = 0; r < R; ++r) {
         const uint8_t* query = state->queries[first + r] + word * 8;
         const Bytes q = broadcast4(query), p = broadcast4(query + 4);
-        for (int t = 0; t < T; ++t) {
-          whole[t][r] = dot_small(dot_small(whole[t][r], low[t], q), high[t], p);
+        UNROLL for (int t = 0; t < T; ++t) {
+          whole[t][r] = dot_partial(dot_partial(whole[t][r], low[t], q), high[t], p);
         }
       }
     }
-    for (int t = 0; t < T; ++t) {
+    UNROLL for (int t = 0; t < T; ++t) {
       const Floats step = load_half(scales[t] + g * kGroup);
       const Floats lowest = load_half(scales[t] + g * kGroup + 16);
-      for (int r = 0; r < R; ++r) {
-        sum[t][r] = fma(to_floats(whole[t][r]), step, sum[t][r]);
+      UNROLL for (int r = 0; r < R; ++r) {
+        sum[t][r] = fma(to_floats(widen(whole[t][r])), step, sum[t][r]);
         sum[t][r] = fma(set1(state->query_sums[first + r][g]), lowest, sum[t][r]);
       }
     }
   }
-  for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) {
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int r = 0; r < R; ++r) {
       const Floats factor = set1(scale * state->query_scales[first + r]);
       store(state->scores[first + r] + token + t * 16, mul(sum[t][r], factor));
     }
@@ -95,7 +95,7 @@ void score_block(const Task& task, int64_t base, int64_t tokens, GroupState* sta
         ahead[aheads++] = cache.keys + task.tile(at + count * 16);
       }
     }
-    each_pass(task.rows, [&](auto r, int first) {
+    each_pass<kPass>(task.rows, [&](auto r, int first) {
       constexpr int R = decltype(r)::value;
       const int fetch = first == 0 ? aheads : 0;
       if (count == kTiles) {
@@ -138,14 +138,14 @@ void weigh(GroupState* state, int row, const Group& group) {
 template <int R>
 void mix(GroupState* state, int first, int64_t dim, const Group& group) {
   Ints upper[R][2], lower[R][2];
-  for (int r = 0; r < R; ++r) {
+  UNROLL for (int r = 0; r < R; ++r) {
     for (int d = 0; d < 2; ++d) upper[r][d] = lower[r][d] = set1_int(0);
   }
   for (int t = 0; t < group.count; ++t) {
     for (int64_t word = 0; word < 4; ++word) {
       const Bytes both = load_bytes(group.tiles[t] + word * group.stride);
       const Bytes v[2] = {field<0, 4>(both), field<4, 4>(both)};
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int r = 0; r < R; ++r) {
         const int64_t at = t * 16 + word * 4;
         const Bytes high = broadcast4(state->weights[first + r] + at);
         const Bytes low = broadcast4(state->low[first + r] + at);
@@ -156,7 +156,7 @@ void mix(GroupState* state, int first, int64_t dim, const Group& group) {
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
+  UNROLL for (int r = 0; r < R; ++r) {
     for (int d = 0; d < 2; ++d) {
       float* acc = state->acc[first + r] + dim + 16 * d;
       const Floats whole = fma(to_floats(upper[r][d]), set1(128.0f), to_floats(lower[r][d]));
@@ -179,7 +179,7 @@ void mix_block(const Task& task, int64_t base, int64_t tokens, GroupState* state
   }
   for (int64_t dim = 0; dim < cache.dim; dim += kGroup) {
     for (int r = 0; r < task.rows; ++r) weigh(state, r, group);
-    each_pass(task.rows, [&](auto r, int first) {
+    each_pass<kMixPass>(task.rows, [&](auto r, int first) {
       mix<decltype(r)::value>(state, first, dim, group);
     });
     for (int t = 0; t < group.count; ++t) {

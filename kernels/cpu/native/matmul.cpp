@@ -24,7 +24,7 @@ struct Ahead {
 // the size of an activation.
 template <Format kFormat>
 struct FourBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1, kFew = kWide ? 4 : 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 4 : 2;
   static constexpr bool kHalf = kFormat == Format::kQ4;
   static constexpr int64_t kHead = kHalf ? 64 : 128;
 
@@ -43,34 +43,34 @@ struct FourBit {
     const int8_t* values = x.values + row * width;
     for (int64_t g = 0; g < groups; ++g, data += kHead + 256) {
       ahead.step();
-      Ints dot[T][R];
-      for (int t = 0; t < T; ++t) {
-        for (int r = 0; r < R; ++r) dot[t][r] = set1_int(0);
+      Partial dot[T][R];
+      UNROLL for (int t = 0; t < T; ++t) {
+        UNROLL for (int r = 0; r < R; ++r) dot[t][r] = no_products();
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         Bytes first[T], second[T];
-        for (int t = 0; t < T; ++t) {
+        UNROLL for (int t = 0; t < T; ++t) {
           const Bytes packed = load_bytes(data + t * stride + kHead + 64 * j);
           first[t] = field<0, 4>(packed);
           second[t] = field<4, 4>(packed);
         }
-        for (int r = 0; r < R; ++r) {
+        UNROLL for (int r = 0; r < R; ++r) {
           const int8_t* v = values + r * width + g * kGroup + 4 * j;
           const Bytes a = broadcast4(v), b = broadcast4(v + 16);
-          for (int t = 0; t < T; ++t) {
-            dot[t][r] = dot_small(dot[t][r], first[t], a);
-            dot[t][r] = dot_small(dot[t][r], second[t], b);
+          UNROLL for (int t = 0; t < T; ++t) {
+            dot[t][r] = dot_partial(dot[t][r], first[t], a);
+            dot[t][r] = dot_partial(dot[t][r], second[t], b);
           }
         }
       }
-      for (int t = 0; t < T; ++t) {
+      UNROLL for (int t = 0; t < T; ++t) {
         const Floats scale = scales(data + t * stride);
         const Floats minimum = scales(data + t * stride + kHead / 2);
-        for (int r = 0; r < R; ++r) {
+        UNROLL for (int r = 0; r < R; ++r) {
           const int64_t at = (row + r) * groups + g;
           const Floats factor = mul(scale, set1(x.scales[at]));
-          sum[t][r] = fma(to_floats(dot[t][r]), factor, sum[t][r]);
+          sum[t][r] = fma(to_floats(widen(dot[t][r])), factor, sum[t][r]);
           sum[t][r] = fma(minimum, set1(x.sums[at]), sum[t][r]);
         }
       }
@@ -79,7 +79,7 @@ struct FourBit {
 };
 
 struct EightBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 2, kBytes = 1, kFew = kWide ? 5 : 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 5 : 2;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
 
@@ -93,22 +93,22 @@ struct EightBit {
       ahead.step();
       const uint8_t* bytes = data + g / 2 * kPairBytes + 64 + g % 2 * 512;
       Ints dot[T][R];
-      for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) dot[t][r] = start_signed(x.offsets + (row + r) * groups + g);
+      UNROLL for (int r = 0; r < R; ++r) {
+        UNROLL for (int t = 0; t < T; ++t) dot[t][r] = start_signed(x.offsets + (row + r) * groups + g);
       }
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         Signed packed[T];
-        for (int t = 0; t < T; ++t) packed[t] = load_signed(bytes + t * stride + 64 * j);
-        for (int r = 0; r < R; ++r) {
+        UNROLL for (int t = 0; t < T; ++t) packed[t] = load_signed(bytes + t * stride + 64 * j);
+        UNROLL for (int r = 0; r < R; ++r) {
           const Bytes v = broadcast4(values + r * width + g * kGroup + 4 * j);
-          for (int t = 0; t < T; ++t) dot[t][r] = dot_signed(dot[t][r], packed[t], v);
+          UNROLL for (int t = 0; t < T; ++t) dot[t][r] = dot_signed(dot[t][r], packed[t], v);
         }
       }
-      for (int t = 0; t < T; ++t) {
+      UNROLL for (int t = 0; t < T; ++t) {
         const uint8_t* scales = data + g / 2 * kPairBytes + g % 2 * 32 + t * stride;
         const Floats scale = load_half(reinterpret_cast<const uint16_t*>(scales));
-        for (int r = 0; r < R; ++r) {
+        UNROLL for (int r = 0; r < R; ++r) {
           const Floats factor = mul(scale, set1(x.scales[(row + r) * groups + g]));
           sum[t][r] = fma(to_floats(dot[t][r]), factor, sum[t][r]);
         }
@@ -118,7 +118,7 @@ struct EightBit {
 };
 
 struct Ternary {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 1, kFew = 1;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = 1;
 
   static int64_t steps(const Weight& w) { return w.chunks(); }
 
@@ -130,29 +130,40 @@ struct Ternary {
     const uint8_t* data = w.tile(tile);
     const int8_t* values = x.row_values + row * width;
     Ints dot[T][R];
-    for (int t = 0; t < T; ++t) {
-      for (int r = 0; r < R; ++r) dot[t][r] = set1_int(x.row_offsets[row + r]);
+    UNROLL for (int t = 0; t < T; ++t) {
+      UNROLL for (int r = 0; r < R; ++r) dot[t][r] = set1_int(x.row_offsets[row + r]);
     }
-    for (int64_t c = 0; c < chunks; ++c, data += 64, values += kChunk) {
-      ahead.step();
-      Bytes codes[T][4];
-      for (int t = 0; t < T; ++t) {
-        const Bytes packed = load_bytes(data + t * stride);
-        codes[t][0] = field<0, 2>(packed);
-        codes[t][1] = field<2, 2>(packed);
-        codes[t][2] = field<4, 2>(packed);
-        codes[t][3] = field<6, 2>(packed);
+    for (int64_t c = 0; c < chunks;) {
+      Partial part[T][R];
+      UNROLL for (int t = 0; t < T; ++t) {
+        UNROLL for (int r = 0; r < R; ++r) part[t][r] = no_products();
       }
-      for (int r = 0; r < R; ++r) {
+      for (const int64_t end = least(c + kPartialDots / 4, chunks); c < end; ++c) {
+        ahead.step();
+        Bytes packed[T];
+        UNROLL for (int t = 0; t < T; ++t) packed[t] = load_bytes(data + t * stride);
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          const Bytes v = broadcast4(values + r * width + 4 * j);
-          for (int t = 0; t < T; ++t) dot[t][r] = dot_small(dot[t][r], codes[t][j], v);
+          Bytes codes[T];
+          UNROLL for (int t = 0; t < T; ++t) {
+            codes[t] = field<0, 2>(packed[t]);
+            packed[t] = shift_right<2>(packed[t]);
+          }
+          UNROLL for (int r = 0; r < R; ++r) {
+            const Bytes v = broadcast4(values + r * width + 4 * j);
+            UNROLL for (int t = 0; t < T; ++t) part[t][r] = dot_partial(part[t][r], codes[t], v);
+          }
         }
+        data += 64;
+        values += kChunk;
+      }
+      UNROLL for (int t = 0; t < T; ++t) {
+        UNROLL for (int r = 0; r < R; ++r) dot[t][r] = add(dot[t][r], widen(part[t][r]));
       }
     }
-    for (int t = 0; t < T; ++t) {
+    UNROLL for (int t = 0; t < T; ++t) {
       const Floats scale = load(reinterpret_cast<const float*>(data + t * stride));
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int r = 0; r < R; ++r) {
         sum[t][r] = mul(to_floats(dot[t][r]), mul(scale, set1(x.row_scales[row + r])));
       }
     }
@@ -173,10 +184,10 @@ struct Bf16 {
     for (int64_t i = 0; i < width; i += 2, data += 64) {
       ahead.step();
       Pairs packed[T];
-      for (int t = 0; t < T; ++t) packed[t] = load_pairs(data + t * stride);
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int t = 0; t < T; ++t) packed[t] = load_pairs(data + t * stride);
+      UNROLL for (int r = 0; r < R; ++r) {
         const Pairs v = broadcast_pair(values + r * width + i);
-        for (int t = 0; t < T; ++t) sum[t][r] = dot_pairs(sum[t][r], packed[t], v);
+        UNROLL for (int t = 0; t < T; ++t) sum[t][r] = dot_pairs(sum[t][r], packed[t], v);
       }
     }
   }
@@ -196,10 +207,10 @@ struct Float {
     for (int64_t i = 0; i < width; ++i, data += 64) {
       ahead.step();
       Floats packed[T];
-      for (int t = 0; t < T; ++t) packed[t] = load(reinterpret_cast<const float*>(data + t * stride));
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int t = 0; t < T; ++t) packed[t] = load(reinterpret_cast<const float*>(data + t * stride));
+      UNROLL for (int r = 0; r < R; ++r) {
         const Floats v = set1(values[r * width + i]);
-        for (int t = 0; t < T; ++t) sum[t][r] = fma(packed[t], v, sum[t][r]);
+        UNROLL for (int t = 0; t < T; ++t) sum[t][r] = fma(packed[t], v, sum[t][r]);
       }
     }
   }
@@ -209,13 +220,13 @@ template <class F, int T, int R>
 void pass(const Weight& w, const Activations& x, int64_t row, int64_t tile, Ahead ahead,
           const float* bias, float* y) {
   Floats sum[T][R];
-  for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) sum[t][r] = zero();
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int r = 0; r < R; ++r) sum[t][r] = zero();
   }
   F::template accumulate<T, R>(w, x, row, tile, ahead, sum);
-  for (int t = 0; t < T; ++t) {
+  UNROLL for (int t = 0; t < T; ++t) {
     const int64_t out = (tile + t) * kTile, valid = w.rows - out;
-    for (int r = 0; r < R; ++r) {
+    UNROLL for (int r = 0; r < R; ++r) {
       if (bias) sum[t][r] = add(sum[t][r], load(bias + out, valid));
       store(y + (row + r) * w.rows + out, sum[t][r], valid);
     }

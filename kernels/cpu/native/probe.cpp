@@ -17,22 +17,26 @@ inline void opaque(V& value) {
 #if defined(__AVX512VNNI__)
 inline void fresh(Bytes&) {}  // one instruction: nothing in it can be taken out of the loop
 #else
-inline void fresh(Bytes& x) {
-  __asm__ volatile("" : "+x"(x.a));
-  __asm__ volatile("" : "+x"(x.b));
-}
+inline void fresh(Bytes& x) { __asm__ volatile("" : "+x"(x.a), "+x"(x.b)); }
 #endif
 
 // Runs `product` on every chain's sum, again and again; each is `operations` a lane.
 template <class Sum, class Product>
 int64_t run_chains(Sum start, int64_t operations, const Product& product) {
   Sum sum[kChains];
-  for (Sum& s : sum) s = start;
-  for (int n = 0; n < kRounds; ++n) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) sum[i] = product(sum[i]);
+  UNROLL for (int i = 0; i < kChains; ++i) {
+    Sum first = start;
+    opaque(first);
+    sum[i] = first;
   }
-  for (Sum& s : sum) opaque(s);
+  for (int n = 0; n < kRounds; ++n) {
+    UNROLL for (int i = 0; i < kChains; ++i) sum[i] = product(sum[i]);
+  }
+  // Copies: what is opaque lies in memory, and the sums have to stay in registers.
+  UNROLL for (int i = 0; i < kChains; ++i) {
+    Sum last = sum[i];
+    opaque(last);
+  }
   return int64_t{kRounds} * kChains * 16 * operations;
 }
 
@@ -40,9 +44,9 @@ int64_t int8_dots() {
   Bytes weights = set1_int(0x01020304), x = set1_int(0x04030201);
   opaque(weights);
   opaque(x);
-  return run_chains(set1_int(0), 4 * 2, [&](Ints sum) {
+  return run_chains(no_products(), 4 * 2, [&](Partial sum) {
     fresh(x);
-    return dot_small(sum, weights, x);
+    return dot_partial(sum, weights, x);
   });
 }
 

@@ -28,6 +28,14 @@ inline void round_to_bf16(const float* x, int64_t count, uint16_t* out) {
   for (int64_t i = 0; i < count; i += 16) store_bf16(out + i, load(x + i, count - i), count - i);
 }
 
+// A row as what pairs of the cache are multiplied with.
+inline void store_pairs(const float* x, int64_t count, uint16_t* out) {
+  round_to_bf16(x, count, out);
+}
+inline void store_pairs(const float* x, int64_t count, float* out) {
+  std::memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
+}
+
 // A Walsh-Hadamard transform of `dim` values in place, in blocks of the largest power of two that
 // divides it; its own inverse. It spreads outliers, so that few bits hold a vector better (QuaRot,
 // arXiv 2404.00456), and leaves products of two vectors as they are.

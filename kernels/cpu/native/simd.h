@@ -11,6 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
+// In front of loops over a pass's rows and tiles: GCC unrolls them early then, and keeps their arrays in
+// registers. Otherwise it stores every sum after every product.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 

@@ -163,19 +163,45 @@ inline Bytes broadcast4(const void* p) {
   std::memcpy(&word, p, 4);
   return set1_int(word);
 }
+// What a byte's neighbour shifts into it is left there.
+template <int kShift>
+inline Bytes shift_right(Bytes x) {
+  return {_mm256_srli_epi16(x.a, kShift), _mm256_srli_epi16(x.b, kShift)};
+}
 template <int kShift, int kBits>
 inline Bytes field(Bytes x) {
   const __m256i low = _mm256_set1_epi8((1 << kBits) - 1);
-  if (kShift) x = {_mm256_srli_epi16(x.a, kShift), _mm256_srli_epi16(x.b, kShift)};
+  if (kShift) x = shift_right<kShift>(x);
   return {_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low)};
+}
+// A sum as of now: else GCC collects all products of a loop before it adds any, and stores them
+// meanwhile.
+inline __m256i now(__m256i sum) {
+  __asm__("" : "+x"(sum));
+  return sum;
 }
 inline __m256i dot4(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
   const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  return now(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
 // sum + four products of small unsigned bytes (at most 127) and signed bytes.
 inline Ints dot_small(Ints sum, Bytes small, Bytes x) {
   return {dot4(sum.a, small.a, x.a), dot4(sum.b, small.b, x.b)};
+}
+// Such sums, two lanes of 16 bits in place of one of 32, which saves two of three instructions. They
+// hold eight dots with bytes up to 15 (8 * 2 * 15 * 128 < 2^15), or kPartialDots with bytes up to 2.
+constexpr int64_t kPartialDots = 60;
+struct Partial {
+  __m256i a, b;
+};
+inline Partial no_products() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Partial dot_partial(Partial sum, Bytes small, Bytes x) {
+  return {now(_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(small.a, x.a))),
+          now(_mm256_add_epi16(sum.b, _mm256_maddubs_epi16(small.b, x.b)))};
+}
+inline Ints widen(Partial sum) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(sum.a, ones), _mm256_madd_epi16(sum.b, ones)};
 }
 // The same for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
 // the sum of the activations.
@@ -209,6 +235,9 @@ inline Pairs as_pairs(Bytes raw) {
            _mm256_castsi256_ps(_mm256_and_si256(raw.b, upper))}};
 }
 inline Pairs broadcast_pair(const uint16_t* p) { return as_pairs(broadcast4(p)); }
+// What pairs of the cache are multiplied with: widened once, not at each product.
+using PairValue = float;
+inline Pairs broadcast_pair(const float* p) { return {set1(p[0]), set1(p[1])}; }
 inline Floats dot_pairs(Floats sum, Pairs x, Pairs y) {
   return fma(x.odd, y.odd, fma(x.even, y.even, sum));
 }

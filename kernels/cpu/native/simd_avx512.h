@@ -75,15 +75,26 @@ inline Bytes broadcast4(const void* p) {
   std::memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
+// What a byte's neighbour shifts into it is left there.
+template <int kShift>
+inline Bytes shift_right(Bytes a) {
+  return _mm512_srli_epi16(a, kShift);
+}
 template <int kShift, int kBits>
 inline Bytes field(Bytes a) {
   const Bytes low = _mm512_set1_epi8((1 << kBits) - 1);
-  return _mm512_and_si512(kShift ? _mm512_srli_epi16(a, kShift) : a, low);
+  return _mm512_and_si512(kShift ? shift_right<kShift>(a) : a, low);
 }
 // sum + four products of small unsigned bytes (at most 127) and signed bytes.
 inline Ints dot_small(Ints sum, Bytes small, Bytes x) {
   return _mm512_dpbusd_epi32(sum, small, x);
 }
+// Such sums before they are as wide as an int: see simd_avx2.h. Here they always are.
+using Partial = Ints;
+constexpr int64_t kPartialDots = int64_t{1} << 40;
+inline Partial no_products() { return set1_int(0); }
+inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
+inline Ints widen(Partial sum) { return sum; }
 // The same for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
 // the sum of the activations.
 inline Signed load_signed(const void* p) { return _mm512_loadu_si512(p); }
@@ -97,6 +108,8 @@ inline Bytes first_elements(Bytes x, int64_t count, int64_t size) {
   return _mm512_and_si512(x, _mm512_set1_epi32((1 << 8 * count * size) - 1));
 }
 
+// What pairs of the cache are multiplied with.
+using PairValue = uint16_t;
 #if defined(__AVX512BF16__)
 using Pairs = __m512i;  // 16 lanes of two bfloat16
 inline Pairs as_pairs(Bytes x) { return x; }
