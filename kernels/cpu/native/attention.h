@@ -151,10 +151,17 @@ struct Task {
   }
 };
 
+// A thread's own; asked for once a task, since each use of its name would be a call.
+template <class AnyState>
+[[gnu::noinline]] AnyState* own_state() {
+  static thread_local AnyState state;
+  return &state;
+}
+
 // Attention by the `score_block` and `mix_block` that take a pointer to an AnyState.
 template <class AnyState>
 void attend_with(const Task& task, const float* const* rows, float* const* out) {
-  static thread_local AnyState state;
+  AnyState& state = *own_state<AnyState>();
   const int64_t dim = task.cache.dim;
   int64_t last = 0, lowest = task.positions[0];
   for (int r = 0; r < task.rows; ++r) {

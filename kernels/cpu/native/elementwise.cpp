@@ -53,9 +53,36 @@ float squared_norm(const float* x, int64_t width) {
   return sum_lanes(squares);
 }
 
-Floats sigmoid(Floats x) {
+inline Floats sigmoid(Floats x) {
   const Floats one = set1(1.0f);
   return div(one, add(one, exp(sub(zero(), x))));
+}
+
+template <int kActivation>
+inline Floats activate(Floats gate) {
+  if constexpr (kActivation == 0) {
+    return mul(gate, sigmoid(gate));
+  } else if constexpr (kActivation == 1) {
+    // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) (g + 0.044715 g^3)
+    const Floats cube = mul(mul(gate, gate), gate);
+    const Floats inner = fma(set1(0.044715f), cube, gate);
+    return mul(gate, sigmoid(mul(set1(1.5957691216f), inner)));
+  } else {
+    const Floats positive = max(gate, zero());
+    return mul(positive, positive);
+  }
+}
+
+template <int kActivation>
+void gated(const float* x, int64_t width, float* out) {
+  const int64_t whole = width / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) {
+    store(out + i, mul(activate<kActivation>(load(x + i)), load(x + width + i)));
+  }
+  if (const int64_t left = width - whole) {
+    const Floats gate = load(x + whole, left), up = load(x + width + whole, left);
+    store(out + whole, mul(activate<kActivation>(gate), up), left);
+  }
 }
 
 }  // namespace
@@ -122,21 +149,10 @@ void add_row(const float* a, const float* b, int64_t width, float* out) {
 }
 
 void gated_row(const float* x, int64_t width, int activation, float* out) {
-  for (int64_t i = 0; i < width; i += 16) {
-    const Floats gate = load(x + i, width - i), up = load(x + width + i, width - i);
-    Floats active;
-    if (activation == 0) {
-      active = mul(gate, sigmoid(gate));
-    } else if (activation == 1) {
-      // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) (g + 0.044715 g^3)
-      const Floats cube = mul(mul(gate, gate), gate);
-      const Floats inner = fma(set1(0.044715f), cube, gate);
-      active = mul(gate, sigmoid(mul(set1(1.5957691216f), inner)));
-    } else {
-      const Floats positive = max(gate, zero());
-      active = mul(positive, positive);
-    }
-    store(out + i, mul(active, up), width - i);
+  switch (activation) {
+    case 0: return gated<0>(x, width, out);
+    case 1: return gated<1>(x, width, out);
+    default: return gated<2>(x, width, out);
   }
 }
 
