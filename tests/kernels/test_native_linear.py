@@ -162,6 +162,20 @@ def test_extreme_activations_stay_finite_and_right(extreme: float, instructions:
         assert torch.allclose(y, expected, rtol=1e-3, atol=float(expected.abs().max()) * 1e-3)
 
 
+@every_set
+def test_the_largest_four_bit_sums_fit(instructions: str) -> None:
+    """Every weight 15 above its minimum and every activation at its group's limit."""
+    rows, columns = 17, 96
+    blocks = torch.full((rows, columns // 32 * 18), 0xFF, dtype=torch.uint8)
+    blocks.view(rows, -1, 18)[:, :, :2] = torch.tensor([0x00, 0x3C], dtype=torch.uint8)  # fp16 1.0
+    weight = Host(torch.full((rows, columns), 7.0), "Q4_0", blocks)
+    for count in range(1, 10):
+        x = torch.full((count, columns), -3.0)
+        x[::2] = 3.0
+        y = run_linear(weight, x, instructions=instructions)
+        assert torch.allclose(y, groups_of(x).float() @ weight.values.T, rtol=1e-6), count
+
+
 FORMATS = {
     "q4": (quantized(Type.Q4_1, 70, 96), "auto"),
     "q8": (quantized(Type.Q8_0, 70, 96), "auto"),
