@@ -85,7 +85,7 @@ class ExecutionSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     tensor_parallel: Annotated[int, Meta(ge=1, le=63)] = 1
     exact_ranks: bool = True
     batch_invariant: bool = False
-    instructions: Literal["auto", "avx2", "avx512", "avx512bf16"] = "auto"
+    instructions: Literal["auto", "avx2", "avxvnni", "avx512", "avx512bf16"] = "auto"
     threads: NonNegative = 0
     stall_seconds: Annotated[float, Meta(gt=0)] = 30.0
 

@@ -294,7 +294,7 @@ def main(
     threads: Annotated[str, Parameter(help="Numbers of threads, with commas.")] = "1,2",
     rows: Annotated[str, Parameter(help="Rows a step, with commas.")] = "1,4,16,32,64,128",
     context: Annotated[int, Parameter(help="Tokens each decode sees.")] = 192,
-    instructions: Annotated[str, Parameter(help="avx2, avx512, avx512bf16; auto: best.")] = "auto",
+    instructions: Annotated[str, Parameter(help="A set by name; auto: the best.")] = "auto",
     only: Annotated[str, Parameter(help="Ops whose line contains this.")] = "",
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:

@@ -1,4 +1,6 @@
 // Chooses among instruction sets. Compiled for any x86-64: the check itself must run everywhere.
+#include <cpuid.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -10,6 +12,18 @@ bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+
+#if defined(RYZANSTEIN_AVXVNNI)
+// Intel's since Alder Lake, AMD's since Zen 5; older compilers do not know its name.
+bool runs_avxvnni() {
+#if defined(RYZANSTEIN_EMULATE)
+  return runs_avx2();
+#else
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return runs_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
+#endif
+}
+#endif
 
 bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -26,6 +40,9 @@ struct Choice {
 constexpr Choice kChoices[] = {  // best first
     {&avx512bf16::kernels, runs_avx512bf16},
     {&avx512::kernels, runs_avx512},
+#if defined(RYZANSTEIN_AVXVNNI)
+    {&avxvnni::kernels, runs_avxvnni},
+#endif
     {&avx2::kernels, runs_avx2},
 };
 

@@ -1,4 +1,5 @@
-// Sixteen lanes as two registers of AVX2 with FMA and F16C.
+// Sixteen lanes as two registers of AVX2 with FMA and F16C, and byte products of AVX-VNNI where
+// RYZANSTEIN_AVXVNNI is defined.
 // Included by simd.h, inside the namespace of one instruction set.
 
 struct Floats {
@@ -8,9 +9,6 @@ struct Ints {
   __m256i a, b;
 };
 using Bytes = Ints;  // 16 lanes of four bytes
-struct Signed {      // the same: magnitudes, and the signed values
-  Bytes size, value;
-};
 using Mask = Floats;  // all bits of a lane, or none
 
 inline __m256i lane_mask(int64_t count) {
@@ -180,14 +178,42 @@ inline __m256i now(__m256i sum) {
   __asm__("" : "+x"(sum));
   return sum;
 }
+#if defined(RYZANSTEIN_AVXVNNI)
+inline __m256i dot4(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+#if defined(RYZANSTEIN_EMULATE)  // the instruction's sums by older ones, for tests on older processors
+  const __m256i low = _mm256_set1_epi16(0xff);
+  const __m256i even = _mm256_madd_epi16(
+      _mm256_and_si256(unsigned_bytes, low),
+      _mm256_srai_epi16(_mm256_slli_epi16(signed_bytes, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(unsigned_bytes, 8),
+                                        _mm256_srai_epi16(signed_bytes, 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+#else
+  return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
+#endif
+}
+#else
 inline __m256i dot4(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
   const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
   return now(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
+#endif
 // sum + four products of small unsigned bytes (at most 127) and signed bytes.
 inline Ints dot_small(Ints sum, Bytes small, Bytes x) {
   return {dot4(sum.a, small.a, x.a), dot4(sum.b, small.b, x.b)};
 }
+#if defined(RYZANSTEIN_AVXVNNI)
+// As on AVX512: see simd_avx512.h.
+using Partial = Ints;
+constexpr int64_t kPartialDots = int64_t{1} << 40;
+inline Partial no_products() { return set1_int(0); }
+inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
+inline Ints widen(Partial sum) { return sum; }
+using Signed = Bytes;  // offset by 128
+inline Signed load_signed(const void* p) { return load_bytes(p); }
+inline Ints start_signed(const int32_t* offset) { return set1_int(*offset); }
+inline Ints dot_signed(Ints sum, Signed weights, Bytes x) { return dot_small(sum, weights, x); }
+#else
 // Such sums, two lanes of 16 bits in place of one of 32, which saves two of three instructions. They
 // hold eight dots with bytes up to 15 (8 * 2 * 15 * 128 < 2^15), or kPartialDots with bytes up to 2.
 constexpr int64_t kPartialDots = 60;
@@ -206,6 +232,9 @@ inline Ints widen(Partial sum) {
 // The same for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
 // the sum of the activations.
 // Magnitudes times sign-adjusted activations stay within 16 bits; offset bytes would not.
+struct Signed {  // magnitudes, and the signed values
+  Bytes size, value;
+};
 inline Signed load_signed(const void* p) {
   const __m256i offset = _mm256_set1_epi8(-128);
   Bytes value = load_bytes(p);
@@ -217,6 +246,7 @@ inline Ints dot_signed(Ints sum, Signed weights, Bytes x) {
   return {dot4(sum.a, weights.size.a, _mm256_sign_epi8(x.a, weights.value.a)),
           dot4(sum.b, weights.size.b, _mm256_sign_epi8(x.b, weights.value.b))};
 }
+#endif
 
 // The first `count` of every lane's elements of `size` bytes, zero for the others.
 inline Bytes first_elements(Bytes x, int64_t count, int64_t size) {
