@@ -105,6 +105,12 @@ def prefill_batch(rows: int) -> Batch:
     return Batch(arrays, (rows, 1, 1, pages))
 
 
+def shape_of(batch: Batch, context: int) -> str:
+    """How the table calls a batch of attention: decodes that see `context` tokens, or a prompt."""
+    rows, sequences = batch.counts[:2]
+    return f"{rows} x {context}" if sequences == rows else f"prompt of {rows}"
+
+
 class Bench:
     """Runs single ops through native programs on one device."""
 
@@ -185,11 +191,10 @@ class Bench:
         seconds = self.seconds(program, "attention", layers, batch)
         del memory
         operations = 4.0 * context * HEADS * DIM
-        name = f"{rows} x {context // rows}" if batch.counts[1] > 1 else f"prompt of {rows}"
         product = cache if cache in PROBES else "int8"
         return Work(
             "attention",
-            name,
+            shape_of(batch, context // rows),
             cache,
             rows,
             operations,
@@ -231,19 +236,24 @@ class Bench:
         )  # fmt: skip
 
 
-def cases(bench: Bench, rows: list[int], context: int) -> Iterator[tuple[Work, float]]:
-    """Everything that is measured, in the table's order."""
+def cases(bench: Bench, rows: list[int], context: int, only: str) -> Iterator[tuple[Work, float]]:
+    """Everything whose line contains `only`; ops on rows, which are quick, come whole."""
     for format_name in FORMATS:
         for name in SHAPES:
-            for count in rows:
-                yield bench.linear(name, format_name, count)
+            if only in f"linear {name} {format_name}":
+                for count in rows:
+                    yield bench.linear(name, format_name, count)
     for cache in CACHE_FORMATS:
         for count in rows:
             pages = count * -(-context // PAGE)
-            yield bench.attention(cache, decode_batch(count, context), count * context, pages)
+            batch = decode_batch(count, context)
+            if only in f"attention {shape_of(batch, context)} {cache}":
+                yield bench.attention(cache, batch, count * context, pages)
         for count in (256, 1024):
             seen = count * (count + 1) // 2
-            yield bench.attention(cache, prefill_batch(count), seen, -(-count // PAGE))
+            batch = prefill_batch(count)
+            if only in f"attention {shape_of(batch, count)} {cache}":
+                yield bench.attention(cache, batch, seen, -(-count // PAGE))
     for count in (1, 32):
         yield from bench.rowwise(count)
 
@@ -314,7 +324,7 @@ def main(
         console.print(
             f"{name}, {number} threads: {shown} GOP/s, reading {ceilings.read / 1e9:.1f} GB/s"
         )
-        for work, seconds in cases(bench, counts, context):
+        for work, seconds in cases(bench, counts, context, only):
             row = result(work, ceilings, seconds, number)
             if only in f"{row['op']} {row['shape']} {row['format']}":
                 found.append(row)
