@@ -41,6 +41,8 @@ logger = logging.getLogger("ryzanstein.engine")
 MAX_LOSSES = 3
 # A step hangs that takes longer than this, and than so many times almost all steps before it.
 LEAST_SECONDS, TIMES_USUAL = 1.0, 10.0
+# The least that a crew's first step has: it touches all of its memory for the first time.
+FIRST_SECONDS = 5.0
 # Steps that are remembered, and how often the usual time is found anew.
 REMEMBERED, EVERY = 512, 64
 # Starting ranks say that they live; one that is silent for so long hangs.
@@ -71,12 +73,13 @@ class Pace:
             self._usual = sorted(self._seconds)[int(0.99 * (len(self._seconds) - 1))]
         self._count += 1
 
-    def limit(self, predicted: float) -> float:
-        """Seconds after which a step hangs that should take `predicted`; 0 if nobody knows, as of
-        those that measure the machine, which have long."""
+    def limit(self, predicted: float, *, first: bool = False) -> float:
+        """Seconds after which a step hangs, its ranks' `first` or not, that should take
+        `predicted`; 0 if nobody knows, as of those that measure the machine, which have long."""
         if not predicted:
             return UNKNOWN_SECONDS
-        return max(LEAST_SECONDS, TIMES_USUAL * max(self._usual, predicted))
+        least = FIRST_SECONDS if first else LEAST_SECONDS
+        return max(least, TIMES_USUAL * max(self._usual, predicted))
 
 
 @dataclass
@@ -274,7 +277,7 @@ class RankStepper:
                 watched, since = oldest, turn
             wait = None
             if oldest is not None:
-                limit = self._pace.limit(oldest.predicted)
+                limit = self._pace.limit(oldest.predicted, first=not self._steps)
                 left = since + limit - turn
                 if left <= 0:
                     raise RankLost(f"a step hangs: it took more than {limit:.1f} s")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from engine import AsyncEngine, ConfigError, EngineFailed, Grammar, SamplingParams
-from engine.execution.parallel import LEAST_SECONDS, Pace, RankStepper
+from engine.execution.parallel import FIRST_SECONDS, LEAST_SECONDS, Pace, RankStepper
 from tests.engine.execution import faults
 from tests.kernels.native import needs_native
 from tests.server.process import ServerProcess
@@ -184,6 +184,7 @@ def test_a_step_hangs_after_ten_times_what_it_usually_takes_but_not_before_a_sec
     for _ in range(200):
         pace.observe(0.01)
     assert pace.limit(0.01) == LEAST_SECONDS
+    assert pace.limit(0.01, first=True) == FIRST_SECONDS, "it touches all of its memory"
     assert pace.limit(0.5) == 5.0
     for _ in range(200):
         pace.observe(0.3)
