@@ -28,7 +28,7 @@ constexpr int kOperand = kFormat == CacheFormat::kF32    ? 4
                          : kFormat == CacheFormat::kBf16 ? static_cast<int>(sizeof(PairValue))
                                                          : 1;
 
-// What one task works on: queries and softmax weights as words that the cache's words are multiplied
+// What one task works on: queries and softmax weights as what the cache's words are multiplied
 // with. Softmax weights beside int8 values have 14 bits: seven in `weights`, seven in `low`.
 template <CacheFormat kFormat>
 struct State {

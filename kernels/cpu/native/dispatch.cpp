@@ -9,8 +9,10 @@ namespace ryzanstein {
 namespace {
 
 bool runs_avx2() {
+  // Older compilers know no name of F16C.
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1) != 0;
 }
 
 #if defined(RYZANSTEIN_AVXVNNI)

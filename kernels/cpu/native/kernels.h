@@ -152,7 +152,8 @@ struct Kernels {
 constexpr int64_t kDrawBytes = 12;
 
 // Kernels by name, or null if there are none or this processor lacks the instructions:
-// `avx2` (with FMA and F16C), `avxvnni` (the same with byte products), `avx512` (F, BW, VL, DQ, VNNI), `avx512bf16`.
+// `avx2` (with FMA and F16C), `avxvnni` (the same with byte products), `avx512` (F, BW, VL, DQ, VNNI),
+// `avx512bf16`.
 const Kernels* find_kernels(const char* name);
 // All that this processor runs, best first.
 std::vector<const Kernels*> running_kernels();

@@ -19,7 +19,7 @@ struct Ahead {
 };
 
 // A format's `accumulate<T, R>` adds x[row..row+R) . w[T tiles from `tile`] to sum[T][R]. `kTiles` x
-// `kRows` is the largest pass whose sums fit the registers beside the weights: every activation that
+// `kRows` is the largest pass whose products fit the registers beside the weights: every activation that
 // is broadcast feeds all tiles, every weight all rows. `steps` is how often it calls ahead.step(), `kBytes`
 // the size of an activation.
 template <Format kFormat>

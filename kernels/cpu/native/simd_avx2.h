@@ -189,7 +189,7 @@ inline __m256i dot4(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
                                         _mm256_srai_epi16(signed_bytes, 8));
   return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 #else
-  return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
+  return now(_mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes));
 #endif
 }
 #else
@@ -214,7 +214,7 @@ inline Signed load_signed(const void* p) { return load_bytes(p); }
 inline Ints start_signed(const int32_t* offset) { return set1_int(*offset); }
 inline Ints dot_signed(Ints sum, Signed weights, Bytes x) { return dot_small(sum, weights, x); }
 #else
-// Such sums, two lanes of 16 bits in place of one of 32, which saves two of three instructions. They
+// Such sums, two lanes of 16 bits in place of one of 32, which saves one of three instructions. They
 // hold eight dots with bytes up to 15 (8 * 2 * 15 * 128 < 2^15), or kPartialDots with bytes up to 2.
 constexpr int64_t kPartialDots = 60;
 struct Partial {
@@ -229,7 +229,7 @@ inline Ints widen(Partial sum) {
   const __m256i ones = _mm256_set1_epi16(1);
   return {_mm256_madd_epi16(sum.a, ones), _mm256_madd_epi16(sum.b, ones)};
 }
-// The same for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
+// As dot_small, for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
 // the sum of the activations.
 // Magnitudes times sign-adjusted activations stay within 16 bits; offset bytes would not.
 struct Signed {  // magnitudes, and the signed values

@@ -85,9 +85,14 @@ inline Bytes field(Bytes a) {
   const Bytes low = _mm512_set1_epi8((1 << kBits) - 1);
   return _mm512_and_si512(kShift ? shift_right<kShift>(a) : a, low);
 }
+// A sum as of now: else GCC copies and stores the sums of some loops.
+inline Ints now(Ints sum) {
+  __asm__("" : "+v"(sum));
+  return sum;
+}
 // sum + four products of small unsigned bytes (at most 127) and signed bytes.
 inline Ints dot_small(Ints sum, Bytes small, Bytes x) {
-  return _mm512_dpbusd_epi32(sum, small, x);
+  return now(_mm512_dpbusd_epi32(sum, small, x));
 }
 // Such sums before they are as wide as an int: see simd_avx2.h. Here they always are.
 using Partial = Ints;
@@ -95,12 +100,12 @@ constexpr int64_t kPartialDots = int64_t{1} << 40;
 inline Partial no_products() { return set1_int(0); }
 inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
 inline Ints widen(Partial sum) { return sum; }
-// The same for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
+// As dot_small, for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
 // the sum of the activations.
 inline Signed load_signed(const void* p) { return _mm512_loadu_si512(p); }
 inline Ints start_signed(const int32_t* offset) { return _mm512_set1_epi32(*offset); }
 inline Ints dot_signed(Ints sum, Signed weights, Bytes x) {
-  return _mm512_dpbusd_epi32(sum, weights, x);
+  return now(_mm512_dpbusd_epi32(sum, weights, x));
 }
 
 // The first `count` of every lane's elements of `size` bytes, zero for the others.
