@@ -26,6 +26,16 @@ constexpr bool kWide = true;  // 32 registers of 16 lanes
 constexpr bool kWide = false;  // 16 of 8
 #endif
 
+#if defined(__AVX512VNNI__) || defined(RYZANSTEIN_AVXVNNI)
+// Sums of small bytes' products before they are as wide as an int: see simd_avx2.h. Where a product is one
+// instruction they always are.
+using Partial = Ints;
+constexpr int64_t kPartialDots = int64_t{1} << 40;
+inline Partial no_products() { return set1_int(0); }
+inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
+inline Ints widen(Partial sum) { return sum; }
+#endif
+
 inline Pairs load_pairs(const void* p) { return as_pairs(load_bytes(p)); }
 
 // e^x: 2^n times a polynomial on the remainder (Cephes' coefficients), below 2 ulp.

@@ -204,11 +204,6 @@ inline Ints dot_small(Ints sum, Bytes small, Bytes x) {
 }
 #if defined(RYZANSTEIN_AVXVNNI)
 // As on AVX512: see simd_avx512.h.
-using Partial = Ints;
-constexpr int64_t kPartialDots = int64_t{1} << 40;
-inline Partial no_products() { return set1_int(0); }
-inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
-inline Ints widen(Partial sum) { return sum; }
 using Signed = Bytes;  // offset by 128
 inline Signed load_signed(const void* p) { return load_bytes(p); }
 inline Ints start_signed(const int32_t* offset) { return set1_int(*offset); }

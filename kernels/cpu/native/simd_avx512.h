@@ -94,12 +94,6 @@ inline Ints now(Ints sum) {
 inline Ints dot_small(Ints sum, Bytes small, Bytes x) {
   return now(_mm512_dpbusd_epi32(sum, small, x));
 }
-// Such sums before they are as wide as an int: see simd_avx2.h. Here they always are.
-using Partial = Ints;
-constexpr int64_t kPartialDots = int64_t{1} << 40;
-inline Partial no_products() { return set1_int(0); }
-inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
-inline Ints widen(Partial sum) { return sum; }
 // As dot_small, for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
 // the sum of the activations.
 inline Signed load_signed(const void* p) { return _mm512_loadu_si512(p); }
