@@ -153,8 +153,8 @@ class Tracing:
         self._timelines = timelines
         self._settings = settings
         self._ended: list[RequestStats] = []
-        # The spans of requests that steps have links to, before they are made.
-        self._linked: dict[str, int] = {}
+        # What steps have as links to requests, whose spans are made later.
+        self._linked: dict[str, Link] = {}
         self._ids = Ids()
         self.made: Counter[tuple[str]] = Counter(
             {("sampled",): 0, ("slow",): 0, ("failed",): 0, ("step",): 0}
@@ -214,7 +214,8 @@ class Tracing:
         """Make the spans of those that have ended and are to be traced."""
         ended, self._ended = self._ended, []
         for stats in ended:
-            span_id = self._linked.pop(stats.id, None)
+            link = self._linked.pop(stats.id, None)
+            span_id = None if link is None else link.context.span_id
             why, record = self._why(stats), self._timelines.record(stats.id)
             if why and record is not None:
                 self.made[why,] += 1
@@ -255,10 +256,9 @@ class Tracing:
         links = []
         for request in {row.request.id: row.request for row in stats.served}.values():
             if request.trace:
-                known = self._linked.setdefault(request.id, self._ids.generate_span_id())
-                flags = TraceFlags(TraceFlags.SAMPLED if is_sampled(request.trace) else 0)
-                trace_id = int(request.trace.split("-")[1], 16)
-                links.append(Link(SpanContext(trace_id, known, is_remote=False, trace_flags=flags)))
+                if request.id not in self._linked:
+                    self._linked[request.id] = self._link(request.trace)
+                links.append(self._linked[request.id])
         attributes: dict[str, str | int | float] = {
             "ryzanstein.why": "slow" if slow else "one in many",
             "ryzanstein.step": stats.step,
@@ -275,6 +275,12 @@ class Tracing:
         )
         span.end(self._date(stats.at))
         self.made["step",] += 1
+
+    def _link(self, trace: str) -> Link:
+        """To the span that a request will have."""
+        flags = TraceFlags(TraceFlags.SAMPLED if is_sampled(trace) else 0)
+        trace_id, span_id = int(trace.split("-")[1], 16), self._ids.generate_span_id()
+        return Link(SpanContext(trace_id, span_id, is_remote=False, trace_flags=flags))
 
     def _emit(self, stats: RequestStats, told: Sequence[Told], span_id: int | None) -> None:
         root = self._begin(stats, span_id)

@@ -222,7 +222,7 @@ async def test_tracing_takes_far_less_than_150_microseconds_a_step(collector: Co
         tracing.close()
     print({every: f"{1e6 * seconds:.1f} us" for every, seconds in best.items()})
     assert best[1000] < 20e-6
-    assert best[1] < 1e-3
+    assert best[1] < 5e-4
 
 
 def test_spans_that_wait_have_a_bound_and_what_is_beyond_is_counted(
