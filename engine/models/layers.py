@@ -99,7 +99,7 @@ class OutputProjection:
     sums: bool = False
 
     def forward(self, ops: Ops[T], x: T) -> T:
-        """`[tokens, this rank's inputs] -> [tokens, hidden]`."""
+        """`[rows, this rank's inputs] -> [rows, hidden]`."""
         if self.inputs:
             x = ops.all_gather(x, self.inputs)
         if self.norm is not None:
@@ -248,13 +248,13 @@ class Attention:
     norms: HeadNorms | None
     output: OutputProjection
 
-    def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
-        """`[tokens, hidden] -> [tokens, hidden]`; writes this layer's keys and values."""
+    def mix(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
+        """Values by attention, `[tokens, hidden] -> [tokens, query * dim]`, which `output` takes;
+        writes this layer's keys and values."""
         rope, window = config.ropes[self.layer], config.windows[self.layer]
         qkv = ops.linear(x, self.qkv)
         q = ops.rope_write_kv(qkv, self.layer, self.heads, rope, self.norms)
-        mixed = ops.attention(q, self.layer, self.heads, config.attention_scale, window)
-        return self.output.forward(ops, mixed)
+        return ops.attention(q, self.layer, self.heads, config.attention_scale, window)
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class GatedFeedForward:
     down: OutputProjection
 
     def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
-        """`[tokens, hidden] -> [tokens, hidden]`."""
+        """`[rows, hidden] -> [rows, hidden]`."""
         return self.down.forward(ops, ops.gated(ops.linear(x, self.gate_up), config.activation))
 
 

@@ -14,7 +14,7 @@ from engine.models import load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.gpu.backend import GpuBackend
-from kernels.gpu.fuse import fuse
+from kernels.gpu.fuse import fuse, handles
 from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.program import split
 from kernels.gpu.staging import Staging
@@ -86,24 +86,25 @@ def recorded(path: Path) -> Any:
 
 
 def test_norms_gates_and_sums_go_into_the_matmuls(tmp_path: Path) -> None:
-    layers, head = split(recorded(write_llama(tmp_path)))
+    tape = recorded(write_llama(tmp_path))
+    layers, head = split(tape)
     kept = {a.index for i, _ in head for a in i.arguments if isinstance(a, Handle)}
-    steps = fuse(layers, kept, lambda _: True)
-    ops_ = [instruction.op for instruction, _ in steps]
-    attention = ["rope_write_kv", "attention"]
-    block = ["row_linear", *attention, "row_linear", "row_linear", "row_linear"]
-    assert ops_ == ["embed", *block, *block, "select_rows", "select_rows"]
-    norms = [i.arguments[2] is not None for i, _ in steps if i.op == "row_linear"]
-    sums = [i.arguments[4] is not None for i, _ in steps if i.op == "row_linear"]
-    gates = [i.arguments[5] for i, _ in steps if i.op == "row_linear"]
-    assert norms == [True, False, True, False] * 2
-    # The last sum is left to the head, which first selects rows.
-    assert sums == [False, True, False, True, False, True, False, False]
-    assert gates == ["", "", "silu", ""] * 2
-    made = {h.index for i, _ in steps for h in i.results}
-    freed = [index for _, dead in steps for index in dead]
-    assert sorted(freed) == sorted(made - kept)
-    assert len(set(freed)) == len(freed)
+    steps, ends = fuse(layers, kept, lambda _: True), fuse(head, {tape.logits.index}, lambda _: True)
+    ops_ = [[instruction.op for instruction, _ in part] for part in (steps, ends)]
+    attention = ["row_linear", "rope_write_kv", "attention"]
+    rest = ["row_linear"] * 3
+    # Behind the last attention only the rows go on that are asked for.
+    assert ops_[0] == ["embed", *attention, *rest, *attention, "select_rows", "select_rows"]
+    assert ops_[1] == [*rest, "row_linear"]
+    found = [i.arguments for i, _ in (*steps, *ends) if i.op == "row_linear"]
+    norms, sums = ([a[place] is not None for a in found] for place in (2, 4))
+    assert norms == [True, False, True, False] * 2 + [True]
+    assert sums == [False, True, False, True] * 2 + [False]
+    assert [a[5] for a in found] == ["", "", "silu", ""] * 2 + [""]
+    for part, needed in ((steps, kept), (ends, {tape.logits.index})):
+        made = {h.index for i, _ in part for h in (*handles(i.arguments), *i.results)}
+        freed = [index for _, dead in part for index in dead]
+        assert sorted(freed) == sorted(made - needed)
 
 
 def test_what_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
