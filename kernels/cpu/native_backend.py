@@ -78,9 +78,11 @@ def unavailable_reason(instructions: str = "auto") -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class NativeWeight(Weight):
-    """A packed matrix with its bias, or a vector; the tensors keep the memory alive."""
+    """A packed matrix with its bias, or a vector; the tensors keep the memory alive. A matmul with
+    it wants its activations in the form `reads`."""
 
     packed: Any = None
+    reads: str = "floats"
     vector: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
@@ -94,11 +96,6 @@ class NativeWeight(Weight):
     def bias_address(self) -> int:
         """Of the bias, or 0."""
         return self.bias.data_ptr() if self.bias is not None else 0
-
-    @property
-    def reads(self) -> str:
-        """The form in which a matmul with this weight wants its activations."""
-        return {F32: "floats", BF16: "bf16", TERNARY: "whole"}.get(self.packed.format, "groups")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +150,8 @@ class NativeBackend:
         if instructions == "auto":
             self.instructions = native.instruction_sets()[0]
         self.device = native.Device(self.instructions, threads)
+        # Rounded where products take pairs of bfloat16.
+        self._pairs = "bf16" if self.device.rounds_pairs else "floats"
         self._packed_file = packed_file
         self.collectives: Collectives | None = collectives
         self._exchange = collectives.exchange if collectives is not None else None
@@ -175,7 +174,8 @@ class NativeBackend:
         packed = self._find_or_pack(name, parts, shape)
         added = torch.cat([b.dense().float() for b in bias]) if bias else None
         self._bytes += packed.bytes + (added.nbytes if added is not None else 0)
-        return NativeWeight(name, shape, packed=packed, bias=added)
+        reads = {F32: "floats", BF16: self._pairs, TERNARY: "whole"}.get(packed.format, "groups")
+        return NativeWeight(name, shape, packed=packed, reads=reads, bias=added)
 
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
         target = self._target(parts)

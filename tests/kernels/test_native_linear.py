@@ -128,7 +128,8 @@ def test_float_linear_with_bias_for_odd_shapes(
     x = torch.randn(9, columns, generator=generator)
     narrow = weights == "bfloat16" and columns % 2 == 0
     stored = weight.bfloat16().float() if narrow else weight
-    seen = x.bfloat16().float() if narrow else x
+    # Activations are rounded where pairs of bfloat16 are multiplied.
+    seen = x.bfloat16().float() if narrow and instructions.startswith("avx512") else x
     found = run_linear(Host(weight), x, bias, instructions=instructions, weights=weights)
     assert torch.allclose(found, seen @ stored.T + bias, atol=1e-4, rtol=1e-4)
 

@@ -109,6 +109,8 @@ enum class Probe : int32_t { kInt8Dot = 0, kBf16Dot = 1, kFloat = 2, kRead = 3 }
 
 struct Kernels {
   const char* name;
+  // Whether bfloat16 weights meet activations in bfloat16; else they meet floats.
+  bool rounds_pairs;
 
   // y[r, out] = x[r] . w[out] (+ bias[out]) for rows [row, row + rows) and tiles [first, last) of 16
   // outputs.

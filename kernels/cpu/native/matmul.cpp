@@ -171,7 +171,8 @@ struct Ternary {
 };
 
 struct Bf16 {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 3, kBytes = 2, kFew = kWide ? 8 : 3;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kFew = kWide ? 8 : 3;
+  static constexpr int kBytes = sizeof(PairValue);
 
   static int64_t steps(const Weight& w) { return w.columns / 2; }
 
@@ -180,7 +181,8 @@ struct Bf16 {
                          Ahead ahead, Floats (&sum)[T][R]) {
     const int64_t width = w.columns, stride = w.tile_bytes();
     const uint8_t* data = w.tile(tile);
-    const uint16_t* values = x.bf16 + row * width;
+    const void* rows = kBytes == 2 ? static_cast<const void*>(x.bf16) : x.floats;
+    const PairValue* values = static_cast<const PairValue*>(rows) + row * width;
     for (int64_t i = 0; i < width; i += 2, data += 64) {
       ahead.step();
       Pairs packed[T];

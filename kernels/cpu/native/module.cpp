@@ -180,6 +180,7 @@ NB_MODULE(_native, m) {
   });
   nb::class_<Device>(m, "Device")
       .def(nb::init<const std::string&, int, uint64_t>(), "instructions"_a, "threads"_a, "jobs"_a = 0)
+      .def_prop_ro("rounds_pairs", [](const Device& d) { return d.kernels->rounds_pairs; })
       .def("choose", &Device::choose)
       .def("probe", &Device::probe, "kind"_a, "memory"_a, "bytes"_a, "rounds"_a);
 

@@ -107,7 +107,7 @@ inline Bytes first_elements(Bytes x, int64_t count, int64_t size) {
   return _mm512_and_si512(x, _mm512_set1_epi32((1 << 8 * count * size) - 1));
 }
 
-// What pairs of the cache are multiplied with.
+// What pairs are multiplied with.
 using PairValue = uint16_t;
 #if defined(__AVX512BF16__)
 using Pairs = __m512i;  // 16 lanes of two bfloat16

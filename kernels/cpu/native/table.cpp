@@ -7,9 +7,9 @@ namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 
 const Kernels kernels = {
-    NAME(RYZANSTEIN_ISA), matmul,    store_forms, embed_row, rms_norm_row, add_row, gated_row,
-    rotate_head,          write_key, write_value, copy_page, attend,       penalize, forbid,
-    argmax,               draw,      probe,
+    NAME(RYZANSTEIN_ISA), sizeof(PairValue) == 2,
+    matmul,      store_forms, embed_row, rms_norm_row, add_row,  gated_row, rotate_head, write_key,
+    write_value, copy_page,   attend,    penalize,     forbid,   argmax,    draw,        probe,
 };
 
 }  // namespace RYZANSTEIN_ISA

@@ -89,7 +89,10 @@ def test_norms_gates_and_sums_go_into_the_matmuls(tmp_path: Path) -> None:
     tape = recorded(write_llama(tmp_path))
     layers, head = split(tape)
     kept = {a.index for i, _ in head for a in i.arguments if isinstance(a, Handle)}
-    steps, ends = fuse(layers, kept, lambda _: True), fuse(head, {tape.logits.index}, lambda _: True)
+    steps, ends = (
+        fuse(layers, kept, lambda _: True),
+        fuse(head, {tape.logits.index}, lambda _: True),
+    )
     ops_ = [[instruction.op for instruction, _ in part] for part in (steps, ends)]
     attention = ["row_linear", "rope_write_kv", "attention"]
     rest = ["row_linear"] * 3
