@@ -15,16 +15,19 @@ class Waiter:
     def __init__(self) -> None:
         self._future: asyncio.Future[None] | None = None
 
+    def next(self) -> asyncio.Future[None]:
+        """What is done at the next `wake`."""
+        self._future = asyncio.get_running_loop().create_future()
+        return self._future
+
     async def wait(self, seconds: float | None = None) -> None:
         """Until the next `wake`, or for so long."""
-        loop = asyncio.get_running_loop()
-        self._future = loop.create_future()
         if seconds is None:
-            await self._future
+            await self.next()
             return
-        timer = loop.call_later(max(0.0, seconds), self.wake)
+        timer = asyncio.get_running_loop().call_later(max(0.0, seconds), self.wake)
         try:
-            await self._future
+            await self.next()
         finally:
             timer.cancel()
 
@@ -87,7 +90,7 @@ class TokenStream:
     async def ready(self) -> None:
         """Wait until `receive` has something, or the end."""
         while not (self._pending or self._error or self._open == 0):
-            await self._waiter.wait()
+            await self._waiter.next()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what is pending."""
@@ -99,7 +102,8 @@ class TokenStream:
 
         Raises the stream's error once pending deltas have been read.
         """
-        await self.ready()
+        while not (self._pending or self._error or self._open == 0):
+            await self._waiter.next()
         if not self._pending:
             if self._error is not None:
                 raise self._error

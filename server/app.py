@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -94,8 +95,12 @@ class Lifecycle:
 
     async def run(self) -> None:
         """Load, serve until asked to stop, drain. Whatever goes wrong here ends the server."""
+        gc.disable()  # loading makes little garbage, and more and more that is none
         try:
             async with self.engine:
+                # A collection that looked at all of it would hold up every stream.
+                gc.freeze()
+                gc.enable()
                 self._on_loaded()
                 if await self._stop_or_failure():
                     return
@@ -114,6 +119,7 @@ class Lifecycle:
             logger.error("the server cannot go on", exc_info=error)
             self.failure = error
         finally:
+            gc.enable()
             self.on_stop()
 
     async def _stop_or_failure(self) -> bool:

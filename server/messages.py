@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -26,7 +25,7 @@ from server.messages_protocol import (
 from server.openai import Generation, check_model, read_body, ready_engine
 from server.requests import sampling_fields, terms_of, truncated
 from server.shapes import ChatShape
-from server.streams import EventStream, deltas_of, race_disconnect
+from server.streams import EventStream, race_disconnect, reading
 from server.tenants import client_of
 
 
@@ -87,8 +86,8 @@ async def _answering(engine: AsyncEngine, body: CountRequest) -> Answering:
 
 async def _drain(engine: AsyncEngine, stream: TokenStream, composer: MessageComposer) -> None:
     """Read to the end."""
-    async with aclosing(deltas_of(engine, stream)) as batches:
-        async for batch in batches:
+    with reading(engine, stream):
+        while batch := await stream.receive():
             for delta in batch:
                 composer.delta(delta)
 
@@ -99,8 +98,8 @@ async def _events(
     """Anthropic's events of one message."""
     for event in composer.begin():
         yield _frame(event)
-    async with aclosing(deltas_of(engine, stream)) as batches:
-        async for batch in batches:
+    with reading(engine, stream):
+        while batch := await stream.receive():
             for delta in batch:
                 for event in composer.delta(delta):
                     yield _frame(event)

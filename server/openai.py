@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -38,7 +37,7 @@ from server.requests import (
     wishes_of,
 )
 from server.shapes import ChatShape, CompletionShape, Echo, Shape
-from server.streams import EventStream, deltas_of, race_disconnect, submit_all
+from server.streams import EventStream, race_disconnect, reading, submit_all
 from server.structured import asked_form
 from server.tenants import Client, client_of
 
@@ -326,8 +325,8 @@ async def _frames(
     first = generation.more
     prompt, made = sum(map(len, generation.prompts)), 0
     usages = []
-    async with aclosing(deltas_of(engine, stream)) as batches:
-        async for batch in batches:
+    with reading(engine, stream):
+        while batch := await stream.receive():
             for delta in batch:
                 if delta.usage is not None:
                     usages.append(delta.usage)
@@ -350,8 +349,8 @@ async def _whole(
     shape = generation.shape
     merged: dict[int, Delta] = {}
     usages = []
-    async with aclosing(deltas_of(engine, stream)) as batches:
-        async for batch in batches:
+    with reading(engine, stream):
+        while batch := await stream.receive():
             for delta in batch:
                 if delta.usage is not None:
                     usages.append(delta.usage)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -13,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream
+from engine import AsyncEngine, InvalidRequest, SamplingParams, Terms, TokenStream
 from engine.config import ServerSection
 from server.errors import describe
 from server.requests import Prompt
@@ -23,6 +25,9 @@ logger = logging.getLogger("ryzanstein.server")
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+# Where a request's scope has the `send` behind all middleware, which looks at nothing but an
+# answer's start and end: what lies between, a message a token, goes past it.
+MIDDLE = "ryzanstein.middle"
 
 
 async def submit_all(
@@ -57,11 +62,11 @@ async def submit_all(
     return stream
 
 
-async def deltas_of(engine: AsyncEngine, stream: TokenStream) -> AsyncGenerator[list[Delta]]:
-    """What every transport reads. However it is left, the requests do not run on."""
+@contextmanager
+def reading(engine: AsyncEngine, stream: TokenStream) -> Iterator[None]:
+    """Around whatever reads a stream: however it is left, the requests do not run on."""
     try:
-        while deltas := await stream.receive():
-            yield deltas
+        yield
     finally:
         engine.abort(*stream.request_ids)
 
@@ -150,25 +155,26 @@ class EventStream:
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        middle = scope.get(MIDDLE, send)
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._write, send, group.cancel_scope)
-                group.start_soon(self._watch, send, group.cancel_scope)
+                group.start_soon(self._write, send, middle, group.cancel_scope)
+                group.start_soon(self._watch, middle, group.cancel_scope)
                 await _disconnected(receive)
                 group.cancel_scope.cancel()
         finally:
             self._on_end()
 
-    async def _write(self, send: Send, scope: anyio.CancelScope) -> None:
+    async def _write(self, send: Send, middle: Send, scope: anyio.CancelScope) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             try:
                 async for frame in self._frames:
-                    await self._body(send, frame if self._raw else b"data: " + frame + b"\n\n")
+                    await self._body(middle, frame if self._raw else b"data: " + frame + b"\n\n")
             except Exception as error:  # noqa: BLE001  (told to the client, and logged if it is ours)
-                await self._body(send, self._failed(error))
+                await self._body(middle, self._failed(error))
             if not self._raw:
-                await self._body(send, DONE)
+                await self._body(middle, DONE)
             self._ended = True
             self._sending = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -181,15 +187,15 @@ class EventStream:
         self._sending = True
         await send({"type": "http.response.body", "body": body, "more_body": True})
         self._sending = False
-        self._last = anyio.current_time()
+        self._last = time.monotonic()
 
     async def _watch(self, send: Send, scope: anyio.CancelScope) -> None:
         """Break silences; give up on a client that takes nothing of what is sent."""
         keepalive, patience = self._settings.keepalive_seconds, self._settings.slow_consumer_seconds
-        self._last = anyio.current_time()
+        self._last = time.monotonic()
         while True:
             await anyio.sleep(min(keepalive, patience) / 2)
-            silence = anyio.current_time() - self._last
+            silence = time.monotonic() - self._last
             if self._sending and silence > patience:
                 logger.warning("a client took nothing for %g s; its stream ends", patience)
                 scope.cancel()

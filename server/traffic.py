@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.figures import SECONDS, Histogram, Limited, counter, gauge
+from server.streams import MIDDLE
 
 # Codes that clients can be answered with number fewer; whatever comes, no more series than this.
 MOST_SERIES = 400
@@ -64,6 +65,7 @@ class Watch:
                     whole = not message.get("more_body", False)
             await send(message)
 
+        scope[MIDDLE] = send
         traffic.open[kind,] += 1
         try:
             await self._app(scope, receive, noted)

@@ -8,7 +8,7 @@ event and the connection stays. Leaving the connection aborts its requests.
 from __future__ import annotations
 
 import uuid
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -21,7 +21,7 @@ from server.errors import HTTPError, describe
 from server.format import usage_body
 from server.openai import Generation, prepare_chat, prepare_completion
 from server.protocol import ChatRequest, CompletionRequest, decode
-from server.streams import ClientLeft, deltas_of, logger, receive_text, send_text
+from server.streams import ClientLeft, logger, reading, receive_text, send_text
 from server.tenants import client_of
 
 # Requests that may wait on a connection behind the one being answered.
@@ -94,8 +94,8 @@ class Connection:
         usages = []
         try:
             await self._send({"type": "start", "id": request_id})
-            async with aclosing(deltas_of(self._engine, stream)) as batches:
-                async for batch in batches:
+            with reading(self._engine, stream):
+                while batch := await stream.receive():
                     for delta in batch:
                         if delta.usage is not None:
                             usages.append(delta.usage)

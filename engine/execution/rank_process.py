@@ -6,6 +6,7 @@ It loads its shard, then runs what the server sends until it is told to stop, or
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import select
@@ -196,6 +197,7 @@ def run(server: Server) -> None:
             lambda: open_tokenizer(open_checkpoint(Path(setup.path))), rank.facts.vocab_size
         )
         runner = rank.allocate(allocate.pages, compiler)
+    gc.freeze()  # a collection that looked at all of it would hold up every rank
     server.tell(Ready(runner.buffer_bytes()))
     try:
         work(server, stepper_for(Reporter(server, runner, first=setup.rank == 0)))

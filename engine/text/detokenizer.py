@@ -62,7 +62,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._matcher = StopMatcher(stops, include=include_stop)
+        self._whole = True  # no character has begun and not ended
+        self._matcher = StopMatcher(stops, include=include_stop) if stops else None
 
     def push(self, token_id: int, *, match: bool = True) -> tuple[str, str | None]:
         """The text that `token_id` decides, and the stop string if it completes one.
@@ -71,9 +72,15 @@ class Detokenizer:
         """
         if token_id in self._hidden:
             return "", None
-        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
-        return self._matcher.push(text) if match else (text, None)
+        data = self._tokenizer.token_bytes(token_id)
+        if self._whole and data.isascii():
+            text = data.decode("ascii")
+        else:
+            text = self._decoder.decode(data)
+            self._whole = not self._decoder.getstate()[0]
+        return self._matcher.push(text) if match and self._matcher is not None else (text, None)
 
     def flush(self) -> str:
         """What was held back when the sequence ends: half a stop string, half a character."""
-        return self._matcher.flush() + self._decoder.decode(b"", final=True)
+        held = "" if self._matcher is None else self._matcher.flush()
+        return held + self._decoder.decode(b"", final=True)

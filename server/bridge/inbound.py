@@ -7,7 +7,6 @@ import hashlib
 import json
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from typing import Annotated, Any
 
 import mcp_types as types
@@ -30,7 +29,7 @@ from server.errors import describe
 from server.openai import Generation, prepare_chat, prepare_completion
 from server.protocol import ChatRequest, CompletionRequest, Message
 from server.shapes import ChatShape
-from server.streams import deltas_of
+from server.streams import reading
 from server.tenants import Client, client_of
 
 Context = ServerRequestContext[Any, Request]
@@ -229,8 +228,8 @@ class Inbound:
         identifier = _identifier(self._client(ctx), given.request_id or uuid.uuid4().hex)
         stream = await generation.submit(self._engine, identifier)
         whole, made = Delta(), 0
-        async with aclosing(deltas_of(self._engine, stream)) as batches:
-            async for batch in batches:
+        with reading(self._engine, stream):
+            while batch := await stream.receive():
                 text = "".join(delta.text for delta in batch)
                 made += sum(len(delta.token_ids) for delta in batch)
                 for delta in batch:

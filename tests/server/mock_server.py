@@ -6,6 +6,7 @@ Settings come from the environment, so that a test can start it as a process of 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -46,6 +47,9 @@ def main() -> None:
     async def tasks(request: Request) -> Response:
         return JSONResponse(len(asyncio.all_tasks()))
 
+    async def garbage(request: Request) -> Response:
+        return JSONResponse({"collected": gc.isenabled(), "frozen": gc.get_freeze_count()})
+
     def loaded() -> None:
         port = listener.getsockname()[1]
         print(f"address http://127.0.0.1:{port}", file=sys.stderr, flush=True)
@@ -55,6 +59,7 @@ def main() -> None:
         Route("/test/fail", fail_next_step, methods=["POST"]),
         Route("/test/raise", raise_error),
         Route("/test/tasks", tasks),
+        Route("/test/garbage", garbage),
     ]
 
     def with_extra(*arguments: Any) -> Starlette:

@@ -45,6 +45,12 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
     assert server.wait() == 0
 
 
+def test_what_loading_made_is_never_searched_for_garbage(mock_server: MockFactory) -> None:
+    found = httpx.get(f"{mock_server().url}/test/garbage").json()
+    assert found["collected"]
+    assert found["frozen"] > 50_000
+
+
 def test_a_drain_has_an_end(mock_server: MockFactory) -> None:
     server = mock_server({"drain_seconds": 0.2}, delay=0.05)
     answers: list[httpx.Response] = []
@@ -220,7 +226,7 @@ def free_port() -> int:
 
 def test_a_full_queue_is_not_ready_for_more(mock_server: MockFactory) -> None:
     server = mock_server(delay=0.05, max_running=1, max_waiting=2)
-    threads = [threading.Thread(target=lambda: complete(server, 12)) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: complete(server, 30)) for _ in range(3)]
     for thread in threads:
         thread.start()
     while server.metric("ryzanstein_requests_waiting") < 2:
