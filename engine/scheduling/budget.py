@@ -14,6 +14,9 @@ MAX_SCORED_ROWS = 64
 # Without a target of one's own a step beside decodes may take this, or so many times what the
 # decodes take alone.
 EASY_SECONDS, EASY_FACTOR = 0.015, 1.4
+# Once a prompt has been under way for so long, a step takes as many rows of prompts as of decodes,
+# however long that takes: else slots would wait for prompts, and prompts for seconds.
+OVERDUE_SECONDS = 1.0
 # The part of a target that steps are planned for, so that most that take longer still keep to it.
 MARGIN = 0.8
 
@@ -54,8 +57,14 @@ def longest_step(pace: Pace, decodes: Iterable[Sequence]) -> float:
     return min([target, pace.longest, *wanted])
 
 
+def is_overdue(prompt: Sequence, now: float) -> bool:
+    """Whether a prompt that was let in should have been read by now."""
+    return prompt.admitted_at is not None and now - prompt.admitted_at > OVERDUE_SECONDS
+
+
 class Budget:
-    """What is left of one step, and the work that is in it so far: `rows` beside `decodes`."""
+    """What is left of one step, and the work that is in it so far: `rows` beside `decodes`; a
+    prompt may be `overdue`."""
 
     def __init__(
         self,
@@ -65,6 +74,7 @@ class Budget:
         page_size: int,
         rows: int,
         decodes: list[Sequence],
+        overdue: bool = False,
     ) -> None:
         self._cost = cost
         self._work = work
@@ -72,11 +82,14 @@ class Budget:
         self._rows = rows
         self._scored = max(MAX_SCORED_ROWS, page_size)
         self._begun = False
-        self._limit = self._seconds(pace, decodes) if decodes else pace.longest
+        self._limit = self._seconds(pace, decodes, overdue) if decodes else pace.longest
 
-    def _seconds(self, pace: Pace, decodes: list[Sequence]) -> float:
+    def _seconds(self, pace: Pace, decodes: list[Sequence], overdue: bool) -> float:
         """What the step may be predicted to take beside `decodes`."""
         easy = max(EASY_SECONDS, EASY_FACTOR * self._cost.predict(self._work))
+        if overdue:
+            even = replace(self._work, prefill=self._work.prefill + self._work.decodes)
+            easy = max(easy, self._cost.predict(even))
         return min(longest_step(pace, decodes), pace.longest if pace.target else easy)
 
     def chunk(self, sequence: Sequence) -> int:

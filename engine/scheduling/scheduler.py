@@ -11,7 +11,7 @@ import bisect
 from collections import deque
 
 from engine.errors import ConfigError
-from engine.scheduling.budget import Budget, SchedulerLimits
+from engine.scheduling.budget import Budget, SchedulerLimits, is_overdue
 from engine.scheduling.cold import ColdIndex
 from engine.scheduling.commit import Committer
 from engine.scheduling.cost import CostModel
@@ -268,7 +268,8 @@ class Scheduler:
         rows = self.limits.max_batch_tokens - plan.work.decodes
         size = self.pool.page_size
         beside = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
-        budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, beside)
+        overdue = any(is_overdue(s, now) for s in self.prefilling)
+        budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, beside, overdue)
         token_seconds = self.cost.token_seconds(self.limits.max_batch_tokens)
         ordered = sorted(
             (self._room.exceeds_share(s.account), prefill_key(s, now, token_seconds), n)

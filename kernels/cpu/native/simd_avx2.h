@@ -259,9 +259,7 @@ inline Pairs as_pairs(Bytes raw) {
           {_mm256_castsi256_ps(_mm256_and_si256(raw.a, upper)),
            _mm256_castsi256_ps(_mm256_and_si256(raw.b, upper))}};
 }
-inline Pairs broadcast_pair(const uint16_t* p) { return as_pairs(broadcast4(p)); }
-// What pairs are multiplied with: widened once, not at each product.
-using PairValue = float;
+using PairValue = float;  // widened once, not at each product
 inline Pairs broadcast_pair(const float* p) { return {set1(p[0]), set1(p[1])}; }
 inline Floats dot_pairs(Floats sum, Pairs x, Pairs y) {
   return fma(x.odd, y.odd, fma(x.even, y.even, sum));

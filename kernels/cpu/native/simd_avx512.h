@@ -107,9 +107,9 @@ inline Bytes first_elements(Bytes x, int64_t count, int64_t size) {
   return _mm512_and_si512(x, _mm512_set1_epi32((1 << 8 * count * size) - 1));
 }
 
+#if defined(__AVX512BF16__)
 // What pairs are multiplied with.
 using PairValue = uint16_t;
-#if defined(__AVX512BF16__)
 using Pairs = __m512i;  // 16 lanes of two bfloat16
 inline Pairs as_pairs(Bytes x) { return x; }
 inline Pairs broadcast_pair(const uint16_t* p) { return broadcast4(p); }
@@ -120,14 +120,15 @@ inline void store_bf16(uint16_t* p, Floats x, int64_t count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)_mm512_cvtneps_pbh(x));
 }
 #else
-struct Pairs {
+struct Pairs {  // widened
   Floats even, odd;
 };
 inline Pairs as_pairs(Bytes raw) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000))))};
 }
-inline Pairs broadcast_pair(const uint16_t* p) { return as_pairs(broadcast4(p)); }
+using PairValue = float;  // widened once, not at each product
+inline Pairs broadcast_pair(const float* p) { return {set1(p[0]), set1(p[1])}; }
 inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
   return fma(a.odd, b.odd, fma(a.even, b.even, sum));
 }
