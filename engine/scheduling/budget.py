@@ -14,9 +14,9 @@ MAX_SCORED_ROWS = 64
 # Without a target of one's own a step beside decodes may take this, or so many times what the
 # decodes take alone.
 EASY_SECONDS, EASY_FACTOR = 0.015, 1.4
-# Once a prompt has been under way for so long, a step takes as many rows of prompts as of decodes,
-# however long that takes: else slots would wait for prompts, and prompts for seconds.
-OVERDUE_SECONDS = 1.0
+# Once a prompt has been under way for so long, so many times: the least that lets as many rows of
+# prompts in as of decodes, where a row costs the same; else half of the slots wait for prompts.
+OVERDUE_SECONDS, OVERDUE_FACTOR = 1.0, 2.2
 # The part of a target that steps are planned for, so that most that take longer still keep to it.
 MARGIN = 0.8
 
@@ -86,10 +86,8 @@ class Budget:
 
     def _seconds(self, pace: Pace, decodes: list[Sequence], overdue: bool) -> float:
         """What the step may be predicted to take beside `decodes`."""
-        easy = max(EASY_SECONDS, EASY_FACTOR * self._cost.predict(self._work))
-        if overdue:
-            even = replace(self._work, prefill=self._work.prefill + self._work.decodes)
-            easy = max(easy, self._cost.predict(even))
+        factor = OVERDUE_FACTOR if overdue else EASY_FACTOR
+        easy = max(EASY_SECONDS, factor * self._cost.predict(self._work))
         return min(longest_step(pace, decodes), pace.longest if pace.target else easy)
 
     def chunk(self, sequence: Sequence) -> int:
