@@ -58,9 +58,9 @@ class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """What runs at once, and how long a step may take.
 
     Beside sequences that decode, a step may be predicted to take `target_itl_ms`; 0 finds a time
-    that they hardly notice. No step is predicted to take more than `max_step_ms`. While few run, up
-    to `speculative_tokens` are guessed at once from what was said before, and checked in one step
-    (on a CPU).
+    that they hardly notice, or bear while a prompt is overdue. No step is predicted to take more
+    than `max_step_ms`. While few run, up to `speculative_tokens` are guessed at once from what was
+    said before, and checked in one step (on a CPU).
     """
 
     target_itl_ms: Annotated[float, Meta(ge=0)] = 0.0

@@ -102,6 +102,7 @@ class TokenStream:
 
         Raises the stream's error once pending deltas have been read.
         """
+        # What `ready` does: another coroutine a token would be felt.
         while not (self._pending or self._error or self._open == 0):
             await self._waiter.next()
         if not self._pending:

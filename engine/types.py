@@ -271,10 +271,11 @@ class Ran(msgspec.Struct, frozen=True):
 
 
 class Served(Protocol):
-    """A choice that a step computed something for."""
+    """A choice that a step computed something for; it may have ended while the step ran."""
 
     request: Request
     index: int
+    finish_reason: str | None
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -98,7 +98,8 @@ class Lifecycle:
         gc.disable()  # loading makes little garbage, and more and more that is none
         try:
             async with self.engine:
-                # A collection that looked at all of it would hold up every stream.
+                # A later collection that looked at all of it would hold up every stream.
+                gc.collect()
                 gc.freeze()
                 gc.enable()
                 self._on_loaded()
@@ -175,6 +176,7 @@ def create_app(
         return rate_headers(lifecycle.engine, tenant)
 
     traffic = Traffic()
+    # What changes bodies has no place here: those of event streams go past it (`streams.MIDDLE`).
     middleware = [
         Middleware(Watch, traffic=traffic, routes=lambda: routes),
         Middleware(

@@ -253,8 +253,11 @@ class Tracing:
 
     def _emit_step(self, stats: StepStats, slow: bool) -> None:
         """A step's span, in a trace of its own."""
+        # A step that was under way may still serve what has ended and been told.
+        ended = {request.id for request in self._ended}
+        served = [s for s in stats.served if s.finish_reason is None or s.request.id in ended]
         links = []
-        for request in {row.request.id: row.request for row in stats.served}.values():
+        for request in {row.request.id: row.request for row in served}.values():
             if request.trace:
                 if request.id not in self._linked:
                     self._linked[request.id] = self._link(request.trace)

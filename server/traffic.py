@@ -65,11 +65,13 @@ class Watch:
                     whole = not message.get("more_body", False)
             await send(message)
 
-        scope[MIDDLE] = send
+        if kind == "http":
+            scope[MIDDLE] = send
         traffic.open[kind,] += 1
         try:
             await self._app(scope, receive, noted)
         finally:
+            scope.pop(MIDDLE, None)  # it leads back to the scope
             traffic.open[kind,] -= 1
             traffic.requests.add((self._path(scope), str(status or 499)))
             if kind == "http":

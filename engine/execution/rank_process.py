@@ -197,7 +197,9 @@ def run(server: Server) -> None:
             lambda: open_tokenizer(open_checkpoint(Path(setup.path))), rank.facts.vocab_size
         )
         runner = rank.allocate(allocate.pages, compiler)
-    gc.freeze()  # a collection that looked at all of it would hold up every rank
+    # A later collection that looked at all of it would hold up every rank.
+    gc.collect()
+    gc.freeze()
     server.tell(Ready(runner.buffer_bytes()))
     try:
         work(server, stepper_for(Reporter(server, runner, first=setup.rank == 0)))

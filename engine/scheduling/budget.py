@@ -14,8 +14,8 @@ MAX_SCORED_ROWS = 64
 # Without a target of one's own a step beside decodes may take this, or so many times what the
 # decodes take alone.
 EASY_SECONDS, EASY_FACTOR = 0.015, 1.4
-# Once a prompt has been under way for so long, so many times: the least that lets as many rows of
-# prompts in as of decodes, where a row costs the same; else half of the slots wait for prompts.
+# Once a prompt has been under way for so long, so many times: room for about as many rows of
+# prompts as of decodes, where a row costs the same. With less, half of the slots wait for prompts.
 OVERDUE_SECONDS, OVERDUE_FACTOR = 1.0, 2.2
 # The part of a target that steps are planned for, so that most that take longer still keep to it.
 MARGIN = 0.8
@@ -24,7 +24,7 @@ MARGIN = 0.8
 @dataclass(frozen=True)
 class Pace:
     """Seconds that a step may be predicted to take: `target` beside sequences that decode (0 finds
-    one that they hardly notice), `longest` ever."""
+    one that they hardly notice, or bear while a prompt is overdue), `longest` ever."""
 
     target: float = 0.0
     longest: float = 0.25
@@ -58,7 +58,7 @@ def longest_step(pace: Pace, decodes: Iterable[Sequence]) -> float:
 
 
 def is_overdue(prompt: Sequence, now: float) -> bool:
-    """Whether a prompt that was let in should have been read by now."""
+    """Whether a prompt should have been read by now, or what made way comes back."""
     return prompt.admitted_at is not None and now - prompt.admitted_at > OVERDUE_SECONDS
 
 

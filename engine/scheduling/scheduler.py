@@ -268,13 +268,13 @@ class Scheduler:
         rows = self.limits.max_batch_tokens - plan.work.decodes
         size = self.pool.page_size
         beside = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
-        overdue = any(is_overdue(s, now) for s in self.prefilling)
-        budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, beside, overdue)
         token_seconds = self.cost.token_seconds(self.limits.max_batch_tokens)
         ordered = sorted(
             (self._room.exceeds_share(s.account), prefill_key(s, now, token_seconds), n)
             for n, s in enumerate(self.prefilling)
         )
+        overdue = any(not much and is_overdue(self.prefilling[n], now) for much, _, n in ordered)
+        budget = Budget(self.cost, plan.work, self.limits.pace, size, rows, beside, overdue)
         for sequence in [self.prefilling[n] for *_, n in ordered]:
             if sequence.state is not State.RUNNING:
                 continue  # made room for an earlier one

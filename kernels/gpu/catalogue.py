@@ -219,8 +219,9 @@ def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
     yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'}", config, signature)
     pair = {"out": pointer(BF16), "x": pointer(BF16)}
     yield Compiled("gated", gated_config(model.intermediate, "silu")[0], pair)
-    config = select_config(model.hidden)[0]
-    yield Compiled("select_rows", config, {**pair, "sample_rows": pointer(INT32)})
+    for width in {model.hidden, model.heads.query * model.heads.dim}:
+        config = select_config(width)[0]
+        yield Compiled(f"select_rows {width}", config, {**pair, "sample_rows": pointer(INT32)})
 
 
 def embed_launches(model: Dimensions) -> Iterator[Compiled]:

@@ -1,8 +1,8 @@
 """A tape on a GPU: captured once for a few sizes of batch, replayed with one launch a part.
 
-A step is three graphs: the layers, for a bucket of token rows, the output head and the draw, for a
-bucket of logits rows. All are captured before the first request, largest first, in
-one memory pool; nothing is compiled afterwards.
+A step is three graphs: the layers up to the last attention, for a bucket of token rows, the head
+(what is behind it) and the draw, for a bucket of logits rows. All are captured before the first
+request, largest first, in one memory pool; nothing is compiled afterwards.
 """
 
 from __future__ import annotations

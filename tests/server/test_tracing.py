@@ -13,7 +13,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from engine import SamplingParams
+from engine import RequestStats, SamplingParams
 from engine.config import TracingSection
 from engine.scheduling.sequence import Sequence
 from engine.types import Request
@@ -142,6 +142,22 @@ def test_where_nothing_is_sent_nothing_is_chosen(mock_server: MockFactory) -> No
     assert asked.headers["x-trace-sampled"] == "1", "it is the client's choice"
 
 
+def ended_at(seconds: float) -> RequestStats:
+    return RequestStats(
+        id="r",
+        tenant="",
+        arrival=0.0,
+        first_scheduled=None,
+        first_token=None,
+        finished=seconds,
+        prompt_tokens=1,
+        cached_tokens=0,
+        completion_tokens=1,
+        preemptions=0,
+        finish_reason="stop",
+    )
+
+
 def of_steps(collector: Collector) -> list[Any]:
     return [span for span in collector.spans if span.name == "step"]
 
@@ -189,6 +205,32 @@ def test_a_slow_step_is_always_a_span(collector: Collector) -> None:
         (link,) = span.links
         assert link.trace_id.hex() == trace
     assert len({span.links[0].span_id for span in steps}) == 1
+
+
+def test_a_step_that_ran_on_without_a_request_leaves_nothing_of_it(collector: Collector) -> None:
+    """Planned before it ended: its span is made, and no other will know its id."""
+    engine, _ = mock_engine()
+    request = Request(
+        id="r",
+        prompt_ids=(1,),
+        sampling=SamplingParams(),
+        max_tokens=9,
+        seed=0,
+        arrival=0.0,
+        trace=f"00-{TRACE}-{NO_PARENT}-01",
+    )
+    row = Sequence(request, 0, fingerprint=b"")
+    settings = TracingSection(endpoint=collector.endpoint, step_every=1)
+    tracing = Tracing(engine, Timelines(lambda: 0.0), settings)
+    tracing.on_step(step(0.0, rows=1, step=0, served=[row]))
+    assert set(tracing._linked) == {"r"}
+    row.finish_reason = "stop"
+    tracing.on_request(ended_at(0.02))
+    for number in (1, 2):
+        tracing.on_step(step(0.02 * number, rows=1, step=number, served=[row]))
+    tracing.close()
+    assert not tracing._linked
+    assert [len(span.links) for span in of_steps(collector)] == [1, 1, 0]
 
 
 async def test_tracing_takes_far_less_than_150_microseconds_a_step(collector: Collector) -> None:

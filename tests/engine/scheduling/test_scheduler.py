@@ -87,6 +87,19 @@ def test_overdue_prompts_disturb_more() -> None:
     assert counts(bench.step()) == [1] * 21 + [24]
 
 
+def test_what_is_beyond_a_tenants_share_is_never_overdue() -> None:
+    bench = Bench(pages=200, budget=64, running=24, profile=LINEAR)
+    for number in range(21):
+        bench.add([number] * 3, max_tokens=20, tenant=f"guest {number % 3}")
+    while len(bench.scheduler.decoding) < 21:
+        bench.step()
+    for _ in range(3):
+        bench.add(list(range(100, 200)), tenant="guest 0")
+    bench.step()
+    bench.clock.time += 1.5
+    assert sum(chunk.count for chunk in bench.step().chunks) == 8
+
+
 def test_a_short_prompt_passes_a_long_one() -> None:
     bench = Bench(pages=64, budget=16, running=4)
     bench.add(list(range(100, 180)), arrival=0.0)
