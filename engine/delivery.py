@@ -186,9 +186,13 @@ class Delivery:
         active.stream.fail(error)
         self._close(active, "error")
 
+    def ids(self) -> list[str]:
+        """Of the active requests."""
+        return list(self._active)
+
     def fail_all(self, error: Exception) -> None:
         """End every request with an error."""
-        for request_id in list(self._active):
+        for request_id in self.ids():
             self.fail(request_id, error)
 
     def _push(self, active: Active, sequence: ScheduledSequence, now: float) -> int:

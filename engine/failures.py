@@ -55,11 +55,15 @@ class Failures:
     def device_lost(
         self, scheduler: Scheduler, delivery: Delivery, plans: Sequence[Plan], error: DeviceLost
     ) -> None:
-        """End every request: the steps in flight, `plans`, are lost, and all that was computed."""
+        """The steps in flight, `plans`, are lost, and all that was computed: end every request that
+        has begun. Those that never did wait on, unless there will be no device again."""
         self._tainted = 0
         for plan in plans:
             scheduler.discard(plan)
-        delivery.fail_all(EngineFailed(str(error)))
+        failed = EngineFailed(str(error))
+        for request_id in delivery.ids():
+            if error.final or delivery.waiting(request_id) is None:
+                delivery.fail(request_id, failed)
         scheduler.leases.clear()
         scheduler.prefixes.forget()
         if error.final:

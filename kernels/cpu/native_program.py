@@ -12,6 +12,7 @@ import torch
 from kernels.backend import rotation_tables
 from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Handle, HeadNorms, Heads, Instruction, Rope, Tape
+from kernels.ops import Rows as RowCount
 from kernels.sampling import Rows, sample
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class NativeProgram:
         self._logits = _lazy_floats(max_rows, tape.logits.width)
         self.memory: list[LayerMemory] = []
         self._rows = 0
-        self._buffer_bytes = 0
+        # Of all buffers; memory is taken for the rows that are ever written.
+        self._row_bytes = dict.fromkeys(RowCount, 0.0)
         self._max_rows = max_rows
         self._positions = max_context
         self._build(tape)
@@ -100,8 +102,12 @@ class NativeProgram:
         return sample(self.logits(), sampling, self._choose)
 
     def buffer_bytes(self, sampled_rows: int) -> int:
+        sampled = min(sampled_rows, self._max_rows)
+        row_bytes = self._row_bytes
+        logits = sampled * self._tape.logits.width * 4
         return (
-            self._buffer_bytes + min(sampled_rows, len(self._logits)) * self._tape.logits.width * 4
+            int(row_bytes[RowCount.TOKENS] * self._max_rows + row_bytes[RowCount.SAMPLES] * sampled)
+            + logits
         )
 
     def logits(self) -> torch.Tensor:
@@ -136,7 +142,7 @@ class NativeProgram:
                     width, forms = handle.width, _forms(handle, tape)
                     buffers[handle.index] = self._program.add_buffer(width, *forms)
                     held = sum(size for size, form in zip(FORM_BYTES, forms, strict=True) if form)
-                    self._buffer_bytes += int(self._max_rows * width * held)
+                    self._row_bytes[handle.rows] += width * held
             emit = getattr(self, f"_emit_{instruction.op}")
             arguments = [
                 buffers.get(a.index) if isinstance(a, Handle) else a for a in instruction.arguments

@@ -17,6 +17,7 @@ from engine import (
     SamplingParams,
     Terms,
 )
+from engine.errors import DeviceLost
 from engine.execution import stepper
 from engine.types import Delta, RequestStats, StepStats
 from tests.mock import EOS, continuation, mock_engine
@@ -43,6 +44,20 @@ class Recorder:
 
     def on_request(self, stats: RequestStats) -> None:
         self.requests.append(stats)
+
+
+async def test_a_lost_device_ends_what_has_begun_and_nothing_that_waits() -> None:
+    engine, executor = mock_engine(max_running=1, look_ahead=False)
+    executor.delay = 0.01
+    async with engine:
+        begun = await engine.submit("one", SamplingParams(max_tokens=50))
+        await begun.receive()
+        waiting = await engine.submit("two", SamplingParams(max_tokens=4))
+        executor.error = DeviceLost("gone")
+        with pytest.raises(EngineFailed, match="gone"):
+            _ = [delta async for delta in begun]
+        text = "".join([delta.text async for delta in waiting])
+    assert text == text_of("two", 4)
 
 
 async def test_text_streams_token_by_token_and_ends_with_usage() -> None:
