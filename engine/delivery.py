@@ -186,14 +186,11 @@ class Delivery:
         active.stream.fail(error)
         self._close(active, "error")
 
-    def ids(self) -> list[str]:
-        """Of the active requests."""
-        return list(self._active)
-
-    def fail_all(self, error: Exception) -> None:
-        """End every request with an error."""
-        for request_id in self.ids():
-            self.fail(request_id, error)
+    def fail_all(self, error: Exception, *, begun: bool = False) -> None:
+        """End every request with an error, or only those that have `begun`."""
+        for request_id in list(self._active):
+            if not begun or self.waiting(request_id) is None:
+                self.fail(request_id, error)
 
     def _push(self, active: Active, sequence: ScheduledSequence, now: float) -> int:
         """The new tokens of one sequence, which came just now; how many there are."""

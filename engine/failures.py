@@ -60,10 +60,7 @@ class Failures:
         self._tainted = 0
         for plan in plans:
             scheduler.discard(plan)
-        failed = EngineFailed(str(error))
-        for request_id in delivery.ids():
-            if error.final or delivery.waiting(request_id) is None:
-                delivery.fail(request_id, failed)
+        delivery.fail_all(EngineFailed(str(error)), begun=not error.final)
         scheduler.leases.clear()
         scheduler.prefixes.forget()
         if error.final:

@@ -57,11 +57,8 @@ class Gemma3:
         residual = self.embedding.embed(ops, config.embedding_scale)
         x = ops.rms_norm(residual, self.layers[0].before_attention, eps)
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
-            x = layer.attention.mix(ops, x, config)
-            if following is None:
-                # Behind the last keys and values nobody asks for other rows any more.
-                x, residual = ops.select_rows(x), ops.select_rows(residual)
-            x = layer.attention.output.forward(ops, x)
+            last = following is None
+            x, residual = layer.attention.forward(ops, x, residual, config, last=last)
             x = ops.rms_norm(x, layer.after_attention, eps)
             x, residual = ops.add_rms_norm(x, residual, layer.before_feed_forward, eps)
             x = layer.feed_forward.forward(ops, x, config)

@@ -248,13 +248,19 @@ class Attention:
     norms: HeadNorms | None
     output: OutputProjection
 
-    def mix(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
-        """Values by attention, `[tokens, hidden] -> [tokens, query * dim]`, which `output` takes;
-        writes this layer's keys and values."""
+    def forward(
+        self, ops: Ops[T], x: T, residual: T, config: ModelConfig, *, last: bool
+    ) -> tuple[T, T]:
+        """`[tokens, hidden] -> [rows, hidden]`, and those rows of the residual: all of them, or in
+        the last layer, behind whose keys and values nobody asks for others, the step's sampled
+        rows. Writes this layer's keys and values."""
         rope, window = config.ropes[self.layer], config.windows[self.layer]
         qkv = ops.linear(x, self.qkv)
         q = ops.rope_write_kv(qkv, self.layer, self.heads, rope, self.norms)
-        return ops.attention(q, self.layer, self.heads, config.attention_scale, window)
+        x = ops.attention(q, self.layer, self.heads, config.attention_scale, window)
+        if last:
+            x, residual = ops.select_rows(x), ops.select_rows(residual)
+        return self.output.forward(ops, x), residual
 
 
 @dataclass(frozen=True)

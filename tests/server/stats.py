@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine import StepStats
+from engine import RequestStats, StepStats
 
 
 def step(at: float, rows: int = 1, **changes: Any) -> StepStats:
@@ -26,3 +26,21 @@ def step(at: float, rows: int = 1, **changes: Any) -> StepStats:
         "gaps": {0.02: rows} if rows else {},
     }
     return StepStats(**fields | changes)
+
+
+def ended(name: str, finished: float, **changes: Any) -> RequestStats:
+    """A request that came at 0 and never began; `changes` are other fields of it."""
+    fields: dict[str, Any] = {
+        "id": name,
+        "tenant": "",
+        "arrival": 0.0,
+        "first_scheduled": None,
+        "first_token": None,
+        "finished": finished,
+        "prompt_tokens": 1,
+        "cached_tokens": 0,
+        "completion_tokens": 0,
+        "preemptions": 0,
+        "finish_reason": "stop",
+    }
+    return RequestStats(**fields | changes)

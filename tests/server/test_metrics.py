@@ -10,14 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine import RequestStats
 from server.figures import Histogram, Limited
 from server.telemetry import MOST_PENDING, Metrics
 from server.traffic import MOST_SERIES, Traffic
@@ -26,7 +24,7 @@ from tests.server.collector import Collector
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
 from tests.server.prometheus import ROOT, Prometheus, tool
-from tests.server.stats import step
+from tests.server.stats import ended, step
 
 DASHBOARDS = sorted((ROOT / "configs/grafana").glob("*.json"))
 # What this machine has none of.
@@ -272,19 +270,7 @@ def test_labels_have_a_bound() -> None:
 def test_a_request_that_never_began_has_no_times(mock_server: MockFactory) -> None:
     engine, _ = mock_engine()
     metrics = Metrics(engine, Traffic())
-    stats: dict[str, Any] = dict.fromkeys(
-        ("arrival", "finished", "prompt_tokens", "cached_tokens", "completion_tokens"), 0
-    )
-    request = RequestStats(
-        id="r",
-        tenant="t",
-        preemptions=0,
-        finish_reason="error",
-        first_scheduled=None,
-        first_token=None,
-        **stats,
-    )
-    metrics.on_request(request)
+    metrics.on_request(ended("r", 0.0, tenant="t", prompt_tokens=0, finish_reason="error"))
     assert value(metrics, "ryzanstein_time_to_first_token_seconds_count") == 0
     assert (
         metrics.registry.get_sample_value("ryzanstein_requests_finished_total", {"reason": "error"})

@@ -20,7 +20,7 @@ from server.timeline import KEPT, Event, Timelines, Told, segments
 from tests.mock import mock_engine
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
-from tests.server.stats import step
+from tests.server.stats import ended, step
 
 
 def shown(events: list[Event], end: float, tokens: int = 0) -> list[tuple[str, str, float]]:
@@ -74,20 +74,7 @@ def test_what_a_step_still_does_after_the_end_adds_nothing() -> None:
 
 
 def stats(number: int, finished: float) -> RequestStats:
-    return RequestStats(
-        id=f"r{number}",
-        tenant="",
-        arrival=0.0,
-        first_scheduled=None,
-        first_token=None,
-        finished=finished,
-        prompt_tokens=1,
-        cached_tokens=0,
-        completion_tokens=0,
-        preemptions=0,
-        finish_reason="stop",
-        choices=(Choice(0, 0, finished, "stop"),),
-    )
+    return ended(f"r{number}", finished, choices=(Choice(0, 0, finished, "stop"),))
 
 
 def told(timelines: Timelines, name: str) -> list[Told]:

@@ -13,7 +13,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from engine import RequestStats, SamplingParams
+from engine import SamplingParams
 from engine.config import TracingSection
 from engine.scheduling.sequence import Sequence
 from engine.types import Request
@@ -23,7 +23,7 @@ from tests.mock import mock_engine
 from tests.server.collector import Collector
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
-from tests.server.stats import step
+from tests.server.stats import ended, step
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -142,20 +142,17 @@ def test_where_nothing_is_sent_nothing_is_chosen(mock_server: MockFactory) -> No
     assert asked.headers["x-trace-sampled"] == "1", "it is the client's choice"
 
 
-def ended_at(seconds: float) -> RequestStats:
-    return RequestStats(
-        id="r",
-        tenant="",
+def served(name: str) -> Sequence:
+    request = Request(
+        id=name,
+        prompt_ids=(1,),
+        sampling=SamplingParams(),
+        max_tokens=9,
+        seed=0,
         arrival=0.0,
-        first_scheduled=None,
-        first_token=None,
-        finished=seconds,
-        prompt_tokens=1,
-        cached_tokens=0,
-        completion_tokens=1,
-        preemptions=0,
-        finish_reason="stop",
+        trace=f"00-{TRACE}-{NO_PARENT}-01",
     )
+    return Sequence(request, 0, fingerprint=b"")
 
 
 def of_steps(collector: Collector) -> list[Any]:
@@ -210,22 +207,13 @@ def test_a_slow_step_is_always_a_span(collector: Collector) -> None:
 def test_a_step_that_ran_on_without_a_request_leaves_nothing_of_it(collector: Collector) -> None:
     """Planned before it ended: its span is made, and no other will know its id."""
     engine, _ = mock_engine()
-    request = Request(
-        id="r",
-        prompt_ids=(1,),
-        sampling=SamplingParams(),
-        max_tokens=9,
-        seed=0,
-        arrival=0.0,
-        trace=f"00-{TRACE}-{NO_PARENT}-01",
-    )
-    row = Sequence(request, 0, fingerprint=b"")
+    row = served("r")
     settings = TracingSection(endpoint=collector.endpoint, step_every=1)
     tracing = Tracing(engine, Timelines(lambda: 0.0), settings)
     tracing.on_step(step(0.0, rows=1, step=0, served=[row]))
     assert set(tracing._linked) == {"r"}
     row.finish_reason = "stop"
-    tracing.on_request(ended_at(0.02))
+    tracing.on_request(ended("r", 0.02))
     for number in (1, 2):
         tracing.on_step(step(0.02 * number, rows=1, step=number, served=[row]))
     tracing.close()
@@ -236,19 +224,7 @@ def test_a_step_that_ran_on_without_a_request_leaves_nothing_of_it(collector: Co
 async def test_tracing_takes_far_less_than_150_microseconds_a_step(collector: Collector) -> None:
     """Of the processor's time at 32 streams: of every step, and of one that is made a span."""
     engine, _ = mock_engine()
-    requests = [
-        Request(
-            id=f"r{number}",
-            prompt_ids=(1,),
-            sampling=SamplingParams(),
-            max_tokens=9,
-            seed=0,
-            arrival=0.0,
-            trace=f"00-{TRACE}-{NO_PARENT}-01",
-        )
-        for number in range(32)
-    ]
-    rows = [Sequence(request, 0, fingerprint=b"") for request in requests]
+    rows = [served(f"r{number}") for number in range(32)]
     steps = [step(0.02 * number, rows=32, step=number, served=rows) for number in range(1000)]
     best = {1000: 1.0, 1: 1.0}
     for every in best:
