@@ -20,6 +20,8 @@ from kernels.ops import Heads, Rope, Tape, Weight
 DType = Literal["float32", "bfloat16"]
 WeightFormat = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 CacheDType = Literal["float32", "bfloat16", "int8", "int4"]
+# Parts of a weight that its name lists.
+MOST_NAMES = 3
 logger = logging.getLogger("ryzanstein.kernels")
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,6 +71,13 @@ class TernaryTensor(HostTensor, Protocol):
         ...
 
     def narrow(self, dimension: int, start: int, length: int) -> TernaryTensor: ...
+
+
+def stacked_name(parts: Sequence[HostTensor]) -> str:
+    """What a weight of these parts is called."""
+    if len(parts) <= MOST_NAMES:
+        return "+".join(part.name for part in parts)
+    return f"{parts[0].name}+{len(parts) - 1} more"
 
 
 @dataclass(frozen=True)
@@ -189,8 +198,15 @@ class Backend(Protocol):
         """What computes: the same words mean the same numbers."""
         ...
 
-    def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
-        """Place one weight, its parts stacked along the output dimension, with its bias."""
+    def load(
+        self,
+        parts: Sequence[HostTensor],
+        bias: Sequence[HostTensor] = (),
+        *,
+        rounded: bool = True,
+    ) -> Weight:
+        """Place one weight, its parts stacked along the output dimension, with its bias; unless it
+        may be `rounded`, in no fewer bits than bfloat16's."""
         ...
 
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:

@@ -72,6 +72,21 @@ class HeadNorms:
     eps: float
 
 
+@dataclass(frozen=True)
+class Experts:
+    """`count` feed-forward blocks of which each row goes through the `used` likeliest (arXiv
+    2101.03961); `normalized` if their probabilities are then made to sum to 1.
+
+    Experts `first` to `first + own` are held here, stacked in one weight for each projection.
+    """
+
+    count: int
+    used: int
+    normalized: bool
+    first: int
+    own: int
+
+
 class Ops(Protocol[T]):
     """Every device operation. `T` is the backend's activation: a tensor, or a symbolic `Handle`.
 
@@ -116,6 +131,28 @@ class Ops(Protocol[T]):
 
     def gated(self, x: T, activation: Activation) -> T:
         """`activation(x[:, :half]) * x[:, half:]`: `[rows, 2n] -> [rows, n]`."""
+        ...
+
+    def experts(
+        self,
+        x: T,
+        scores: T,
+        gate_up: Weight,
+        down: Weight,
+        experts: Experts,
+        activation: Activation,
+    ) -> T:
+        """What each row's used experts say, side by side, times their probabilities.
+
+        `x` is `[rows, n]`, `scores` `[rows, count]` logits; `gate_up` is `[own * 2 wide, n]`, each
+        expert's gate and then its up projection, `down` `[own * n, wide]`. The likeliest of a row
+        comes first, of equals the lower number: `[rows, used * n]`, zeros for experts that are not
+        held here.
+        """
+        ...
+
+    def sum_parts(self, x: T, parts: int) -> T:
+        """Each row's parts, added in order: `[rows, parts * n] -> [rows, n]`."""
         ...
 
     def select_rows(self, x: T) -> T:
@@ -230,6 +267,30 @@ class Recorder:
     def gated(self, x: Handle, activation: Activation) -> Handle:
         self._expect(x.width % 2 == 0, f"gated input is {x.width} wide")
         return self._emit("gated", (x, activation), x.rows, x.width // 2)
+
+    def experts(
+        self,
+        x: Handle,
+        scores: Handle,
+        gate_up: Weight,
+        down: Weight,
+        experts: Experts,
+        activation: Activation,
+    ) -> Handle:
+        own = experts.own
+        fits = (
+            (scores.rows, scores.width) == (x.rows, experts.count)
+            and gate_up.shape[1] == x.width
+            and down.shape[0] == own * x.width
+            and gate_up.shape[0] == 2 * own * down.shape[1]
+        )
+        self._expect(fits, f"{gate_up.name} and its neighbours are not {own} experts")
+        arguments = (x, scores, gate_up, down, experts, activation)
+        return self._emit("experts", arguments, x.rows, experts.used * x.width)
+
+    def sum_parts(self, x: Handle, parts: int) -> Handle:
+        self._expect(x.width % parts == 0, f"{x.width} values are not {parts} parts")
+        return self._emit("sum_parts", (x, parts), x.rows, x.width // parts)
 
     def select_rows(self, x: Handle) -> Handle:
         self._expect(x.rows is Rows.TOKENS, "rows are selected from token rows, once")

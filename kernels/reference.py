@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kernels.batch import Batch
 from kernels.collectives import Collectives
-from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
+from kernels.ops import Activation, Experts, HeadNorms, Heads, Rope, Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +131,28 @@ class ReferenceOps:
             return torch.nn.functional.relu(gate).square() * up
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
+    def experts(
+        self,
+        x: torch.Tensor,
+        scores: torch.Tensor,
+        gate_up: Weight,
+        down: Weight,
+        experts: Experts,
+        activation: Activation,
+    ) -> torch.Tensor:
+        chosen, shares = route(scores, experts)
+        out = x.new_zeros(len(x), experts.used, x.shape[1])
+        for number in range(experts.own):
+            rows, places = (chosen == experts.first + number).nonzero(as_tuple=True)
+            if len(rows):
+                hidden = self.linear(x[rows], part_of(gate_up, number, experts.own))
+                y = self.linear(self.gated(hidden, activation), part_of(down, number, experts.own))
+                out[rows, places] = y * shares[rows, places, None]
+        return out.flatten(1)
+
+    def sum_parts(self, x: torch.Tensor, parts: int) -> torch.Tensor:
+        return x.view(len(x), parts, -1).sum(1)
+
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.sample_rows]
 
@@ -159,6 +181,20 @@ class ReferenceOps:
             angles = self.positions.float()[:, None] * self._inverse_frequencies[rope]
             self._rotations[rope] = (angles.cos()[:, None], angles.sin()[:, None])
         return self._rotations[rope]
+
+
+def route(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's experts and their shares, int64 and fp32 `[rows, used]`, the likeliest first."""
+    likely, chosen = scores.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    shares, chosen = likely[:, : experts.used], chosen[:, : experts.used]
+    return chosen, shares / shares.sum(-1, keepdim=True) if experts.normalized else shares
+
+
+def part_of(weight: Weight, number: int, parts: int) -> TorchWeight:
+    """One of the equal parts that are stacked in a weight without a bias."""
+    whole = tensor_of(weight)
+    scales = whole.scales.chunk(parts)[number] if whole.scales is not None else None
+    return replace(whole, tensor=whole.tensor.chunk(parts)[number], scales=scales)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

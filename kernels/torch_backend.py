@@ -18,6 +18,7 @@ from kernels.backend import (
     HostTensor,
     PageCodec,
     TernaryTensor,
+    stacked_name,
 )
 from kernels.batch import Batch, Samples, Sampling
 from kernels.collectives import Collectives
@@ -49,7 +50,13 @@ class TorchBackend:
     def describe(self) -> str:
         return f"{self.name} kernels"
 
-    def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
+    def load(
+        self,
+        parts: Sequence[HostTensor],
+        bias: Sequence[HostTensor] = (),
+        *,
+        rounded: bool = True,
+    ) -> Weight:
         scales = None
         if all(part.format == "TERNARY" for part in parts):
             ternary = [cast("TernaryTensor", part) for part in parts]
@@ -60,7 +67,7 @@ class TorchBackend:
         dtype = tensor.dtype if scales is None else torch.float32
         added = self._stack(bias).to(dtype) if bias else None
         self._bytes += tensor.nbytes + (added.nbytes if added is not None else 0)
-        name = "+".join(p.name for p in parts)
+        name = stacked_name(parts)
         return TorchWeight(name, tuple(tensor.shape), tensor, added, scales)
 
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:

@@ -29,8 +29,10 @@ class Model(Protocol):
 MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "llama": Llama,
     "mistral": Llama,
+    "mixtral": Llama,
     "qwen2": Llama,
     "qwen3": Llama,
+    "qwen3_moe": Llama,
     "bitnet": Llama,
     "gemma3_text": Gemma3,
 }

@@ -21,6 +21,17 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """Layers of `count` experts, each `width` wide, of which a token goes through `used`;
+    `normalized` if the probabilities of these are made to sum to 1."""
+
+    count: int
+    used: int
+    width: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that a model's code needs to know; per-layer values are tuples over layers."""
 
@@ -42,6 +53,9 @@ class ModelConfig:
     head_norms: bool
     inner_norms: bool
     """Whether attention and feed-forward outputs are normalized before their last projection."""
+    experts: ExpertsConfig | None = None
+    expert_layers: frozenset[int] = frozenset()
+    """Layers whose feed-forward part is experts."""
 
 
 def read_config(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
@@ -66,6 +80,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
         raise ConfigError(f"head_dim is {heads.dim}; rotary embedding needs an even one")
     gemma = model_type == "gemma3_text"
     windows = _windows(values, layers, model_type)
+    experts = _experts(values, model_type)
     scale = float(raw.get("query_pre_attn_scalar") or heads.dim) ** -0.5
     return ModelConfig(
         model_type=model_type,
@@ -82,9 +97,37 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
         attention_scale=scale,
         embedding_scale=math.sqrt(hidden) if gemma else 1.0,
         tied_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
-        head_norms=model_type in ("qwen3", "gemma3_text"),
+        head_norms=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         inner_norms=model_type == "bitnet",
+        experts=experts,
+        expert_layers=_expert_layers(values, layers) if experts is not None else frozenset(),
     )
+
+
+def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
+    """Mixtral's and Qwen's experts; every other family has none."""
+    if model_type not in ("mixtral", "qwen3_moe"):
+        return None
+    qwen = model_type == "qwen3_moe"
+    # Qwen's name of it before `transformers` 5.
+    older = "num_experts" if qwen and "num_experts" in values.raw else "num_local_experts"
+    count = values.integer(older)
+    used = values.integer("num_experts_per_tok", 2)
+    if used > count:
+        raise ConfigError(f"num_experts_per_tok is {used}, but there are {count} experts")
+    return ExpertsConfig(
+        count,
+        used,
+        values.integer("moe_intermediate_size" if qwen else "intermediate_size"),
+        normalized=bool(values.raw.get("norm_topk_prob", False)) if qwen else True,
+    )
+
+
+def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
+    """All layers, but for those that the configuration leaves dense."""
+    dense = values.raw.get("mlp_only_layers") or []
+    step = values.integer("decoder_sparse_step", 1)
+    return frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0)
 
 
 def _activation(values: _Values, gemma: bool) -> Activation:
@@ -110,7 +153,7 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
     if model_type == "gemma3_text":
         pattern = values.integer("sliding_window_pattern", 6)
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
-    if model_type in ("qwen2", "qwen3"):
+    if model_type in ("qwen2", "qwen3", "qwen3_moe"):
         first = (
             values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers
         )

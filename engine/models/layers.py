@@ -128,11 +128,15 @@ class WeightLoader:
     ) -> None:
         self.checkpoint = checkpoint
         self.shard = shard
-        self._exact = exact
+        self.exact = exact
         self._backend = backend
         self._unused = set(checkpoint.names())
         self._total = len(self._unused)
         self._progress = progress
+
+    def has(self, name: str) -> bool:
+        """Whether the file has such a tensor, and nobody took it yet."""
+        return name in self._unused
 
     def vector(self, name: str, size: int) -> Weight:
         """A norm's weight, `[size]`; every rank has it."""
@@ -190,7 +194,7 @@ class WeightLoader:
             bias = [self._take(f"{name}.bias", (rows,))]
         if shard.ranks == 1:
             return OutputProjection(self._backend.load([tensor], bias), norm)
-        unit = None if self._exact or norm is not None else self._backend.column_unit([tensor])
+        unit = None if self.exact or norm is not None else self._backend.column_unit([tensor])
         own = inputs[shard.rank]
         if unit is not None and all(span.start % unit == 0 for span in inputs):
             part = tensor.narrow(1, own.start, own.length)
@@ -201,6 +205,20 @@ class WeightLoader:
         weight = self._backend.load(_narrowed([tensor], mine), _narrowed(bias, mine))
         before, after = ([span.length for span in spans] for spans in (inputs, outputs))
         return OutputProjection(weight, norm, tuple(before), tuple(after))
+
+    def router(self, name: str, rows: int, columns: int) -> Weight:
+        """What chooses among experts; every rank has it, and it is rounded no further than to
+        bfloat16: a score that comes out another way may lead to another expert."""
+        return self._backend.load([self._take(f"{name}.weight", (rows, columns))], rounded=False)
+
+    def experts(self, names: Sequence[Sequence[str]], rows: int, columns: int, own: Span) -> Weight:
+        """One projection of all experts, or two of one input; the modules of each expert, `rows`
+        outputs each, stacked. Of experts that are not `own` nothing is read."""
+        parts = [
+            [self._take(f"{name}.weight", (rows, columns)) for name in modules] for modules in names
+        ]
+        mine = parts[own.start : own.start + own.length]
+        return self._backend.load([part for expert in mine for part in expert])
 
     def column_unit(self, name: str) -> int:
         """Where the columns of a linear may be cut, see `Backend.column_unit`; 1 if nowhere."""

@@ -1,7 +1,8 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3 and BitNet b1.58.
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Mixtral, Qwen2, Qwen3 (also with experts) and
+BitNet b1.58.
 
 They are one model with switches: rope scaling, sliding windows, projection biases (taken when the
-file has them), query/key norms and norms in front of the last projections.
+file has them), query/key norms, norms in front of the last projections, and layers of experts.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.models.config import ModelConfig
+from engine.models.experts import ExpertsFeedForward, load_block
 from engine.models.layers import (
     Attention,
     GatedFeedForward,
     WeightLoader,
     load_attention,
-    load_feed_forward,
     load_head,
 )
 from kernels.ops import Ops, T, Weight
@@ -27,7 +28,7 @@ class Layer:
     attention_norm: Weight
     attention: Attention
     feed_forward_norm: Weight
-    feed_forward: GatedFeedForward
+    feed_forward: GatedFeedForward | ExpertsFeedForward
 
 
 class Llama:
@@ -43,7 +44,7 @@ class Llama:
                 load.vector(f"model.layers.{n}.input_layernorm.weight", hidden),
                 load_attention(load, config, n),
                 load.vector(f"model.layers.{n}.post_attention_layernorm.weight", hidden),
-                load_feed_forward(load, config, n),
+                load_block(load, config, n),
             )
             for n in range(config.layers)
         ]

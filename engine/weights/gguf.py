@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,15 @@ LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+# Tensors of all experts, `[experts, out, in]`; older files have a tensor for each.
+EXPERT_NAMES = {
+    "ffn_gate_exps": "gate_proj",
+    "ffn_up_exps": "up_proj",
+    "ffn_down_exps": "down_proj",
+}
+OLDER_EXPERTS = re.compile(r"ffn_(gate|up|down)\.(\d+)")
 GEMMA_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -54,11 +64,21 @@ CONFIG_KEYS = {
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
 }
 GEMMA_27B_LAYERS = 62
-MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+EXPERT_DIMENSIONS = 3
+MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma3": "gemma3_text",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +153,7 @@ class GGUFCheckpoint:
         if self.metadata.get("split.count", 1) > 1:
             raise ConfigError(f"{path.name} is one part of a split model; merge the parts first")
         self.config = self._config(header.tensors)
-        self._tensors = {self._rename(name): entry for name, entry in header.tensors.items()}
+        self._tensors = dict(self._renamed(header.tensors))
         self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
 
     def names(self) -> set[str]:
@@ -174,7 +194,26 @@ class GGUFCheckpoint:
             )
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
+    def _renamed(self, tensors: dict[str, TensorEntry]) -> Iterator[tuple[str, TensorEntry]]:
+        """The tensors under Hugging Face names, those of all experts cut into each one's."""
+        for name, entry in tensors.items():
+            renamed = self._rename(name)
+            if "{}" not in renamed:
+                yield renamed, entry
+                continue
+            if len(entry.shape) != EXPERT_DIMENSIONS:
+                raise ConfigError(
+                    f"{self.path.name}: tensor {name!r} has shape {list(entry.shape)}, "
+                    "not experts x rows x columns"
+                )
+            count, *shape = entry.shape
+            for n in range(count):
+                size = entry.size // count
+                part = TensorEntry(name, tuple(shape), entry.type, entry.start + n * size, size)
+                yield renamed.format(n), part
+
     def _rename(self, name: str) -> str:
+        """Its Hugging Face name; `{}` in it stands for an expert's number."""
         base, _, kind = name.rpartition(".")
         if base in TOP_NAMES:
             return f"{TOP_NAMES[base]}.{kind}"
@@ -185,6 +224,10 @@ class GGUFCheckpoint:
                 names = LAYER_NAMES | GEMMA_NAMES
             if part in names:
                 return f"model.layers.{layer}.{names[part]}.{kind}"
+            if part in EXPERT_NAMES:
+                return f"model.layers.{layer}.mlp.experts.{{}}.{EXPERT_NAMES[part]}.{kind}"
+            if older := OLDER_EXPERTS.fullmatch(part):
+                return f"model.layers.{layer}.mlp.experts.{older[2]}.{older[1]}_proj.{kind}"
         return name
 
     def _config(self, tensors: dict[str, TensorEntry]) -> dict[str, Any]:
@@ -199,6 +242,11 @@ class GGUFCheckpoint:
         for key, name in CONFIG_KEYS.items():
             if f"{architecture}.{key}" in self.metadata:
                 config[name] = self.metadata[f"{architecture}.{key}"]
+        if architecture == "llama" and config.get("num_local_experts"):
+            config["model_type"] = "mixtral"
+        if architecture == "qwen3moe":
+            # Every model of the kind does, and the file does not say.
+            config["norm_topk_prob"] = True
         if "token_embd.weight" not in tensors:
             raise ConfigError(f"{self.path.name} has no tensor 'token_embd.weight'")
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]

@@ -28,6 +28,7 @@ from kernels.backend import (
     HostTensor,
     TernaryTensor,
     WeightFormat,
+    stacked_name,
 )
 from kernels.collectives import Collectives, SharedMemory
 from kernels.cpu.native_program import NativeProgram
@@ -164,14 +165,20 @@ class NativeBackend:
     def describe(self) -> str:
         return f"{self.name} {self.instructions} kernels"
 
-    def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
-        name = "+".join(part.name for part in parts)
+    def load(
+        self,
+        parts: Sequence[HostTensor],
+        bias: Sequence[HostTensor] = (),
+        *,
+        rounded: bool = True,
+    ) -> Weight:
+        name = stacked_name(parts)
         if len(parts[0].shape) == 1:
             vector = torch.cat([part.dense().float() for part in parts])
             self._bytes += vector.nbytes
             return NativeWeight(name, tuple(vector.shape), vector=vector)
         shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-        packed = self._find_or_pack(name, parts, shape)
+        packed = self._find_or_pack(name, parts, shape, rounded=rounded)
         added = torch.cat([b.dense().float() for b in bias]) if bias else None
         self._bytes += packed.bytes + (added.nbytes if added is not None else 0)
         reads = {F32: "floats", BF16: self._pairs, TERNARY: "whole"}.get(packed.format, "groups")
@@ -270,9 +277,11 @@ class NativeBackend:
     def close(self) -> None:
         self._cache = []
 
-    def _find_or_pack(self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int]) -> Any:
+    def _find_or_pack(
+        self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int], *, rounded: bool
+    ) -> Any:
         """The packed weight, from the file of an earlier start if it is there."""
-        packed = self._native.make_weight(self._arena, self._target(parts), *shape)
+        packed = self._native.make_weight(self._arena, self._target(parts, rounded=rounded), *shape)
         file = self._packed_file
         if file is not None and file.copy(name, packed, *shape):
             return packed
@@ -285,7 +294,7 @@ class NativeBackend:
             file.collect(name, packed, *shape)
         return packed
 
-    def _target(self, parts: Sequence[HostTensor]) -> int:
+    def _target(self, parts: Sequence[HostTensor], *, rounded: bool = True) -> int:
         """The packed format that these parts take together."""
         formats = {part.format for part in parts}
         columns = parts[0].shape[1]
@@ -294,7 +303,7 @@ class NativeBackend:
         if self._format == "float32":
             return F32
         floats = BF16 if columns % 2 == 0 else F32
-        if self._format == "bfloat16" or columns % GROUP:
+        if self._format == "bfloat16" or columns % GROUP or not rounded:
             return floats
         if self._format == "int8":
             return Q8

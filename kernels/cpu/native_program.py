@@ -11,7 +11,7 @@ import torch
 
 from kernels.backend import rotation_tables
 from kernels.batch import Batch, Samples, Sampling
-from kernels.ops import Handle, HeadNorms, Heads, Instruction, Rope, Tape
+from kernels.ops import Experts, Handle, HeadNorms, Heads, Instruction, Rope, Tape
 from kernels.ops import Rows as RowCount
 from kernels.sampling import Rows, sample
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
 # The forms in which a buffer can hold its rows, in the order of `add_buffer`'s flags.
 FORMS = ("floats", "groups", "whole", "bf16")
+FLOAT_WRITERS = ("linear", "attention", "rope_write_kv", "all_reduce", "all_gather", "experts")
 # Bytes a value: groups of 32 have a scale, a sum and an offset.
 FORM_BYTES = (4.0, 1.0 + 12 / 32, 1.0, 2.0)
 
@@ -69,6 +70,7 @@ class NativeProgram:
         self._logits = _lazy_floats(max_rows, tape.logits.width)
         self.memory: list[LayerMemory] = []
         self._rows = 0
+        self._experts: dict[Any, list[int]] = {}
         # Of all buffers; memory is taken for the rows that are ever written.
         self._row_bytes = dict.fromkeys(RowCount, 0.0)
         self._max_rows = max_rows
@@ -220,6 +222,49 @@ class NativeProgram:
     def _emit_gated(self, x: int, activation: str, out: int) -> None:
         self._program.add("gated", in_=x, out=out, activation=ACTIVATIONS[activation])
 
+    def _emit_experts(
+        self,
+        x: int,
+        scores: int,
+        gate_up: NativeWeight,
+        down: NativeWeight,
+        experts: Experts,
+        activation: str,
+        out: int,
+    ) -> None:
+        self._program.add_experts(
+            in_=x,
+            scores=scores,
+            out=out,
+            gate_up=gate_up.packed,
+            down=down.packed,
+            sizes=(experts.count, experts.used, experts.first, experts.own),
+            normalized=experts.normalized,
+            activation=ACTIVATIONS[activation],
+            buffers=self._expert_buffers(gate_up, down, experts.used),
+        )
+
+    def _expert_buffers(self, gate_up: NativeWeight, down: NativeWeight, used: int) -> list[int]:
+        """Room for a row's copies and what becomes of them; layers of one shape share it."""
+        hidden, wide = gate_up.shape[1], down.shape[1]
+        kinds = (
+            (hidden, gate_up.reads),
+            (2 * wide, "floats"),
+            (wide, down.reads),
+            (hidden, "floats"),
+        )
+        key = (kinds, used)
+        if key not in self._experts:
+            self._experts[key] = []
+            for width, wanted in kinds:
+                forms = [form == wanted for form in FORMS]
+                self._experts[key].append(self._program.add_buffer(width, *forms, times=used))
+                self._row_bytes[RowCount.TOKENS] += used * width * FORM_BYTES[FORMS.index(wanted)]
+        return self._experts[key]
+
+    def _emit_sum_parts(self, x: int, parts: int, out: int) -> None:
+        self._program.add("sum_parts", in_=x, out=out)
+
     def _emit_select_rows(self, x: int, out: int) -> None:
         self._program.add("select_rows", in_=x, out=out)
 
@@ -267,16 +312,20 @@ def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[npt.NDArray[
 
 def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:
     """Which of FORMS a handle's readers want. Raises ValueError if its writer cannot make them."""
-    wanted = {_form(i) for i in tape.instructions if handle in i.arguments}
+    wanted = {_form(i, handle) for i in tape.instructions if handle in i.arguments}
     writer = next(i for i in tape.instructions if handle in i.results)
-    if writer.op in ("linear", "rope_write_kv") and not wanted <= {"floats"}:
+    if writer.op in ("linear", "rope_write_kv", "experts") and not wanted <= {"floats"}:
         raise ValueError(f"the native kernels cannot quantize what {writer.op} writes")
-    if writer.op in ("linear", "attention", "rope_write_kv", "all_reduce", "all_gather"):
+    if writer.op in FLOAT_WRITERS:
         wanted.add("floats")  # they write floats; some make the others from those
     return tuple(form in wanted for form in FORMS)
 
 
-def _form(reader: Instruction) -> str:
+def _form(reader: Instruction, handle: Handle) -> str:
+    """In which form an instruction wants one of its arguments."""
+    if reader.op == "experts" and reader.arguments[0] == handle:
+        form: str = reader.arguments[2].reads
+        return form
     return reader.arguments[1].reads if reader.op == "linear" else "floats"
 
 

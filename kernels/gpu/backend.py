@@ -14,13 +14,14 @@ from kernels.backend import (
     HostTensor,
     PageCodec,
     WeightFormat,
+    stacked_name,
 )
 from kernels.collectives import Collectives
 from kernels.gpu.ops import GpuCache, GpuOps, Workspace
 from kernels.gpu.pages import GpuCodec, GpuPages
 from kernels.gpu.program import GpuProgram, Limits
 from kernels.gpu.staging import Staging
-from kernels.gpu.weights import GpuWeight, column_unit, place
+from kernels.gpu.weights import column_unit, place
 from kernels.ops import Tape, Weight
 
 # Rows of a prompt that may be scored in one step beside those that draw (at least a page).
@@ -70,10 +71,16 @@ class GpuBackend:
         """The device's name and the mode."""
         return f"{self.name} {self.hardware}{' batch-invariant' if self._invariant else ''} kernels"
 
-    def load(self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = ()) -> Weight:
+    def load(
+        self,
+        parts: Sequence[HostTensor],
+        bias: Sequence[HostTensor] = (),
+        *,
+        rounded: bool = True,
+    ) -> Weight:
         """Place one weight; see `weights.place`."""
-        name = "+".join(part.name for part in parts)
-        weight: GpuWeight = place(name, parts, bias, self._format, self._dtype, self._device)
+        kind = self._format if rounded else "bfloat16"
+        weight = place(stacked_name(parts), parts, bias, kind, self._dtype, self._device)
         self._bytes += weight.bytes
         return weight
 

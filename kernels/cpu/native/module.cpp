@@ -1,5 +1,6 @@
 // The Python binding. Tensors cross as addresses: a plain integer costs a tenth of a DLPack capsule.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -259,7 +260,17 @@ NB_MODULE(_native, m) {
            },
            "device"_a, "max_rows"_a, "exchange"_a.none() = nb::none())
       .def("add_buffer", &Program::add_buffer, "width"_a, "floats"_a, "groups"_a, "whole"_a,
-           "bf16"_a)
+           "bf16"_a, "times"_a = 1)
+      .def("add_experts",
+           [](Program& p, int in, int scores, int out, const Weight& gate_up, const Weight& down,
+              const std::array<int64_t, 4>& sizes, bool normalized, int activation,
+              const std::array<int, 4>& buffers) {
+             p.add_experts(in, scores, out, gate_up, down,
+                           {sizes[0], sizes[1], sizes[2], sizes[3], normalized}, activation,
+                           {buffers[0], buffers[1], buffers[2], buffers[3]});
+           },
+           nb::kw_only(), "in_"_a, "scores"_a, "out"_a, "gate_up"_a, "down"_a, "sizes"_a,
+           "normalized"_a, "activation"_a, "buffers"_a)
       .def("add_cache", &Program::add_cache, "cache"_a)
       .def(
           "add",

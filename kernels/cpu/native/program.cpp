@@ -36,11 +36,12 @@ Program::Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max
       max_rows_(max_rows),
       exchange_(std::move(exchange)) {}
 
-int Program::add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16) {
+int Program::add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16,
+                        int64_t times) {
   if (width <= 0 || width > kMaxWidth) throw std::invalid_argument("buffer width out of range");
   Value value;
   value.width = width;
-  const size_t rows = static_cast<size_t>(max_rows_), count = rows * static_cast<size_t>(width);
+  const size_t rows = static_cast<size_t>(max_rows_ * times), count = rows * static_cast<size_t>(width);
   if (floats) value.floats = allocate<float>(count);
   if (bf16) value.bf16 = allocate<uint16_t>(count);
   if (groups) {
@@ -113,6 +114,7 @@ void Program::step(const Instruction& i, const Batch& batch) {
     case Op::kLinear: return linear_step(i, rows_of(i.in, batch));
     case Op::kRopeWriteKv: return rope_step(i, batch);
     case Op::kAttention: return attention_step(i, batch);
+    case Op::kExperts: return experts_step(i, rows_of(i.in, batch));
     case Op::kAllReduce:
     case Op::kAllGather: return collective_step(i, rows_of(i.in, batch));
     default: break;
@@ -144,6 +146,12 @@ void Program::step(const Instruction& i, const Batch& batch) {
           kernels_.rms_norm_row(total, i.vector, i.scalar, width, row_values);
           break;
         }
+        case Op::kSumParts:
+          std::copy_n(x, width, row_values);
+          for (int64_t part = width; part < in->width; part += width) {
+            kernels_.add_row(row_values, x + part, width, row_values);
+          }
+          break;
         case Op::kGated: kernels_.gated_row(x, width, i.activation, row_values); break;
         default:
           std::memcpy(row_values, in->floats.get() + batch.sample_rows[row] * width,

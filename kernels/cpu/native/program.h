@@ -27,11 +27,36 @@ struct Batch {
 
 enum class Op {
   kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
-  kAllReduce, kAllGather
+  kAllReduce, kAllGather, kExperts, kSumParts
 };
-constexpr std::array<const char*, 10> kOpNames = {
+constexpr std::array<const char*, 12> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
-    "select_rows", "all_reduce", "all_gather"};
+    "select_rows", "all_reduce", "all_gather", "experts", "sum_parts"};
+
+// How many experts there are, how many a row goes through, and which are here: `own` from `first` on.
+struct ExpertSizes {
+  int64_t count, used, first, own;
+  bool normalized;  // a row's shares sum to 1
+};
+
+// Buffers for `used` rows of each row, sorted by expert: copies of the input, what the first matmul
+// makes of it, this gated, and what the second makes of that.
+struct ExpertBuffers {
+  int gathered, hidden, gated, results;
+};
+
+// A layer's experts, and where the rows of the step under way go.
+struct Experts {
+  ExpertSizes sizes;
+  ExpertBuffers buffers;
+  std::vector<Weight> gate_up, down;  // one an expert, views of what is stacked
+  std::vector<int32_t> chosen;        // [rows, used]
+  std::vector<float> shares;          // [rows, used]
+  std::vector<int64_t> places;        // [rows, used], rows of the buffers
+  std::vector<int64_t> starts;        // [own + 1], each expert's first row there
+
+  void sort(int64_t rows);
+};
 
 // One op; fields that it does not have keep their defaults. Values are numbers of buffers.
 struct Instruction {
@@ -47,6 +72,7 @@ struct Instruction {
   int64_t window = 0;
   int64_t first = 0;            // token of an embedding table's first row
   std::vector<int64_t> widths;  // of the ranks' parts
+  std::shared_ptr<Experts> experts;
 };
 
 class Program {
@@ -57,11 +83,14 @@ class Program {
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
-  // A buffer of `width` values a row, in the forms that its readers want.
-  int add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16);
+  // A buffer of `width` values a row, in the forms that its readers want; for `times` rows of each row.
+  int add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16, int64_t times = 1);
   // The paged cache of the next layer; memory stays with the caller.
   void add_cache(const LayerCache& cache);
   void add(Instruction instruction);
+  // `gate_up` and `down` stack what belongs to each expert that is here.
+  void add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
+                   ExpertSizes sizes, int activation, ExpertBuffers buffers);
 
   void run(const Batch& batch);
 
@@ -86,6 +115,7 @@ class Program {
     bool samples = false;  // rows are the sampled ones
 
     Activations activations() const;
+    void copy_row(const Value& from, int64_t source, int64_t target) const;
   };
 
   void step(const Instruction& i, const Batch& batch);
@@ -93,6 +123,9 @@ class Program {
   void rope_step(const Instruction& i, const Batch& batch);
   void attention_step(const Instruction& i, const Batch& batch);
   void collective_step(const Instruction& i, int64_t rows);
+  void experts_step(const Instruction& i, int64_t rows);
+  void multiply_experts(const Experts& e, const std::vector<Weight>& weights, const Value& value,
+                        float* y);
   // Makes the other forms that readers want of the floats of `value`.
   void make_forms(const Value& value, int64_t rows) const;
   // Finishes a row that was computed into `row_values`: stores it in every form of `value`.

@@ -56,6 +56,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     ),
     "qwen3": ("Qwen3Config", {}),
+    "qwen3-experts": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (
         "Gemma3TextConfig",

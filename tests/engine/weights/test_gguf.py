@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from engine.errors import ConfigError
 from engine.models import load_model
@@ -25,6 +27,7 @@ from engine.weights.gguf import GGUFCheckpoint, GGUFTensor
 from engine.weights.gguf_header import TensorEntry, read_header
 from kernels.backend import select_backend
 from tests.engine.models.test_parity import run
+from tests.engine.models.test_ranks import tiny
 from tests.tiny import LLAMA, llama_tensors, write_llama
 
 GGUF_NAMES = {
@@ -42,7 +45,12 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
 }
+EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight")
+EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+EXPERT_PARTS |= {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 def gguf_name(name: str) -> str:
@@ -190,6 +198,82 @@ def test_a_gguf_model_gives_the_logits_of_the_same_model_in_safetensors(
     results = [run(path, "torch", [len(tokens)], tokens) for path in (file, folder)]
     assert torch.allclose(results[0], results[1], atol=1e-4)
     assert float(results[0].std()) > 0.1
+
+
+def write_expert_gguf(folder: Path, path: Path, architecture: str, *, stacked: bool) -> None:
+    """The model in `folder`, with a tensor for all experts or, as in older files, for each."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if architecture == "qwen3moe":
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    layers: dict[tuple[str, str], dict[int, np.ndarray[Any, Any]]] = {}
+    for name, tensor in tensors.items():
+        array = tensor.numpy()
+        if found := EXPERT.fullmatch(name):
+            layer, number, part = found.groups()
+            layers.setdefault((layer, EXPERT_PARTS[part]), {})[int(number)] = array
+            continue
+        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if part in name and architecture == "llama":
+                array = interleave(array, config[heads])
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
+    for (layer, part), experts in layers.items():
+        arrays = [experts[n] for n in range(len(experts))]
+        if stacked:
+            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", np.stack(arrays))
+            continue
+        for number, array in enumerate(arrays):
+            writer.add_tensor(f"blk.{layer}.ffn_{part}.{number}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "stacked"),
+    [
+        ("qwen3-experts", "qwen3moe", True),
+        ("mixtral", "llama", True),
+        ("mixtral", "llama", False),
+    ],
+)
+def test_experts_in_a_gguf_file_are_those_of_the_same_model_in_safetensors(
+    tmp_path: Path, family: str, architecture: str, stacked: bool
+) -> None:
+    # A GGUF file does not say which layers are dense.
+    folder = tiny(tmp_path / "folder", family, mlp_only_layers=[])
+    file = tmp_path / "model.gguf"
+    write_expert_gguf(folder, file, architecture, stacked=stacked)
+    tokens = list(range(3, 40))
+    results = [run(path, "torch", [len(tokens)], tokens) for path in (file, folder)]
+    assert torch.equal(results[0], results[1])
+    assert float(results[0].std()) > 0.1
+
+
+def test_a_tensor_of_experts_without_them_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "flat.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=r"'blk\.0\.ffn_up_exps\.weight' has shape \[4, 32\]"):
+        open_checkpoint(path)
 
 
 READABLE = sorted(gguf.quants._type_traits, key=lambda kind: kind.name)

@@ -1,0 +1,77 @@
+"""Feed-forward layers of many experts, of which each token goes through a few (mixture of experts,
+arXiv 2101.03961; Mixtral, arXiv 2401.04088; Qwen3, arXiv 2505.09388).
+
+Ranks share them out whole: each computes what its own experts say to every row, and the ranks'
+answers are added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+from engine.models.config import ModelConfig
+from engine.models.layers import GatedFeedForward, WeightLoader, load_feed_forward
+from kernels.ops import Experts, Ops, T, Weight
+
+# Experts' outputs begin at tiles of the CPU kernels.
+WIDTH_UNIT = 16
+
+
+@dataclass(frozen=True)
+class ExpertsFeedForward:
+    """A router, and the experts of this rank.
+
+    With several ranks either the sums over a row's experts are added (`adds_sums`), or, so that the
+    bits are those of one rank, each expert's answer (`adds_parts`).
+    """
+
+    router: Weight
+    gate_up: Weight
+    down: Weight
+    experts: Experts
+    adds_parts: bool
+    adds_sums: bool
+
+    def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
+        """`[rows, hidden] -> [rows, hidden]`."""
+        scores = ops.linear(x, self.router)
+        weights = (self.gate_up, self.down)
+        parts = ops.experts(x, scores, *weights, self.experts, config.activation)
+        if self.adds_parts:
+            parts = ops.all_reduce(parts)
+        x = ops.sum_parts(parts, self.experts.used)
+        return ops.all_reduce(x) if self.adds_sums else x
+
+
+def load_block(
+    load: WeightLoader, config: ModelConfig, layer: int
+) -> GatedFeedForward | ExpertsFeedForward:
+    """The feed-forward layer number `layer`, of experts where the configuration says so."""
+    if layer in config.expert_layers:
+        return load_experts(load, config, layer)
+    return load_feed_forward(load, config, layer)
+
+
+def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> ExpertsFeedForward:
+    """The router and this rank's experts of one layer."""
+    assert config.experts is not None
+    count, wide, hidden = config.experts.count, config.experts.width, config.hidden
+    for name, width in (("the experts' intermediate size", wide), ("hidden_size", hidden)):
+        if width % WIDTH_UNIT:
+            raise ConfigError(f"{name} is {width}; experts take multiples of {WIDTH_UNIT}")
+    block, (gate, up, down) = f"model.layers.{layer}.mlp", ("gate_proj", "up_proj", "down_proj")
+    mixtral = f"model.layers.{layer}.block_sparse_moe"
+    if load.has(f"{mixtral}.gate.weight"):
+        block, (gate, up, down) = mixtral, ("w1", "w3", "w2")
+    own = load.spans(count, "the number of experts")[load.shard.rank]
+    names = [f"{block}.experts.{number}" for number in range(count)]
+    several = load.shard.ranks > 1
+    return ExpertsFeedForward(
+        load.router(f"{block}.gate", count, hidden),
+        load.experts([[f"{name}.{gate}", f"{name}.{up}"] for name in names], wide, hidden, own),
+        load.experts([[f"{name}.{down}"] for name in names], hidden, wide, own),
+        Experts(count, config.experts.used, config.experts.normalized, own.start, own.length),
+        adds_parts=several and load.exact,
+        adds_sums=several and not load.exact,
+    )

@@ -1,0 +1,181 @@
+// Mixture of experts: rows are sorted by expert, so that each expert's weights are read once for all of
+// its rows. What a row comes to depends on no other row.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "program.h"
+
+namespace ryzanstein {
+namespace {
+
+// Rows of which one thread chooses experts, or moves what belongs to them, at a time.
+constexpr int64_t kRowGrain = 4;
+constexpr int64_t kPiecesAThread = 16;
+
+// Equal parts stacked in a weight, each a weight of its own in the same memory.
+std::vector<Weight> parts_of(const Weight& whole, int64_t count) {
+  if (count <= 0 || whole.rows % count || whole.rows / count % kTile) {
+    throw std::invalid_argument("experts are as wide as whole tiles");
+  }
+  std::vector<Weight> parts(static_cast<size_t>(count), whole);
+  for (int64_t n = 0; n < count; ++n) {
+    Weight& part = parts[static_cast<size_t>(n)];
+    part.rows = whole.rows / count;
+    part.data = whole.tile(n * part.tiles());
+    part.bytes = static_cast<size_t>(part.tiles() * part.tile_bytes());
+  }
+  return parts;
+}
+
+// The likeliest experts of a row and their shares, the lower number first of equals.
+void choose(const float* scores, int64_t count, int64_t used, bool normalized, int32_t* chosen,
+            float* shares) {
+  float highest = scores[0];
+  for (int64_t n = 1; n < count; ++n) highest = std::max(highest, scores[n]);
+  float total = 0.0f;
+  int64_t kept = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    total += std::exp(scores[n] - highest);
+    // Into its place among the best so far.
+    int64_t place = kept;
+    while (place > 0 && scores[chosen[place - 1]] < scores[n]) --place;
+    if (place >= used) continue;
+    kept = std::min(kept + 1, used);
+    std::copy_backward(chosen + place, chosen + kept - 1, chosen + kept);
+    chosen[place] = static_cast<int32_t>(n);
+  }
+  float sum = 0.0f;
+  for (int64_t k = 0; k < used; ++k) {
+    shares[k] = std::exp(scores[chosen[k]] - highest);
+    sum += shares[k];
+  }
+  for (int64_t k = 0; k < used; ++k) shares[k] /= normalized ? sum : total;
+}
+
+}  // namespace
+
+void Program::add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
+                          ExpertSizes sizes, int activation, ExpertBuffers buffers) {
+  auto experts = std::make_shared<Experts>();
+  experts->sizes = sizes;
+  experts->buffers = buffers;
+  experts->gate_up = parts_of(gate_up, sizes.own);
+  experts->down = parts_of(down, sizes.own);
+  const size_t places = static_cast<size_t>(max_rows_ * sizes.used);
+  experts->chosen.resize(places);
+  experts->shares.resize(places);
+  experts->places.resize(places);
+  experts->starts.resize(static_cast<size_t>(sizes.own) + 1);
+  Instruction i;
+  i.op = Op::kExperts;
+  i.in = in;
+  i.in2 = scores;
+  i.out = out;
+  i.activation = activation;
+  i.experts = std::move(experts);
+  add(std::move(i));
+}
+
+void Program::experts_step(const Instruction& i, int64_t rows) {
+  Experts& e = *i.experts;
+  const int64_t used = e.sizes.used, count = e.sizes.count;
+  const Value &in = values_[i.in], &scores = values_[i.in2], &out = values_[i.out];
+  pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      choose(scores.floats.get() + row * count, count, used, e.sizes.normalized,
+             e.chosen.data() + row * used, e.shares.data() + row * used);
+    }
+  });
+  e.sort(rows);
+  const Value &gathered = values_[e.buffers.gathered], &hidden = values_[e.buffers.hidden];
+  const Value &gated = values_[e.buffers.gated], &results = values_[e.buffers.results];
+  pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * used; n < last * used; ++n) {
+      if (e.places[n] >= 0) gathered.copy_row(in, n / used, e.places[n]);
+    }
+  });
+  multiply_experts(e, e.gate_up, gathered, hidden.floats.get());
+  pool_->run(e.starts.back(), kRowGrain, [&](int64_t first, int64_t last) {
+    std::vector<float> values(static_cast<size_t>(gated.width));
+    for (int64_t row = first; row < last; ++row) {
+      kernels_.gated_row(hidden.floats.get() + row * hidden.width, gated.width, i.activation,
+                         values.data());
+      store_row(gated, row, values.data());
+    }
+  });
+  multiply_experts(e, e.down, gated, results.floats.get());
+  const int64_t width = results.width;
+  pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * used; n < last * used; ++n) {
+      float* target = out.floats.get() + n * width;
+      if (e.places[n] < 0) {
+        std::fill_n(target, width, 0.0f);
+        continue;
+      }
+      const float* result = results.floats.get() + e.places[n] * width;
+      for (int64_t c = 0; c < width; ++c) target[c] = result[c] * e.shares[n];
+    }
+  });
+}
+
+// Where each chosen expert's row goes, experts in order, rows in order within each; -1 for those that
+// are not here.
+void Experts::sort(int64_t rows) {
+  std::fill(starts.begin(), starts.end(), 0);
+  const int64_t total = rows * sizes.used;
+  const auto own = [&](int64_t n) { return chosen[n] - sizes.first; };
+  for (int64_t n = 0; n < total; ++n) {
+    if (own(n) >= 0 && own(n) < sizes.own) ++starts[own(n) + 1];
+  }
+  for (size_t n = 1; n < starts.size(); ++n) starts[n] += starts[n - 1];
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+  for (int64_t n = 0; n < total; ++n) {
+    places[n] = own(n) >= 0 && own(n) < sizes.own ? next[own(n)]++ : -1;
+  }
+}
+
+// y = x . w of each expert, for the rows that are its own.
+void Program::multiply_experts(const Experts& e, const std::vector<Weight>& weights,
+                               const Value& value, float* y) {
+  std::vector<int64_t> active;
+  for (int64_t n = 0; n < e.sizes.own; ++n) {
+    if (e.starts[n + 1] > e.starts[n]) active.push_back(n);
+  }
+  if (active.empty()) return;
+  const Activations x = value.activations();
+  const int64_t tiles = weights[0].tiles(), busy = static_cast<int64_t>(active.size());
+  // Several pieces a thread, cut between pairs of tiles, since a pass may cover two.
+  const int64_t pieces =
+      std::max<int64_t>(1, std::min(pool_->threads() * kPiecesAThread / busy, tiles / 2));
+  const auto cut = [&](int64_t piece) {
+    return piece == pieces ? tiles : tiles * piece / pieces / 2 * 2;
+  };
+  pool_->run(busy * pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t expert = active[static_cast<size_t>(n / pieces)];
+      kernels_.matmul(weights[static_cast<size_t>(expert)], x, e.starts[expert],
+                      e.starts[expert + 1] - e.starts[expert], nullptr, y, cut(n % pieces),
+                      cut(n % pieces + 1));
+    }
+  });
+}
+
+// One row of another value, in the forms that this one has.
+void Program::Value::copy_row(const Value& from, int64_t source, int64_t target) const {
+  const auto copy = [&](const auto& a, const auto& b, int64_t size) {
+    if (b) std::memcpy(b.get() + target * size, a.get() + source * size, size * sizeof(b[0]));
+  };
+  copy(from.floats, floats, width);
+  copy(from.bf16, bf16, width);
+  copy(from.values, values, width);
+  copy(from.scales, scales, width / kGroup);
+  copy(from.sums, sums, width / kGroup);
+  copy(from.offsets, offsets, width / kGroup);
+  copy(from.row_values, row_values, Activations::row_stride(width));
+  copy(from.row_scales, row_scales, 1);
+  copy(from.row_offsets, row_offsets, 1);
+}
+
+}  // namespace ryzanstein
