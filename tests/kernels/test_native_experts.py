@@ -1,0 +1,203 @@
+"""Mixture of experts on the native kernels: every format, any company, and parts of the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+
+from kernels.backend import CacheLayout
+from kernels.cpu.native_backend import NativeBackend
+from kernels.ops import Activation, Experts, Heads, Recorder
+from kernels.reference import route
+from tests.kernels.native import (
+    INSTRUCTION_SETS,
+    Host,
+    batch_of,
+    groups_of,
+    needs_native,
+    quantized,
+)
+
+pytestmark = needs_native
+HIDDEN, WIDE, COUNT, USED = 64, 96, 7, 3
+EXPERTS = Experts(COUNT, USED, normalized=True, first=0, own=COUNT)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Random experts of one format, and a router."""
+
+    router: torch.Tensor
+    gate_up: Host
+    down: Host
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ternary(rows: int, columns: int, seed: int) -> Host:
+    signs = random(rows, columns, seed=seed).clamp(-1, 1).round().to(torch.int8)
+    return Host(signs.float() * 0.1, "TERNARY", signs, scale=0.1)
+
+
+def block_of(kind: str) -> Block:
+    """`kind` is a ggml type, F32, or TERNARY."""
+    shapes = {"gate_up": (COUNT * 2 * WIDE, HIDDEN), "down": (COUNT * HIDDEN, WIDE)}
+    if kind == "F32":
+        made = {name: Host(random(*shape, seed=1)) for name, shape in shapes.items()}
+    elif kind == "TERNARY":
+        made = {name: ternary(*shape, seed=1) for name, shape in shapes.items()}
+    else:
+        made = {name: quantized(Type[kind], *shape, seed=1) for name, shape in shapes.items()}
+    return Block(random(COUNT, HIDDEN, seed=2), **made)
+
+
+def run_experts(
+    block: Block,
+    x: torch.Tensor,
+    experts: Experts = EXPERTS,
+    *,
+    parts: bool = False,
+    threads: int = 2,
+    weights: Any = "auto",
+    instructions: str = "auto",
+    activation: Activation = "silu",
+) -> torch.Tensor:
+    """What the experts of the span make of rows, summed or in `parts`: the inputs are the rows of
+    an embedding table, and a matmul by one shows the result."""
+    backend = NativeBackend(weights, threads, instructions)
+    exact = NativeBackend("float32", 1, instructions)
+    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "bfloat16", 16), 1)
+    table, router = exact.load([Host(x)]), exact.load([Host(block.router)])
+    span = slice(experts.first, experts.first + experts.own)
+
+    def own(host: Host, rows: int) -> Host:
+        return host.narrow(0, span.start * rows, experts.own * rows)
+
+    gate_up = backend.load([own(block.gate_up, 2 * WIDE)])
+    down = backend.load([own(block.down, HIDDEN)])
+    recorder = Recorder()
+    hidden = recorder.embed(table, 1.0)
+    scores = recorder.linear(hidden, router)
+    y = recorder.experts(hidden, scores, gate_up, down, experts, activation)
+    if not parts:
+        y = recorder.sum_parts(y, experts.used)
+    y = recorder.select_rows(y)
+    unit = exact.load([Host(torch.eye(y.width))])
+    program = backend.compile(recorder.finish(recorder.linear(y, unit)), len(x))
+    program.forward(batch_of(range(len(x)), range(len(x))))
+    return program.logits().clone()
+
+
+def expected_parts(block: Block, x: torch.Tensor, rounded: Any) -> torch.Tensor:
+    """The same from the weights' exact values, in float64; `rounded` is what activations become."""
+    chosen, shares = route(x @ block.router.T, EXPERTS)
+    gate_up = block.gate_up.values.double().view(COUNT, 2 * WIDE, HIDDEN)
+    down = block.down.values.double().view(COUNT, HIDDEN, WIDE)
+    rows = []
+    for row, numbers, weights in zip(x, chosen, shares, strict=True):
+        for number, share in zip(numbers, weights, strict=True):
+            gate, up = (gate_up[number] @ rounded(row[None])[0].double()).chunk(2)
+            hidden = (torch.nn.functional.silu(gate) * up).float()
+            rows.append(down[number] @ rounded(hidden[None])[0].double() * share)
+    return torch.stack(rows).view(len(x), -1)
+
+
+def whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Activations as the ternary kernel takes them: int8 under one scale a row."""
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (x / step).round() * step
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    ("kind", "weights", "rounded", "bound"),
+    [
+        ("F32", "float32", lambda x: x, 1e-5),
+        ("F32", "auto", lambda x: x, 0.02),
+        ("Q4_0", "auto", groups_of, 1e-3),
+        ("Q4_1", "auto", groups_of, 1e-3),
+        ("Q8_0", "auto", groups_of, 1e-3),
+        ("TERNARY", "auto", whole_rows, 1e-3),
+    ],
+)
+def test_every_format_computes_what_its_weights_say(
+    kind: str, weights: str, rounded: Any, bound: float, instructions: str
+) -> None:
+    block, x = block_of(kind), random(13, HIDDEN, seed=3)
+    parts = run_experts(block, x, parts=True, weights=weights, instructions=instructions)
+    expected = expected_parts(block, x, rounded)
+    assert float((parts - expected).norm() / expected.norm()) < bound
+    total = run_experts(block, x, weights=weights, instructions=instructions)
+    sums = parts.view(len(x), USED, HIDDEN)
+    assert torch.equal(total, sums[:, 0] + sums[:, 1] + sums[:, 2])
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0", "TERNARY"])
+def test_a_row_alone_and_in_company_gives_the_same_bits(kind: str) -> None:
+    block, x = block_of(kind), random(64, HIDDEN, seed=4)
+    whole = run_experts(block, x)
+    for threads in (1, 2, 3):
+        for rows in (1, 2, 5, 33):
+            assert torch.equal(run_experts(block, x[:rows], threads=threads), whole[:rows])
+
+
+@pytest.mark.parametrize("spans", [[(0, 4), (4, 3)], [(0, 1), (1, 5), (6, 1)]])
+def test_parts_of_several_spans_add_up_to_the_very_bits_of_all(spans: list[tuple[int, int]]) -> None:
+    block, x = block_of("Q4_1"), random(20, HIDDEN, seed=5)
+    whole = run_experts(block, x, parts=True)
+    added = torch.zeros_like(whole)
+    for first, own in spans:
+        experts = Experts(COUNT, USED, normalized=True, first=first, own=own)
+        added += run_experts(block, x, experts, parts=True)
+    assert torch.equal(added, whole)
+
+
+def test_shares_sum_to_one_only_if_normalized() -> None:
+    block, x = block_of("F32"), random(9, HIDDEN, seed=6)
+    normalized = run_experts(block, x, parts=True, weights="float32")
+    plain = Experts(COUNT, USED, normalized=False, first=0, own=COUNT)
+    likely = (x @ block.router.T).softmax(-1).sort(dim=-1, descending=True).values[:, :USED].sum(-1)
+    unnormalized = run_experts(block, x, plain, parts=True, weights="float32")
+    torch.testing.assert_close(unnormalized, normalized * likely[:, None], rtol=1e-4, atol=1e-5)
+
+
+def test_of_equal_experts_the_first_are_taken() -> None:
+    """A router of zeros finds all alike."""
+    block, x = block_of("F32"), random(3, HIDDEN, seed=7)
+    same = Block(torch.zeros_like(block.router), block.gate_up, block.down)
+    parts = run_experts(same, x, parts=True, weights="float32")
+    expected = expected_parts(same, x, lambda x: x)
+    torch.testing.assert_close(parts.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_narrower_than_a_tile_are_refused() -> None:
+    backend = NativeBackend("float32", 1)
+    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "bfloat16", 16), 1)
+    recorder = Recorder()
+    hidden = recorder.embed(backend.load([Host(random(4, 24))]), 1.0)
+    scores = recorder.linear(hidden, backend.load([Host(random(2, 24))]))
+    weights = (backend.load([Host(random(64, 24))]), backend.load([Host(random(48, 16))]))
+    two = Experts(2, 1, normalized=True, first=0, own=2)
+    y = recorder.sum_parts(recorder.experts(hidden, scores, *weights, two, "silu"), 1)
+    with pytest.raises(ValueError, match="whole tiles"):
+        backend.compile(recorder.finish(recorder.linear(y, weights[0])), 4)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    backend = NativeBackend("float32", 1)
+    recorder = Recorder()
+    hidden = recorder.embed(backend.load([Host(random(4, 32))]), 1.0)
+    scores = recorder.linear(hidden, backend.load([Host(random(3, 32))]))
+    weights = (backend.load([Host(random(64, 32))]), backend.load([Host(random(64, 16))]))
+    with pytest.raises(ValueError, match="are not 2 experts"):
+        recorder.experts(
+            hidden, scores, *weights, Experts(2, 1, normalized=True, first=0, own=2), "silu"
+        )
+    with pytest.raises(ValueError, match="32 values are not 3 parts"):
+        recorder.sum_parts(hidden, 3)
