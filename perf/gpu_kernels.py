@@ -19,7 +19,8 @@ from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, place, unpack_nibbles
-from kernels.ops import Heads
+from kernels.ops import Experts, Heads
+from kernels.reference import route
 
 PAGE = 16
 BF16 = torch.bfloat16
@@ -179,9 +180,10 @@ def linear_of(
     return run
 
 
-def ops_without_model(device: torch.device, *, invariant: bool = False) -> GpuOps:
-    """Ops in bf16 that have no cache."""
+def ops_without_model(device: torch.device, *, invariant: bool = False, rows: int = 1) -> GpuOps:
+    """Ops in bf16 that have no cache, in a step of so many rows."""
     staging = Staging(16, 1, 1, 0, device)
+    staging.query_starts.fill_(rows)
     return GpuOps([], PAGE, staging, workspace_of(device), BF16, PAGE, invariant)
 
 
@@ -237,6 +239,7 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 check(label, lambda f=linear, x=x: f(x), exact, 3e-2)  # type: ignore[misc]
     _check_rows(device, matrix, check, formats[-1:] if smoke else ("bfloat16", "int4"))
     _check_odd(device, check, smoke=smoke)
+    _check_experts(device, check, smoke=smoke)
     found.append(_check_draws(device, 300 if smoke else 128256, repeats // 2))
     return found
 
@@ -293,6 +296,43 @@ def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool)
             exact = x.double() @ dense.t() + bias.values.double()
             # Each run writes to the same place.
             check(f"odd {name} {rows} rows", lambda run=run: run().clone(), exact, 3e-2)
+
+
+def _check_experts(device: torch.device, check: Callable[..., None], *, smoke: bool) -> None:
+    """Mixtures of experts, few rows an expert and many, and a rank's half of them."""
+    hidden, wide, count, used = (64, 48, 4, 2) if smoke else (1024, 576, 32, 4)
+    stacked = torch.randn(count * 2 * wide, hidden, device=device).to(BF16) * 0.05
+    down = torch.randn(count * hidden, wide, device=device).to(BF16) * 0.05
+    formats: tuple[WeightFormat, ...] = ("int4",) if smoke else ("bfloat16", "int8", "int4")
+    for kind in formats:
+        for first, own in ((0, count), (count // 2, count // 2)):
+            experts = Experts(count, used, normalized=True, first=first, own=own)
+            gate_up, outer = (
+                place("w", [Matrix(w.chunk(count // own)[first // own])], [], kind, BF16, device)
+                for w in (stacked, down)
+            )
+            for rows in (5,) if smoke else (1, 40, 700):
+                x = torch.randn(rows, hidden, device=device).to(BF16)
+                scores = torch.randn(rows, count, device=device).to(BF16)
+                ops = ops_without_model(device, rows=rows)
+                exact = _exact_experts(x, scores, [dense_of(gate_up), dense_of(outer)], experts)
+                run = partial(ops.experts, x, scores, gate_up, outer, experts, "silu")
+                check(f"experts {kind} {rows} rows, {own} of {count}", run, exact, 3e-2)
+
+
+def _exact_experts(
+    x: torch.Tensor, scores: torch.Tensor, dense: list[torch.Tensor], experts: Experts
+) -> torch.Tensor:
+    """What `Ops.experts` is to give, in float64."""
+    chosen, shares = route(scores, experts)
+    gate_up, down = (whole.chunk(experts.own) for whole in dense)
+    parts = torch.zeros(len(x), experts.used, x.shape[1], dtype=torch.float64, device=x.device)
+    for number in range(experts.own):
+        rows, places = (chosen == experts.first + number).nonzero(as_tuple=True)
+        gate, up = (x[rows].double() @ gate_up[number].t()).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ down[number].t()
+        parts[rows, places] = y * shares[rows, places, None].double()
+    return parts.flatten(1)
 
 
 def _check_draws(device: torch.device, vocab: int, repeats: int) -> dict[str, Any]:

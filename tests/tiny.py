@@ -28,6 +28,14 @@ LLAMA: dict[str, Any] = {
 }
 
 
+# What makes it a Mixtral.
+EXPERTS: dict[str, Any] = {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
 def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights of a Llama-family model, large enough to make varied text."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,10 +59,18 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
             f"{name}.self_attn.k_proj.weight": random(kv, hidden),
             f"{name}.self_attn.v_proj.weight": random(kv, hidden),
             f"{name}.self_attn.o_proj.weight": random(hidden, q),
-            f"{name}.mlp.gate_proj.weight": random(wide, hidden),
-            f"{name}.mlp.up_proj.weight": random(wide, hidden),
-            f"{name}.mlp.down_proj.weight": random(hidden, wide),
         }
+        blocks = {f"{name}.mlp": ("gate_proj", "up_proj", "down_proj")}
+        if count := config.get("num_local_experts"):
+            block = f"{name}.block_sparse_moe"
+            tensors[f"{block}.gate.weight"] = random(count, hidden)
+            blocks = {f"{block}.experts.{n}": ("w1", "w3", "w2") for n in range(count)}
+        for block, (gate, up, down) in blocks.items():
+            tensors |= {
+                f"{block}.{gate}.weight": random(wide, hidden),
+                f"{block}.{up}.weight": random(wide, hidden),
+                f"{block}.{down}.weight": random(hidden, wide),
+            }
     return tensors
 
 

@@ -21,12 +21,14 @@ from kernels.gpu.configs import (
     select_config,
     values_config,
 )
+from kernels.gpu.experts import Layout, gather_config, scatter_config, sum_parts_config
 from kernels.gpu.launch import Compiled, Config, pointer
 from kernels.gpu.matmul import Form, Format, MatmulShape
 from kernels.gpu.pages import compress_kernel, restore_kernel
 from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
 from kernels.gpu.single import RowShape
-from kernels.ops import Heads
+from kernels.gpu.weights import INT4_GROUP
+from kernels.ops import Experts, Heads
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 INT8, INT16, INT32, INT64 = torch.int8, torch.int16, torch.int32, torch.int64
@@ -53,6 +55,12 @@ QWEN_06B = Dimensions(
 LLAMA_8B = Dimensions("Llama-3.1-8B", 4096, 14336, 32, Heads(32, 8, 128), 128256)
 # Groups of 4-bit weights, and whether they have zeros: of GGUF files, and of our own.
 FOURS = ((32, False), (128, True))
+# Formats of matrices, and inputs of a scale.
+FORMATS: tuple[tuple[Format, int], ...] = (
+    ("int8", 1), ("group8", 32), ("group4", 32), ("group4", INT4_GROUP), ("float", 1),
+)  # fmt: skip
+# Those of Qwen3-30B-A3B.
+QWEN_EXPERTS = Experts(128, 8, normalized=True, first=0, own=128)
 MODELS = (LLAMA_1B, QWEN_06B, LLAMA_8B)
 PAGE = 16
 
@@ -108,6 +116,7 @@ def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Co
         "bias": pointer(F32 if shape.bias else stored),
         "partial": pointer(F32),
         "arrived": pointer(INT32),
+        "experts": pointer(INT32),
         "rows": "i32",
         "outputs": "i32",
         "inputs": "i32",
@@ -224,6 +233,44 @@ def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
         yield Compiled(f"select_rows {width}", config, {**pair, "sample_rows": pointer(INT32)})
 
 
+def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
+    """A layer of experts: the order of its rows, and their matmuls, few rows an expert and many."""
+    hidden, wide = 2048, 768
+    experts = QWEN_EXPERTS
+    integers = ("chosen", "counts", "places", "sources", "experts", "live")
+    types = {
+        **dict.fromkeys(integers, pointer(INT32)),
+        **dict.fromkeys(("out", "x", "y", "scores"), pointer(BF16)),
+        **dict.fromkeys(("choices", "first", "blocks"), "i32"),
+        "shares": pointer(F32),
+    }
+    for rows in (64, 2048):
+        layout = Layout(experts, rows)
+        for config in (layout.route_config(), layout.count_config(), layout.place_config()):
+            label = config.kernel.__name__.removesuffix("_kernel")
+            yield _named(f"experts {label} {rows}", config, types)
+        for kind, group in FORMATS:
+            for name, outputs, inputs in (("up", 2 * wide, hidden), ("down", hidden, wide)):
+                shape = MatmulShape(
+                    layout.blocks * layout.block_rows,
+                    outputs,
+                    inputs,
+                    kind,
+                    group,
+                    BF16,
+                    bias=False,
+                    hopper=hopper,
+                    zeros=group == INT4_GROUP,
+                    inline=True,
+                    expert_rows=layout.block_rows,
+                )
+                size = f"/{group}" if group > 1 else ""
+                yield matmul_launch(shape, f"experts {kind}{size} {name} {rows}")
+    yield _named("experts gather", gather_config(hidden)[0], types)
+    yield _named("experts scatter", scatter_config(hidden)[0], types)
+    yield _named("experts sum", sum_parts_config(hidden, experts.used)[0], types)
+
+
 def embed_launches(model: Dimensions) -> Iterator[Compiled]:
     """The lookup in a table, as float and in groups of 8 bits."""
     inputs = {
@@ -312,10 +359,7 @@ def launches(
         "qkv": (model.heads.qkv_width, model.hidden),
         "down": (model.hidden, model.intermediate),
     }
-    formats: tuple[tuple[Format, int], ...] = (
-        ("int8", 1), ("group8", 32), ("group4", 32), ("group4", 128), ("float", 1),
-    )  # fmt: skip
-    for kind, group in formats:
+    for kind, group in FORMATS:
         for name, (outputs, inputs) in widths.items():
             for count in (1, 64, 512):
                 invariant = kind == "float"
@@ -329,7 +373,7 @@ def launches(
                     bias=False,
                     invariant=invariant,
                     hopper=hopper,
-                    zeros=group == 128,
+                    zeros=group == INT4_GROUP,
                     inline=True,
                 )
                 label = f"{kind}{f'/{group}' if group > 1 else ''} {name} {count}"
@@ -341,6 +385,7 @@ def launches(
     made += [matmul_launch(shape, f"float {name} 4") for name, shape in few]
     made += row_launches(model, hopper=hopper)
     made += values_launches(model)
+    made += expert_launches(hopper=hopper)
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches(model)

@@ -103,11 +103,13 @@ def matmul_kernel(
     bias,
     partial,
     arrived,
+    experts,
     rows,
     outputs,
     inputs,
     stride,
     groups,
+    EXPERTS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
@@ -122,7 +124,8 @@ def matmul_kernel(
 ):
     """One tile of outputs x rows, over one share of the inputs.
 
-    `stride` is elements (half words with 4 bits) of a weight's row.
+    `stride` is elements (half words with 4 bits) of a weight's row. With EXPERTS a block of rows
+    has its own `outputs` rows of the weight: those of the expert that is said there; none if -1.
     """
     enter(EARLY)
     block_out, block_row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -133,8 +136,14 @@ def matmul_kernel(
     blocks = tl.cdiv(inputs, BLOCK_IN)
     share = tl.cdiv(blocks, SPLITS)
     first, last = split * share, tl.minimum(blocks, (split + 1) * share)
-    base = weight + output.to(tl.int64)[:, None] * stride
-    own_groups = output.to(tl.int64) * groups
+    number = output.to(tl.int64)
+    if EXPERTS:
+        expert = tl.load(experts + block_row)
+        in_out = in_out & (expert >= 0)
+        last = tl.where(expert < 0, first, last)
+        number += tl.maximum(expert, 0).to(tl.int64) * outputs
+    base = weight + number[:, None] * stride
+    own_groups = number * groups
 
     if FORMAT == "int8":
         sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.int32)
@@ -187,7 +196,7 @@ def matmul_kernel(
                 sums = tl.dot(w, values, sums, input_precision=PRECISION)
 
     if FORMAT == "int8":
-        factor = tl.load(scales + output, mask=in_out, other=0.0)
+        factor = tl.load(scales + number, mask=in_out, other=0.0)
         steps = tl.load(x_scales + row, mask=in_rows, other=0.0)
         result = sums.to(tl.float32) * (factor[:, None] * steps[None, :])
     else:
@@ -231,11 +240,13 @@ class MatmulShape:
     hopper: bool = True
     zeros: bool = False
     inline: bool = False
+    expert_rows: int = 0
+    """Rows of a block that goes through an expert of its own; 0 if all rows meet one weight."""
 
     @property
     def few(self) -> bool:
         """Whether it is bound by reading the weight. One form serves all in the invariant mode."""
-        return self.rows <= MAX_FEW and not self.invariant
+        return (self.expert_rows or self.rows) <= MAX_FEW and not self.invariant
 
     @property
     def block_out(self) -> int:
@@ -247,6 +258,8 @@ class MatmulShape:
         """Rows of a tile."""
         if self.few:
             return 16
+        if self.expert_rows:
+            return self.expert_rows
         return 64 if self.rows <= 64 or self.invariant or self.dtype == torch.float32 else 128
 
     @property
@@ -265,6 +278,8 @@ class MatmulShape:
     @property
     def splits(self) -> int:
         """Programs that share a tile's inputs."""
+        if self.expert_rows:
+            return 1
         if not self.few and (self.format != "group4" or self.rows > MAX_SPLIT or self.invariant):
             return 1
         blocks = -(-self.inputs // self.block_in)
@@ -285,6 +300,7 @@ class MatmulShape:
         return Config(
             matmul_kernel,
             {
+                "EXPERTS": self.expert_rows > 0,
                 "FORMAT": self.format,
                 "GROUP": self.group,
                 "ZEROS": self.zeros,

@@ -18,12 +18,19 @@ from kernels.gpu.configs import (
     select_config,
     values_config,
 )
+from kernels.gpu.experts import (
+    Layout,
+    gather_config,
+    scatter_config,
+    sort_rows,
+    sum_parts_config,
+)
 from kernels.gpu.launch import power_of_two
 from kernels.gpu.matmul import MAX_FEW, MatmulShape
 from kernels.gpu.single import RowShape, digits_of
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight
-from kernels.ops import Activation, HeadNorms, Heads, Rope, Weight
+from kernels.ops import Activation, Experts, HeadNorms, Heads, Rope, Weight
 
 # From so many rows on, weights in groups are made floats for cuBLAS, so many elements at a time.
 MANY_ROWS = 96
@@ -136,16 +143,64 @@ class GpuOps:
             out = self._rows(len(x), weight.shape[0])
         if not self._invariant and self._dense(out, x, placed):
             return out
+        self._multiply(
+            out, x, placed, self._matmul_shape(len(x), weight.shape[0], weight.shape[1], placed)
+        )
+        return out
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        scores: torch.Tensor,
+        gate_up: Weight,
+        down: Weight,
+        experts: Experts,
+        activation: Activation,
+    ) -> torch.Tensor:
+        layout = Layout(experts, len(x), self._invariant)
+        # The last start is the number of rows that are none of the padding.
+        order = sort_rows(scores, layout, self._staging.query_starts[-1:])
+        places, hidden = len(order.sources), x.shape[1]
+        config, blocks = gather_config(hidden)
+        rows = self._rows(places, hidden)
+        config.launch((places, blocks), rows, x, order.sources)
+        for stacked in (gate_up, down):
+            weight = gpu(stacked)
+            outputs, inputs = weight.shape[0] // experts.own, weight.shape[1]
+            shape = self._matmul_shape(places, outputs, inputs, weight, layout.block_rows)
+            y = self._rows(places, outputs)
+            self._multiply(y, rows, weight, shape, order.experts)
+            rows = self.gated(y, activation) if stacked is gate_up else y
+        out = self._rows(len(x), experts.used * hidden)
+        config, blocks = scatter_config(hidden)
+        config.launch((layout.choices, blocks), out, rows, order.places, order.shares)
+        return out
+
+    def sum_parts(self, x: torch.Tensor, parts: int) -> torch.Tensor:
+        out = self._rows(len(x), x.shape[1] // parts)
+        config, blocks = sum_parts_config(x.shape[1] // parts, parts)
+        config.launch((len(x), blocks), out, x)
+        return out
+
+    def _multiply(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        placed: GpuWeight,
+        shape: MatmulShape,
+        experts: torch.Tensor | None = None,
+    ) -> None:
+        """A matmul by our own kernel; `experts` are those of blocks of rows."""
         scales = x
         if placed.format == "int8":
             numbers = torch.empty_like(x, dtype=torch.int8)
             scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
             quantize_config(x.shape[1]).launch((len(x),), numbers, scales, x)
             x = numbers
-        shape = self._matmul_shape(len(x), placed)
-        parts = len(x) * weight.shape[0] * shape.splits if shape.splits > 1 else 1
+        parts = len(x) * shape.outputs * shape.splits if shape.splits > 1 else 1
         partial = torch.empty(parts, dtype=torch.float32, device=x.device)
-        tiles = shape.grid[0] * shape.grid[1]
+        tiles = shape.grid[0] * shape.grid[1] if shape.splits > 1 else 1
+        arrived = self._workspace.arrived(tiles)
         shape.config().launch(
             shape.grid,
             out,
@@ -156,14 +211,14 @@ class GpuOps:
             placed.lows if placed.lows is not None else placed.tensor,
             placed.bias if placed.bias is not None else placed.tensor,
             partial,
-            self._workspace.arrived(tiles),
+            arrived,
+            experts if experts is not None else arrived,
             len(x),
-            weight.shape[0],
-            weight.shape[1],
+            shape.outputs,
+            shape.inputs,
             placed.cells.shape[1],
             placed.groups,
         )
-        return out
 
     def _dense(self, out: torch.Tensor, x: torch.Tensor, weight: GpuWeight) -> bool:
         """What is fastest through cuBLAS, in floats; whether it is."""
@@ -330,8 +385,9 @@ class GpuOps:
             return gathered
         return self.target[: len(x)].copy_(gathered)
 
-    def _matmul_shape(self, rows: int, weight: GpuWeight) -> MatmulShape:
-        outputs, inputs = weight.shape
+    def _matmul_shape(
+        self, rows: int, outputs: int, inputs: int, weight: GpuWeight, expert_rows: int = 0
+    ) -> MatmulShape:
         return MatmulShape(
             rows,
             outputs,
@@ -344,6 +400,7 @@ class GpuOps:
             self._workspace.hopper,
             weight.zeros,
             self._inline,
+            expert_rows,
         )
 
     def _rows(self, rows: int, width: int) -> torch.Tensor:

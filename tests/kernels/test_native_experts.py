@@ -148,7 +148,9 @@ def test_a_row_alone_and_in_company_gives_the_same_bits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("spans", [[(0, 4), (4, 3)], [(0, 1), (1, 5), (6, 1)]])
-def test_parts_of_several_spans_add_up_to_the_very_bits_of_all(spans: list[tuple[int, int]]) -> None:
+def test_parts_of_several_spans_add_up_to_the_very_bits_of_all(
+    spans: list[tuple[int, int]],
+) -> None:
     block, x = block_of("Q4_1"), random(20, HIDDEN, seed=5)
     whole = run_experts(block, x, parts=True)
     added = torch.zeros_like(whole)

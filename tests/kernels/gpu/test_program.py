@@ -22,7 +22,7 @@ from kernels.reference import ReferenceOps
 from tests.kernels.gpu.filled import HOST, program_of
 from tests.kernels.native import Host, batch_of, chunks_batch, quantized
 from tests.kernels.test_sampling import options
-from tests.tiny import write_llama
+from tests.tiny import EXPERTS, write_llama
 
 SIZE = 4
 # More tokens than a row bucket, chunks of every kind, and one that decodes.
@@ -60,7 +60,11 @@ def computed(folder: Path) -> tuple[GpuProgram, GpuBackend, list[torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def wanted(folder: Path) -> list[torch.Tensor]:
-    """The reference's logits."""
+    return reference_logits(folder)
+
+
+def reference_logits(folder: Path) -> list[torch.Tensor]:
+    """The reference's logits of every row of STEPS."""
     backend, _ = select_backend("reference", dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(folder), backend)
     backend.allocate_cache(CacheLayout(2, model.config.heads, SIZE, "float32"), 128)
@@ -72,6 +76,14 @@ def test_a_model_gives_the_references_logits_at_every_mixture(
     computed: tuple[GpuProgram, GpuBackend, list[torch.Tensor]], wanted: list[torch.Tensor]
 ) -> None:
     for ours, theirs in zip(computed[2], wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_model_of_experts_gives_the_references_logits(tmp_path: Path, invariant: bool) -> None:
+    folder = write_llama(tmp_path, **EXPERTS)
+    found = logits_of(program_of(folder, invariant=invariant)[0])
+    for ours, theirs in zip(found, reference_logits(folder), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.kernels.gpu.filled import program_of
 from tests.kernels.gpu.test_program import logits_of
-from tests.tiny import write_llama
+from tests.tiny import EXPERTS, write_llama
 
 ROOT = Path(__file__).parents[3]
 RANK = """
@@ -32,9 +33,12 @@ torch.save(logits_of(program), out)
 """
 
 
+@pytest.mark.parametrize("family", [{}, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize(("weights", "cache"), [("float32", "float32")])
-def test_two_ranks_give_one_ranks_logits(tmp_path: Path, weights: str, cache: str) -> None:
-    model = write_llama(tmp_path / "model")
+def test_two_ranks_give_one_ranks_logits(
+    tmp_path: Path, weights: str, cache: str, family: dict[str, Any]
+) -> None:
+    model = write_llama(tmp_path / "model", **family)
     memory = os.memfd_create("store")
     outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
     processes = [

@@ -16,7 +16,7 @@ from kernels.gpu.program import Graphs
 from tests.kernels.gpu.filled import program_of
 from tests.kernels.native import chunks_batch
 from tests.kernels.test_sampling import options
-from tests.tiny import write_llama
+from tests.tiny import EXPERTS, write_llama
 
 
 def specialization(config: Config, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -36,9 +36,12 @@ def specialization(config: Config, arguments: tuple[Any, ...]) -> tuple[Any, ...
     return (config.kernel.__name__, constants, tuple(kinds), config.warps, config.stages)
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("weights", "family"),
+    [("bfloat16", {}), ("int8", {}), ("int4", {}), ("bfloat16", EXPERTS), ("int8", EXPERTS)],
+)
 def test_no_step_launches_what_was_not_compiled_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, family: dict[str, Any]
 ) -> None:
     launched: set[tuple[Any, ...]] = set()
 
@@ -54,7 +57,7 @@ def test_no_step_launches_what_was_not_compiled_before(
 
     monkeypatch.setattr(Graphs, "prepare_all", prepare_all)
     program, backend = program_of(
-        write_llama(tmp_path), weights=weights, cache="bfloat16", rows=40, sequences=20
+        write_llama(tmp_path, **family), weights=weights, cache="bfloat16", rows=40, sequences=20
     )
     ready = set(launched)
     assert len(ready) > 20

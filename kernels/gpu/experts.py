@@ -1,0 +1,284 @@
+"""Mixture of experts: rows sorted by expert, in blocks that each belong to one.
+
+Sizes follow from the number of rows alone, so that a launch can be captured: there are as many
+blocks as the worst way of choosing fills, and those that nobody fills are passed over (the layout
+of MegaBlocks, arXiv 2211.15841, with padded blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.launch import Config, enter, power_of_two
+from kernels.ops import Experts
+
+# Choices that a program looks at at a time.
+CHOICES = 1024
+MAX_BLOCK = 4096
+# Rows of a block: few where an expert has few.
+FEW, MANY = 16, 64
+
+
+@triton.jit
+def route_kernel(
+    chosen,
+    shares,
+    scores,
+    live,
+    COUNT: tl.constexpr,
+    USED: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLACES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A row's likeliest experts, of equals the lower number, and their shares. A row behind the
+    `live` ones chooses BLOCK, which is nobody's number: no weights are read for it."""
+    enter(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    number, place = tl.arange(0, BLOCK), tl.arange(0, PLACES)
+    values = tl.load(scores + row * COUNT + number, mask=number < COUNT, other=-float("inf"))
+    inside = row < tl.load(live)
+    # Padding may hold anything.
+    values = tl.where(inside, values.to(tl.float32), 0.0)
+    weights = tl.exp(values - tl.max(values, 0))
+    total = tl.sum(weights, 0)
+    # Below every weight, so that what was taken is not taken again.
+    left = tl.where(number < COUNT, weights, -1.0)
+    numbers, found = tl.zeros([PLACES], tl.int32), tl.zeros([PLACES], tl.float32)
+    for k in tl.static_range(USED):
+        most = tl.max(left, 0)
+        best = tl.min(tl.where(left == most, number, BLOCK), 0)
+        numbers = tl.where(place == k, best, numbers)
+        found = tl.where(place == k, most, found)
+        left = tl.where(number == best, -1.0, left)
+    if NORMALIZED:
+        total = tl.sum(found, 0)
+    numbers = tl.where(inside, numbers, BLOCK)
+    tl.store(chosen + row * USED + place, numbers, mask=place < USED)
+    tl.store(shares + row * USED + place, found / total, mask=place < USED)
+
+
+@triton.jit(do_not_specialize=["choices", "first"])
+def count_kernel(counts, chosen, choices, first, CHOICES: tl.constexpr, EARLY: tl.constexpr):
+    """How often an expert was chosen."""
+    enter(EARLY)
+    expert, at = tl.program_id(0), tl.arange(0, CHOICES)
+    found = tl.zeros([CHOICES], tl.int32)
+    for start in range(0, choices, CHOICES):
+        inside = start + at < choices
+        number = tl.load(chosen + start + at, mask=inside, other=-1)
+        found += (number == first + expert).to(tl.int32)
+    tl.store(counts + expert, tl.sum(found, 0))
+
+
+@triton.jit(do_not_specialize=["choices", "first", "blocks"])
+def place_kernel(
+    places,
+    sources,
+    experts,
+    counts,
+    chosen,
+    choices,
+    first,
+    blocks,
+    OWN: tl.constexpr,
+    USED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHOICES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Where an expert's rows go: `places` of its choices, `sources` of these places (-1 where a
+    block is not full), and `experts` of its blocks. A last program marks what belongs to none."""
+    enter(EARLY)
+    expert, at = tl.program_id(0), tl.arange(0, CHOICES)
+    number, row = tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    # An expert's blocks.
+    filled = (tl.load(counts + number, mask=number < OWN, other=0) + ROWS - 1) // ROWS
+    block = tl.sum(tl.where(number < expert, filled, 0), 0)
+    if expert == OWN:
+        while block < blocks:
+            tl.store(experts + block, -1)
+            tl.store(sources + block * ROWS + row, tl.full([ROWS], -1, tl.int32))
+            block += 1
+        for start in range(0, choices, CHOICES):
+            inside = start + at < choices
+            owner = tl.load(chosen + start + at, mask=inside, other=0) - first
+            elsewhere = (owner < 0) | (owner >= OWN)
+            tl.store(places + start + at, at * 0 - 1, mask=inside & elsewhere)
+    else:
+        end = block + tl.sum(tl.where(number == expert, filled, 0), 0)
+        place = block * ROWS
+        for start in range(0, choices, CHOICES):
+            inside = start + at < choices
+            owner = tl.load(chosen + start + at, mask=inside, other=-1) - first
+            mine = inside & (owner == expert)
+            target = place + tl.cumsum(mine.to(tl.int32), 0) - 1
+            tl.store(places + start + at, target, mask=mine)
+            tl.store(sources + target, (start + at) // USED, mask=mine)
+            place += tl.sum(mine.to(tl.int32), 0)
+        tl.store(
+            sources + place + row, tl.full([ROWS], -1, tl.int32), mask=place + row < end * ROWS
+        )
+        while block < end:
+            tl.store(experts + block, expert)
+            block += 1
+
+
+@triton.jit
+def gather_kernel(out, x, sources, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """The rows that `sources` names, zeros for -1."""
+    enter(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    source = tl.load(sources + row).to(tl.int64)
+    values = tl.load(x + source * WIDTH + column, mask=inside & (source >= 0), other=0.0)
+    tl.store(out + row * WIDTH + column, values, mask=inside)
+
+
+@triton.jit
+def scatter_kernel(
+    out, y, places, shares, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """What an expert says to a row, times its share; zeros if it is not here."""
+    enter(EARLY)
+    choice = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = tl.load(places + choice).to(tl.int64)
+    values = tl.load(y + place * WIDTH + column, mask=inside & (place >= 0), other=0.0)
+    values = values.to(tl.float32) * tl.load(shares + choice)
+    tl.store(out + choice * WIDTH + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_parts_kernel(
+    out, x, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """A row's parts, added in order."""
+    enter(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        place = (row * PARTS + part) * WIDTH + column
+        total += tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `rows` rows are spread: blocks of `block_rows` places."""
+
+    experts: Experts
+    rows: int
+    invariant: bool = False
+
+    @property
+    def choices(self) -> int:
+        """Of all rows."""
+        return self.rows * self.experts.used
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block, which all go through one expert."""
+        few = self.choices <= FEW * self.experts.count and not self.invariant
+        return FEW if few else MANY
+
+    @property
+    def blocks(self) -> int:
+        """As many as can be wanted: one that is not full for each expert, and full ones."""
+        return min(self.choices, self.experts.own) + self.choices // self.block_rows
+
+    def route_config(self) -> Config:
+        """The choice of a row's experts."""
+        experts = self.experts
+        block = power_of_two(experts.count)
+        constants = {
+            "COUNT": experts.count,
+            "USED": experts.used,
+            "NORMALIZED": experts.normalized,
+            "BLOCK": block,
+            "PLACES": power_of_two(experts.used),
+        }
+        return Config(route_kernel, constants, 1)
+
+    def count_config(self) -> Config:
+        """The number of an expert's rows."""
+        return Config(count_kernel, {"CHOICES": CHOICES}, 4)
+
+    def place_config(self) -> Config:
+        """Where an expert's rows go."""
+        constants = {
+            "OWN": self.experts.own,
+            "USED": self.experts.used,
+            "ROWS": self.block_rows,
+            "BLOCK": power_of_two(self.experts.own),
+            "CHOICES": CHOICES,
+        }
+        return Config(place_kernel, constants, 4)
+
+
+def gather_config(width: int) -> tuple[Config, int]:
+    """A gather of rows, and their blocks."""
+    return _row_config(gather_kernel, width)
+
+
+def scatter_config(width: int) -> tuple[Config, int]:
+    """Experts' rows back to where they came from, and their blocks."""
+    return _row_config(scatter_kernel, width)
+
+
+def sum_parts_config(width: int, parts: int) -> tuple[Config, int]:
+    """The sum of a row's parts, and its blocks."""
+    return _row_config(sum_parts_kernel, width, PARTS=parts)
+
+
+def _row_config(kernel: object, width: int, **constants: int) -> tuple[Config, int]:
+    block = min(power_of_two(width), MAX_BLOCK)
+    sizes = {"WIDTH": width, "BLOCK": block, **constants}
+    return Config(kernel, sizes, max(1, min(16, block // 256))), -(-width // block)
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """A step's choices: `places` int32 `[choices]` and `shares` fp32 of them, `sources` int32
+    `[blocks * block_rows]`, and the `experts` int32 `[blocks]`, -1 where nobody goes."""
+
+    places: torch.Tensor
+    shares: torch.Tensor
+    sources: torch.Tensor
+    experts: torch.Tensor
+
+
+def sort_rows(scores: torch.Tensor, layout: Layout, live: torch.Tensor) -> Sorted:
+    """Choose each row's experts from scores `[rows, count]`, and lay the rows out by expert; those
+    behind the first `live`, int32 `[1]`, are padding and go nowhere."""
+    experts, device = layout.experts, scores.device
+
+    def integers(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=device)
+
+    chosen, counts = integers(layout.choices), integers(experts.own)
+    shares = torch.empty(layout.choices, dtype=torch.float32, device=device)
+    made = Sorted(
+        integers(layout.choices),
+        shares,
+        integers(layout.blocks * layout.block_rows),
+        integers(layout.blocks),
+    )
+    layout.route_config().launch((layout.rows,), chosen, shares, scores, live)
+    whole = (layout.choices, experts.first)
+    layout.count_config().launch((experts.own,), counts, chosen, *whole)
+    layout.place_config().launch(
+        (experts.own + 1,), made.places, made.sources, made.experts, counts, chosen, *whole,
+        layout.blocks,
+    )  # fmt: skip
+    return made
