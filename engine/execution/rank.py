@@ -20,6 +20,7 @@ from engine.models.shard import Shard
 from engine.text.grammar import GrammarCompiler
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.checksums import check_files
+from engine.weights.files import weight_files
 from engine.weights.sources import cache_folder
 from kernels.backend import Backend, CacheDType, CacheLayout, available_cores, select_backend
 from kernels.collectives import Place
@@ -138,9 +139,9 @@ class Rank:
 
 def weights_identity(path: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of the files that hold the weights and say how to read them."""
-    files = [path]
+    files = weight_files(path)
     if path.is_dir():
-        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+        files = [path / "config.json", *files]
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.weights.files import weight_files
 
 LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
@@ -19,8 +20,7 @@ def check_files(model: Path, sums: str, rank: int = 0, ranks: int = 1) -> None:
     """
     folder = model if model.is_dir() else model.parent
     listed = _read(folder / sums)
-    files = sorted(model.glob("*.safetensors")) if model.is_dir() else [model]
-    for file in files[rank::ranks]:
+    for file in weight_files(model)[rank::ranks]:
         if file.name not in listed:
             raise ConfigError(f"{sums} does not list {file.name}")
         with file.open("rb") as content:

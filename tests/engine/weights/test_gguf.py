@@ -23,6 +23,7 @@ from engine.errors import ConfigError
 from engine.models import load_model
 from engine.text.gguf_tokenizer import tokenizer_from_gguf
 from engine.weights.checkpoint import open_checkpoint
+from engine.weights.files import weight_files
 from engine.weights.gguf import GGUFCheckpoint, GGUFTensor
 from engine.weights.gguf_header import TensorEntry, read_header
 from kernels.backend import select_backend
@@ -73,11 +74,12 @@ def write_gguf(
     kind: Type = Type.F32,
     architecture: str = "llama",
     extra: dict[str, torch.Tensor] | None = None,
+    tensors_a_part: int = 0,
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
-    """A complete tiny file; matrices are stored as `kind`. Returns its true weights."""
+    """A complete tiny file, or several; matrices are stored as `kind`. Returns its true weights."""
     tensors = llama_tensors(LLAMA) | (extra or {})
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_part)
     writer.add_block_count(LLAMA["num_hidden_layers"])
     writer.add_context_length(LLAMA["max_position_embeddings"])
     writer.add_embedding_length(LLAMA["hidden_size"])
@@ -296,7 +298,7 @@ def test_every_type_that_the_package_dequantizes_can_be_read(kind: Type) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split__count": 2}, "one part of a split model"),
+        ({"split__count": 2}, "says that it is number 0, from 0 on, of 2 parts"),
         ({"general__alignment": 0}, "'general.alignment' is 0"),
     ],
 )
@@ -307,6 +309,38 @@ def test_files_that_cannot_be_served_say_why(
     write_gguf(path, **changes)
     with pytest.raises(ConfigError, match=message):
         open_checkpoint(path)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> list[Path]:
+    """A model in parts of seven tensors."""
+    write_gguf(tmp_path / "tiny.gguf", tensors_a_part=7)
+    return sorted(tmp_path.glob("*.gguf"))
+
+
+def test_a_model_in_parts_is_one_whichever_part_is_named(split: list[Path]) -> None:
+    assert split[0].name == "tiny-00001-of-00003.gguf"
+    expected = llama_tensors(LLAMA)
+    for named in split:
+        checkpoint = open_checkpoint(named)
+        assert checkpoint.path == split[0]
+        assert checkpoint.config["vocab_size"] == LLAMA["vocab_size"]
+        assert checkpoint.names() == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(checkpoint.tensor(name).dense(), tensor), name
+    assert weight_files(split[1]) == split
+
+
+def test_a_missing_part_and_one_under_another_name_are_named(split: list[Path]) -> None:
+    taken = split[1].rename(split[1].with_name("elsewhere.gguf"))
+    with pytest.raises(ConfigError, match=r"tiny-00002-of-00003\.gguf is missing"):
+        open_checkpoint(split[0])
+    with pytest.raises(ConfigError, match=r"elsewhere\.gguf says that it is number 1"):
+        open_checkpoint(taken)
+    taken.write_bytes(split[2].read_bytes())
+    taken.rename(split[1])
+    with pytest.raises(ConfigError, match=r"tiny-00002-of-00003\.gguf says that it is number 2"):
+        open_checkpoint(split[0])
 
 
 def header(version: int = 3, tensors: bytes = b"", count: int = 0) -> bytes:

@@ -1,0 +1,35 @@
+"""Which files a model is made of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from engine.errors import ConfigError
+
+# What llama.cpp's `llama-gguf-split` calls the parts of a model.
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files with the weights: of a folder its safetensors, of a GGUF file its parts."""
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors"))
+    return gguf_parts(path)
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """All parts of a model of which `path` is one, the first first; `path` alone if its name does
+    not say that there are others. Raises ConfigError naming the first that is missing."""
+    found = PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    stem, _, count = found.groups()
+    parts = [path.with_name(f"{stem}-{n:05}-of-{count}.gguf") for n in range(1, int(count) + 1)]
+    for part in parts:
+        if not part.exists():
+            raise ConfigError(
+                f"{part.name} is missing: the model is in {int(count)} parts, which belong in one "
+                "folder"
+            )
+    return parts
