@@ -18,13 +18,23 @@ from engine.text.tokenizer import END_TOKENS, Tokenizer
 Item = TypeVar("Item", str, int, float)
 
 CONTROL, USER_DEFINED = 3, 4
-LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+# Other names of a kind: Llama 3's, and Qwen 2's in models distilled from DeepSeek R1.
+KINDS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+# Kinds that take a word that is a token whole, whatever its merges would give, and start with BOS
+# if the file does not say.
+WHOLE_WORDS = ("llama-bpe", "tekken")
 # Word-splitting patterns that the model families publish in their tokenizer.json.
 CASELESS_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PATTERNS = {
     "llama-bpe": CASELESS_CONTRACTIONS + r"\p{N}{1,3}" + TAIL,
     "qwen2": CASELESS_CONTRACTIONS + r"\p{N}" + TAIL,
+    # Mistral's: a capital begins a word.
+    "tekken": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}*{CASED[1]}+|[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}+{CASED[1]}*|"
+        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -46,8 +56,8 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         added = [AddedToken(t, special=special, normalized=False) for t in chosen]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     bos, eos = (_id(metadata, name, tokens, file) for name in ("bos", "eos"))
-    # Files that lack the key follow their kind: SentencePiece models and Llama 3 start with BOS.
-    starts = kind == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3
+    # Files that lack the key follow their kind; SentencePiece models start with BOS.
+    starts = kind == "llama" or _pre(metadata) in WHOLE_WORDS
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", starts):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
@@ -63,15 +73,19 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
     )
 
 
-def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
+def _pre(metadata: dict[str, Any]) -> Any:
+    """How a byte-level tokenizer cuts words."""
     pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    pre = "llama-bpe" if pre in LLAMA3 else pre
+    return KINDS.get(pre, pre) if isinstance(pre, str) else pre
+
+
+def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
+    pre = _pre(metadata)
     lines = _list(metadata, "tokenizer.ggml.merges", str, file)
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
-        # Llama 3 takes a word that is a token whole, whatever its merges would give.
-        model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
+        model = models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS)
     except Exception as error:
         raise ConfigError(f"{file}: key 'tokenizer.ggml.merges': {error}") from error
     backend = Backend(model)

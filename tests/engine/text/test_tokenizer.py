@@ -127,7 +127,9 @@ def byte_level(**changes: Any) -> dict[str, Any]:
     return {f"tokenizer.ggml.{k}": v for k, v in metadata.items() if v is not None}
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken"]
+)
 def test_every_byte_level_kind_round_trips(pre: str) -> None:
     tokenizer = tokenizer_from_gguf(byte_level(pre=pre), "m.gguf")
     text = "he said: I'll take 1234 <user> naïve\n\n  ones<|im_end|>"
@@ -135,6 +137,25 @@ def test_every_byte_level_kind_round_trips(pre: str) -> None:
     assert {256, 257, 258} <= set(ids)
     assert b"".join(tokenizer.token_bytes(i) for i in ids).decode() == text
     assert tokenizer.eos_token_ids == {258}
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["He", "'s", " a", " MacOS", "-", "User", ",", " 1234", "!", "  \n"]),
+        ("qwen2", ["He", "'s", " a", " MacOS", "-User", ",", " ", "1", "2", "3", "4", "!", "  \n"]),
+        ("llama-bpe", ["He", "'s", " a", " MacOS", "-User", ",", " ", "123", "4", "!", "  \n"]),
+        (
+            "tekken",
+            ["He", "'s", " a", " Mac", "OS", "-User", ",", " ", "1", "2", "3", "4", "!", "  \n"],
+        ),
+    ],
+)
+def test_words_are_cut_as_the_family_cuts_them(pre: str, words: list[str]) -> None:
+    """Merges reach only within a word."""
+    backend = tokenizer_from_gguf(byte_level(pre=pre), "m.gguf")._backend
+    found = backend.pre_tokenizer.pre_tokenize_str("".join(words))
+    assert [backend.decoder.decode([word]) for word, _ in found] == words
 
 
 @pytest.mark.parametrize(
@@ -187,7 +208,7 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
 
 
 def test_llama_3_files_start_with_bos_unless_they_say_otherwise() -> None:
-    for pre in ("llama-bpe", "llama3", "llama-v3"):
+    for pre in ("llama-bpe", "llama3", "llama-v3", "tekken"):
         tokenizer = tokenizer_from_gguf(byte_level(pre=pre, bos_token_id=257), "m.gguf")
         assert tokenizer.encode("he") == [257, 256]
     plain = byte_level(pre="llama-bpe", bos_token_id=257, add_bos_token=False)
