@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -203,10 +203,10 @@ class Backend(Protocol):
         parts: Sequence[HostTensor],
         bias: Sequence[HostTensor] = (),
         *,
-        rounded: bool = True,
+        bits: int = 4,
     ) -> Weight:
-        """Place one weight, its parts stacked along the output dimension, with its bias; unless it
-        may be `rounded`, in no fewer bits than bfloat16's."""
+        """Place one weight, its parts stacked along the output dimension, with its bias. A format
+        that rounds leaves it at least so many `bits`, on a GPU 4 or bfloat16's."""
         ...
 
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
@@ -317,8 +317,6 @@ def select_backend(
         found = _select_gpu(name, dtype, cache_dtype, batch_invariant, place)
         if found is not None:
             return found
-    if dtype == "int4":
-        raise ValueError("dtype int4 packs weights for a GPU; the native kernels serve 4-bit GGUF")
     if name in ("auto", "native"):
         reason = unavailable_reason(instructions)
         if reason is None:
@@ -342,11 +340,13 @@ def select_backend(
     if name not in families:
         known = ", ".join(["auto", "native", "triton", *families])
         raise ValueError(f"backend {name!r} is not known; choose one of {known}")
-    if dtype == "int8" or cache_dtype in ("int8", "int4"):
-        asked = "int8" if dtype == "int8" else cache_dtype
-        raise ValueError(f"backend {name} does not compute in {asked}; only the native kernels do")
+    for asked in (dtype, cache_dtype):
+        if asked in ("int8", "int4"):
+            raise ValueError(
+                f"backend {name} does not compute in {asked}; only the native kernels do"
+            )
     torch.set_num_threads(threads)
-    dense = resolve_dtype(dtype)
+    dense = resolve_dtype(cast("Literal['auto'] | DType", dtype))
     collectives = join(place, "cpu") if place is not None else None
     backend = TorchBackend(name, families[name], dense, collectives)
     return backend, dense if cache_dtype == "auto" else cache_dtype

@@ -55,7 +55,7 @@ class TorchBackend:
         parts: Sequence[HostTensor],
         bias: Sequence[HostTensor] = (),
         *,
-        rounded: bool = True,
+        bits: int = 4,
     ) -> Weight:
         scales = None
         if all(part.format == "TERNARY" for part in parts):

@@ -31,6 +31,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "float32, int4 cache": {"model.dtype": "float32", "cache.dtype": "int4"},
     "bfloat16": {"model.dtype": "bfloat16"},
     "int8": {"model.dtype": "int8"},
+    "int4": {"model.dtype": "int4"},
     "as packed": {},
     "as packed, int8 cache": {"cache.dtype": "int8"},
     "as packed, int4 cache": {"cache.dtype": "int4"},

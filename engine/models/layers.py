@@ -150,11 +150,11 @@ class WeightLoader:
         """An embedding table or an output head, `[rows, columns]`, split by rows."""
         tensor, shard = self._take(name, (rows, columns)), self.shard
         if shard.ranks == 1:
-            return Vocabulary(self._backend.load([tensor]))
+            return Vocabulary(self._backend.load([tensor], bits=8))
         spans = self.spans(rows, "vocab_size")
         own = spans[shard.rank]
         widths = tuple(span.length for span in spans)
-        weight = self._backend.load([tensor.narrow(0, own.start, own.length)])
+        weight = self._backend.load([tensor.narrow(0, own.start, own.length)], bits=8)
         return Vocabulary(weight, own.start, widths)
 
     def spans(self, total: int, what: str, unit: int = 1) -> list[Span]:
@@ -209,7 +209,7 @@ class WeightLoader:
     def router(self, name: str, rows: int, columns: int) -> Weight:
         """What chooses among experts; every rank has it, and it is rounded no further than to
         bfloat16: a score that comes out another way may lead to another expert."""
-        return self._backend.load([self._take(f"{name}.weight", (rows, columns))], rounded=False)
+        return self._backend.load([self._take(f"{name}.weight", (rows, columns))], bits=16)
 
     def experts(self, names: Sequence[Sequence[str]], rows: int, columns: int, own: Span) -> Weight:
         """One projection of all experts, or two of one input; the modules of each expert, `rows`

@@ -2,9 +2,9 @@
 
 Quantized GGUF weights are served in their own bits: Q4_0, Q4_1, Q4_K and Q8_0 blocks are repacked
 without rounding, other quantized types become int8 in groups of 32. Float checkpoints are stored in
-bfloat16, or as asked for. Activations are quantized to int8 in groups of 32 in front of quantized
-weights, and to int8 rows in front of ternary ones. Results do not depend on the batch: every row's
-sums run in one order.
+bfloat16, or as asked for; with `int4`, tables and heads are int8. Activations are quantized to int8
+in groups of 32 in front of quantized weights, and to int8 rows in front of ternary ones. Results do
+not depend on the batch: every row's sums run in one order.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ BLOCKS = {
     "Q4_K": (Q4_WIDE, "pack_q4_k"),
 }
 FLOATS = ("F32", "F16", "BF16")
+PACKERS = {F32: "pack_f32", BF16: "pack_bf16", Q8: "pack_int8", Q4: "pack_int4"}
+# A weight that wants more bits is not rounded.
+FOUR_BITS, MOST_BITS = 4, 8
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 # Values that are converted at a time.
@@ -170,7 +173,7 @@ class NativeBackend:
         parts: Sequence[HostTensor],
         bias: Sequence[HostTensor] = (),
         *,
-        rounded: bool = True,
+        bits: int = 4,
     ) -> Weight:
         name = stacked_name(parts)
         if len(parts[0].shape) == 1:
@@ -178,7 +181,7 @@ class NativeBackend:
             self._bytes += vector.nbytes
             return NativeWeight(name, tuple(vector.shape), vector=vector)
         shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-        packed = self._find_or_pack(name, parts, shape, rounded=rounded)
+        packed = self._find_or_pack(name, parts, shape, bits)
         added = torch.cat([b.dense().float() for b in bias]) if bias else None
         self._bytes += packed.bytes + (added.nbytes if added is not None else 0)
         reads = {F32: "floats", BF16: self._pairs, TERNARY: "whole"}.get(packed.format, "groups")
@@ -278,10 +281,10 @@ class NativeBackend:
         self._cache = []
 
     def _find_or_pack(
-        self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int], *, rounded: bool
+        self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int], bits: int
     ) -> Any:
         """The packed weight, from the file of an earlier start if it is there."""
-        packed = self._native.make_weight(self._arena, self._target(parts, rounded=rounded), *shape)
+        packed = self._native.make_weight(self._arena, self._target(parts, bits), *shape)
         file = self._packed_file
         if file is not None and file.copy(name, packed, *shape):
             return packed
@@ -294,7 +297,7 @@ class NativeBackend:
             file.collect(name, packed, *shape)
         return packed
 
-    def _target(self, parts: Sequence[HostTensor], *, rounded: bool = True) -> int:
+    def _target(self, parts: Sequence[HostTensor], bits: int = 4) -> int:
         """The packed format that these parts take together."""
         formats = {part.format for part in parts}
         columns = parts[0].shape[1]
@@ -303,11 +306,13 @@ class NativeBackend:
         if self._format == "float32":
             return F32
         floats = BF16 if columns % 2 == 0 else F32
-        if self._format == "bfloat16" or columns % GROUP or not rounded:
+        if self._format == "bfloat16" or columns % GROUP or bits > MOST_BITS:
             return floats
         if self._format == "int8":
             return Q8
         targets = {BLOCKS[kind][0] if kind in BLOCKS else None for kind in formats}
+        if self._format == "int4" and targets not in ({Q4}, {Q4_WIDE}):
+            return Q4 if bits <= FOUR_BITS else Q8
         if len(targets) == 1 and (target := targets.pop()) is not None:
             return target
         return floats if formats & set(FLOATS) else Q8
@@ -333,7 +338,7 @@ class NativeBackend:
             getattr(self._native, kind[1])(packed, first, blocks.data_ptr(), rows)
             return
         values = part.dense().float().contiguous()
-        pack = {F32: "pack_f32", BF16: "pack_bf16", Q8: "pack_int8"}[packed.format]
+        pack = PACKERS[packed.format]
         getattr(self._native, pack)(packed, first, values.data_ptr(), rows)
 
 

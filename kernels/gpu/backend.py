@@ -27,6 +27,8 @@ from kernels.ops import Tape, Weight
 # Rows of a prompt that may be scored in one step beside those that draw (at least a page).
 SCORED_ROWS = 64
 MAX_HEAD_DIM = 256
+# A weight that wants more is not rounded.
+MOST_BITS = 8
 
 
 class GpuBackend:
@@ -76,10 +78,10 @@ class GpuBackend:
         parts: Sequence[HostTensor],
         bias: Sequence[HostTensor] = (),
         *,
-        rounded: bool = True,
+        bits: int = 4,
     ) -> Weight:
         """Place one weight; see `weights.place`."""
-        kind = self._format if rounded else "bfloat16"
+        kind = self._format if bits <= MOST_BITS else "bfloat16"
         weight = place(stacked_name(parts), parts, bias, kind, self._dtype, self._device)
         self._bytes += weight.bytes
         return weight

@@ -63,9 +63,12 @@ class Host:
         return self.blocks
 
 
-def quantized(kind: Type, rows: int, columns: int, seed: int = 0) -> Host:
-    """Random weights as ggml blocks, and their exact values."""
+def quantized(
+    kind: Type, rows: int, columns: int, seed: int = 0, values: torch.Tensor | None = None
+) -> Host:
+    """Random weights, or these, as ggml blocks, and the blocks' exact values."""
     raw = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    raw = raw if values is None else values.numpy()
     blocks = gguf.quantize(raw, kind)
     return Host(
         torch.from_numpy(gguf.dequantize(blocks, kind)), kind.name, torch.from_numpy(blocks)

@@ -53,6 +53,47 @@ def test_quantized_linear_is_exact_up_to_its_activations(
         assert relative_error(found, groups_of(x) @ weight.values.T) < 1e-5, count
 
 
+def stored(weight: Host, weights: str) -> torch.Tensor:
+    """What a matrix has become: its products with unit vectors, which int8 groups hold exactly."""
+    unit = torch.eye(weight.shape[1]) * 127
+    return (run_linear(weight, unit, weights=weights) / 127).T
+
+
+def test_int4_fits_floats_better_than_their_extremes_do() -> None:
+    """ggml's Q4_1 puts a group's least and largest values at its ends."""
+    raw = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))
+    found = stored(Host(raw), "int4")
+    plain = quantized(Type.Q4_1, 64, 256, values=raw).values
+    error, usual = ((w - raw).square().mean() for w in (found, plain))
+    assert float(error / usual) < 0.93
+    # Nor is any value far off.
+    assert float((found - raw).abs().max()) < 0.45
+
+
+def test_int4_keeps_what_four_bits_hold() -> None:
+    held = quantized(Type.Q4_1, 32, 128).values
+    assert torch.allclose(stored(Host(held), "int4"), held, atol=2e-3)
+    constant = torch.full((16, 64), 0.3)
+    assert torch.allclose(stored(Host(constant), "int4"), constant, rtol=1e-3)
+    assert not stored(Host(torch.zeros(16, 64)), "int4").any()
+
+
+def test_int4_leaves_blocks_of_four_bits_alone_and_rounds_others() -> None:
+    for kind in (Type.Q4_0, Type.Q4_1):
+        weight = quantized(kind, 32, 64)
+        assert torch.equal(stored(weight, "int4"), stored(weight, "auto"))
+    eight = quantized(Type.Q8_0, 32, 64)
+    assert 0.0 < float((stored(eight, "int4") - eight.values).abs().max()) < 0.4
+
+
+@pytest.mark.parametrize(("bits", "stored_bits"), [(4, 5.0), (8, 8.5), (16, 16.0)])
+def test_a_weight_that_wants_more_bits_gets_them(bits: int, stored_bits: float) -> None:
+    backend = NativeBackend("int4", 1)
+    raw = torch.randn(32, 64, generator=torch.Generator().manual_seed(6))
+    size = backend.load([Host(raw)], bits=bits).packed.bytes  # type: ignore[attr-defined]
+    assert size * 8 / raw.numel() == stored_bits
+
+
 def q4_k(rows: int, columns: int) -> Host:
     """Random q4_k blocks, which `gguf` reads but does not write."""
     import gguf

@@ -197,6 +197,7 @@ NB_MODULE(_native, m) {
   m.def("pack_q4_1", &pack<pack_q4_1, uint8_t>);
   m.def("pack_q8_0", &pack<pack_q8_0, uint8_t>);
   m.def("pack_q4_k", &pack<pack_q4_k, uint8_t>);
+  m.def("pack_int4", &pack<pack_int4, float>);
   m.def("pack_int8", &pack<pack_int8, float>);
   m.def("pack_bf16", &pack<pack_bf16, float>);
   m.def("pack_f32", &pack<pack_f32, float>);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 namespace ryzanstein {
@@ -78,6 +79,68 @@ void put_q4(uint8_t* group, int64_t lane, uint16_t scale, uint16_t minimum, cons
   put(group, lane, scale);
   put(group + 32, lane, minimum);
   for (int j = 0; j < 4; ++j) std::memcpy(group + 64 + 64 * j + 4 * lane, nibbles + 4 * j, 4);
+}
+
+// Sums of `kGroup` terms, four at a time, so that they are vectors without leave to reorder.
+template <typename Term>
+float sum_of(const Term& term) {
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int i = 0; i < kGroup; i += 4) {
+    for (int j = 0; j < 4; ++j) sums[j] += term(i + j);
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// A group as whole numbers from 0 to 15 under a scale and a minimum, both fp16.
+struct FourBits {
+  uint16_t scale = 0, minimum = 0;
+  float numbers[kGroup] = {};
+};
+
+void round_group(const float* x, float scale, float minimum, float* numbers) {
+  constexpr float kRound = 12582912.0f;  // adding it leaves the nearest integer
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for (int i = 0; i < kGroup; ++i) {
+    const float inside = std::min(15.0f, std::max(0.0f, (x[i] - minimum) * inverse));
+    numbers[i] = inside + kRound - kRound;
+  }
+}
+
+// Of several ranges, the whole one and narrower ones about the same middle, the one that leaves the least
+// squared error; each with the line through its numbers that fits best.
+FourBits fit_four_bits(const float* x) {
+  float low = x[0], high = x[0];
+  for (int i = 1; i < kGroup; ++i) {
+    low = std::min(low, x[i]);
+    high = std::max(high, x[i]);
+  }
+  FourBits best;
+  float least = std::numeric_limits<float>::infinity();
+  for (const float share : {1.0f, 0.93f, 0.86f, 0.79f}) {
+    const float step = (high - low) * share / 15.0f;
+    FourBits fit;
+    round_group(x, step, (low + high) * 0.5f - 7.5f * step, fit.numbers);
+    const float* q = fit.numbers;
+    const float mean = sum_of([&](int i) { return x[i]; }) / kGroup;
+    const float middle = sum_of([&](int i) { return q[i]; }) / kGroup;
+    const float spread = sum_of([&](int i) { return (q[i] - middle) * (q[i] - middle); });
+    const float along = sum_of([&](int i) { return (q[i] - middle) * (x[i] - mean); });
+    const float slope = spread > 0.0f ? along / spread : 0.0f;
+    fit.scale = float_to_half(slope);
+    const float scale = half_to_float(fit.scale);
+    fit.minimum = float_to_half(mean - scale * middle);
+    const float minimum = half_to_float(fit.minimum);
+    round_group(x, scale, minimum, fit.numbers);
+    const float error = sum_of([&](int i) {
+      const float missed = x[i] - (minimum + scale * q[i]);
+      return missed * missed;
+    });
+    if (error < least) {
+      least = error;
+      best = fit;
+    }
+  }
+  return best;
 }
 
 void put_q8(const Weight& w, uint8_t* tile, int64_t lane, int64_t group, uint16_t scale,
@@ -200,6 +263,18 @@ void pack_int8(const Weight& w, int64_t first, const float* values, int64_t coun
       quantized[i] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
     }
     put_q8(w, tile, lane, group, scale, quantized);
+  });
+}
+
+void pack_int4(const Weight& w, int64_t first, const float* values, int64_t count) {
+  each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
+    const FourBits fit = fit_four_bits(values + index * kGroup);
+    uint8_t nibbles[kGroup / 2];
+    for (int i = 0; i < kGroup / 2; ++i) {
+      nibbles[i] = static_cast<uint8_t>(static_cast<int>(fit.numbers[i]) |
+                                        static_cast<int>(fit.numbers[i + kGroup / 2]) << 4);
+    }
+    put_q4(tile + w.scales_at(group), lane, fit.scale, fit.minimum, nibbles);
   });
 }
 

@@ -88,7 +88,9 @@ void pack_q4_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t co
 void pack_q4_1(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
 void pack_q8_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
 void pack_q4_k(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
-// From floats: rounded to int8 in groups of 32 by their largest magnitude, or to bfloat16, or as is.
+// From floats: rounded to int8 in groups of 32 by their largest magnitude, to four bits in groups of 32
+// with the scale and minimum that fit best, to bfloat16, or as is.
+void pack_int4(const Weight& w, int64_t first, const float* values, int64_t count);
 void pack_int8(const Weight& w, int64_t first, const float* values, int64_t count);
 void pack_bf16(const Weight& w, int64_t first, const float* values, int64_t count);
 void pack_f32(const Weight& w, int64_t first, const float* values, int64_t count);
