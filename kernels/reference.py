@@ -151,7 +151,7 @@ class ReferenceOps:
         return out.flatten(1)
 
     def sum_parts(self, x: torch.Tensor, parts: int) -> torch.Tensor:
-        return x.view(len(x), parts, -1).sum(1)
+        return x.view(len(x), parts, x.shape[1] // parts).sum(1)
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.sample_rows]
@@ -192,9 +192,10 @@ def route(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.T
 
 def part_of(weight: Weight, number: int, parts: int) -> TorchWeight:
     """One of the equal parts that are stacked in a weight without a bias."""
-    whole = tensor_of(weight)
-    scales = whole.scales.chunk(parts)[number] if whole.scales is not None else None
-    return replace(whole, tensor=whole.tensor.chunk(parts)[number], scales=scales)
+    whole, rows = tensor_of(weight), weight.shape[0] // parts
+    place = slice(number * rows, (number + 1) * rows)
+    scales = whole.scales[place] if whole.scales is not None else None
+    return replace(whole, tensor=whole.tensor[place], scales=scales)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

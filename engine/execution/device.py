@@ -74,7 +74,8 @@ def step_shape(config: Config, facts: RankFacts, pages: int) -> Shape:
     """What steps can be made of."""
     size, batch = config.cache.page_size, config.scheduler
     context = min(facts.context, pages * size)
-    return Shape(batch.max_batch_tokens, batch.max_running, context, size, pages)
+    vocab = facts.vocab_size
+    return Shape(batch.max_batch_tokens, batch.max_running, context, size, pages, vocab)
 
 
 def _place_on_ranks(

@@ -33,6 +33,7 @@ class Shape(msgspec.Struct, frozen=True):
     context: int
     page_size: int
     pages: int
+    vocab_size: int
 
 
 class Profiler:
@@ -82,9 +83,11 @@ class Profiler:
         return time.perf_counter() - start
 
     def _sequence(self, slot: int, tokens: int) -> Sequence:
+        # Rows of one token would all go through the same experts.
+        vocab = self._shape.vocab_size
         request = Request(
             id="profile",
-            prompt_ids=(0,) * tokens,
+            prompt_ids=tuple((7919 * n + 104729 * slot) % vocab for n in range(tokens)),
             sampling=SamplingParams(temperature=0.0),
             max_tokens=1,
             seed=0,

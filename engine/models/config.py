@@ -11,6 +11,7 @@ from kernels.ops import Activation, Heads, Rope
 
 # No model comes near these; a damaged file that does would take all memory before it is noticed.
 MAX_LAYERS = 4096
+MAX_EXPERTS = 4096
 MAX_POSITIONS = 1 << 24
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -109,10 +110,10 @@ def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
     if model_type not in ("mixtral", "qwen3_moe"):
         return None
     qwen = model_type == "qwen3_moe"
-    # Qwen's name of it before `transformers` 5.
-    older = "num_experts" if qwen and "num_experts" in values.raw else "num_local_experts"
-    count = values.integer(older)
-    used = values.integer("num_experts_per_tok", 2)
+    # What `transformers` 5 and GGUF files call Qwen's "num_experts".
+    newer = not qwen or "num_local_experts" in values.raw
+    count = values.integer("num_local_experts" if newer else "num_experts", most=MAX_EXPERTS)
+    used = values.integer("num_experts_per_tok", None if qwen else 2)
     if used > count:
         raise ConfigError(f"num_experts_per_tok is {used}, but there are {count} experts")
     return ExpertsConfig(

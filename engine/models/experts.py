@@ -62,7 +62,7 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
             raise ConfigError(f"{name} is {width}; experts take multiples of {WIDTH_UNIT}")
     block, (gate, up, down) = f"model.layers.{layer}.mlp", ("gate_proj", "up_proj", "down_proj")
     mixtral = f"model.layers.{layer}.block_sparse_moe"
-    if load.has(f"{mixtral}.gate.weight"):
+    if any(load.has(f"{mixtral}.{tensor}.weight") for tensor in ("gate", "experts.0.w1")):
         block, (gate, up, down) = mixtral, ("w1", "w3", "w2")
     own = load.spans(count, "the number of experts")[load.shard.rank]
     names = [f"{block}.experts.{number}" for number in range(count)]

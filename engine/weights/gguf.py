@@ -73,6 +73,9 @@ CONFIG_KEYS = {
 }
 GEMMA_27B_LAYERS = 62
 EXPERT_DIMENSIONS = 3
+MAX_EXPERTS = 4096
+# No name in a file holds it.
+EACH_EXPERT = "\0"
 MODEL_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -208,7 +211,7 @@ class GGUFCheckpoint:
         """The tensors under Hugging Face names, those of all experts cut into each one's."""
         for name, place in places.items():
             renamed, entry = self._rename(name), place.entry
-            if "{}" not in renamed:
+            if EACH_EXPERT not in renamed:
                 yield renamed, place
                 continue
             if len(entry.shape) != EXPERT_DIMENSIONS:
@@ -217,13 +220,15 @@ class GGUFCheckpoint:
                     "not experts x rows x columns"
                 )
             count, *shape = entry.shape
+            if count > MAX_EXPERTS:
+                raise ConfigError(f"{self.path.name}: tensor {name!r} has {count} experts")
             for n in range(count):
                 size = entry.size // count
                 part = TensorEntry(name, tuple(shape), entry.type, entry.start + n * size, size)
-                yield renamed.format(n), Place(place.file, part)
+                yield renamed.replace(EACH_EXPERT, str(n)), Place(place.file, part)
 
     def _rename(self, name: str) -> str:
-        """Its Hugging Face name; `{}` in it stands for an expert's number."""
+        """Its Hugging Face name; EACH_EXPERT in it stands for an expert's number."""
         base, _, kind = name.rpartition(".")
         if base in TOP_NAMES:
             return f"{TOP_NAMES[base]}.{kind}"
@@ -235,7 +240,7 @@ class GGUFCheckpoint:
             if part in names:
                 return f"model.layers.{layer}.{names[part]}.{kind}"
             if part in EXPERT_NAMES:
-                return f"model.layers.{layer}.mlp.experts.{{}}.{EXPERT_NAMES[part]}.{kind}"
+                return f"model.layers.{layer}.mlp.experts.{EACH_EXPERT}.{EXPERT_NAMES[part]}.{kind}"
             if older := OLDER_EXPERTS.fullmatch(part):
                 return f"model.layers.{layer}.mlp.experts.{older[2]}.{older[1]}_proj.{kind}"
         return name

@@ -110,6 +110,8 @@ def _place(
                 f"{reader.file}: tensor {name!r} has the unknown ggml type {number}"
             ) from None
         block, block_bytes = GGML_QUANT_SIZES[kind]
+        if 0 in dimensions:
+            raise ConfigError(f"{reader.file}: tensor {name!r} has a dimension of 0")
         if dimensions[0] % block:
             raise ConfigError(
                 f"{reader.file}: tensor {name!r} has rows of {dimensions[0]} values, "

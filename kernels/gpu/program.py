@@ -17,11 +17,12 @@ import torch
 from kernels.backend import available_cores
 from kernels.batch import Batch, Samples, Sampling
 from kernels.gpu.draws import Draws
+from kernels.gpu.experts import Layout
 from kernels.gpu.fuse import Step, fuse, handles
 from kernels.gpu.launch import compile_all
 from kernels.gpu.ops import Bucket, GpuOps
 from kernels.gpu.staging import Staging
-from kernels.ops import Handle, Rows, Tape
+from kernels.ops import Handle, Instruction, Rows, Tape
 from kernels.sampling import score
 
 
@@ -193,7 +194,8 @@ class GpuProgram:
     def buffer_bytes(self, sampled_rows: int) -> int:
         """Bytes of activations, at their most, and of logits."""
         widest = sum(sorted(h.width for i in self._tape.instructions for h in i.results)[-3:])
-        return self._limits.rows * widest * 2 + self._logits.nbytes
+        experts = (expert_bytes(i, self._limits.rows) for i in self._tape.instructions)
+        return self._limits.rows * widest * 2 + max(experts, default=0) + self._logits.nbytes
 
     def logits(self) -> torch.Tensor:
         """The kept logits, fp32 `[samples, vocab]`, on the host."""
@@ -265,6 +267,17 @@ def split(tape: Tape) -> tuple[list[Step], list[Step]]:
     layers = [s for s in steps if s[0].op == "select_rows" or s[0].results[0].rows is Rows.TOKENS]
     head = [s for s in steps if s not in layers]
     return layers, head
+
+
+def expert_bytes(instruction: Instruction, rows: int) -> int:
+    """What experts take beside their input and output: rows laid out, their gates, and what the
+    gates leave; 0 for other ops."""
+    if instruction.op != "experts":
+        return 0
+    _, _, _, down, experts, _ = instruction.arguments
+    layout = Layout(experts, rows)
+    width: int = down.shape[0] // experts.own + 3 * down.shape[1]
+    return layout.blocks * layout.block_rows * width * 2
 
 
 def fit(number: int, sizes: Sequence[int]) -> int:

@@ -102,24 +102,32 @@ def place(
     kinds = {part.format for part in parts}
     if kinds == {"TERNARY"}:
         ternary = [cast("TernaryTensor", part) for part in parts]
-        signs = torch.cat([part.signs() for part in ternary]).to(device)
+        signs = torch.cat([part.signs().to(device) for part in ternary])
         steps = torch.cat([torch.full((part.shape[0],), part.scale) for part in ternary])
         return GpuWeight(name, shape, "int8", signs, steps.float().to(device), bias=added)
     if weight_format == "auto" and all(kind in READERS for kind in kinds):
-        groups = [READERS[part.format](part.packed(), part.shape[1]) for part in parts]
         four = kinds <= FOUR_BITS
         if four or not kinds & FOUR_BITS:
-            return _place_groups(name, shape, groups, 4 if four else 8, GGUF_GROUP, added, device)
+            # One after another, here and below: what packing takes is many times what it leaves.
+            groups = (READERS[part.format](part.packed(), part.shape[1]) for part in parts)
+            packed = [_packed(g, 4 if four else 8, device) for g in groups]
+            return _stacked(name, shape, packed, 4 if four else 8, GGUF_GROUP, added)
     if weight_format not in ("int4", "int8"):
         stacked = torch.cat([part.dense().to(device, dtype) for part in parts])
         return GpuWeight(name, shape, "float", stacked, bias=added)
-    dense = torch.cat([part.dense().to(device).float() for part in parts])
+    dense = (part.dense().to(device).float() for part in parts)
     if weight_format == "int4":
-        groups = [quantize_groups(dense, INT4_GROUP)]
-        return _place_groups(name, shape, groups, 4, INT4_GROUP, added, device)
-    steps = dense.abs().amax(1).clamp(min=1e-12) / 127
-    numbers = (dense / steps[:, None]).round().to(torch.int8)
+        packed = [_packed(quantize_groups(part, INT4_GROUP), 4, device) for part in dense]
+        return _stacked(name, shape, packed, 4, INT4_GROUP, added)
+    rows = [_whole_rows(part) for part in dense]
+    numbers, steps = (torch.cat(pieces) for pieces in zip(*rows, strict=True))
     return GpuWeight(name, shape, "int8", numbers, steps, bias=added)
+
+
+def _whole_rows(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as int8 numbers, and each one's step."""
+    steps = dense.abs().amax(1).clamp(min=1e-12) / 127
+    return (dense / steps[:, None]).round().to(torch.int8), steps
 
 
 def column_unit(parts: Sequence[HostTensor], weight_format: WeightFormat) -> int | None:
@@ -169,17 +177,22 @@ def unpack_nibbles(words: torch.Tensor, columns: int) -> torch.Tensor:
     return (blocks & 15).reshape(len(words), -1)[:, :columns]
 
 
-def _place_groups(
+def _packed(groups: Groups, bits: int, device: torch.device) -> Groups:
+    """A part on the device, its numbers as words if they have 4 bits."""
+    numbers = pack_nibbles(groups.numbers) if bits == 4 else groups.numbers
+    zeros = None if groups.zeros is None else groups.zeros.to(device)
+    return Groups(numbers.to(device), groups.scales.to(device), groups.lows.to(device), zeros)
+
+
+def _stacked(
     name: str,
     shape: tuple[int, int],
     groups: Sequence[Groups],
     bits: int,
     group: int,
     bias: torch.Tensor | None,
-    device: torch.device,
 ) -> GpuWeight:
-    numbers = torch.cat([g.numbers for g in groups])
-    tensor = pack_nibbles(numbers) if bits == 4 else numbers.contiguous()
+    tensor = torch.cat([g.numbers for g in groups])
     scales = torch.cat([g.scales for g in groups]).half()
     zeros = [g.zeros for g in groups if g.zeros is not None]
     if zeros:
@@ -195,9 +208,9 @@ def _place_groups(
         name,
         shape,
         kind,
-        tensor.to(device),
-        scales.to(device),
-        lows.to(device),
+        tensor,
+        scales,
+        lows,
         bias,
         group,
         bool(zeros),

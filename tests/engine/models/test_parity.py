@@ -92,8 +92,11 @@ def pair(
     return folder, model
 
 
-def run(folder: Path, backend_name: str, chunks: list[int], tokens: list[int]) -> torch.Tensor:
-    """Logits of every position, the prompt computed in chunks of the given sizes."""
+def run(
+    folder: Path, backend_name: str, chunks: list[int], tokens: list[int], unseen: int = 0
+) -> torch.Tensor:
+    """Logits of every position, the prompt computed in chunks of the given sizes; nobody asks for
+    those of the first `unseen` chunks."""
     backend, _ = select_backend(backend_name, dtype="float32", cache_dtype="auto", threads=2)
     model = load_model(open_checkpoint(folder), backend)
     size, pages = 4, -(-len(tokens) // 4)
@@ -104,7 +107,7 @@ def run(folder: Path, backend_name: str, chunks: list[int], tokens: list[int]) -
     program = backend.compile(recorder.finish(model.forward(recorder)), 512)
     table = np.random.default_rng(0).permutation(64)[:pages].astype(np.int32)[None]
     logits, start = [], 0
-    for count in chunks:
+    for number, count in enumerate(chunks):
         positions = np.arange(start, start + count)
         batch = Batch(
             token_ids=np.array(tokens[start : start + count], np.int64),
@@ -114,7 +117,7 @@ def run(folder: Path, backend_name: str, chunks: list[int], tokens: list[int]) -
             context_lengths=np.array([start + count], np.int32),
             table_rows=np.zeros(1, np.int32),
             page_table=table,
-            sample_rows=np.arange(count, dtype=np.int64),
+            sample_rows=np.arange(0 if number < unseen else count, dtype=np.int64),
         )
         program.forward(batch)
         logits.append(program.logits().clone())
@@ -132,6 +135,17 @@ def test_logits_equal_transformers(pair: tuple[Path, torch.nn.Module], backend: 
         logits = run(folder, backend, chunks, tokens.tolist())
         error = (logits - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, f"chunks {chunks}"
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_step_of_which_nothing_is_asked_still_fills_the_cache(
+    pair: tuple[Path, torch.nn.Module], backend: str
+) -> None:
+    """As the pieces of a long prompt before its last do."""
+    tokens = torch.randint(3, 120, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    whole = run(pair[0], backend, [40], tokens)
+    later = run(pair[0], backend, [23, 17], tokens, unseen=1)
+    torch.testing.assert_close(later, whole[23:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [ReferenceOps, TorchCpuOps])

@@ -265,6 +265,19 @@ def test_experts_in_a_gguf_file_are_those_of_the_same_model_in_safetensors(
     assert float(results[0].std()) > 0.1
 
 
+@pytest.mark.parametrize("name", ["ffn_up_exps.{x}", "{", "a{}b", "ffn_up_exps.{"])
+def test_braces_in_a_name_are_only_braces(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "braces.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.add_tensor(f"blk.0.{name}", np.zeros((2, 4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert len(open_checkpoint(path).names()) in (2, 3)
+
+
 def test_a_tensor_of_experts_without_them_is_named(tmp_path: Path) -> None:
     path = tmp_path / "flat.gguf"
     writer = gguf.GGUFWriter(path, "qwen3moe")
@@ -365,6 +378,7 @@ def entry(
         (header(tensors=entry(kind=999), count=1), "unknown ggml type 999"),
         (header(tensors=entry(dims=(31,), kind=2), count=1), "not whole Q4_0 blocks"),
         (header(tensors=entry(dims=(2**40,)), count=1), "is truncated: tensor 't'"),
+        (header(tensors=entry(dims=(32, 0, 2**40)), count=1), "tensor 't' has a dimension of 0"),
         (header(tensors=entry(name=b"\xff"), count=1), "not valid UTF-8"),
     ],
 )

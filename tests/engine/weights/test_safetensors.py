@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from engine.models import load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import select_backend
-from tests.tiny import LLAMA, llama_tensors, write_llama
+from tests.tiny import EXPERTS, LLAMA, llama_tensors, write_llama
 
 
 def load(folder: Path) -> Any:
@@ -169,6 +169,13 @@ def test_other_files_and_quantized_checkpoints_are_refused(tmp_path: Path) -> No
         ({"rope_scaling": {"rope_type": "yarn"}}, "of type 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ({"model_type": "mixtral"}, "num_local_experts = None"),
+        ({"model_type": "qwen3_moe"}, "num_experts = None"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok = None"),
+        (EXPERTS | {"num_local_experts": 1 << 20}, "num_local_experts = 1048576, above 4096"),
+        (EXPERTS | {"num_experts_per_tok": 5}, "is 5, but there are 4 experts"),
+        (EXPERTS | {"intermediate_size": 40}, "is 40; experts take multiples of 16"),
+        (EXPERTS, r"no tensor 'model\.layers\.0\.mlp\.gate\.weight'"),
         ({"layer_types": 3}, "malformed"),
         ({"rope_theta": "abc"}, "malformed"),
         ({"rope_scaling": 5}, "malformed"),

@@ -15,7 +15,7 @@ from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.ops import GpuOps, Workspace
-from kernels.gpu.program import GpuProgram, buckets
+from kernels.gpu.program import GpuProgram, buckets, expert_bytes
 from kernels.gpu.staging import Staging
 from kernels.ops import Activation, Heads, Recorder
 from kernels.reference import ReferenceOps
@@ -207,5 +207,14 @@ def test_what_cannot_be_held_is_refused(folder: Path) -> None:
         GpuBackend("auto", "float32", HOST).allocate_cache(layout, 8)
     with pytest.raises(ValueError, match="cannot serve"):
         select_backend("triton", dtype="auto", cache_dtype="auto", threads=1)
-    with pytest.raises(ValueError, match="for a GPU"):
-        select_backend("auto", dtype="int4", cache_dtype="auto", threads=1)
+    with pytest.raises(ValueError, match="does not compute in int4"):
+        select_backend("torch", dtype="int4", cache_dtype="auto", threads=1)
+
+
+def test_room_for_experts_is_counted(tmp_path: Path) -> None:
+    """Rows are laid out by expert, and each block is full but one for each expert."""
+    program = program_of(write_llama(tmp_path, **EXPERTS))[0]
+    # 32 rows of 2 experts in 4 + 4 blocks of 16; hidden 32, gates and what they leave 48 each.
+    room = 8 * 16 * (32 + 3 * 48) * 2
+    assert {expert_bytes(i, 32) for i in program._tape.instructions} == {0, room}
+    assert program.buffer_bytes(4) > room
