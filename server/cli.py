@@ -21,7 +21,7 @@ from rich.table import Table
 from engine import AsyncEngine, Config, ConfigError, RyzansteinError, SamplingParams, load_config
 from engine.loading import Parts
 from engine.version import VERSION
-from engine.weights.sources import KNOWN_MODELS, cache_folder, cached_path
+from engine.weights.sources import KNOWN_MODELS, cache_folder, cached_path, resolve
 from server.progress import StartupProgress
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ TensorParallel = Annotated[
     ),
 ]
 DTypeName = Annotated[
-    Literal["auto", "float32", "bfloat16", "int8"] | None,
+    Literal["auto", "float32", "bfloat16", "int8", "int4"] | None,
     Parameter(help="How weights are stored; auto keeps a file's 4-bit and 8-bit weights."),
 ]
 TargetITL = Annotated[
@@ -212,6 +212,37 @@ def run_batch(
     finally:
         if embedder is not None:
             embedder.close()
+
+
+@app.command
+def quantize(
+    model: str,
+    target: Path,
+    /,
+    *,
+    text: Annotated[
+        Path | None, Parameter(help="A text like those that will be asked about: fits to it.")
+    ] = None,
+    tokens: Annotated[int, Parameter(help="Of the text, at most.")] = 16384,
+    accept_terms: AcceptTerms = False,
+) -> int:
+    """Write a float model in Hugging Face layout as one in 4 bits.
+
+    MODEL is a folder or hf:org/name, TARGET a new folder that 'ryzanstein serve --model' takes.
+    """
+    from engine.quantization.quantize import quantize as write
+    from engine.quantization.quantize import windows_of
+
+    source = resolve(model, accept_terms=_consent(accept_terms))
+    try:
+        windows = windows_of(source, text.read_text(encoding="utf-8"), tokens) if text else []
+        with StartupProgress(errors) as progress:
+            write(source, target, windows, progress)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot quantize {model}: {error}") from error
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    print(f"{target}: {size / 1e6:.0f} MB of weights")
+    return 0
 
 
 @app.command

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import ConfigError
-from engine.weights import bitnet
+from engine.weights import bitnet, blocks
 from kernels.backend import HostTensor
 
 INDEX = "model.safetensors.index.json"
@@ -61,9 +61,10 @@ class SafetensorsCheckpoint:
         self._bitnet: bitnet.BitNetLayout | None = None
         if quantization := self.config.get("quantization_config"):
             method = quantization.get("quant_method", "an unknown method")
-            if method != bitnet.METHOD:
+            if method == bitnet.METHOD:
+                self._bitnet = bitnet.read_layout(quantization)
+            elif method != blocks.METHOD:
                 raise ConfigError(f"{path} is quantized with {method}, which cannot be loaded yet")
-            self._bitnet = bitnet.read_layout(quantization)
         self._files: dict[str, Any] = {}
         for shard in self._shards():
             file = _open(shard)
@@ -72,10 +73,14 @@ class SafetensorsCheckpoint:
 
     def names(self) -> set[str]:
         if self._bitnet is None:
-            return set(self._files)
+            return {blocks.plain_name(name) for name in self._files}
         return {name for name in self._files if not name.endswith(f".weight{SCALE}")}
 
     def tensor(self, name: str) -> HostTensor:
+        for suffix in blocks.SUFFIXES:
+            if name + suffix in self._files:
+                stored = self._files[name + suffix].get_slice(name + suffix)
+                return blocks.open_blocks(name, suffix, stored)
         file = self._files.get(name)
         if file is None:
             raise ConfigError(f"{self.path} has no tensor {name!r}")

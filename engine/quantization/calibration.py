@@ -1,0 +1,96 @@
+"""What a model's linears are given, seen on the way through a text.
+
+The model runs as always, on ops that look at what they multiply: its code need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from engine.models import load_model
+from engine.weights.checkpoint import Checkpoint
+from kernels.backend import CacheLayout
+from kernels.batch import Batch
+from kernels.cpu.torch_ops import TorchCpuOps
+from kernels.ops import Recorder, Tape, Weight
+from kernels.torch_backend import TorchBackend
+
+PAGE = 16
+
+
+class Products:
+    """The sum of x^T x over all inputs x of the linears that are `wanted`, fp32 `[in, in]`."""
+
+    def __init__(self) -> None:
+        self.wanted: set[str] = set()
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def see(self, x: torch.Tensor, weight: Weight) -> None:
+        """Add a linear's inputs `[rows, in]`."""
+        if weight.name in self.wanted:
+            product = x.float().T @ x.float()
+            if weight.name in self.sums:
+                self.sums[weight.name] += product
+            else:
+                self.sums[weight.name] = product
+
+
+class Calibration:
+    """A float model, and texts to run through it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]], progress: Callable[[], None]
+    ) -> None:
+        products = Products()
+
+        class SeeingOps(TorchCpuOps):
+            def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+                products.see(x, weight)
+                return super().linear(x, weight)
+
+        self._products, self._windows, self._progress = products, windows, progress
+        backend = TorchBackend("torch", SeeingOps, "float32")
+        model = load_model(checkpoint, backend)
+        longest = max(map(len, windows))
+        pages = -(-longest // PAGE)
+        layout = CacheLayout(model.config.layers, model.config.heads, PAGE, "float32", longest)
+        backend.allocate_cache(layout, pages)
+        recorder = Recorder()
+        tape = recorder.finish(model.forward(recorder))
+        *instructions, head = tape.instructions
+        # What the head would say is not asked for, and is most of a small model's work.
+        tape = Tape(tuple(instructions), head.arguments[0], tape.last_use[:-1])
+        self._pages = pages
+        self._program = backend.compile(tape, longest)
+        self.linears: dict[str, int] = {
+            i.arguments[1].name: i.arguments[1].shape[1]
+            for i in tape.instructions
+            if i.op == "linear"
+        }
+        """Every linear's name and number of inputs, in the order in which they run."""
+
+    def products(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """x^T x of these linears over all windows."""
+        self._products.wanted, self._products.sums = set(names), {}
+        for window in self._windows:
+            self._program.forward(self._batch(window))
+            self._progress()
+        return self._products.sums
+
+    def _batch(self, window: Sequence[int]) -> Batch:
+        """A prompt of its own; all rows go through the last layer."""
+        count = len(window)
+        rows = np.arange(count)
+        return Batch(
+            token_ids=np.array(window, np.int64),
+            positions=rows,
+            kv_slots=rows,
+            query_starts=np.array([0, count], np.int32),
+            context_lengths=np.array([count], np.int32),
+            table_rows=np.zeros(1, np.int32),
+            page_table=np.arange(self._pages, dtype=np.int32)[None],
+            sample_rows=rows,
+        )

@@ -1,0 +1,176 @@
+"""Whole models in four bits, on every backend and on several ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.errors import ConfigError
+from engine.quantization import quantize as module
+from engine.quantization.calibration import Calibration
+from engine.quantization.quantize import quantize, windows_of
+from engine.weights.checkpoint import open_checkpoint
+from tests.engine.models.test_parity import run
+from tests.engine.models.test_ranks import check_close, on_one_and
+from tests.kernels.native import needs_native
+from tests.tiny import EXPERTS, write_llama
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+TOKENS = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    return write_llama(folder, **(SIZES | changes))
+
+
+def made(folder: Path, windows: list[list[int]] | None = None, **changes: Any) -> tuple[Path, Path]:
+    """A float model, and the same quantized."""
+    source = write(folder / "source", **changes)
+    target = folder / "target"
+    quantize(source, target, windows or [], lambda *_: None)
+    return source, target
+
+
+def logits(path: Path, backend: str = "torch") -> torch.Tensor:
+    return run(path, backend, [len(TOKENS)], TOKENS)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("family", [{}, EXPERTS], ids=["dense", "experts"])
+def test_linears_have_four_bits_tables_eight_and_the_rest_all(
+    tmp_path: Path, family: dict[str, Any]
+) -> None:
+    source, target = made(tmp_path, **family)
+    before, after = open_checkpoint(source), open_checkpoint(target)
+    assert before.names() == after.names()
+    kinds: dict[str, list[float]] = {}
+    for name in before.names():
+        tensor, wanted = after.tensor(name), before.tensor(name).dense()
+        kinds.setdefault(tensor.format, []).append(distance(tensor.dense(), wanted))
+    assert max(kinds.pop("F32")) == 0.0
+    assert max(kinds.pop("Q8_0")) < 0.01
+    assert max(kinds.pop("Q4_1")) < 0.1
+    assert not kinds
+    formats = {name: after.tensor(name).format for name in after.names()}
+    assert formats["lm_head.weight"] == formats["model.embed_tokens.weight"] == "Q8_0"
+    assert all(formats[name] == "F32" for name in formats if name.endswith(".gate.weight"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (target / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_it_computes_what_its_weights_say(tmp_path: Path) -> None:
+    source, target = made(tmp_path)
+    checkpoint = open_checkpoint(target)
+    dense = {name: checkpoint.tensor(name).dense() for name in checkpoint.names()}
+    found = logits(target)
+    save_file(dense, source / "model.safetensors")
+    assert torch.equal(logits(source), found)
+
+
+def test_calibration_leaves_less_error_behind_every_linear(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    windows = [torch.randint(3, 250, (200,), generator=generator).tolist() for _ in range(4)]
+    source, simple = made(tmp_path / "plain")
+    fitted = tmp_path / "fitted"
+    seen: list[tuple[str, int, int]] = []
+    quantize(source, fitted, windows, lambda *step: seen.append(step))
+    assert [step for step in seen if step[0] == "calibrate"] == [
+        ("calibrate", n, 4) for n in (1, 2, 3, 4)
+    ]
+    assert seen[-1][:2] == ("quantize", seen[-1][2])
+    float_model, *others = (open_checkpoint(path) for path in (source, simple, fitted))
+    calibration = Calibration(float_model, windows, lambda: None)
+    linears = [name for name in calibration.linears if "proj" in name]
+    assert len(linears) == 8
+    for name, products in calibration.products(linears).items():
+        for part in name.split("+"):
+            weight = float_model.tensor(part).dense()
+            left = [_squares(other.tensor(part).dense() - weight, products) for other in others]
+            assert left[1] < 0.9 * left[0], part
+
+
+def _squares(missed: torch.Tensor, products: torch.Tensor) -> float:
+    """What an error of a weight comes to behind it."""
+    return float(((missed @ products) * missed).sum())
+
+
+def test_what_is_held_at_a_time_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = made(tmp_path, [TOKENS])
+    monkeypatch.setattr(module, "PRODUCT_BYTES", 4 * 64**2)
+    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
+    pieces = tmp_path / "pieces"
+    quantize(source, pieces, [TOKENS], lambda *_: None)
+    assert len(list(pieces.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(pieces), logits(target))
+
+
+@needs_native
+def test_the_native_kernels_take_its_bits_and_ranks_their_parts(tmp_path: Path) -> None:
+    _, target = made(tmp_path)
+    one, several = on_one_and(target, "native", 2)
+    check_close(one, several)
+    # Activations are rounded here; the weights are the same.
+    floats, parts = on_one_and(target, "torch", 2)
+    check_close(floats, parts)
+    assert distance(one, floats) < 0.2
+
+
+def test_a_text_becomes_windows_spread_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path)
+    monkeypatch.setattr(module, "WINDOW", 4)
+    text = "".join(chr(ord("a") + n) for n in range(18))
+    found = windows_of(source, text, 8)
+    assert [bytes(window).decode() for window in found] == ["abcd", "mnop"]
+    assert windows_of(source, "ab", 8) == [list(b"ab")]
+
+
+def test_what_cannot_be_quantized_says_why(tmp_path: Path) -> None:
+    source, target = made(tmp_path)
+    other = tmp_path / "other"
+    with pytest.raises(ConfigError, match="is quantized already; give the float model"):
+        quantize(target, other, [], lambda *_: None)
+    with pytest.raises(ConfigError, match="is there already; name a folder that is not"):
+        quantize(source, target, [], lambda *_: None)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ConfigError):
+        quantize(file, other, [], lambda *_: None)
+    assert not other.exists()
+
+
+def test_blocks_that_are_none_are_named(tmp_path: Path) -> None:
+    _, target = made(tmp_path)
+    file, name = target / "model-00000.safetensors", "lm_head.weight.q8_0"
+    tensors = load_file(file)
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"'lm_head\.weight\.q8_0' is U8 \[260, 67\], not rows"):
+        open_checkpoint(target).tensor("lm_head.weight")
+
+
+def test_the_command_writes_a_model(tmp_path: Path) -> None:
+    source, text = write(tmp_path / "source"), tmp_path / "text.txt"
+    text.write_text("What is said here is what it is fitted to. " * 40)
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "server.cli", "quantize", str(source), str(target)]
+    result = subprocess.run([*command, "--text", str(text)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"{target}: 0 MB of weights" in result.stdout
+    assert json.loads((target / "config.json").read_text())["quantization_config"]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "is there already" in again.stderr
