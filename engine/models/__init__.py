@@ -38,6 +38,14 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
 }
 
 
+def check_family(checkpoint: Checkpoint) -> str:
+    """The checkpoint's `model_type`. Raises ConfigError if it is none of MODELS."""
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in MODELS:
+        raise ConfigError(f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}")
+    return str(model_type)
+
+
 def load_model(
     checkpoint: Checkpoint,
     backend: Backend,
@@ -51,9 +59,7 @@ def load_model(
 
     Raises ConfigError naming the key or tensor that is wrong.
     """
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in MODELS:
-        raise ConfigError(f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}")
+    model_type = check_family(checkpoint)
     config = read_config(checkpoint.config, checkpoint.rope_factors())
     loader = WeightLoader(checkpoint, backend, progress, shard, exact=exact)
     return MODELS[model_type](config, loader)

@@ -5,14 +5,16 @@ The model runs as always, on ops that look at what they multiply: its code need 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from engine.execution.memory import available_memory
 from engine.models import load_model
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import CacheLayout
+from kernels.backend import CacheLayout, DType
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
 from kernels.ops import Recorder, Tape, Weight
@@ -38,6 +40,13 @@ class Products:
                 self.sums[weight.name] = product
 
 
+def _dtype(checkpoint: Checkpoint) -> DType:
+    """float32, or bfloat16 for models of which float32 would fill more than half of the memory."""
+    values = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
+    free = available_memory()
+    return "bfloat16" if free is not None and 4 * values > free // 2 else "float32"
+
+
 class Calibration:
     """A float model, and texts to run through it."""
 
@@ -52,7 +61,7 @@ class Calibration:
                 return super().linear(x, weight)
 
         self._products, self._windows, self._progress = products, windows, progress
-        backend = TorchBackend("torch", SeeingOps, "float32")
+        backend = TorchBackend("torch", SeeingOps, _dtype(checkpoint))
         model = load_model(checkpoint, backend)
         longest = max(map(len, windows))
         pages = -(-longest // PAGE)

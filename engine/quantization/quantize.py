@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from engine.errors import ConfigError
 from engine.execution.tokenizer import open_tokenizer
+from engine.models import check_family
 from engine.quantization.calibration import Calibration
 from engine.quantization.fit import GROUP, gptq, plain
 from engine.weights import blocks
@@ -42,22 +43,34 @@ def quantize(
     the target is there."""
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint, SafetensorsCheckpoint):
-        raise ConfigError(f"{source} is no folder in Hugging Face layout; a GGUF file has its bits")
+        raise ConfigError(
+            f"{source} is a GGUF file, which has its bits; give the float model's folder"
+        )
     if "quantization_config" in checkpoint.config:
         raise ConfigError(f"{source} is quantized already; give the float model")
+    check_family(checkpoint)
     if target.exists():
         raise ConfigError(f"{target} is there already; name a folder that is not")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _copy_texts(source, checkpoint, partial)
+        _write(_tensors(checkpoint, windows, progress), partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _copy_texts(source: Path, checkpoint: SafetensorsCheckpoint, partial: Path) -> None:
+    """The configuration, which says what has become of the weights, and the tokenizer."""
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.name != "model.safetensors.index.json":
                 shutil.copy(file, partial / file.name)
     config = checkpoint.config | {"quantization_config": {"quant_method": blocks.METHOD}}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write(_tensors(checkpoint, windows, progress), partial)
-    partial.rename(target)
 
 
 def _tensors(
@@ -143,10 +156,13 @@ def _write(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
 
 def windows_of(source: Path, text: str, most: int) -> list[list[int]]:
     """Up to `most` tokens of a text as the model's tokenizer cuts it, in windows that are spread
-    over all of it, each behind what every prompt begins with."""
+    over all of it, each behind what every prompt begins with. Raises ConfigError if there are no
+    tokens."""
     tokenizer = open_tokenizer(open_checkpoint(source))
     first = tokenizer.encode("")
     ids = tokenizer.encode(text)[len(first) :]
+    if not ids:
+        raise ConfigError("the text to calibrate with is empty")
     starts = range(0, max(1, len(ids) - WINDOW + 1), WINDOW)
     wanted = min(len(starts), max(1, most // WINDOW))
     chosen = np.linspace(0, len(starts) - 1, wanted).astype(int)

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ConfigError
+from engine.quantization import calibration
 from engine.quantization import quantize as module
 from engine.quantization.calibration import Calibration
 from engine.quantization.quantize import quantize, windows_of
 from engine.weights.checkpoint import open_checkpoint
 from tests.engine.models.test_parity import run
 from tests.engine.models.test_ranks import check_close, on_one_and
+from tests.engine.weights.test_gguf import write_gguf
 from tests.kernels.native import needs_native
 from tests.tiny import EXPERTS, write_llama
 
@@ -89,10 +91,10 @@ def test_calibration_leaves_less_error_behind_every_linear(tmp_path: Path) -> No
     ]
     assert seen[-1][:2] == ("quantize", seen[-1][2])
     float_model, *others = (open_checkpoint(path) for path in (source, simple, fitted))
-    calibration = Calibration(float_model, windows, lambda: None)
-    linears = [name for name in calibration.linears if "proj" in name]
+    seen_by = Calibration(float_model, windows, lambda: None)
+    linears = [name for name in seen_by.linears if "proj" in name]
     assert len(linears) == 8
-    for name, products in calibration.products(linears).items():
+    for name, products in seen_by.products(linears).items():
         for part in name.split("+"):
             weight = float_model.tensor(part).dense()
             left = [_squares(other.tensor(part).dense() - weight, products) for other in others]
@@ -146,10 +148,39 @@ def test_what_cannot_be_quantized_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already; name a folder that is not"):
         quantize(source, target, [], lambda *_: None)
     file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    with pytest.raises(ConfigError):
+    write_gguf(file)
+    with pytest.raises(ConfigError, match="is a GGUF file, which has its bits; give the float"):
         quantize(file, other, [], lambda *_: None)
+    (source / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match="model_type is 'bert'; these can be served"):
+        quantize(source, other, [], lambda *_: None)
+    with pytest.raises(ConfigError, match="the text to calibrate with is empty"):
+        windows_of(target, "", 8)
     assert not other.exists()
+
+
+def test_what_was_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source"), tmp_path / "target"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, target, [], interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_model_that_would_fill_memory_is_calibrated_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(write(tmp_path))
+    sums = []
+    for free in (1 << 30, 1 << 10):
+        monkeypatch.setattr(calibration, "available_memory", lambda free=free: free)
+        made = Calibration(source, [TOKENS], lambda: None)
+        sums.append(made.products(list(made.linears)[:1]))
+    ((exact,), (rounded,)) = (list(found.values()) for found in sums)
+    assert 0.0 < distance(rounded, exact) < 0.02
 
 
 def test_blocks_that_are_none_are_named(tmp_path: Path) -> None:
