@@ -230,19 +230,37 @@ def quantize(
 
     MODEL is a folder or hf:org/name, TARGET a new folder that 'ryzanstein serve --model' takes.
     """
-    from engine.quantization.quantize import quantize as write
-    from engine.quantization.quantize import windows_of
+    from engine.compression.quantize import quantize as write
 
-    source = resolve(model, accept_terms=_consent(accept_terms))
-    try:
-        windows = windows_of(source, text.read_text(encoding="utf-8"), tokens) if text else []
-        with StartupProgress(errors) as progress:
-            write(source, target, windows, progress)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot quantize {model}: {error}") from error
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    print(f"{target}: {size / 1e6:.0f} MB of weights")
-    return 0
+    def run(source: Path, windows: list[list[int]], progress: StartupProgress) -> str:
+        write(source, target, windows, progress)
+        return "calibrated" if windows else "not calibrated"
+
+    return _compress(model, target, text, tokens, accept_terms, run)
+
+
+@app.command
+def prune(
+    model: str,
+    target: Path,
+    /,
+    *,
+    keep: Annotated[float, Parameter(help="Share of each layer's neurons that stays.")],
+    text: Annotated[Path, Parameter(help="A text like those that will be asked about.")],
+    tokens: Annotated[int, Parameter(help="Of the text, at most.")] = 16384,
+    accept_terms: AcceptTerms = False,
+) -> int:
+    """Write a float model in Hugging Face layout with narrower feed-forward layers.
+
+    What a text hardly needs is left out, the rest fitted to make up for it. MODEL is a folder or
+    hf:org/name, TARGET a new folder that 'ryzanstein serve --model' and 'ryzanstein quantize' take.
+    """
+    from engine.compression.prune import prune as write
+
+    def run(source: Path, windows: list[list[int]], progress: StartupProgress) -> str:
+        return f"layers are {write(source, target, keep, windows, progress)} wide"
+
+    return _compress(model, target, text, tokens, accept_terms, run)
 
 
 @app.command
@@ -344,6 +362,29 @@ def _engine(settings: Config, accept_terms: bool, embedder: Embedder | None = No
             return load_both(settings, embedder, progress=progress, accept_terms=consent)
 
     return AsyncEngine(load_with_bars)
+
+
+def _compress(
+    model: str,
+    target: Path,
+    text: Path | None,
+    tokens: int,
+    accept_terms: bool,
+    run: Callable[[Path, list[list[int]], StartupProgress], str],
+) -> int:
+    """Find the model, cut the text, write what `run` makes of them, say what came out."""
+    from engine.compression.folder import windows_of
+
+    source = resolve(model, accept_terms=_consent(accept_terms))
+    try:
+        windows = windows_of(source, text.read_text(encoding="utf-8"), tokens) if text else []
+        with StartupProgress(errors) as progress:
+            said = run(source, windows, progress)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot write {target}: {error}") from error
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    print(f"{target}: {size / 1e6:.0f} MB of weights, {said}")
+    return 0
 
 
 def _ask() -> str:

@@ -69,7 +69,8 @@ NOT_RUN = {
     "docker run": "needs docker; see test_the_image_takes_what_docker_run_gives",
     "docker compose": "needs docker; see test_compose_is_given_its_file",
     "ryzanstein serve": "serves; parsed by the command's own parser",
-    "ryzanstein quantize": "writes a model; run by tests/engine/quantization, parsed here",
+    "ryzanstein quantize": "writes a model; run by tests/engine/compression, parsed here",
+    "ryzanstein prune": "writes a model; run by tests/engine/compression, parsed here",
     "ryzanstein chat": "talks; run by tests/server/test_cli.py, parsed here",
     "python -m perf": "measures for minutes; its options are checked, perf.load is run",
 }

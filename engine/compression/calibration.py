@@ -6,7 +6,7 @@ The model runs as always, on ops that look at what they multiply: its code need 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from kernels.ops import Recorder, Tape, Weight
 from kernels.torch_backend import TorchBackend
 
 PAGE = 16
+# Products of inputs that are held at a time; a model whose linears need more is run through again.
+PRODUCT_BYTES = 4 << 30
 
 
 class Products:
@@ -103,3 +105,47 @@ class Calibration:
             page_table=np.arange(self._pages, dtype=np.int32)[None],
             sample_rows=rows,
         )
+
+
+def products_of(
+    checkpoint: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    wanted: Callable[[str, int], bool],
+    progress: Callable[[str, int, int], None],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Matrices by name, and x^T x of their inputs over all windows; of those that are `wanted` for
+    their name and number of inputs."""
+    done, passes = 0, 1
+
+    def seen() -> None:
+        nonlocal done
+        done += 1
+        progress("calibrate", done, len(windows) * passes)
+
+    calibration = Calibration(checkpoint, windows, seen)
+    # A linear's name is those of the matrices that are stacked in it.
+    linears = {
+        name: inputs
+        for name, inputs in calibration.linears.items()
+        if all(wanted(part, inputs) for part in name.split("+"))
+    }
+    rounds = list(_rounds(linears))
+    passes = len(rounds)
+    for names in rounds:
+        for name, products in calibration.products(names).items():
+            for part in name.split("+"):
+                yield part, products
+
+
+def _rounds(linears: dict[str, int]) -> Iterator[list[str]]:
+    """Linears whose products are held at the same time."""
+    names: list[str] = []
+    size = 0
+    for name, inputs in linears.items():
+        if names and size + 4 * inputs**2 > PRODUCT_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += 4 * inputs**2
+    if names:
+        yield names

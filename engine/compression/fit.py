@@ -104,11 +104,16 @@ def gptq(weight: torch.Tensor, products: torch.Tensor) -> Quantized:
     return Quantized(numbers, scales, lows)
 
 
-def _inverse_factor(products: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped products' inverse."""
+def damped(products: torch.Tensor) -> torch.Tensor:
+    """x^T x of inputs with something on its diagonal, so that it can be inverted."""
     products = products.clone()
     diagonal = products.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp(min=1e-8)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(products))
+    return products
+
+
+def _inverse_factor(products: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the damped products' inverse."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(products)))
     factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from engine.quantization.fit import gptq, plain
+from engine.compression.fit import gptq, plain
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.compression import calibration, folder
+from engine.compression.calibration import Calibration
+from engine.compression.folder import windows_of
+from engine.compression.quantize import quantize
 from engine.errors import ConfigError
-from engine.quantization import calibration
-from engine.quantization import quantize as module
-from engine.quantization.calibration import Calibration
-from engine.quantization.quantize import quantize, windows_of
 from engine.weights.checkpoint import open_checkpoint
 from tests.engine.models.test_parity import run
 from tests.engine.models.test_ranks import check_close, on_one_and
@@ -110,8 +110,8 @@ def test_what_is_held_at_a_time_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = made(tmp_path, [TOKENS])
-    monkeypatch.setattr(module, "PRODUCT_BYTES", 4 * 64**2)
-    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(calibration, "PRODUCT_BYTES", 4 * 64**2)
+    monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
     pieces = tmp_path / "pieces"
     quantize(source, pieces, [TOKENS], lambda *_: None)
     assert len(list(pieces.glob("*.safetensors"))) > 2
@@ -133,7 +133,7 @@ def test_a_text_becomes_windows_spread_over_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path)
-    monkeypatch.setattr(module, "WINDOW", 4)
+    monkeypatch.setattr(folder, "WINDOW", 4)
     text = "".join(chr(ord("a") + n) for n in range(18))
     found = windows_of(source, text, 8)
     assert [bytes(window).decode() for window in found] == ["abcd", "mnop"]
@@ -200,7 +200,7 @@ def test_the_command_writes_a_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server.cli", "quantize", str(source), str(target)]
     result = subprocess.run([*command, "--text", str(text)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"{target}: 0 MB of weights" in result.stdout
+    assert f"{target}: 0 MB of weights, calibrated" in result.stdout
     assert json.loads((target / "config.json").read_text())["quantization_config"]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1

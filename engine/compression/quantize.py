@@ -1,0 +1,60 @@
+"""A float model as one in 4 bits, which every backend reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize as to_blocks
+
+from engine.compression.calibration import products_of
+from engine.compression.fit import GROUP, gptq, plain
+from engine.compression.folder import Progress, open_floats, write_model
+from engine.weights import blocks
+from engine.weights.safetensors import SafetensorsCheckpoint
+
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight")
+
+
+def quantize(
+    source: Path, target: Path, windows: Sequence[Sequence[int]], progress: Progress
+) -> None:
+    """Write the model of folder `source` to the new folder `target`: linears as Q4_1, table and
+    head as Q8_0, all else as it is. With `windows`, token ids of a text, linears are fitted to what
+    they are given there, but for experts. Raises ConfigError if the source is no float model, or
+    the target is there."""
+    checkpoint = open_floats(source)
+    changes = {"quantization_config": {"quant_method": blocks.METHOD}}
+    write_model(checkpoint, target, changes, _tensors(checkpoint, windows, progress))
+
+
+def _tensors(
+    checkpoint: SafetensorsCheckpoint, windows: Sequence[Sequence[int]], progress: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors as they are stored, the calibrated linears first."""
+    left = checkpoint.names()
+    total = len(left)
+    fitted = products_of(checkpoint, windows, _is_fitted, progress) if windows else iter(())
+    for name, products in fitted:
+        left.discard(name)
+        yield f"{name}.q4_1", gptq(checkpoint.tensor(name).dense().float(), products).blocks()
+        progress("quantize", total - len(left), total)
+    for name in sorted(left):
+        left.discard(name)
+        tensor = checkpoint.tensor(name).dense()
+        matrix = tensor.dim() == 2 and tensor.shape[1] % GROUP == 0
+        if not matrix or name.endswith(ROUTERS):
+            yield name, tensor
+        elif name in VOCABULARY:
+            rows = to_blocks(tensor.float().numpy(), GGMLQuantizationType.Q8_0)
+            yield f"{name}.q8_0", torch.from_numpy(rows)
+        else:
+            yield f"{name}.q4_1", plain(tensor.float()).blocks()
+        progress("quantize", total - len(left), total)
+
+
+def _is_fitted(name: str, inputs: int) -> bool:
+    return inputs % GROUP == 0 and name not in VOCABULARY and not name.endswith(ROUTERS)
