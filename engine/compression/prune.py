@@ -45,9 +45,7 @@ def prune(
         raise ConfigError(f"{keep} is no share of the neurons; say one between 0 and 1, like 0.8")
     width = max(UNIT, round(config.intermediate * keep / UNIT) * UNIT)
     if width >= config.intermediate:
-        raise ConfigError(
-            f"{keep} of {config.intermediate} neurons are all of them, in steps of 32"
-        )
+        raise ConfigError(f"{keep} of {config.intermediate} neurons are all, in steps of {UNIT}")
     tensors = _tensors(checkpoint, width, windows, progress)
     write_model(checkpoint, target, {"intermediate_size": width}, tensors)
     return width
