@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import anyio
 import msgspec
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +61,13 @@ TensorParallel = Annotated[
 DTypeName = Annotated[
     Literal["auto", "float32", "bfloat16", "int8", "int4"] | None,
     Parameter(help="How weights are stored; auto keeps a file's 4-bit and 8-bit weights."),
+]
+Tokens = Annotated[
+    int | None,
+    Parameter(
+        help="Of the text, at most; four for each input of the widest layer without.",
+        validator=validators.Number(gte=1),
+    ),
 ]
 TargetITL = Annotated[
     float | None,
@@ -223,7 +230,7 @@ def quantize(
     text: Annotated[
         Path | None, Parameter(help="A text like those that will be asked about: fits to it.")
     ] = None,
-    tokens: Annotated[int, Parameter(help="Of the text, at most.")] = 16384,
+    tokens: Tokens = None,
     accept_terms: AcceptTerms = False,
 ) -> int:
     """Write a float model in Hugging Face layout as one in 4 bits.
@@ -247,7 +254,7 @@ def prune(
     *,
     keep: Annotated[float, Parameter(help="Share of each layer's neurons that stays.")],
     text: Annotated[Path, Parameter(help="A text like those that will be asked about.")],
-    tokens: Annotated[int, Parameter(help="Of the text, at most.")] = 16384,
+    tokens: Tokens = None,
     accept_terms: AcceptTerms = False,
 ) -> int:
     """Write a float model in Hugging Face layout with narrower feed-forward layers.
@@ -368,19 +375,25 @@ def _compress(
     model: str,
     target: Path,
     text: Path | None,
-    tokens: int,
+    tokens: int | None,
     accept_terms: bool,
     run: Callable[[Path, list[list[int]], StartupProgress], str],
 ) -> int:
     """Find the model, cut the text, write what `run` makes of them, say what came out."""
-    from engine.compression.folder import windows_of
+    from engine.compression.folder import check_free, open_floats, windows_of
 
-    source = resolve(model, accept_terms=_consent(accept_terms))
+    check_free(target)
     try:
-        windows = windows_of(source, text.read_text(encoding="utf-8"), tokens) if text else []
+        content = text.read_text(encoding="utf-8") if text is not None else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {text}: {error}") from error
+    source = resolve(model, accept_terms=_consent(accept_terms))
+    checkpoint = open_floats(source)
+    windows = windows_of(checkpoint, content, tokens) if text is not None else []
+    try:
         with StartupProgress(errors) as progress:
             said = run(source, windows, progress)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot write {target}: {error}") from error
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     print(f"{target}: {size / 1e6:.0f} MB of weights, {said}")

@@ -11,18 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from engine.compression.fit import Inputs
+from engine.errors import ConfigError
 from engine.execution.memory import available_memory
 from engine.models import load_model
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import CacheLayout, DType
+from kernels.backend import CacheLayout
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
 from kernels.ops import Recorder, Tape, Weight
+from kernels.reference import tensor_of
 from kernels.torch_backend import TorchBackend
 
 PAGE = 16
-# Products of inputs that are held at a time; a model whose linears need more is run through again.
-PRODUCT_BYTES = 4 << 30
+# Of the memory beside the weights, what products of inputs may take; a model whose linears need
+# more is run through again.
+PRODUCT_SHARE = 1 / 3
+# Matrices as large as the widest linear's products that fitting one takes.
+FITTING = 5
 
 
 class Products:
@@ -42,13 +48,6 @@ class Products:
                 self.sums[weight.name] = product
 
 
-def _dtype(checkpoint: Checkpoint) -> DType:
-    """float32, or bfloat16 for models of which float32 would fill more than half of the memory."""
-    values = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
-    free = available_memory()
-    return "bfloat16" if free is not None and 4 * values > free // 2 else "float32"
-
-
 class Calibration:
     """A float model, and texts to run through it."""
 
@@ -60,25 +59,26 @@ class Calibration:
         class SeeingOps(TorchCpuOps):
             def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
                 products.see(x, weight)
-                return super().linear(x, weight)
+                placed = tensor_of(weight)
+                # One at a time: processors without bfloat16 products are ten times slower in them.
+                bias = None if placed.bias is None else placed.bias.float()
+                return torch.nn.functional.linear(x, placed.tensor.float(), bias)
 
         self._products, self._windows, self._progress = products, windows, progress
-        backend = TorchBackend("torch", SeeingOps, _dtype(checkpoint))
-        model = load_model(checkpoint, backend)
+        formats = {checkpoint.tensor(name).format for name in checkpoint.names()}
+        dtype = "bfloat16" if "BF16" in formats else "float32"
+        self._backend = TorchBackend("torch", SeeingOps, dtype)  # type: ignore[arg-type]
+        model = load_model(checkpoint, self._backend)
         longest = max(map(len, windows))
-        pages = -(-longest // PAGE)
+        self._pages, self._longest = -(-longest // PAGE), longest
         layout = CacheLayout(model.config.layers, model.config.heads, PAGE, "float32", longest)
-        backend.allocate_cache(layout, pages)
+        self._backend.allocate_cache(layout, self._pages)
         recorder = Recorder()
-        tape = recorder.finish(model.forward(recorder))
-        *instructions, head = tape.instructions
-        # What the head would say is not asked for, and is most of a small model's work.
-        tape = Tape(tuple(instructions), head.arguments[0], tape.last_use[:-1])
-        self._pages = pages
-        self._program = backend.compile(tape, longest)
+        self._tape = recorder.finish(model.forward(recorder))
+        # What the head would say is not asked for.
         self.linears: dict[str, int] = {
             i.arguments[1].name: i.arguments[1].shape[1]
-            for i in tape.instructions
+            for i in self._tape.instructions[:-1]
             if i.op == "linear"
         }
         """Every linear's name and number of inputs, in the order in which they run."""
@@ -86,10 +86,23 @@ class Calibration:
     def products(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """x^T x of these linears over all windows."""
         self._products.wanted, self._products.sums = set(names), {}
+        program = self._backend.compile(self._until(names[-1]), self._longest)
         for window in self._windows:
-            self._program.forward(self._batch(window))
+            program.forward(self._batch(window))
             self._progress()
-        return self._products.sums
+        found, self._products.sums = self._products.sums, {}
+        return found
+
+    def _until(self, name: str) -> Tape:
+        """The tape up to this linear."""
+        tape = self._tape
+        last = next(
+            number
+            for number, i in enumerate(tape.instructions)
+            if i.op == "linear" and i.arguments[1].name == name
+        )
+        instructions = tape.instructions[: last + 1]
+        return Tape(instructions, instructions[-1].results[0], tape.last_use[: last + 1])
 
     def _batch(self, window: Sequence[int]) -> Batch:
         """A prompt of its own; all rows go through the last layer."""
@@ -112,16 +125,19 @@ def products_of(
     windows: Sequence[Sequence[int]],
     wanted: Callable[[str, int], bool],
     progress: Callable[[str, int, int], None],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Matrices by name, and x^T x of their inputs over all windows; of those that are `wanted` for
-    their name and number of inputs."""
+) -> Iterator[tuple[str, Inputs]]:
+    """Matrices by name, and what their inputs are over all windows; of those that are `wanted` for
+    their name and number of inputs. Raises ConfigError if there are too few tokens, or too little
+    memory."""
     done, passes = 0, 1
+    rows = sum(map(len, windows))
 
     def seen() -> None:
         nonlocal done
         done += 1
         progress("calibrate", done, len(windows) * passes)
 
+    room = _room(checkpoint)
     calibration = Calibration(checkpoint, windows, seen)
     # A linear's name is those of the matrices that are stacked in it.
     linears = {
@@ -129,20 +145,43 @@ def products_of(
         for name, inputs in calibration.linears.items()
         if all(wanted(part, inputs) for part in name.split("+"))
     }
-    rounds = list(_rounds(linears))
+    widest = max(linears.values(), default=0)
+    if rows < widest:
+        raise ConfigError(
+            f"the text gives {rows} tokens, but what {widest} inputs of a layer have to do with "
+            f"each other takes at least as many, better {4 * widest}; give a longer one"
+        )
+    rounds = list(_rounds(linears, room))
     passes = len(rounds)
     for names in rounds:
         for name, products in calibration.products(names).items():
+            inputs = Inputs(products, rows)
             for part in name.split("+"):
-                yield part, products
+                yield part, inputs
 
 
-def _rounds(linears: dict[str, int]) -> Iterator[list[str]]:
+def _room(checkpoint: Checkpoint) -> int:
+    """Bytes that products may take. Raises ConfigError if the model alone does not fit."""
+    free = available_memory()
+    tensors = [checkpoint.tensor(name) for name in checkpoint.names()]
+    half = {tensor.format for tensor in tensors} & {"BF16"}
+    weights = sum(math.prod(tensor.shape) for tensor in tensors) * (2 if half else 4)
+    widest = max((tensor.shape[1] for tensor in tensors if len(tensor.shape) > 1), default=0)
+    needed = weights + FITTING * 4 * widest**2
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"calibrating takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are "
+            "free; without a text it takes little"
+        )
+    return int(((free or 2 * needed) - weights) * PRODUCT_SHARE)
+
+
+def _rounds(linears: dict[str, int], room: int) -> Iterator[list[str]]:
     """Linears whose products are held at the same time."""
     names: list[str] = []
     size = 0
     for name, inputs in linears.items():
-        if names and size + 4 * inputs**2 > PRODUCT_BYTES:
+        if names and size + 4 * inputs**2 > room:
             yield names
             names, size = [], 0
         names.append(name)

@@ -15,8 +15,9 @@ GROUP = 32
 SHARES = (1.0, 0.93, 0.86, 0.79)
 # Columns whose corrections wait until all of them are rounded.
 BLOCK = 128
-# Added to the diagonal, as a share of its mean: inputs that never vary allow no corrections.
-DAMPING = 0.01
+# Added to the diagonal, as a share of its mean: inputs that never vary allow no corrections. The
+# second where there are no more rows than inputs.
+DAMPING, FEW_DAMPING = 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -80,40 +81,54 @@ def plain(weight: torch.Tensor) -> Quantized:
     return Quantized(numbers.to(torch.uint8).flatten(1), scales, lows)
 
 
-def gptq(weight: torch.Tensor, products: torch.Tensor) -> Quantized:
-    """The same, with errors made good; `products` is the inputs' x^T x, fp32 `[in, in]`."""
-    weight, inputs = weight.clone(), weight.shape[1]
-    upper = _inverse_factor(products)
-    numbers = torch.empty(weight.shape, dtype=torch.uint8)
-    scales = torch.empty(len(weight), inputs // GROUP, dtype=torch.float16)
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a matrix is given: x^T x summed over `rows` inputs x, `products` fp32 `[in, in]`."""
+
+    products: torch.Tensor
+    rows: int
+
+    def damped(self, more: float = 1.0) -> torch.Tensor:
+        """The products with something on the diagonal, so that they can be inverted: the more the
+        fewer rows there are, since what they show of each other is then partly chance."""
+        products = self.products.clone()
+        share = max(DAMPING, FEW_DAMPING * min(1.0, len(products) / max(1, self.rows))) * more
+        diagonal = products.diagonal()
+        diagonal += share * diagonal.mean().clamp(min=1e-8)
+        return products
+
+    def factor(self) -> torch.Tensor:
+        """The lower Cholesky factor of the damped products. Raises ValueError if there is none."""
+        for more in (1.0, 10.0, 100.0):
+            factor: torch.Tensor
+            factor, failed = torch.linalg.cholesky_ex(self.damped(more))
+            if not int(failed):
+                return factor
+        raise ValueError("its inputs are not finite")
+
+
+def gptq(weight: torch.Tensor, inputs: Inputs) -> Quantized:
+    """The same, with errors made good. Raises ValueError if the inputs are not finite."""
+    # Columns lie together this way.
+    columns, count = weight.T.contiguous(), weight.shape[1]
+    inverse = torch.cholesky_inverse(inputs.factor())
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    numbers = torch.empty(columns.shape, dtype=torch.uint8)
+    scales = torch.empty(count // GROUP, len(weight), dtype=torch.float16)
     lows = torch.empty_like(scales)
-    for start in range(0, inputs, BLOCK):
-        end = min(start + BLOCK, inputs)
-        errors = torch.zeros(len(weight), end - start)
+    for start in range(0, count, BLOCK):
+        end = min(start + BLOCK, count)
+        errors = torch.zeros(end - start, len(weight))
         for column in range(start, end):
             group = column // GROUP
             if column % GROUP == 0:
-                scales[:, group], lows[:, group] = fit_group(weight[:, column : column + GROUP])
-            scale, low = scales[:, group].float(), lows[:, group].float()
-            q = rounded(weight[:, column], scale, low)
-            numbers[:, column] = q.to(torch.uint8)
-            error = (weight[:, column] - q * scale - low) / upper[column, column]
-            weight[:, column:end] -= error[:, None] * upper[column, column:end]
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    return Quantized(numbers, scales, lows)
-
-
-def damped(products: torch.Tensor) -> torch.Tensor:
-    """x^T x of inputs with something on its diagonal, so that it can be inverted."""
-    products = products.clone()
-    diagonal = products.diagonal()
-    diagonal += DAMPING * diagonal.mean().clamp(min=1e-8)
-    return products
-
-
-def _inverse_factor(products: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped products' inverse."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(products)))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+                values = columns[column : column + GROUP].T
+                scales[group], lows[group] = fit_group(values)
+            scale, low = scales[group].float(), lows[group].float()
+            q = rounded(columns[column], scale, low)
+            numbers[column] = q.to(torch.uint8)
+            error = (columns[column] - q * scale - low) / upper[column, column]
+            columns[column:end] -= upper[column, column:end, None] * error
+            errors[column - start] = error
+        columns[end:] -= upper[start:end, end:].T @ errors
+    return Quantized(numbers.T.contiguous(), scales.T.contiguous(), lows.T.contiguous())

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from engine.compression.calibration import products_of
-from engine.compression.fit import damped
-from engine.compression.folder import Progress, open_floats, write_model
+from engine.compression.fit import Inputs
+from engine.compression.folder import Progress, finite, open_floats, write_model
 from engine.errors import ConfigError
 from engine.models.config import read_config
 from engine.weights.safetensors import SafetensorsCheckpoint
@@ -60,11 +60,11 @@ def _tensors(
     """The narrowed layers' tensors, then the others."""
     left = checkpoint.names()
     total = len(left)
-    for name, products in products_of(checkpoint, windows, _is_last, progress):
+    for name, inputs in products_of(checkpoint, windows, _is_last, progress):
         block = name.removesuffix("down_proj.weight")
-        last = checkpoint.tensor(name).dense()
-        chosen = neurons(last.float(), products, width)
-        yield name, refitted(last.float(), products, chosen).to(last.dtype)
+        last = finite(checkpoint, name)
+        chosen = neurons(last.float(), inputs, width)
+        yield name, refitted(last.float(), inputs, chosen).to(last.dtype)
         left.discard(name)
         for part in ("gate_proj", "up_proj"):
             for kind in ("weight", "bias"):
@@ -81,17 +81,16 @@ def _is_last(name: str, inputs: int) -> bool:
     return name.endswith(LAST)
 
 
-def neurons(weight: torch.Tensor, products: torch.Tensor, width: int) -> torch.Tensor:
-    """The `width` inputs of `weight`, fp32 `[out, in]`, that are missed most, in order; `products`
-    is x^T x of the inputs."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(products)))
+def neurons(weight: torch.Tensor, inputs: Inputs, width: int) -> torch.Tensor:
+    """The `width` inputs of `weight`, fp32 `[out, in]`, that are missed most, in order."""
+    inverse = torch.cholesky_inverse(inputs.factor())
     missed = weight.square().sum(0) / inverse.diagonal()
     return missed.topk(width).indices.sort().values
 
 
-def refitted(weight: torch.Tensor, products: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def refitted(weight: torch.Tensor, inputs: Inputs, chosen: torch.Tensor) -> torch.Tensor:
     """The weight of the `chosen` inputs that comes closest to what all of them gave,
     `[out, width]`: least squares over the inputs as they occur."""
-    products = damped(products)
+    products = inputs.damped()
     factor = torch.linalg.cholesky(products[chosen][:, chosen])
     return torch.cholesky_solve(products[chosen] @ weight.T, factor).T

@@ -11,7 +11,7 @@ from gguf.quants import quantize as to_blocks
 
 from engine.compression.calibration import products_of
 from engine.compression.fit import GROUP, gptq, plain
-from engine.compression.folder import Progress, open_floats, write_model
+from engine.compression.folder import Progress, finite, open_floats, write_model
 from engine.weights import blocks
 from engine.weights.safetensors import SafetensorsCheckpoint
 
@@ -38,13 +38,13 @@ def _tensors(
     left = checkpoint.names()
     total = len(left)
     fitted = products_of(checkpoint, windows, _is_fitted, progress) if windows else iter(())
-    for name, products in fitted:
+    for name, inputs in fitted:
         left.discard(name)
-        yield f"{name}.q4_1", gptq(checkpoint.tensor(name).dense().float(), products).blocks()
+        yield f"{name}.q4_1", gptq(finite(checkpoint, name).float(), inputs).blocks()
         progress("quantize", total - len(left), total)
     for name in sorted(left):
         left.discard(name)
-        tensor = checkpoint.tensor(name).dense()
+        tensor = finite(checkpoint, name)
         matrix = tensor.dim() == 2 and tensor.shape[1] % GROUP == 0
         if not matrix or name.endswith(ROUTERS):
             yield name, tensor

@@ -73,10 +73,10 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
     )
 
 
-def _pre(metadata: dict[str, Any]) -> Any:
+def _pre(metadata: dict[str, Any]) -> str:
     """How a byte-level tokenizer cuts words."""
-    pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    return KINDS.get(pre, pre) if isinstance(pre, str) else pre
+    pre = str(metadata.get("tokenizer.ggml.pre", "gpt-2"))
+    return KINDS.get(pre, pre)
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:

@@ -24,7 +24,9 @@ def gguf_parts(path: Path) -> list[Path]:
     found = PART.fullmatch(path.name)
     if found is None:
         return [path]
-    stem, _, count = found.groups()
+    stem, number, count = found.groups()
+    if not 1 <= int(number) <= int(count):
+        raise ConfigError(f"{path.name}: there is no such part; the first is 00001")
     parts = [path.with_name(f"{stem}-{n:05}-of-{count}.gguf") for n in range(1, int(count) + 1)]
     for part in parts:
         if not part.exists():

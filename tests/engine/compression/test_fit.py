@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from engine.compression.fit import gptq, plain
+from engine.compression.fit import Inputs, gptq, plain
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,19 +43,35 @@ def test_inputs_that_vary_together_let_errors_be_made_good() -> None:
     inputs = random(2000, 24, seed=1) @ random(24, 160, seed=2) + random(2000, 160, seed=3)
     wanted = inputs @ weight.T
     simple = error(inputs @ plain(weight).values().T, wanted)
-    fitted = error(inputs @ gptq(weight, inputs.T @ inputs).values().T, wanted)
+    fitted = error(inputs @ gptq(weight, Inputs(inputs.T @ inputs, 2000)).values().T, wanted)
     assert fitted < 0.4 * simple
 
 
 def test_inputs_that_vary_apart_change_nothing() -> None:
     weight = random(8, 64)
-    found = gptq(weight, torch.eye(64) * 7)
+    found = gptq(weight, Inputs(torch.eye(64) * 7, 64))
     assert torch.equal(found.values(), plain(weight).values())
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
     weight, inputs = random(8, 64), random(300, 64)
     inputs[:, 10:20] = 0.0
-    values = gptq(weight, inputs.T @ inputs).values()
+    values = gptq(weight, Inputs(inputs.T @ inputs, 300)).values()
     assert values.isfinite().all()
     assert error(inputs @ values.T, inputs @ weight.T) < 0.5
+
+
+def test_few_rows_are_trusted_less() -> None:
+    """Inputs that vary apart, of which there are few: what they seem to share is chance."""
+    weight, inputs, others = random(32, 128), random(150, 128), random(4000, 128, seed=3)
+    products = inputs.T @ inputs
+    careful, trusting = (
+        error(others @ gptq(weight, Inputs(products, rows)).values().T, others @ weight.T)
+        for rows in (150, 100_000)
+    )
+    assert careful < 0.9 * trusting
+
+
+def test_inputs_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="its inputs are not finite"):
+        gptq(random(4, 32), Inputs(torch.full((32, 32), torch.nan), 100))

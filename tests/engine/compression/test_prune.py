@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.compression.fit import Inputs
 from engine.compression.prune import neurons, prune, refitted
 from engine.compression.quantize import quantize
 from engine.errors import ConfigError
 from engine.weights.checkpoint import open_checkpoint
-from tests.engine.compression.test_quantize import TOKENS, distance, logits, write
+from tests.engine.compression.test_quantize import WINDOWS, distance, logits, write
 from tests.tiny import EXPERTS
 
 
@@ -29,7 +30,7 @@ def test_neurons_that_others_can_speak_for_go_first() -> None:
     inputs[:, 5] = inputs[:, 2] + inputs[:, 3]
     inputs[:, 7] = 0.0
     weight[:, 9] = 0.0
-    kept = neurons(weight, inputs.T @ inputs, 9).tolist()
+    kept = neurons(weight, Inputs(inputs.T @ inputs, 1000), 9).tolist()
     assert not {7, 9} & set(kept)
     assert len({2, 3, 5} & set(kept)) == 2
     assert kept == sorted(kept)
@@ -37,7 +38,7 @@ def test_neurons_that_others_can_speak_for_go_first() -> None:
 
 def test_what_stays_makes_up_for_what_goes() -> None:
     inputs = random(2000, 20, seed=2) @ random(20, 64, seed=3) + 0.1 * random(2000, 64, seed=4)
-    weight, products = random(16, 64), inputs.T @ inputs
+    weight, products = random(16, 64), Inputs(inputs.T @ inputs, 2000)
     chosen = neurons(weight, products, 40)
     wanted = inputs @ weight.T
     cut = distance(inputs[:, chosen] @ weight[:, chosen].T, wanted)
@@ -66,7 +67,7 @@ def test_a_narrowed_model_is_a_model_like_others(tmp_path: Path) -> None:
         assert torch.equal(found.tensor(name).dense(), before.tensor(name).dense())
     assert logits(target).isfinite().all()
     smaller = tmp_path / "smaller"
-    quantize(target, smaller, [TOKENS], lambda *_: None)
+    quantize(target, smaller, WINDOWS, lambda *_: None)
     assert logits(smaller).isfinite().all()
 
 
@@ -78,7 +79,7 @@ def test_neurons_that_say_nothing_leave_without_a_trace(tmp_path: Path) -> None:
             tensor[:, 10:42] = 0.0
     save(tensors, source)
     target = tmp_path / "target"
-    prune(source, target, 2 / 3, [TOKENS], lambda *_: None)
+    prune(source, target, 2 / 3, WINDOWS, lambda *_: None)
     assert distance(logits(target), logits(source)) < 0.05
 
 
@@ -104,7 +105,7 @@ def test_what_cannot_be_narrowed_says_why(
 ) -> None:
     source = write(tmp_path / "source", **family)
     with pytest.raises(ConfigError, match=message):
-        prune(source, tmp_path / "target", keep, [TOKENS], lambda *_: None)
+        prune(source, tmp_path / "target", keep, WINDOWS, lambda *_: None)
     assert not (tmp_path / "target").exists()
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from engine.compression import calibration, folder
 from engine.compression.calibration import Calibration
-from engine.compression.folder import windows_of
+from engine.compression.folder import open_floats, windows_of
 from engine.compression.quantize import quantize
 from engine.errors import ConfigError
 from engine.weights.checkpoint import open_checkpoint
@@ -25,6 +27,10 @@ from tests.kernels.native import needs_native
 from tests.tiny import EXPERTS, write_llama
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+WINDOWS = [
+    torch.randint(3, 250, (100,), generator=torch.Generator().manual_seed(n)).tolist()
+    for n in range(3)
+]
 TOKENS = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -109,11 +115,11 @@ def _squares(missed: torch.Tensor, products: torch.Tensor) -> float:
 def test_what_is_held_at_a_time_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, target = made(tmp_path, [TOKENS])
-    monkeypatch.setattr(calibration, "PRODUCT_BYTES", 4 * 64**2)
+    source, target = made(tmp_path, WINDOWS)
+    monkeypatch.setattr(calibration, "_room", lambda _: 4 * 64**2)
     monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
     pieces = tmp_path / "pieces"
-    quantize(source, pieces, [TOKENS], lambda *_: None)
+    quantize(source, pieces, WINDOWS, lambda *_: None)
     assert len(list(pieces.glob("*.safetensors"))) > 2
     assert torch.equal(logits(pieces), logits(target))
 
@@ -132,7 +138,7 @@ def test_the_native_kernels_take_its_bits_and_ranks_their_parts(tmp_path: Path) 
 def test_a_text_becomes_windows_spread_over_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(tmp_path)
+    source = open_floats(write(tmp_path))
     monkeypatch.setattr(folder, "WINDOW", 4)
     text = "".join(chr(ord("a") + n) for n in range(18))
     found = windows_of(source, text, 8)
@@ -151,11 +157,14 @@ def test_what_cannot_be_quantized_says_why(tmp_path: Path) -> None:
     write_gguf(file)
     with pytest.raises(ConfigError, match="is a GGUF file, which has its bits; give the float"):
         quantize(file, other, [], lambda *_: None)
+    floats = open_floats(source)
+    with pytest.raises(ConfigError, match="gives 60 tokens, but what 96 inputs of a layer have"):
+        quantize(source, other, [TOKENS], lambda *_: None)
     (source / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="model_type is 'bert'; these can be served"):
         quantize(source, other, [], lambda *_: None)
     with pytest.raises(ConfigError, match="the text to calibrate with is empty"):
-        windows_of(target, "", 8)
+        windows_of(floats, "", 8)
     assert not other.exists()
 
 
@@ -170,17 +179,56 @@ def test_what_was_interrupted_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_model_that_would_fill_memory_is_calibrated_in_bfloat16(
+def test_what_memory_cannot_hold_is_refused_before_it_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_checkpoint(write(tmp_path))
+    source = write(tmp_path / "source")
+    monkeypatch.setattr(calibration, "available_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"takes about 0 GB of memory, and 0 GB are free"):
+        quantize(source, tmp_path / "target", WINDOWS, lambda *_: None)
+    quantize(source, tmp_path / "target", [], lambda *_: None)
+
+
+def test_a_bfloat16_model_is_seen_as_it_is(tmp_path: Path) -> None:
+    """Its weights are kept as they are, and multiplied in float32."""
+    source, rounded = write(tmp_path / "source"), write(tmp_path / "rounded")
+    checkpoint = open_checkpoint(source)
+    tensors = {name: checkpoint.tensor(name).dense().bfloat16() for name in checkpoint.names()}
+    save_file(tensors, source / "model.safetensors")
+    save_file({n: t.float() for n, t in tensors.items()}, rounded / "model.safetensors")
     sums = []
-    for free in (1 << 30, 1 << 10):
-        monkeypatch.setattr(calibration, "available_memory", lambda free=free: free)
-        made = Calibration(source, [TOKENS], lambda: None)
-        sums.append(made.products(list(made.linears)[:1]))
-    ((exact,), (rounded,)) = (list(found.values()) for found in sums)
-    assert 0.0 < distance(rounded, exact) < 0.02
+    for folder_ in (source, rounded):
+        made = Calibration(open_checkpoint(folder_), WINDOWS, lambda: None)
+        sums.append(made.products(list(made.linears)[-1:]))
+    ((narrow,), (wide,)) = (list(found.values()) for found in sums)
+    torch.testing.assert_close(narrow, wide)
+
+
+def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"up_proj\.weight' holds values that are not finite"):
+        quantize(source, tmp_path / "target", [], lambda *_: None)
+    assert not (tmp_path / "target").exists()
+
+
+def test_what_every_prompt_begins_with_begins_every_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a tokenizer ends prompts, too."""
+    source = write(tmp_path / "source")
+    backend = Backend.from_file(str(source / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", backend.token_to_id("<eos>"))]
+    )
+    backend.save(str(source / "tokenizer.json"))
+    monkeypatch.setattr(folder, "WINDOW", 2)
+    end = backend.token_to_id("<eos>")
+    found = windows_of(open_floats(source), "abcd", 4)
+    assert found == [[end, *b"ab"], [end, *b"cd"]]
 
 
 def test_blocks_that_are_none_are_named(tmp_path: Path) -> None:

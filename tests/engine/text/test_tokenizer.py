@@ -167,6 +167,7 @@ def test_words_are_cut_as_the_family_cuts_them(pre: str, words: list[str]) -> No
         ({"merges": None}, "no key 'tokenizer.ggml.merges'"),
         ({"merges": ["zz yy"]}, "'tokenizer.ggml.merges'"),
         ({"pre": "other"}, "'tokenizer.ggml.pre' is 'other'"),
+        ({"pre": ["a"]}, r"'tokenizer\.ggml\.pre' is \"\['a'\]\""),
         ({"eos_token_id": 9999}, "'tokenizer.ggml.eos_token_id' is 9999"),
         ({"model": "llama"}, "no key 'tokenizer.ggml.scores'"),
         ({"model": "llama", "scores": [0.0]}, "'tokenizer.ggml.scores' has 1 items for 259"),

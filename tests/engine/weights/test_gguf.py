@@ -350,6 +350,9 @@ def test_a_missing_part_and_one_under_another_name_are_named(split: list[Path]) 
         open_checkpoint(split[0])
     with pytest.raises(ConfigError, match=r"elsewhere\.gguf says that it is number 1"):
         open_checkpoint(taken)
+    for number in ("00000-of-00003", "00004-of-00003", "00000-of-00000"):
+        with pytest.raises(ConfigError, match="there is no such part; the first is 00001"):
+            open_checkpoint(split[0].with_name(f"tiny-{number}.gguf"))
     taken.write_bytes(split[2].read_bytes())
     taken.rename(split[1])
     with pytest.raises(ConfigError, match=r"tiny-00002-of-00003\.gguf says that it is number 2"):
