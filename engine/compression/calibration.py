@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 from engine.execution.memory import available_memory
 from engine.models import load_model
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import CacheLayout
+from kernels.backend import TORCH_DTYPES, CacheLayout, DType
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
 from kernels.ops import Recorder, Tape, Weight
@@ -29,6 +29,12 @@ PAGE = 16
 PRODUCT_SHARE = 1 / 3
 # Matrices as large as the widest linear's products that fitting one takes.
 FITTING = 5
+
+
+def _dtype(checkpoint: Checkpoint) -> DType:
+    """In which the weights are kept: as they are stored, if that is bfloat16."""
+    formats = {checkpoint.tensor(name).format for name in checkpoint.names()}
+    return "bfloat16" if "BF16" in formats else "float32"
 
 
 class Products:
@@ -65,9 +71,7 @@ class Calibration:
                 return torch.nn.functional.linear(x, placed.tensor.float(), bias)
 
         self._products, self._windows, self._progress = products, windows, progress
-        formats = {checkpoint.tensor(name).format for name in checkpoint.names()}
-        dtype = "bfloat16" if "BF16" in formats else "float32"
-        self._backend = TorchBackend("torch", SeeingOps, dtype)  # type: ignore[arg-type]
+        self._backend = TorchBackend("torch", SeeingOps, _dtype(checkpoint))
         model = load_model(checkpoint, self._backend)
         longest = max(map(len, windows))
         self._pages, self._longest = -(-longest // PAGE), longest
@@ -164,8 +168,8 @@ def _room(checkpoint: Checkpoint) -> int:
     """Bytes that products may take. Raises ConfigError if the model alone does not fit."""
     free = available_memory()
     tensors = [checkpoint.tensor(name) for name in checkpoint.names()]
-    half = {tensor.format for tensor in tensors} & {"BF16"}
-    weights = sum(math.prod(tensor.shape) for tensor in tensors) * (2 if half else 4)
+    size = TORCH_DTYPES[_dtype(checkpoint)].itemsize
+    weights = sum(math.prod(tensor.shape) for tensor in tensors) * size
     widest = max((tensor.shape[1] for tensor in tensors if len(tensor.shape) > 1), default=0)
     needed = weights + FITTING * 4 * widest**2
     if free is not None and needed > free:

@@ -7,6 +7,7 @@ rounding one changes is made good in those that are left, as far as inputs allow
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -97,22 +98,23 @@ class Inputs:
         diagonal += share * diagonal.mean().clamp(min=1e-8)
         return products
 
-    def factor(self) -> torch.Tensor:
-        """The lower Cholesky factor of the damped products. Raises ValueError if there is none."""
+    @cached_property
+    def upper(self) -> torch.Tensor:
+        """The upper Cholesky factor of the damped products' inverse. Raises ValueError if there is
+        none."""
         for more in (1.0, 10.0, 100.0):
-            factor: torch.Tensor
             factor, failed = torch.linalg.cholesky_ex(self.damped(more))
             if not int(failed):
-                return factor
+                upper: torch.Tensor
+                upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+                return upper
         raise ValueError("its inputs are not finite")
 
 
 def gptq(weight: torch.Tensor, inputs: Inputs) -> Quantized:
     """The same, with errors made good. Raises ValueError if the inputs are not finite."""
     # Columns lie together this way.
-    columns, count = weight.T.contiguous(), weight.shape[1]
-    inverse = torch.cholesky_inverse(inputs.factor())
-    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    columns, count, upper = weight.T.contiguous(), weight.shape[1], inputs.upper
     numbers = torch.empty(columns.shape, dtype=torch.uint8)
     scales = torch.empty(count // GROUP, len(weight), dtype=torch.float16)
     lows = torch.empty_like(scales)

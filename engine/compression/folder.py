@@ -77,11 +77,10 @@ def write_model(
         _write(tensors, partial)
         partial.rename(target)
     except (SafetensorError, ValueError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ConfigError(f"cannot write {target}: {error}") from error
-    except BaseException:
+    finally:
+        # Nothing is left of it once it has its name.
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:

@@ -15,13 +15,16 @@ from kernels.gpu.attention import AttentionShape
 from kernels.gpu.configs import (
     embed_config,
     gated_config,
+    gather_config,
     norm_config,
     quantize_config,
     rope_config,
+    scatter_config,
     select_config,
+    sum_parts_config,
     values_config,
 )
-from kernels.gpu.experts import Layout, gather_config, scatter_config, sum_parts_config
+from kernels.gpu.experts import Layout
 from kernels.gpu.launch import Compiled, Config, pointer
 from kernels.gpu.matmul import Form, Format, MatmulShape
 from kernels.gpu.pages import compress_kernel, restore_kernel

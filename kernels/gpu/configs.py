@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.gpu import fused
+from kernels.gpu import experts, fused
 from kernels.gpu.launch import Config, power_of_two
 from kernels.gpu.matmul import Form, values_kernel
 from kernels.ops import Activation, Heads
@@ -78,3 +78,22 @@ def select_config(width: int) -> tuple[Config, int]:
     """A gather of rows, and their blocks."""
     block, count = _blocks(width)
     return Config(fused.select_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
+
+
+def gather_config(width: int) -> tuple[Config, int]:
+    """A gather of rows by expert, and their blocks."""
+    block, count = _blocks(width)
+    return Config(experts.gather_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
+
+
+def scatter_config(width: int) -> tuple[Config, int]:
+    """Experts' rows back to where they came from, and their blocks."""
+    block, count = _blocks(width)
+    return Config(experts.scatter_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
+
+
+def sum_parts_config(width: int, parts: int) -> tuple[Config, int]:
+    """The sum of a row's parts, and its blocks."""
+    block, count = _blocks(width)
+    sizes = {"WIDTH": width, "BLOCK": block, "PARTS": parts}
+    return Config(experts.sum_parts_kernel, sizes, _warps(block)), count

@@ -18,7 +18,6 @@ from kernels.ops import Experts
 
 # Choices that a program looks at at a time.
 CHOICES = 1024
-MAX_BLOCK = 4096
 # Rows of a block: few where an expert has few.
 FEW, MANY = 16, 64
 
@@ -224,27 +223,6 @@ class Layout:
             "CHOICES": CHOICES,
         }
         return Config(place_kernel, constants, 4)
-
-
-def gather_config(width: int) -> tuple[Config, int]:
-    """A gather of rows, and their blocks."""
-    return _row_config(gather_kernel, width)
-
-
-def scatter_config(width: int) -> tuple[Config, int]:
-    """Experts' rows back to where they came from, and their blocks."""
-    return _row_config(scatter_kernel, width)
-
-
-def sum_parts_config(width: int, parts: int) -> tuple[Config, int]:
-    """The sum of a row's parts, and its blocks."""
-    return _row_config(sum_parts_kernel, width, PARTS=parts)
-
-
-def _row_config(kernel: object, width: int, **constants: int) -> tuple[Config, int]:
-    block = min(power_of_two(width), MAX_BLOCK)
-    sizes = {"WIDTH": width, "BLOCK": block, **constants}
-    return Config(kernel, sizes, max(1, min(16, block // 256))), -(-width // block)
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,16 @@ from kernels.gpu.attention import AttentionShape
 from kernels.gpu.configs import (
     embed_config,
     gated_config,
+    gather_config,
     norm_config,
     quantize_config,
     rope_config,
+    scatter_config,
     select_config,
+    sum_parts_config,
     values_config,
 )
-from kernels.gpu.experts import (
-    Layout,
-    gather_config,
-    scatter_config,
-    sort_rows,
-    sum_parts_config,
-)
+from kernels.gpu.experts import Layout, sort_rows
 from kernels.gpu.launch import power_of_two
 from kernels.gpu.matmul import MAX_FEW, MatmulShape
 from kernels.gpu.single import RowShape, digits_of

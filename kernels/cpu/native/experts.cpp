@@ -10,8 +10,6 @@
 namespace ryzanstein {
 namespace {
 
-// Rows of which one thread chooses experts, or moves what belongs to them, at a time.
-constexpr int64_t kRowGrain = 4;
 constexpr int64_t kPiecesAThread = 16;
 
 // Equal parts stacked in a weight, each a weight of its own in the same memory.
@@ -98,11 +96,10 @@ void Program::experts_step(const Instruction& i, int64_t rows) {
   });
   multiply_experts(e, e.gate_up, gathered, hidden.floats.get());
   pool_->run(e.starts.back(), kRowGrain, [&](int64_t first, int64_t last) {
-    std::vector<float> values(static_cast<size_t>(gated.width));
+    float* values = scratch(gated.width);
     for (int64_t row = first; row < last; ++row) {
-      kernels_.gated_row(hidden.floats.get() + row * hidden.width, gated.width, i.activation,
-                         values.data());
-      store_row(gated, row, values.data());
+      kernels_.gated_row(hidden.floats.get() + row * hidden.width, gated.width, i.activation, values);
+      store_row(gated, row, values);
     }
   });
   multiply_experts(e, e.down, gated, results.floats.get());

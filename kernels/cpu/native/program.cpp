@@ -10,19 +10,16 @@ namespace {
 
 constexpr int64_t kMaxWidth = 1 << 18;
 
-// Rows of cheap work that one thread takes at a time.
-constexpr int64_t kRowGrain = 4;
-
 // Rows a thread from which a matmul is shared out by rows.
 constexpr int64_t kSplitRows = 24;
+
+}  // namespace
 
 float* scratch(int64_t width) {
   static thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < width) buffer.resize(static_cast<size_t>(width));
   return buffer.data();
 }
-
-}  // namespace
 
 Activations Program::Value::activations() const {
   return {floats.get(),  bf16.get(),       values.get(),     scales.get(),     sums.get(),

@@ -12,6 +12,11 @@
 
 namespace ryzanstein {
 
+// Rows of cheap work that one thread takes at a time.
+constexpr int64_t kRowGrain = 4;
+// A thread's room for a row of `width` values.
+float* scratch(int64_t width);
+
 // The step's inputs; arrays as in kernels/batch.py.
 struct Batch {
   const int64_t* token_ids;

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,16 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from engine.errors import ConfigError
 from engine.models import load_model
 from engine.text.gguf_tokenizer import tokenizer_from_gguf
 from engine.weights.checkpoint import open_checkpoint
-from engine.weights.files import weight_files
 from engine.weights.gguf import GGUFCheckpoint, GGUFTensor
 from engine.weights.gguf_header import TensorEntry, read_header
 from kernels.backend import select_backend
 from tests.engine.models.test_parity import run
-from tests.engine.models.test_ranks import tiny
 from tests.tiny import LLAMA, llama_tensors, write_llama
 
 GGUF_NAMES = {
@@ -49,9 +45,6 @@ GGUF_NAMES = {
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
 }
-EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight")
-EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-EXPERT_PARTS |= {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 def gguf_name(name: str) -> str:
@@ -68,6 +61,39 @@ def interleave(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]
     return weight.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(weight.shape)
 
 
+def writer_of(
+    path: Path, architecture: str, config: dict[str, Any], **options: Any
+) -> gguf.GGUFWriter:
+    """A writer that has been told a model's sizes."""
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    return writer
+
+
+def rows_as_stored(
+    name: str, array: np.ndarray[Any, Any], architecture: str, config: dict[str, Any]
+) -> np.ndarray[Any, Any]:
+    """Llama files have query and key rows in their own order."""
+    for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        if part in name and architecture == "llama":
+            array = interleave(array, config[heads])
+    return array
+
+
+def write_out(writer: gguf.GGUFWriter) -> None:
+    """All that the writer has been told, to its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_gguf(
     path: Path,
     *,
@@ -79,14 +105,7 @@ def write_gguf(
 ) -> dict[str, torch.Tensor]:
     """A complete tiny file, or several; matrices are stored as `kind`. Returns its true weights."""
     tensors = llama_tensors(LLAMA) | (extra or {})
-    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_part)
-    writer.add_block_count(LLAMA["num_hidden_layers"])
-    writer.add_context_length(LLAMA["max_position_embeddings"])
-    writer.add_embedding_length(LLAMA["hidden_size"])
-    writer.add_feed_forward_length(LLAMA["intermediate_size"])
-    writer.add_head_count(LLAMA["num_attention_heads"])
-    writer.add_head_count_kv(LLAMA["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(LLAMA["rms_norm_eps"])
+    writer = writer_of(path, architecture, LLAMA, split_max_tensors=tensors_a_part)
     writer.add_rope_freq_base(LLAMA["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["a", "b"])
@@ -95,19 +114,13 @@ def write_gguf(
     for key, value in changes.items():
         writer.add_uint32(key.replace("__", "."), value)
     for name, tensor in tensors.items():
-        array = tensor.numpy()
-        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if part in name and architecture == "llama":
-                array = interleave(array, LLAMA[heads])
+        array = rows_as_stored(name, tensor.numpy(), architecture, LLAMA)
         if array.ndim == 2 and array.shape[1] % 32 == 0 and kind != Type.F32:
             data = quantize(array, kind)
             writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     return tensors
 
 
@@ -202,95 +215,6 @@ def test_a_gguf_model_gives_the_logits_of_the_same_model_in_safetensors(
     assert float(results[0].std()) > 0.1
 
 
-def write_expert_gguf(folder: Path, path: Path, architecture: str, *, stacked: bool) -> None:
-    """The model in `folder`, with a tensor for all experts or, as in older files, for each."""
-    config = json.loads((folder / "config.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config["num_local_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    if architecture == "qwen3moe":
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    layers: dict[tuple[str, str], dict[int, np.ndarray[Any, Any]]] = {}
-    for name, tensor in tensors.items():
-        array = tensor.numpy()
-        if found := EXPERT.fullmatch(name):
-            layer, number, part = found.groups()
-            layers.setdefault((layer, EXPERT_PARTS[part]), {})[int(number)] = array
-            continue
-        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if part in name and architecture == "llama":
-                array = interleave(array, config[heads])
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
-    for (layer, part), experts in layers.items():
-        arrays = [experts[n] for n in range(len(experts))]
-        if stacked:
-            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", np.stack(arrays))
-            continue
-        for number, array in enumerate(arrays):
-            writer.add_tensor(f"blk.{layer}.ffn_{part}.{number}.weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize(
-    ("family", "architecture", "stacked"),
-    [
-        ("qwen3-experts", "qwen3moe", True),
-        ("mixtral", "llama", True),
-        ("mixtral", "llama", False),
-    ],
-)
-def test_experts_in_a_gguf_file_are_those_of_the_same_model_in_safetensors(
-    tmp_path: Path, family: str, architecture: str, stacked: bool
-) -> None:
-    # A GGUF file does not say which layers are dense.
-    folder = tiny(tmp_path / "folder", family, mlp_only_layers=[])
-    file = tmp_path / "model.gguf"
-    write_expert_gguf(folder, file, architecture, stacked=stacked)
-    tokens = list(range(3, 40))
-    results = [run(path, "torch", [len(tokens)], tokens) for path in (file, folder)]
-    assert torch.equal(results[0], results[1])
-    assert float(results[0].std()) > 0.1
-
-
-@pytest.mark.parametrize("name", ["ffn_up_exps.{x}", "{", "a{}b", "ffn_up_exps.{"])
-def test_braces_in_a_name_are_only_braces(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "braces.gguf"
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
-    writer.add_tensor(f"blk.0.{name}", np.zeros((2, 4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert len(open_checkpoint(path).names()) in (2, 3)
-
-
-def test_a_tensor_of_experts_without_them_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "flat.gguf"
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
-    writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ConfigError, match=r"'blk\.0\.ffn_up_exps\.weight' has shape \[4, 32\]"):
-        open_checkpoint(path)
-
-
 READABLE = sorted(gguf.quants._type_traits, key=lambda kind: kind.name)
 
 
@@ -322,41 +246,6 @@ def test_files_that_cannot_be_served_say_why(
     write_gguf(path, **changes)
     with pytest.raises(ConfigError, match=message):
         open_checkpoint(path)
-
-
-@pytest.fixture
-def split(tmp_path: Path) -> list[Path]:
-    """A model in parts of seven tensors."""
-    write_gguf(tmp_path / "tiny.gguf", tensors_a_part=7)
-    return sorted(tmp_path.glob("*.gguf"))
-
-
-def test_a_model_in_parts_is_one_whichever_part_is_named(split: list[Path]) -> None:
-    assert split[0].name == "tiny-00001-of-00003.gguf"
-    expected = llama_tensors(LLAMA)
-    for named in split:
-        checkpoint = open_checkpoint(named)
-        assert checkpoint.path == split[0]
-        assert checkpoint.config["vocab_size"] == LLAMA["vocab_size"]
-        assert checkpoint.names() == set(expected)
-        for name, tensor in expected.items():
-            assert torch.equal(checkpoint.tensor(name).dense(), tensor), name
-    assert weight_files(split[1]) == split
-
-
-def test_a_missing_part_and_one_under_another_name_are_named(split: list[Path]) -> None:
-    taken = split[1].rename(split[1].with_name("elsewhere.gguf"))
-    with pytest.raises(ConfigError, match=r"tiny-00002-of-00003\.gguf is missing"):
-        open_checkpoint(split[0])
-    with pytest.raises(ConfigError, match=r"elsewhere\.gguf says that it is number 1"):
-        open_checkpoint(taken)
-    for number in ("00000-of-00003", "00004-of-00003", "00000-of-00000"):
-        with pytest.raises(ConfigError, match="there is no such part; the first is 00001"):
-            open_checkpoint(split[0].with_name(f"tiny-{number}.gguf"))
-    taken.write_bytes(split[2].read_bytes())
-    taken.rename(split[1])
-    with pytest.raises(ConfigError, match=r"tiny-00002-of-00003\.gguf says that it is number 2"):
-        open_checkpoint(split[0])
 
 
 def header(version: int = 3, tensors: bytes = b"", count: int = 0) -> bytes:
@@ -439,10 +328,7 @@ def test_a_file_without_a_key_value_head_count_has_one_for_each_query_head(
     writer.add_tensor("blk.0.attn_k.weight", np.zeros((32, 32), np.float32))
     writer.add_tensor("blk.0.attn_q.weight", np.zeros((30, 32), np.float32))
     writer.add_tensor("blk.0.weight", np.zeros((1, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     checkpoint = open_checkpoint(path)
     assert checkpoint.tensor("model.layers.0.self_attn.k_proj.weight").dense().shape == (32, 32)
     with pytest.raises(ConfigError, match="30 rows, not for 4 heads"):
@@ -454,10 +340,7 @@ def test_an_unreadable_type_names_the_tensor(tmp_path: Path) -> None:
     path = tmp_path / "i8.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.int8))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     with pytest.raises(ConfigError, match=r"'token_embd\.weight' is stored as I8"):
         open_checkpoint(path).tensor("model.embed_tokens.weight").dense()
 
@@ -467,10 +350,7 @@ def test_other_architectures_and_missing_tensors_are_named(tmp_path: Path) -> No
     for architecture, message in (("bert", "'bert'"), ("llama", r"'token_embd\.weight'")):
         writer = gguf.GGUFWriter(path, architecture)
         writer.add_tensor("x", np.zeros((1, 32), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_out(writer)
         with pytest.raises(ConfigError, match=message):
             open_checkpoint(path)
     with pytest.raises(ConfigError, match="cannot read"):
@@ -484,10 +364,7 @@ def test_rope_factors_and_scaling_are_read(tmp_path: Path) -> None:
     writer.add_rope_scaling_factor(4.0)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.add_tensor("rope_freqs.weight", np.array([1, 2, 3, 4], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     checkpoint = open_checkpoint(path)
     assert checkpoint.rope_factors() == [1, 2, 3, 4]
     assert checkpoint.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
