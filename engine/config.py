@@ -19,6 +19,8 @@ PolicyName = Literal["lru", "lfu", "sieve", "cost", "adaptive"]
 
 class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model (`none` serves only an encoder), and how its numbers are stored while serving.
+    While requests wait for each other, steps are computed with a second set of weights in
+    `busy_dtype`, if that is not `none`: faster, less exact, and with more memory taken.
     `keep_packed` keeps weights that took long to repack for the native kernels on disk, for the
     next start. `checksums` names a list of `sha256sum`'s, beside the model, by which its files are
     checked at every start."""
@@ -27,6 +29,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     revision: str | None = None
     served_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    busy_dtype: Literal["none", "bfloat16", "int8", "int4"] = "none"
     max_context: NonNegative = 0
     keep_packed: bool = True
     checksums: str = ""

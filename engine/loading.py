@@ -125,10 +125,14 @@ def _finish(
     rounded = config.cache.cold_dtype if config.cache.cold_tokens else "auto"
     formats = (facts[0].description, config.model.dtype, facts[0].kv_dtype, rounded)
     fingerprint = _fingerprint(path, formats)
+    two = config.model.busy_dtype != "none"
+    profiles = []
     with stage(timeline, "profile"):
-        file = _profile_file(config, fingerprint, shape)
-        profile = load_or_measure(file, device.run, shape, partial(progress, "profile"))
-    parts = _assemble(config, device, tokenizer, CostModel(profile))
+        for busy in (False, True)[: 1 + two]:
+            file = _profile_file(config, fingerprint, shape, busy=busy)
+            report = partial(progress, "profile")
+            profiles.append(load_or_measure(file, device.run, shape, report, busy=busy))
+    parts = _assemble(config, device, tokenizer, CostModel(*profiles))
     parts.fingerprint = fingerprint
     on_host = facts[0].free is None
     page_bytes = sum(rank.page for rank in facts)
@@ -200,15 +204,15 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
     )
 
 
-def _profile_file(config: Config, fingerprint: bytes, shape: Shape) -> Path:
-    """Where the profile of this model on this machine and build is kept."""
+def _profile_file(config: Config, fingerprint: bytes, shape: Shape, *, busy: bool) -> Path:
+    """Where the profile of this model on this machine and build is kept, of quiet or busy steps."""
     processor = ""
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         lines = cpuinfo.read_text().splitlines()
         processor = next((line for line in lines if line.startswith("model name")), "")
     machine = (platform.machine(), platform.release(), processor, available_cores())
     ways = (config.execution.threads, config.execution.tensor_parallel)
-    text = repr((fingerprint, machine, ways, build_identity(), VERSION, shape))
+    text = repr((fingerprint, machine, ways, build_identity(), VERSION, shape, busy))
     name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     return cache_folder() / "profiles" / f"{name}.json"
 

@@ -43,5 +43,6 @@ def step_stats(
             if not c.given
         ),
         gaps=gaps,
+        busy=plan.busy,
         served=[*plan.decodes, *(c.sequence for c in plan.chunks)] if plan.chunks else plan.decodes,
     )

@@ -284,6 +284,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 
     `gaps` are the seconds between the tokens that it gave and those before them in their choices,
     with how many came after each; while a request is set aside, nobody waits for its next token.
+    A `busy` step was computed with the model's narrower weights.
     `served` are those that it computed anything for. Of the `drafted` tokens that were guessed so
     many were `accepted`.
     """
@@ -305,6 +306,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     decisions: tuple[Decision, ...] = ()
     prefills: tuple[Ran, ...] = ()
     gaps: dict[float, int] = {}
+    busy: bool = False
     served: Sequence[Served] = ()
 
 

@@ -185,18 +185,8 @@ class AheadProgram(Program, Protocol):
         ...
 
 
-class Backend(Protocol):
-    """One device. `load` is called for every weight before `compile`."""
-
-    name: str
-    hardware: str
-    """What it runs on, in a word."""
-    collectives: Collectives | None
-    """How it meets the other ranks, if there are any."""
-
-    def describe(self) -> str:
-        """What computes: the same words mean the same numbers."""
-        ...
+class WeightStore(Protocol):
+    """Where a model's weights are placed, in one format."""
 
     def load(
         self,
@@ -216,6 +206,27 @@ class Backend(Protocol):
 
     def loaded_bytes(self) -> int:
         """Bytes that the placed weights occupy."""
+        ...
+
+
+class Backend(WeightStore, Protocol):
+    """One device. `load` is called for every weight before `compile`."""
+
+    name: str
+    hardware: str
+    """What it runs on, in a word."""
+    collectives: Collectives | None
+    """How it meets the other ranks, if there are any."""
+
+    def describe(self) -> str:
+        """What computes: the same words mean the same numbers."""
+        ...
+
+    def other_weights(
+        self, dtype: WeightFormat, packed_file: tuple[Path, str] | None = None
+    ) -> WeightStore:
+        """Room for the same weights in another format: tapes of either are compiled here, and share
+        the cache. Raises ValueError if the device computes in one format only."""
         ...
 
     def free_bytes(self) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from pathlib import Path
+from typing import NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from kernels.backend import (
     HostTensor,
     PageCodec,
     TernaryTensor,
+    WeightFormat,
     stacked_name,
 )
 from kernels.batch import Batch, Samples, Sampling
@@ -75,6 +77,13 @@ class TorchBackend:
 
     def loaded_bytes(self) -> int:
         return self._bytes
+
+    def other_weights(
+        self, dtype: WeightFormat, packed_file: tuple[Path, str] | None = None
+    ) -> NoReturn:
+        raise ValueError(
+            f"backend {self.name} computes in one format; {dtype} beside it takes more"
+        )
 
     def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
         shape = (pages * layout.page_size, layout.heads.kv, layout.heads.dim)

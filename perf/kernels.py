@@ -21,16 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.backend import CacheDType, CacheLayout
-from kernels.cpu.native_backend import (
-    BF16,
-    CACHE_FORMATS,
-    F32,
-    Q4,
-    Q8,
-    TERNARY,
-    native_module,
-    unavailable_reason,
-)
+from kernels.cpu.native_backend import CACHE_FORMATS, native_module, unavailable_reason
+from kernels.cpu.native_weights import BF16, F32, Q4, Q8, TERNARY
 from kernels.ops import Heads
 
 # SmolLM2-135M's: rows and columns of a linear, and its attention.

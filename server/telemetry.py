@@ -69,7 +69,7 @@ class Steps:
     """Sums over steps."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.busy = 0
         self.predicted = 0.0
         self.parts: defaultdict[tuple[str], float] = defaultdict(float)
         self.seconds = Histogram(SECONDS)
@@ -81,6 +81,7 @@ class Steps:
     def add(self, stats: StepStats) -> None:
         """One step."""
         self.count += 1
+        self.busy += stats.busy
         self.predicted += stats.predicted
         for part, seconds in stats.seconds.items():
             self.parts[part,] += seconds
@@ -97,6 +98,8 @@ class Steps:
     def collect(self) -> Iterator[Metric]:
         """As metrics."""
         yield counter("ryzanstein_steps", "Steps run", self.count)
+        text = "Steps computed with the weights for busy times"
+        yield counter("ryzanstein_busy_steps", text, self.busy)
         text = "Time that steps were predicted to take"
         yield counter("ryzanstein_step_predicted_seconds", text, self.predicted)
         yield counter("ryzanstein_step_seconds", "Time in steps by part", self.parts, ["part"])

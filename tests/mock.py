@@ -198,6 +198,7 @@ def mock_scheduler(
     cold_slots: int = 0,
     eviction: PolicyName = "lru",
     profile: Profile = FLAT,
+    busy_profile: Profile | None = None,
     **limits: Any,
 ) -> Scheduler:
     """The real scheduler over a small pool."""
@@ -205,7 +206,7 @@ def mock_scheduler(
         PagePool(pages, page_size, eviction),
         SchedulerLimits(step_tokens, running, **limits),
         clock,
-        CostModel(profile),
+        CostModel(profile, busy_profile),
         cold=ColdIndex(cold_slots, 1.0),
     )
 

@@ -167,6 +167,11 @@ SCHEDULER: list[Panel] = [
         },
     ),
     ("Waiting tokens", "none", {"{{instance}}": on("waiting_tokens")}),
+    (
+        "Steps with the weights for busy times",
+        "percentunit",
+        {"share": f"{rate('busy_steps_total')} / {rate('steps_total')}"},
+    ),
 ]
 TENANTS: list[Panel] = [
     (

@@ -41,6 +41,7 @@ class PlanWriter:
                 for c in plan.chunks
             ],
             moves=plan.moves,
+            busy=plan.busy,
         )
 
     def _added(self, sequences: Iterable[Sequence]) -> Iterable[tuple[int, list[int]]]:
@@ -78,7 +79,7 @@ class PlanReader:
             )
             for p in step.parts
         ]
-        return Plan(step.number, decodes, chunks, admitted, grown, step.moves)
+        return Plan(step.number, decodes, chunks, admitted, grown, step.moves, step.busy)
 
 
 def _drawing(sampling: SamplingParams) -> SamplingParams:

@@ -39,8 +39,9 @@ class Shape(msgspec.Struct, frozen=True):
 class Profiler:
     """Times steps of made-up sequences on `run`; what they write is never published."""
 
-    def __init__(self, run: Callable[[Plan], object], shape: Shape) -> None:
+    def __init__(self, run: Callable[[Plan], object], shape: Shape, *, busy: bool = False) -> None:
         self._run = run
+        self._busy = busy
         self._shape = shape
         self._longest = max(1, min(shape.context - 1, (shape.pages - 1) * shape.page_size))
         self._most = min(shape.step_tokens, self._longest)
@@ -78,6 +79,7 @@ class Profiler:
         return Profile.measured(table, sample, page, prefill_page)
 
     def _time(self, plan: Plan) -> float:
+        plan.busy = self._busy
         start = time.perf_counter()
         self._run(plan)
         return time.perf_counter() - start
@@ -116,19 +118,21 @@ def load_or_measure(
     run: Callable[[Plan], object],
     shape: Shape,
     progress: Callable[[int, int], None],
+    *,
+    busy: bool = False,
 ) -> Profile:
     """The profile that an earlier start on this machine and build has kept, or a new one.
 
     A folder that cannot be read or written costs the next start a second, and is logged.
     """
     if file is None:
-        return Profiler(run, shape).measure(progress)
+        return Profiler(run, shape, busy=busy).measure(progress)
     try:
         if file.exists():
             return msgspec.json.decode(file.read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError) as error:
         logger.warning("the profile in %s is measured again: %s", file.parent, error)
-    profile = Profiler(run, shape).measure(progress)
+    profile = Profiler(run, shape, busy=busy).measure(progress)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")

@@ -15,14 +15,21 @@ from engine.execution.cache import Cache, ColdFile
 from engine.execution.masks import Masks
 from engine.execution.memory import private_memory
 from engine.execution.runner import Runner, StagingShape
-from engine.models import load_model
+from engine.models import Model, load_model
 from engine.models.shard import Shard
 from engine.text.grammar import GrammarCompiler
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.checksums import check_files
 from engine.weights.files import weight_files
 from engine.weights.sources import cache_folder
-from kernels.backend import Backend, CacheDType, CacheLayout, available_cores, select_backend
+from kernels.backend import (
+    Backend,
+    CacheDType,
+    CacheLayout,
+    WeightFormat,
+    available_cores,
+    select_backend,
+)
 from kernels.collectives import Place
 from kernels.ops import Recorder
 
@@ -72,7 +79,7 @@ class Rank:
                 cache_dtype=config.cache.dtype,
                 threads=execution.threads or cores,
                 instructions=execution.instructions,
-                packed_file=_packed_file(config, checkpoint.path, shard),
+                packed_file=_packed_file(config, checkpoint.path, shard, config.model.dtype),
                 batch_invariant=execution.batch_invariant,
                 place=place,
             )
@@ -82,18 +89,20 @@ class Rank:
         exact = execution.exact_ranks and self._backend.name != "triton"
         if config.model.checksums:
             check_files(checkpoint.path, config.model.checksums, shard.rank, shard.ranks)
-        self._model = load_model(checkpoint, self._backend, progress, shard, exact=exact)
-        shape = self._model.config
+        self._models, weights = self._place(checkpoint, shard, progress, exact=exact)
+        shape = self._models[0].config
         context = min(shape.max_context, config.model.max_context or shape.max_context)
         if context < 2:
             raise ConfigError(
                 "model.max_context is 1; a prompt and its answer need at least 2 tokens"
             )
         size = config.cache.page_size
-        self._layout = CacheLayout(shape.layers, self._model.heads, size, kv_dtype, context)
+        self._layout = CacheLayout(shape.layers, self._models[0].heads, size, kv_dtype, context)
         description = self._backend.describe()
         if place is not None and not (exact and self._backend.name == "native"):
             description += f" on {place.ranks} ranks"
+        if config.model.busy_dtype != "none":
+            description += f", {config.model.busy_dtype} weights while busy"
         self.facts = RankFacts(
             description=description,
             hardware=self._backend.hardware,
@@ -101,7 +110,7 @@ class Rank:
             vocab_size=shape.vocab_size,
             context=context,
             page=self._layout.bytes_per_page,
-            weights=self._backend.loaded_bytes(),
+            weights=weights,
             program=before,
             free=self._backend.free_bytes(),
             seconds=time.perf_counter() - start,
@@ -122,9 +131,11 @@ class Rank:
             backend.allocate_cache(layout, pages + 1)
         except ValueError as error:
             raise ConfigError(f"{error}; execution.backend=torch takes any") from error
-        recorder = Recorder()
-        tape = recorder.finish(self._model.forward(recorder))
-        program = backend.compile(tape, batch.max_batch_tokens, batch.max_running)
+        programs = []
+        for model in self._models:
+            recorder = Recorder()
+            tape = recorder.finish(model.forward(recorder))
+            programs.append(backend.compile(tape, batch.max_batch_tokens, batch.max_running))
         context = min(layout.max_context, pages * layout.page_size)
         staging = StagingShape(
             slots=batch.max_running,
@@ -134,7 +145,35 @@ class Rank:
             vocab_size=self.facts.vocab_size,
         )
         cache = _cache(self._config.cache, backend, layout.dtype)
-        return Runner(backend, program, cache, staging, Masks(compiler))
+        return Runner(backend, programs, cache, staging, Masks(compiler))
+
+    def _place(
+        self,
+        checkpoint: Checkpoint,
+        shard: Shard,
+        progress: Callable[[int, int], None],
+        *,
+        exact: bool,
+    ) -> tuple[list[Model], int]:
+        """The model, again for busy times if its weights are to be narrower then, and bytes."""
+        backend, busy = self._backend, self._config.model.busy_dtype
+        models = [load_model(checkpoint, backend, progress, shard, exact=exact)]
+        weights = backend.loaded_bytes()
+        if busy == "none":
+            return models, weights
+        try:
+            packed = _packed_file(self._config, checkpoint.path, shard, busy)
+            others = backend.other_weights(busy, packed)
+        except ValueError as error:
+            raise ConfigError(f"model.busy_dtype: {error}") from error
+        models.append(load_model(checkpoint, others, progress, shard, exact=exact))
+        more = others.loaded_bytes()
+        if more >= weights:
+            raise ConfigError(
+                f"model.busy_dtype is {busy}: {more / 1e6:.0f} MB of weights, where those of quiet "
+                f"times take {weights / 1e6:.0f}; choose a narrower one, or none"
+            )
+        return models, weights + more
 
 
 def weights_identity(path: Path) -> list[tuple[str, int, int]]:
@@ -161,11 +200,13 @@ def _cache(section: CacheSection, backend: Backend, kv_dtype: str) -> Cache:
     return Cache(pages, ColdFile(folder, cold_slots, page_bytes), codec)
 
 
-def _packed_file(config: Config, path: Path, shard: Shard) -> tuple[Path, str] | None:
+def _packed_file(
+    config: Config, path: Path, shard: Shard, dtype: WeightFormat
+) -> tuple[Path, str] | None:
     """Where packed weights are kept, and what they are made from; None if they are not to be."""
     if not config.model.keep_packed:
         return None
-    made = (config.model.dtype, shard.rank, shard.ranks, config.execution.exact_ranks)
+    made = (dtype, shard.rank, shard.ranks, config.execution.exact_ranks)
     # One file for each source and format: a new version of the source takes the old one's place.
     text = repr((str(path.resolve()), made))
     place = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

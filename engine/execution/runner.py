@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +45,9 @@ class StagingShape:
 
 @dataclass(slots=True)
 class Filled:
-    """A step that is ready to run. The tokens of the first `fed` rows are those last drawn at
-    their slots; `drawn` are the logits rows that draw, for `slots`, `held` those with a grammar."""
+    """A step that is ready to run on `program`. The tokens of the first `fed` rows are those last
+    drawn at their slots; `drawn` are the logits rows that draw, for `slots`, `held` those with a
+    grammar."""
 
     batch: Batch
     sampling: Sampling
@@ -54,17 +56,23 @@ class Filled:
     slots: list[int]
     moves: list[tuple[Move, int, int]]
     held: list[tuple[int, Held]]
+    program: Program
 
 
 class Runner:
     """Per-sequence values live at its slot; a step's arrays are its own, so that the next step can
-    be filled while it runs."""
+    be filled while it runs. Of the `programs` the last runs steps that are busy."""
 
     def __init__(
-        self, backend: Backend, program: Program, cache: Cache, shape: StagingShape, masks: Masks
+        self,
+        backend: Backend,
+        programs: SequenceOf[Program],
+        cache: Cache,
+        shape: StagingShape,
+        masks: Masks,
     ) -> None:
         self._backend = backend
-        self._program = program
+        self._programs = programs
         self._cache = cache
         self._shape = shape
         slots = shape.slots
@@ -110,10 +118,10 @@ class Runner:
             if not len(batch.token_ids):
                 return StepResult([], [], [], seconds)
         batch.token_ids[:fed] = self._last_ids[batch.table_rows[:fed]]
-        self._program.forward(batch)
+        filled.program.forward(batch)
         middle = time.perf_counter()
         sampling, faults = self._masks.apply(filled.sampling, filled.held)
-        samples = self._program.sample(sampling)
+        samples = filled.program.sample(sampling)
         ids = samples.ids
         drawn = ids if len(ids) == len(filled.slots) else [ids[row] for row in filled.drawn]
         self._last_ids[filled.slots] = drawn
@@ -126,7 +134,7 @@ class Runner:
     @property
     def runs_behind(self) -> bool:
         """Whether the device can be given a step while it runs another."""
-        return isinstance(self._program, AheadProgram)
+        return isinstance(self._programs[0], AheadProgram)
 
     def needs_history(self, filled: Filled) -> bool:
         """Whether a step depends on what those before it drew, beyond their last tokens."""
@@ -134,7 +142,7 @@ class Runner:
 
     def launch(self, filled: Filled) -> Callable[[], StepResult]:
         """Start a filled step on a device that runs behind; what is returned waits for it."""
-        assert isinstance(self._program, AheadProgram)
+        assert isinstance(filled.program, AheadProgram)
         start = time.perf_counter()
         if filled.moves:
             self._cache.move(filled.moves)
@@ -149,7 +157,7 @@ class Runner:
             faults.update(found)
             return sampling
 
-        wait = self._program.start(
+        wait = filled.program.start(
             filled.batch, sampling_of, filled.fed, filled.drawn, filled.slots
         )
         launched = time.perf_counter()
@@ -167,7 +175,8 @@ class Runner:
     def buffer_bytes(self) -> int:
         """Bytes of activations, logits and staging."""
         staging = self._page_table.nbytes + self._floats.nbytes + self._ints.nbytes
-        return self._program.buffer_bytes(self._shape.slots + MAX_SCORED_ROWS) + staging
+        rows = self._shape.slots + MAX_SCORED_ROWS
+        return sum(program.buffer_bytes(rows) for program in self._programs) + staging
 
     @property
     def page_bytes(self) -> int:
@@ -179,6 +188,9 @@ class Runner:
         self._masks.close()
         self._cache.close()
         self._backend.close()
+
+    def _program(self, plan: Plan) -> Program:
+        return self._programs[-1 if plan.busy else 0]
 
     def _advance(self, last: Filled, plan: Plan) -> Filled:
         """The last step again, one token further: most steps are that."""
@@ -199,7 +211,8 @@ class Runner:
         if sampling.drawn:
             uniform = counter_uniform(self._seed[before.table_rows], place + 1)
             sampling = sampling.with_uniform(uniform)
-        return Filled(batch, sampling, last.fed, last.drawn, last.slots, plan.moves, last.held)
+        held, program = last.held, self._program(plan)
+        return Filled(batch, sampling, last.fed, last.drawn, last.slots, plan.moves, held, program)
 
     def _fill(self, plan: Plan) -> Filled:
         size, decodes = self._shape.page_size, plan.decodes
@@ -300,7 +313,8 @@ class Runner:
             bias_values=bias[2],
             penalties=penalties,
         )
-        return Filled(batch, sampling, fed, drawn, drawn_slots, plan.moves, grammars)
+        program = self._program(plan)
+        return Filled(batch, sampling, fed, drawn, drawn_slots, plan.moves, grammars, program)
 
     def _enter(self, sequence: Sequence) -> None:
         """Write what stays the same while a sequence holds its slot."""

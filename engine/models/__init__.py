@@ -12,7 +12,7 @@ from engine.models.layers import ALONE, WeightLoader
 from engine.models.llama import Llama
 from engine.models.shard import Shard
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import Backend
+from kernels.backend import WeightStore
 from kernels.ops import Heads, Ops, T
 
 
@@ -48,18 +48,18 @@ def check_family(checkpoint: Checkpoint) -> str:
 
 def load_model(
     checkpoint: Checkpoint,
-    backend: Backend,
+    weights: WeightStore,
     progress: Callable[[int, int], None] = lambda *_: None,
     shard: Shard = ALONE,
     *,
     exact: bool = False,
 ) -> Model:
-    """Read the checkpoint's configuration and place its weights, or a rank's `shard` of them, on
-    the backend; see `WeightLoader` for `exact`.
+    """Read the checkpoint's configuration and place its weights, or a rank's `shard` of them; see
+    `WeightLoader` for `exact`.
 
     Raises ConfigError naming the key or tensor that is wrong.
     """
     model_type = check_family(checkpoint)
     config = read_config(checkpoint.config, checkpoint.rope_factors())
-    loader = WeightLoader(checkpoint, backend, progress, shard, exact=exact)
+    loader = WeightLoader(checkpoint, weights, progress, shard, exact=exact)
     return MODELS[model_type](config, loader)

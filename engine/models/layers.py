@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.shard import Shard, Span
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import Backend, HostTensor
+from kernels.backend import HostTensor, WeightStore
 from kernels.ops import HeadNorms, Heads, Ops, T, Weight
 
 # Buffers that older checkpoints store beside their weights; the values follow from the config.
@@ -120,7 +120,7 @@ class WeightLoader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        backend: Backend,
+        weights: WeightStore,
         progress: Callable[[int, int], None],
         shard: Shard = ALONE,
         *,
@@ -129,7 +129,7 @@ class WeightLoader:
         self.checkpoint = checkpoint
         self.shard = shard
         self.exact = exact
-        self._backend = backend
+        self._weights = weights
         self._unused = set(checkpoint.names())
         self._total = len(self._unused)
         self._progress = progress
@@ -144,17 +144,17 @@ class WeightLoader:
         shifted = self.checkpoint.config.get("model_type") in ONE_CENTRED
         if shifted and not self.checkpoint.norms_include_one:
             tensor = PlusOne(tensor)
-        return self._backend.load([tensor])
+        return self._weights.load([tensor])
 
     def vocabulary(self, name: str, rows: int, columns: int) -> Vocabulary:
         """An embedding table or an output head, `[rows, columns]`, split by rows."""
         tensor, shard = self._take(name, (rows, columns)), self.shard
         if shard.ranks == 1:
-            return Vocabulary(self._backend.load([tensor], bits=8))
+            return Vocabulary(self._weights.load([tensor], bits=8))
         spans = self.spans(rows, "vocab_size")
         own = spans[shard.rank]
         widths = tuple(span.length for span in spans)
-        weight = self._backend.load([tensor.narrow(0, own.start, own.length)], bits=8)
+        weight = self._weights.load([tensor.narrow(0, own.start, own.length)], bits=8)
         return Vocabulary(weight, own.start, widths)
 
     def spans(self, total: int, what: str, unit: int = 1) -> list[Span]:
@@ -181,8 +181,8 @@ class WeightLoader:
             else []
         )
         if self.shard.ranks == 1:
-            return self._backend.load(parts, bias)
-        return self._backend.load(_narrowed(parts, own), _narrowed(bias, own))
+            return self._weights.load(parts, bias)
+        return self._weights.load(_narrowed(parts, own), _narrowed(bias, own))
 
     def output(
         self, name: str, rows: int, columns: int, inputs: Sequence[Span], norm: Norm | None
@@ -193,23 +193,23 @@ class WeightLoader:
         if f"{name}.bias" in self._unused:
             bias = [self._take(f"{name}.bias", (rows,))]
         if shard.ranks == 1:
-            return OutputProjection(self._backend.load([tensor], bias), norm)
-        unit = None if self.exact or norm is not None else self._backend.column_unit([tensor])
+            return OutputProjection(self._weights.load([tensor], bias), norm)
+        unit = None if self.exact or norm is not None else self._weights.column_unit([tensor])
         own = inputs[shard.rank]
         if unit is not None and all(span.start % unit == 0 for span in inputs):
             part = tensor.narrow(1, own.start, own.length)
             added = bias if shard.rank == 0 else []
-            return OutputProjection(self._backend.load([part], added), sums=True)
+            return OutputProjection(self._weights.load([part], added), sums=True)
         outputs = self.spans(rows, "hidden_size")
         mine = [outputs[shard.rank]]
-        weight = self._backend.load(_narrowed([tensor], mine), _narrowed(bias, mine))
+        weight = self._weights.load(_narrowed([tensor], mine), _narrowed(bias, mine))
         before, after = ([span.length for span in spans] for spans in (inputs, outputs))
         return OutputProjection(weight, norm, tuple(before), tuple(after))
 
     def router(self, name: str, rows: int, columns: int) -> Weight:
         """What chooses among experts; every rank has it, and it is rounded no further than to
         bfloat16: a score that comes out another way may lead to another expert."""
-        return self._backend.load([self._take(f"{name}.weight", (rows, columns))], bits=16)
+        return self._weights.load([self._take(f"{name}.weight", (rows, columns))], bits=16)
 
     def experts(self, names: Sequence[Sequence[str]], rows: int, columns: int, own: Span) -> Weight:
         """One projection of all experts, or two of one input; the modules of each expert, `rows`
@@ -218,11 +218,11 @@ class WeightLoader:
             [self._take(f"{name}.weight", (rows, columns)) for name in modules] for modules in names
         ]
         mine = parts[own.start : own.start + own.length]
-        return self._backend.load([part for expert in mine for part in expert])
+        return self._weights.load([part for expert in mine for part in expert])
 
     def column_unit(self, name: str) -> int:
         """Where the columns of a linear may be cut, see `Backend.column_unit`; 1 if nowhere."""
-        return self._backend.column_unit([self.checkpoint.tensor(f"{name}.weight")]) or 1
+        return self._weights.column_unit([self.checkpoint.tensor(f"{name}.weight")]) or 1
 
     def finish(self, *, tied: bool) -> None:
         """Refuse a file with tensors that the model has no place for: results would be wrong."""

@@ -61,23 +61,83 @@ class Work:
     """Sum over prefill tokens of the pages before their chunk."""
 
 
-class CostModel:
-    """Predicts seconds a step. Corrections are medians of recent ratios by kind of step, within
-    0.5 to 2 of the profile, so that one slow step moves nothing."""
+class Corrected:
+    """A profile, and what steps have taken since. Corrections are medians of recent ratios by kind
+    of step, within 0.5 to 2 of the profile, so that one slow step moves nothing."""
 
     def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+        self._profile = profile
         self._ratios: dict[tuple[int, int], deque[float]] = {}
         self._corrections: dict[tuple[int, int], float] = {}
         self._overall = 1.0
         self._observed = 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        self._errors: deque[float] = deque(maxlen=ERRORS)
 
     def predict(self, work: Work) -> float:
         """Seconds of a step that does `work`."""
         kind = (work.prefill.bit_length(), work.decodes.bit_length())
         return self._raw(work) * self._corrections.get(kind, self._overall)
+
+    def observe(self, work: Work, seconds: float) -> None:
+        """Learn from a step that has been run."""
+        raw = self._raw(work)
+        kind = (work.prefill.bit_length(), work.decodes.bit_length())
+        ratio = seconds / raw
+        ratios = self._ratios.get(kind)
+        if ratios is None:
+            ratios = self._ratios[kind] = deque(maxlen=WINDOW)
+        ratios.append(ratio)
+        self._recent.append(ratio)
+        self._observed += 1
+        # The first few of a kind count at once; afterwards now and then is enough.
+        if len(ratios) < WINDOW or self._observed % ENOUGH == 0:
+            if len(ratios) >= ENOUGH:
+                self._corrections[kind] = _clamp(statistics.median(ratios))
+            if len(self._recent) >= ENOUGH:
+                self._overall = _clamp(statistics.median(self._recent))
+
+    def _raw(self, work: Work) -> float:
+        profile = self._profile
+        rows = work.decodes + work.prefill
+        if rows == 0:
+            return 0.0
+        sampled = work.decodes + work.sampled
+        return (
+            self._table(rows)
+            + profile.sample_seconds * max(0, sampled - 1)
+            + profile.page_seconds * work.pages
+            + profile.prefill_page_seconds * work.prefill_pages
+        )
+
+    def _table(self, rows: int) -> float:
+        """Between measured points, and on from the last ones, in straight lines."""
+        counts, seconds = self._profile.rows, self._profile.row_seconds
+        if len(counts) == 1:
+            return seconds[0] * max(1.0, rows / counts[0])
+        high = min(max(1, bisect.bisect_left(counts, rows)), len(counts) - 1)
+        low = high - 1
+        slope = (seconds[high] - seconds[low]) / (counts[high] - counts[low])
+        return max(seconds[0], seconds[low] + slope * (rows - counts[low]))
+
+
+class CostModel:
+    """Predicts seconds a step, with the model's weights or, while it is `busy`, with those that it
+    has for busy times, if it has any."""
+
+    def __init__(self, profile: Profile, busy_profile: Profile | None = None) -> None:
+        self.busy = False
+        self.has_two = busy_profile is not None
+        self._quiet = Corrected(profile)
+        self._busy = self._quiet if busy_profile is None else Corrected(busy_profile)
+        self._errors: deque[float] = deque(maxlen=ERRORS)
+
+    def predict(self, work: Work) -> float:
+        """Seconds of a step that does `work`."""
+        return (self._busy if self.busy else self._quiet).predict(work)
+
+    def predict_quiet(self, work: Work) -> float:
+        """The same with the weights of quiet times."""
+        return self._quiet.predict(work)
 
     def decode_seconds(self, rows: int, pages: int) -> float:
         """Seconds of a step of `rows` decodes that read `pages`, and nothing else."""
@@ -93,55 +153,19 @@ class CostModel:
         """Seconds for each token of a prompt, in steps of `step_tokens`."""
         return self.predict(Work(prefill=step_tokens)) / step_tokens
 
-    def observe(self, work: Work, seconds: float) -> None:
+    def observe(self, work: Work, seconds: float, *, busy: bool = False) -> None:
         """Learn from a step that has been run."""
-        raw = self._raw(work)
-        if raw <= 0 or seconds <= 0:
+        cost = self._busy if busy else self._quiet
+        predicted = cost.predict(work)
+        if predicted <= 0 or seconds <= 0:
             return
-        kind = (work.prefill.bit_length(), work.decodes.bit_length())
-        predicted = raw * self._corrections.get(kind, self._overall)
         self._errors.append(abs(predicted - seconds) / seconds)
-        ratio = seconds / raw
-        ratios = self._ratios.get(kind)
-        if ratios is None:
-            ratios = self._ratios[kind] = deque(maxlen=WINDOW)
-        ratios.append(ratio)
-        self._recent.append(ratio)
-        self._observed += 1
-        # The first few of a kind count at once; afterwards now and then is enough.
-        if len(ratios) < WINDOW or self._observed % ENOUGH == 0:
-            if len(ratios) >= ENOUGH:
-                self._corrections[kind] = _clamp(statistics.median(ratios))
-            if len(self._recent) >= ENOUGH:
-                self._overall = _clamp(statistics.median(self._recent))
+        cost.observe(work, seconds)
 
     @property
     def median_error(self) -> float:
         """Median of |predicted - taken| / taken over recent steps."""
         return statistics.median(self._errors) if self._errors else 0.0
-
-    def _raw(self, work: Work) -> float:
-        profile = self.profile
-        rows = work.decodes + work.prefill
-        if rows == 0:
-            return 0.0
-        sampled = work.decodes + work.sampled
-        return (
-            self._table(rows)
-            + profile.sample_seconds * max(0, sampled - 1)
-            + profile.page_seconds * work.pages
-            + profile.prefill_page_seconds * work.prefill_pages
-        )
-
-    def _table(self, rows: int) -> float:
-        """Between measured points, and on from the last ones, in straight lines."""
-        counts, seconds = self.profile.rows, self.profile.row_seconds
-        if len(counts) == 1:
-            return seconds[0] * max(1.0, rows / counts[0])
-        high = min(max(1, bisect.bisect_left(counts, rows)), len(counts) - 1)
-        low = high - 1
-        slope = (seconds[high] - seconds[low]) / (counts[high] - counts[low])
-        return max(seconds[0], seconds[low] + slope * (rows - counts[low]))
 
 
 def _clamp(ratio: float) -> float:

@@ -45,7 +45,8 @@ class Plan:
     slot (the device has it, whether or not it has been committed), then the `chunks`.
 
     `admitted` (re)entered their slots, `grown` are decodes with new pages. `moves` are (kind, from,
-    to), done in order before anything is computed. The rest is the scheduler's own: the number of
+    to), done in order before anything is computed. `busy` steps take the model's weights for busy
+    times. The rest is the scheduler's own: the number of
     guesses that were `accepted`, who has been `dropped` since, and what is given back when the step
     has retired.
     """
@@ -56,6 +57,7 @@ class Plan:
     admitted: list[Sequence] = field(default_factory=list)
     grown: list[Sequence] = field(default_factory=list)
     moves: list[tuple[Move, int, int]] = field(default_factory=list)
+    busy: bool = False
     decisions: list[Decision] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     predicted: float = 0.0

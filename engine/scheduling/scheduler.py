@@ -20,6 +20,7 @@ from engine.scheduling.leases import Leases
 from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
+from engine.scheduling.precision import Precision
 from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.room import BESIDE, BUSY, FULL, NO_PAGES, OUT_OF_TURN, Room
 from engine.scheduling.sequence import Sequence, State, by_order, take_out
@@ -60,6 +61,7 @@ class Scheduler:
         self.prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
         self.leases = Leases(self.prefixes, clock, limits.lease)
         self.speculator = Speculator(cost, pool.page_size, limits)
+        self._precision = Precision(cost, limits)
         self._committer = Committer(self.prefixes, self.speculator, self.finish)
         # Those of whose tokens the device does not know the last.
         self._guessed: set[Sequence] = set()
@@ -100,6 +102,8 @@ class Scheduler:
         self._plan_decodes(plan)
         if len(self.queue):
             self._admit(plan)
+        now, prompts = self._clock.now(), self.prefilling
+        plan.busy = self._precision.choose(now, self.decoding, prompts, self._blocked)
         if self.prefilling:
             self._plan_prefills(plan)
         prefixes = self.prefixes
@@ -140,7 +144,7 @@ class Scheduler:
         if moves:
             self.cold.observe(result.seconds["move"], moves)
             seconds -= result.seconds["move"]
-        self.cost.observe(plan.work, seconds)
+        self.cost.observe(plan.work, seconds, busy=plan.busy)
 
     def discard(self, plan: Plan) -> list[Sequence]:
         """The oldest step in flight has failed. Returns the live sequences that the caller has to
@@ -300,10 +304,7 @@ class Scheduler:
         if sequence in self._entered:
             self._entered.discard(sequence)
             plan.admitted.append(sequence)
-        read = min(start + count, sequence.prompt_length)
-        if read > sequence.charged:
-            sequence.account.take_input(read - max(start, sequence.charged))
-            sequence.charged = read
+        sequence.charge(start, start + count)
         if sample:
             self.prefilling.remove(sequence)
             sequence.decoding = True

@@ -109,6 +109,13 @@ class Sequence:
         """Tokens made so far."""
         return len(self.tokens) - self.prompt_length
 
+    def charge(self, start: int, end: int) -> None:
+        """Its tenant pays for the tokens of the prompt from `start` to `end`, each once."""
+        read = min(end, self.prompt_length)
+        if read > self.charged:
+            self.account.take_input(read - max(start, self.charged))
+            self.charged = read
+
     def page_hash(self, number: int, page_size: int) -> bytes:
         """The name of full page `number`."""
         while len(self.hashes) <= number:

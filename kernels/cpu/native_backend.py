@@ -1,61 +1,32 @@
 """The native CPU backend: packed weights, and a step as one call that holds no interpreter lock.
 
-Quantized GGUF weights are served in their own bits: Q4_0, Q4_1, Q4_K and Q8_0 blocks are repacked
-without rounding, other quantized types become int8 in groups of 32. Float checkpoints are stored in
-bfloat16, or as asked for; with `int4`, tables and heads are int8. Activations are quantized to int8
-in groups of 32 in front of quantized weights, and to int8 rows in front of ternary ones. Results do
-not depend on the batch: every row's sums run in one order.
+Activations are quantized to int8 in groups of 32 in front of quantized weights, and to int8 rows in
+front of ternary ones. Results do not depend on the batch: every row's sums run in one order.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.backend import (
-    CACHE_BITS,
-    CacheDType,
-    CacheLayout,
-    HostTensor,
-    TernaryTensor,
-    WeightFormat,
-    stacked_name,
-)
+from kernels.backend import CACHE_BITS, CacheDType, CacheLayout, HostTensor, WeightFormat
 from kernels.collectives import Collectives, SharedMemory
 from kernels.cpu.native_program import NativeProgram
+from kernels.cpu.native_weights import GROUP, NativeWeights
 from kernels.cpu.packed_file import PackedFile
 from kernels.host_pages import HostPages
 from kernels.ops import Tape, Weight
 
-# Numbers of the packed formats, as in native/weight.h.
-F32, BF16, Q8, Q4, Q4_WIDE, TERNARY = range(6)
-GROUP = 32
-# ggml's type -> its packed format, and the function that repacks its blocks.
-BLOCKS = {
-    "Q4_0": (Q4, "pack_q4_0"),
-    "Q4_1": (Q4, "pack_q4_1"),
-    "Q8_0": (Q8, "pack_q8_0"),
-    "Q4_K": (Q4_WIDE, "pack_q4_k"),
-}
-FLOATS = ("F32", "F16", "BF16")
-PACKERS = {F32: "pack_f32", BF16: "pack_bf16", Q8: "pack_int8", Q4: "pack_int4"}
-# A weight that wants more bits is not rounded.
-FOUR_BITS, MOST_BITS = 4, 8
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
-# Values that are converted at a time.
-PACKED_AT_ONCE = 1 << 20
-# Weights that took longer to pack are kept for the next start.
-WORTH_KEEPING_SECONDS = 0.5
 CACHE_FORMATS: dict[CacheDType, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 
@@ -78,28 +49,6 @@ def unavailable_reason(instructions: str = "auto") -> str | None:
     if instructions not in ("auto", *sets):
         return f"instruction set {instructions!r} is not one that this CPU has: {', '.join(sets)}"
     return None
-
-
-@dataclass(frozen=True, eq=False)
-class NativeWeight(Weight):
-    """A packed matrix with its bias, or a vector; the tensors keep the memory alive. A matmul with
-    it wants its activations in the form `reads`."""
-
-    packed: Any = None
-    reads: str = "floats"
-    vector: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-    @property
-    def address(self) -> int:
-        """Of a vector's values."""
-        assert self.vector is not None
-        return self.vector.data_ptr()
-
-    @property
-    def bias_address(self) -> int:
-        """Of the bias, or 0."""
-        return self.bias.data_ptr() if self.bias is not None else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,19 +98,14 @@ class NativeBackend:
         native = native_module()
         assert native is not None, "checked by the caller"
         self._native = native
-        self._format = weight_format
         self.instructions = instructions
         if instructions == "auto":
             self.instructions = native.instruction_sets()[0]
         self.device = native.Device(self.instructions, threads)
-        # Rounded where products take pairs of bfloat16.
-        self._pairs = "bf16" if self.device.rounds_pairs else "floats"
-        self._packed_file = packed_file
+        self._weights: list[NativeWeights] = []
+        self._place(weight_format, packed_file)
         self.collectives: Collectives | None = collectives
         self._exchange = collectives.exchange if collectives is not None else None
-        self._packing_seconds = 0.0
-        self._arena = native.Arena()
-        self._bytes = 0
         self._layout: CacheLayout
         self._cache: list[LayerMemory] = []
 
@@ -175,25 +119,19 @@ class NativeBackend:
         *,
         bits: int = 4,
     ) -> Weight:
-        name = stacked_name(parts)
-        if len(parts[0].shape) == 1:
-            vector = torch.cat([part.dense().float() for part in parts])
-            self._bytes += vector.nbytes
-            return NativeWeight(name, tuple(vector.shape), vector=vector)
-        shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-        packed = self._find_or_pack(name, parts, shape, bits)
-        added = torch.cat([b.dense().float() for b in bias]) if bias else None
-        self._bytes += packed.bytes + (added.nbytes if added is not None else 0)
-        reads = {F32: "floats", BF16: self._pairs, TERNARY: "whole"}.get(packed.format, "groups")
-        return NativeWeight(name, shape, packed=packed, reads=reads, bias=added)
+        return self._weights[0].load(parts, bias, bits=bits)
 
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
-        target = self._target(parts)
-        unit = {F32: 1, BF16: 2, TERNARY: 0}.get(target, GROUP)
-        return math.lcm(unit, *(part.block for part in parts)) or None
+        return self._weights[0].column_unit(parts)
 
     def loaded_bytes(self) -> int:
-        return self._bytes
+        return self._weights[0].loaded_bytes()
+
+    def other_weights(
+        self, dtype: WeightFormat, packed_file: tuple[Path, str] | None = None
+    ) -> NativeWeights:
+        packed = PackedFile(*packed_file) if packed_file is not None else None
+        return self._place(dtype, packed)
 
     def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
         if layout.page_size not in PAGE_SIZES:
@@ -257,8 +195,8 @@ class NativeBackend:
         return NativeCodec(codec, self._cache)
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> NativeProgram:
-        if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:
-            self._packed_file.save()
+        for weights in self._weights:
+            weights.keep()
         layout = self._layout
         program = NativeProgram(
             self._native, self.device, tape, max_rows, layout.max_context, self._exchange
@@ -266,6 +204,13 @@ class NativeBackend:
         for layer in self._cache:
             program.add_cache(layer, self._native_cache(layer))
         return program
+
+    def _place(self, dtype: WeightFormat, packed_file: PackedFile | None) -> NativeWeights:
+        # Pairs of bfloat16 are rounded where products take them.
+        pairs = self.device.rounds_pairs
+        weights = NativeWeights(self._native, dtype, rounds_pairs=pairs, packed_file=packed_file)
+        self._weights.append(weights)
+        return weights
 
     def _native_cache(self, layer: LayerMemory) -> Any:
         layout = self._layout
@@ -279,67 +224,6 @@ class NativeBackend:
 
     def close(self) -> None:
         self._cache = []
-
-    def _find_or_pack(
-        self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int], bits: int
-    ) -> Any:
-        """The packed weight, from the file of an earlier start if it is there."""
-        packed = self._native.make_weight(self._arena, self._target(parts, bits), *shape)
-        file = self._packed_file
-        if file is not None and file.copy(name, packed, *shape):
-            return packed
-        start, first = time.perf_counter(), 0
-        for part in parts:
-            self._pack(packed, first, part)
-            first += part.shape[0]
-        self._packing_seconds += time.perf_counter() - start
-        if file is not None:
-            file.collect(name, packed, *shape)
-        return packed
-
-    def _target(self, parts: Sequence[HostTensor], bits: int = 4) -> int:
-        """The packed format that these parts take together."""
-        formats = {part.format for part in parts}
-        columns = parts[0].shape[1]
-        if formats == {"TERNARY"}:
-            return TERNARY
-        if self._format == "float32":
-            return F32
-        floats = BF16 if columns % 2 == 0 else F32
-        if self._format == "bfloat16" or columns % GROUP or bits > MOST_BITS:
-            return floats
-        if self._format == "int8":
-            return Q8
-        targets = {BLOCKS[kind][0] if kind in BLOCKS else None for kind in formats}
-        if self._format == "int4" and targets not in ({Q4}, {Q4_WIDE}):
-            return Q4 if bits <= FOUR_BITS else Q8
-        if len(targets) == 1 and (target := targets.pop()) is not None:
-            return target
-        return floats if formats & set(FLOATS) else Q8
-
-    def _pack(self, packed: Any, first: int, part: HostTensor) -> None:
-        """A few rows at a time, so that hardly more memory is taken than the packed weight's."""
-        rows, columns = part.shape
-        step = max(1, PACKED_AT_ONCE // columns)
-        for start in range(0, rows, step):
-            piece = part.narrow(0, start, min(step, rows - start))
-            self._pack_rows(packed, first + start, piece)
-
-    def _pack_rows(self, packed: Any, first: int, part: HostTensor) -> None:
-        rows = part.shape[0]
-        if packed.format == TERNARY:
-            ternary = cast("TernaryTensor", part)
-            signs = ternary.signs().contiguous()
-            self._native.pack_ternary(packed, first, signs.data_ptr(), rows, ternary.scale)
-            return
-        kind = BLOCKS.get(part.format)
-        if kind is not None and kind[0] == packed.format:
-            blocks = part.packed().contiguous()
-            getattr(self._native, kind[1])(packed, first, blocks.data_ptr(), rows)
-            return
-        values = part.dense().float().contiguous()
-        pack = PACKERS[packed.format]
-        getattr(self._native, pack)(packed, first, values.data_ptr(), rows)
 
 
 def _lazy_zeros(size: int) -> torch.Tensor:

@@ -16,7 +16,8 @@ from kernels.ops import Rows as RowCount
 from kernels.sampling import Rows, sample
 
 if TYPE_CHECKING:
-    from kernels.cpu.native_backend import LayerMemory, NativeWeight
+    from kernels.cpu.native_backend import LayerMemory
+    from kernels.cpu.native_weights import NativeWeight
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
 # The forms in which a buffer can hold its rows, in the order of `add_buffer`'s flags.

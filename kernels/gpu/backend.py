@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -31,6 +32,39 @@ MAX_HEAD_DIM = 256
 MOST_BITS = 8
 
 
+class GpuWeights:
+    """Places weights of one format on `device`; floats are stored in `dtype`."""
+
+    def __init__(
+        self, weight_format: WeightFormat, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._format = weight_format
+        self._dtype = dtype
+        self._device = device
+        self._bytes = 0
+
+    def load(
+        self,
+        parts: Sequence[HostTensor],
+        bias: Sequence[HostTensor] = (),
+        *,
+        bits: int = 4,
+    ) -> Weight:
+        """Place one weight; see `weights.place`."""
+        kind = self._format if bits <= MOST_BITS else "bfloat16"
+        weight = place(stacked_name(parts), parts, bias, kind, self._dtype, self._device)
+        self._bytes += weight.bytes
+        return weight
+
+    def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
+        """See `weights.column_unit`."""
+        return column_unit(parts, self._format)
+
+    def loaded_bytes(self) -> int:
+        """Bytes of device memory that they occupy."""
+        return self._bytes
+
+
 class GpuBackend:
     """Places weights on `device`, computes in `dtype`; `invariant` makes every step use one form of
     each kernel, so that results do not depend on the batch."""
@@ -57,13 +91,13 @@ class GpuBackend:
             self._hopper = torch.cuda.get_device_capability(device) >= (9, 0)
             # Sums in fp32, rounded once.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self._format = weight_format
         self._dtype = TORCH_DTYPES[dtype]
         self._device = device
+        self._weights = GpuWeights(weight_format, self._dtype, device)
         self._invariant = invariant
         self._capture = capture
         self.collectives = collectives
-        self._bytes = 0
+        self._staging: Staging | None = None
         self._layout: CacheLayout
         self._pages = 0
         self._tensors: list[torch.Tensor] = []
@@ -81,18 +115,21 @@ class GpuBackend:
         bits: int = 4,
     ) -> Weight:
         """Place one weight; see `weights.place`."""
-        kind = self._format if bits <= MOST_BITS else "bfloat16"
-        weight = place(stacked_name(parts), parts, bias, kind, self._dtype, self._device)
-        self._bytes += weight.bytes
-        return weight
+        return self._weights.load(parts, bias, bits=bits)
 
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
         """See `weights.column_unit`."""
-        return column_unit(parts, self._format)
+        return self._weights.column_unit(parts)
 
     def loaded_bytes(self) -> int:
         """Bytes of device memory that weights occupy."""
-        return self._bytes
+        return self._weights.loaded_bytes()
+
+    def other_weights(
+        self, dtype: WeightFormat, packed_file: tuple[Path, str] | None = None
+    ) -> GpuWeights:
+        """The same weights in another format; floats are stored as this device computes."""
+        return GpuWeights(dtype, self._dtype, self._device)
 
     def free_bytes(self) -> int | None:
         """Bytes of device memory that are free; None without a device."""
@@ -115,7 +152,7 @@ class GpuBackend:
             raise ValueError(
                 f"heads are {layout.heads.dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
             )
-        self._layout, self._pages = layout, pages
+        self._layout, self._pages, self._staging = layout, pages, None
         quantized = layout.dtype == "int8"
         dtype = torch.int8 if quantized else TORCH_DTYPES[layout.dtype]
         # Keys and values of a layer lie behind each other, so that a page is one slice.
@@ -147,7 +184,10 @@ class GpuBackend:
         layout = self._layout
         width = -(-layout.max_context // layout.page_size)
         trash = self._pages * layout.page_size - 1
-        staging = Staging(max_rows, max_sequences, width, trash, self._device)
+        # One for all programs: what a step draws is the next one's input, whichever runs it.
+        if self._staging is None:
+            self._staging = Staging(max_rows, max_sequences, width, trash, self._device)
+        staging = self._staging
         ops = GpuOps(
             self._caches,
             layout.page_size,

@@ -10,8 +10,9 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 
 from engine import AsyncEngine, SamplingParams
-from kernels.cpu import native_backend, packed_file
+from kernels.cpu import native_weights, packed_file
 from kernels.cpu.native_backend import NativeBackend
+from kernels.cpu.native_weights import NativeWeights
 from kernels.cpu.packed_file import PackedFile, _bytes_of
 from tests.kernels.native import Host, needs_native, quantized
 from tests.tiny import write_llama
@@ -24,19 +25,20 @@ WEIGHTS = {
 }
 
 
-def load(path: Path, key: str) -> tuple[NativeBackend, dict[str, bytes]]:
-    """Load all weights through a packed file; returns their bytes."""
-    backend = NativeBackend("auto", 1, packed_file=PackedFile(path, key))
+def load(path: Path, key: str) -> tuple[PackedFile, dict[str, bytes]]:
+    """Load all weights through a packed file; returns it and their bytes."""
+    file = PackedFile(path, key)
+    backend = NativeBackend("auto", 1, packed_file=file)
     found = {}
     for name, host in WEIGHTS.items():
         named = Host(host.values, host.format, host.blocks, name=name)
         found[name] = _bytes_of(backend.load([named]).packed).tobytes()
-    return backend, found
+    return file, found
 
 
 def keep(path: Path, key: str = "first") -> dict[str, bytes]:
-    backend, found = load(path, key)
-    backend._packed_file.save()
+    file, found = load(path, key)
+    file.save()
     return found
 
 
@@ -50,7 +52,7 @@ def test_a_second_start_copies_the_same_bytes(
     def fail(*_: object) -> None:
         raise AssertionError("packed although it was kept")
 
-    monkeypatch.setattr(NativeBackend, "_pack", fail)
+    monkeypatch.setattr(NativeWeights, "_pack", fail)
     assert load(path, "first")[1] == packed
 
 
@@ -110,7 +112,7 @@ async def test_an_engine_keeps_what_took_long(
 
     expected = await answer()
     assert not (tmp_path / "cache/packed").exists()  # it took no time
-    monkeypatch.setattr(native_backend, "WORTH_KEEPING_SECONDS", -1.0)
+    monkeypatch.setattr(native_weights, "WORTH_KEEPING_SECONDS", -1.0)
     assert await answer(model__keep_packed=False) == expected
     assert not (tmp_path / "cache/packed").exists()
     assert await answer() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ def test_a_model_gives_the_references_logits_at_every_mixture(
 ) -> None:
     for ours, theirs in zip(computed[2], wanted, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_two_sets_of_weights_share_the_cache_and_what_was_drawn(folder: Path) -> None:
+    """A prompt's end is drawn with one set, and goes on with the other."""
+    first, backend = program_of(folder, weights="bfloat16", cache="bfloat16")
+    others = backend.other_weights("int8")
+    model = load_model(open_checkpoint(folder), others)
+    assert others.loaded_bytes() < backend.loaded_bytes()
+    recorder = Recorder()
+    second = backend.compile(recorder.finish(model.forward(recorder)), 32, 4)
+    tables = np.arange(30, dtype=np.int32)[None]
+    prompt = replace(chunks_batch([[7, 8, 9]], [0], tables, SIZE), sample_rows=np.array([2]))
+    greedy = options(1, temperature=0)
+    (drawn,) = first.start(prompt, lambda: greedy, 0, [0], [0])().ids
+    found = []
+    for token, fed in ((0, 1), (drawn, 0)):
+        second.start(chunks_batch([[token]], [3], tables, SIZE), lambda: greedy, fed, [], [])()
+        found.append(second.logits().clone())
+    assert (found[0] == found[1]).all()
+    first.forward(chunks_batch([[drawn]], [3], tables, SIZE))
+    exact = first.logits()
+    assert 0 < float((found[0] - exact).abs().max() / exact.abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("invariant", [False, True])
