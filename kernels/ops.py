@@ -195,9 +195,19 @@ class Tape:
     last_use: tuple[tuple[int, ...], ...] = field(repr=False, default=())
 
     def replay(self, ops: Ops[T]) -> T:
-        """Run every instruction on `ops`, dropping each activation after its last use."""
+        """Run every instruction on `ops`, and return the logits."""
         values: dict[int, T] = {}
-        for instruction, dead in zip(self.instructions, self.last_use, strict=True):
+        self.run(ops, values)
+        return values[self.logits.index]
+
+    def run(
+        self, ops: Ops[T], values: dict[int, T], start: int = 0, end: int | None = None
+    ) -> None:
+        """Run the instructions from `start` up to `end` on `ops`: what they need is in `values`, by
+        handle, what they give goes there, and each activation leaves it after its last use."""
+        for instruction, dead in zip(
+            self.instructions[start:end], self.last_use[start:end], strict=True
+        ):
             arguments = [
                 values[a.index] if isinstance(a, Handle) else a for a in instruction.arguments
             ]
@@ -208,7 +218,6 @@ class Tape:
                 values[handle.index] = value
             for index in dead:
                 del values[index]
-        return values[self.logits.index]
 
 
 class Recorder:

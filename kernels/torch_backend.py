@@ -82,7 +82,8 @@ class TorchBackend:
         self, dtype: WeightFormat, packed_file: tuple[Path, str] | None = None
     ) -> NoReturn:
         raise ValueError(
-            f"backend {self.name} computes in one format; {dtype} beside it takes more"
+            f"backend {self.name} computes in one format; none leaves {dtype} out, and the native "
+            "kernels or a GPU take it"
         )
 
     def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
@@ -110,7 +111,11 @@ class TorchBackend:
         raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> TorchProgram:
-        return TorchProgram(tape, self._ops_class(self._caches, self._page_size, self.collectives))
+        return TorchProgram(tape, self.ops())
+
+    def ops(self) -> ReferenceOps:
+        """Ops on the allocated cache."""
+        return self._ops_class(self._caches, self._page_size, self.collectives)
 
     def close(self) -> None:
         self._caches = []

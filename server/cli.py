@@ -252,7 +252,13 @@ def prune(
     target: Path,
     /,
     *,
-    keep: Annotated[float, Parameter(help="Share of each layer's neurons that stays.")],
+    keep: Annotated[
+        float,
+        Parameter(
+            help="Share of each layer's neurons that stays.",
+            validator=validators.Number(gt=0, lt=1),
+        ),
+    ],
     text: Annotated[Path, Parameter(help="A text like those that will be asked about.")],
     tokens: Tokens = None,
     accept_terms: AcceptTerms = False,

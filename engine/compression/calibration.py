@@ -1,6 +1,8 @@
-"""What a model's linears are given, seen on the way through a text.
+"""What a model's linears are given by a text, each behind those that have been changed already.
 
-The model runs as always, on ops that look at what they multiply: its code need not know.
+The model's tape is run a linear at a time: all windows of the text up to it, then it is changed,
+then all of them through it and on to the next. So the text goes through the model once, and what
+one linear does differently is seen by those behind it (as in GPTQ, arXiv 2210.17323).
 """
 
 from __future__ import annotations
@@ -12,21 +14,20 @@ import numpy as np
 import torch
 
 from engine.compression.fit import Inputs
+from engine.compression.folder import SHARD_BYTES
 from engine.errors import ConfigError
 from engine.execution.memory import available_memory
 from engine.models import load_model
+from engine.models.config import read_config
 from engine.weights.checkpoint import Checkpoint
 from kernels.backend import TORCH_DTYPES, CacheLayout, DType
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
-from kernels.ops import Recorder, Tape, Weight
+from kernels.ops import Handle, Recorder, Tape, Weight
 from kernels.reference import tensor_of
 from kernels.torch_backend import TorchBackend
 
 PAGE = 16
-# Of the memory beside the weights, what products of inputs may take; a model whose linears need
-# more is run through again.
-PRODUCT_SHARE = 1 / 3
 # Matrices as large as the widest linear's products that fitting one takes.
 FITTING = 5
 
@@ -37,76 +38,99 @@ def _dtype(checkpoint: Checkpoint) -> DType:
     return "bfloat16" if "BF16" in formats else "float32"
 
 
-class Products:
-    """The sum of x^T x over all inputs x of the linears that are `wanted`, fp32 `[in, in]`."""
+class Linear:
+    """Matrices of one linear by their `names`, and what they are all given."""
 
-    def __init__(self) -> None:
-        self.wanted: set[str] = set()
-        self.sums: dict[str, torch.Tensor] = {}
+    def __init__(self, weight: Weight, rows: dict[str, int], inputs: Inputs) -> None:
+        self.inputs = inputs
+        self._weight = weight
+        self._rows = rows
+        self._changed: dict[str, torch.Tensor] = {}
 
-    def see(self, x: torch.Tensor, weight: Weight) -> None:
-        """Add a linear's inputs `[rows, in]`."""
-        if weight.name in self.wanted:
-            product = x.float().T @ x.float()
-            if weight.name in self.sums:
-                self.sums[weight.name] += product
-            else:
-                self.sums[weight.name] = product
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they are stacked."""
+        return list(self._rows)
+
+    def change(self, name: str, values: torch.Tensor) -> None:
+        """What a matrix, `[out, in]`, is from now on for those behind it."""
+        self._changed[name] = values
+
+    def tensor(self) -> torch.Tensor:
+        """All of them as they are now, fp32 `[out, in]`."""
+        parts = torch.split(tensor_of(self._weight).tensor, list(self._rows.values()))
+        named = zip(self._rows, parts, strict=True)
+        return torch.cat([self._changed.get(name, part).float() for name, part in named])
+
+
+class ChangedOps(TorchCpuOps):
+    """Computes in fp32 with whatever has taken a linear's place."""
+
+    changed: Linear | None = None
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        placed, changed = tensor_of(weight), self.changed
+        # One at a time: processors without bfloat16 products are ten times slower in them.
+        own = changed is not None and changed.names == weight.name.split("+")
+        tensor = changed.tensor() if changed is not None and own else placed.tensor.float()
+        bias = None if placed.bias is None else placed.bias.float()
+        return torch.nn.functional.linear(x, tensor, bias)
 
 
 class Calibration:
-    """A float model, and texts to run through it."""
+    """A float model, and windows of a text on their way through it."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]], progress: Callable[[], None]
-    ) -> None:
-        products = Products()
-
-        class SeeingOps(TorchCpuOps):
-            def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-                products.see(x, weight)
-                placed = tensor_of(weight)
-                # One at a time: processors without bfloat16 products are ten times slower in them.
-                bias = None if placed.bias is None else placed.bias.float()
-                return torch.nn.functional.linear(x, placed.tensor.float(), bias)
-
-        self._products, self._windows, self._progress = products, windows, progress
-        self._backend = TorchBackend("torch", SeeingOps, _dtype(checkpoint))
-        model = load_model(checkpoint, self._backend)
+    def __init__(self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> None:
+        backend = TorchBackend("torch", ChangedOps, _dtype(checkpoint))
+        model = load_model(checkpoint, backend)
         longest = max(map(len, windows))
-        self._pages, self._longest = -(-longest // PAGE), longest
+        self._pages = -(-longest // PAGE)
         layout = CacheLayout(model.config.layers, model.config.heads, PAGE, "float32", longest)
-        self._backend.allocate_cache(layout, self._pages)
+        # One for all windows: what a layer's attention reads has been written just before.
+        backend.allocate_cache(layout, self._pages)
         recorder = Recorder()
-        self._tape = recorder.finish(model.forward(recorder))
+        self._tape: Tape = recorder.finish(model.forward(recorder))
+        ops = backend.ops()
+        assert isinstance(ops, ChangedOps)
+        self._ops = ops
+        self._rows = {name: checkpoint.tensor(name).shape[0] for name in checkpoint.names()}
+        self._batches = [self._batch(window) for window in windows]
+        # What has been computed of each window and is still wanted.
+        self._values: list[dict[int, torch.Tensor]] = [{} for _ in windows]
         # What the head would say is not asked for.
-        self.linears: dict[str, int] = {
-            i.arguments[1].name: i.arguments[1].shape[1]
-            for i in self._tape.instructions[:-1]
+        self.linears: dict[int, Weight] = {
+            number: i.arguments[1]
+            for number, i in enumerate(self._tape.instructions[:-1])
             if i.op == "linear"
         }
-        """Every linear's name and number of inputs, in the order in which they run."""
+        """Every linear's weight, by its place in the tape."""
 
-    def products(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """x^T x of these linears over all windows."""
-        self._products.wanted, self._products.sums = set(names), {}
-        program = self._backend.compile(self._until(names[-1]), self._longest)
-        for window in self._windows:
-            program.forward(self._batch(window))
-            self._progress()
-        found, self._products.sums = self._products.sums, {}
-        return found
-
-    def _until(self, name: str) -> Tape:
-        """The tape up to this linear."""
-        tape = self._tape
-        last = next(
-            number
-            for number, i in enumerate(tape.instructions)
-            if i.op == "linear" and i.arguments[1].name == name
-        )
-        instructions = tape.instructions[: last + 1]
-        return Tape(instructions, instructions[-1].results[0], tape.last_use[: last + 1])
+    @torch.inference_mode()
+    def through(self, places: Sequence[int], progress: Callable[[], None]) -> Iterator[Linear]:
+        """The linears at these places, in order, with what they are given; whatever they are
+        changed to holds from there on. `progress` is told of every window on its way to each."""
+        tokens = sum(len(batch.token_ids) for batch in self._batches)
+        start = 0
+        for place in places:
+            instruction = self._tape.instructions[place]
+            given: Handle = instruction.arguments[0]
+            products = torch.zeros(given.width, given.width)
+            for batch, values in zip(self._batches, self._values, strict=True):
+                self._ops.begin(batch)
+                self._tape.run(self._ops, values, start, place)
+                x = values[given.index].float()
+                products.addmm_(x.T, x)
+                progress()
+            if not products.isfinite().all():
+                raise ConfigError(
+                    f"what {instruction.arguments[1].name!r} is given is not finite: some weight "
+                    "in front of it is not, or overflows"
+                )
+            names = instruction.arguments[1].name.split("+")
+            rows = {name: self._rows[name] for name in names}
+            linear = Linear(instruction.arguments[1], rows, Inputs(products, tokens))
+            yield linear
+            start, self._ops.changed = place, linear
 
     def _batch(self, window: Sequence[int]) -> Batch:
         """A prompt of its own; all rows go through the last layer."""
@@ -124,71 +148,52 @@ class Calibration:
         )
 
 
-def products_of(
+def calibrated(
     checkpoint: Checkpoint,
     windows: Sequence[Sequence[int]],
     wanted: Callable[[str, int], bool],
     progress: Callable[[str, int, int], None],
-) -> Iterator[tuple[str, Inputs]]:
-    """Matrices by name, and what their inputs are over all windows; of those that are `wanted` for
-    their name and number of inputs. Raises ConfigError if there are too few tokens, or too little
-    memory."""
-    done, passes = 0, 1
-    rows = sum(map(len, windows))
-
-    def seen() -> None:
-        nonlocal done
-        done += 1
-        progress("calibrate", done, len(windows) * passes)
-
-    room = _room(checkpoint)
-    calibration = Calibration(checkpoint, windows, seen)
-    # A linear's name is those of the matrices that are stacked in it.
-    linears = {
-        name: inputs
-        for name, inputs in calibration.linears.items()
-        if all(wanted(part, inputs) for part in name.split("+"))
-    }
-    widest = max(linears.values(), default=0)
-    if rows < widest:
+) -> Iterator[Linear]:
+    """The linears of which all matrices are `wanted`, for their name and number of inputs, with
+    what they are given over all windows; see `Calibration.through`. Raises ConfigError if there are
+    too few tokens, or too little memory."""
+    tokens = sum(map(len, windows))
+    _check_memory(checkpoint, tokens)
+    calibration = Calibration(checkpoint, windows)
+    places = [
+        place
+        for place, weight in calibration.linears.items()
+        if all(wanted(part, weight.shape[1]) for part in weight.name.split("+"))
+    ]
+    widest = max((calibration.linears[place].shape[1] for place in places), default=0)
+    if tokens < widest:
         raise ConfigError(
-            f"the text gives {rows} tokens, but what {widest} inputs of a layer have to do with "
+            f"the text gives {tokens} tokens, but what {widest} inputs of a layer have to do with "
             f"each other takes at least as many, better {4 * widest}; give a longer one"
         )
-    rounds = list(_rounds(linears, room))
-    passes = len(rounds)
-    for names in rounds:
-        for name, products in calibration.products(names).items():
-            inputs = Inputs(products, rows)
-            for part in name.split("+"):
-                yield part, inputs
+    done, total = 0, len(windows) * len(places)
+
+    def on() -> None:
+        nonlocal done
+        done += 1
+        progress("calibrate", done, total)
+
+    yield from calibration.through(places, on)
 
 
-def _room(checkpoint: Checkpoint) -> int:
-    """Bytes that products may take. Raises ConfigError if the model alone does not fit."""
+def _check_memory(checkpoint: Checkpoint, tokens: int) -> None:
+    """Raises ConfigError if the model, what fitting takes, and the text on its way do not fit."""
     free = available_memory()
     tensors = [checkpoint.tensor(name) for name in checkpoint.names()]
     size = TORCH_DTYPES[_dtype(checkpoint)].itemsize
     weights = sum(math.prod(tensor.shape) for tensor in tensors) * size
     widest = max((tensor.shape[1] for tensor in tensors if len(tensor.shape) > 1), default=0)
-    needed = weights + FITTING * 4 * widest**2
+    hidden = read_config(checkpoint.config, checkpoint.rope_factors()).hidden
+    # The model, fitting, the text on its way, and what waits to be written.
+    needed = weights + FITTING * 4 * widest**2 + 4 * tokens * (widest + 2 * hidden)
+    needed += min(SHARD_BYTES, weights)
     if free is not None and needed > free:
         raise ConfigError(
             f"calibrating takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are "
             "free; without a text it takes little"
         )
-    return int(((free or 2 * needed) - weights) * PRODUCT_SHARE)
-
-
-def _rounds(linears: dict[str, int], room: int) -> Iterator[list[str]]:
-    """Linears whose products are held at the same time."""
-    names: list[str] = []
-    size = 0
-    for name, inputs in linears.items():
-        if names and size + 4 * inputs**2 > room:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += 4 * inputs**2
-    if names:
-        yield names

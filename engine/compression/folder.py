@@ -108,16 +108,19 @@ def windows_of(
         config = read_config(checkpoint.config, checkpoint.rope_factors())
         most = max(LEAST_TOKENS, 4 * max(config.intermediate, config.hidden))
     tokenizer = open_tokenizer(checkpoint)
-    ids = tokenizer.encode(text)
+    ids, empty = tokenizer.encode(text), tokenizer.encode("")
     first: list[int] = []
-    for token, other in zip(ids, tokenizer.encode(""), strict=False):
+    for token, other in zip(ids, empty, strict=False):
         if token != other:
             break
         first.append(token)
-    ids = ids[len(first) :]
+    ids = ids[len(first) : len(ids) - (len(empty) - len(first))]
     if not ids:
         raise ConfigError("the text to calibrate with is empty")
-    starts = range(0, max(1, len(ids) - WINDOW + 1), WINDOW)
-    wanted = min(len(starts), max(1, most // WINDOW))
+    size = min(WINDOW, most)
+    starts = list(range(0, len(ids), size))
+    wanted = min(len(starts), most // size)
+    if wanted < len(starts) and len(ids) % size:
+        starts.pop()  # the last one is short, and others are not
     chosen = np.linspace(0, len(starts) - 1, wanted).astype(int)
-    return [[*first, *ids[starts[n] : starts[n] + WINDOW]] for n in chosen]
+    return [[*first, *ids[starts[n] : starts[n] + size]] for n in chosen]

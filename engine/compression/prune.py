@@ -2,8 +2,9 @@
 
 Which of a layer's neurons go, and what the others take over, follows from the inputs of its last
 linear. Leaving one out costs least where the inverse of x^T x says that the others know what it
-would say (Optimal Brain Surgeon; for whole neurons ZipLM, arXiv 2302.04089); the weights of those
-that stay are then fitted again, so that the layer's outputs change least.
+would say (Optimal Brain Surgeon; for whole neurons ZipLM, arXiv 2302.04089, which takes them one by
+one, where here all go at once); the weights of those that stay are then fitted again, so that the
+layer's outputs change least.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.compression.calibration import products_of
+from engine.compression.calibration import calibrated
 from engine.compression.fit import Inputs
 from engine.compression.folder import Progress, finite, open_floats, write_model
 from engine.errors import ConfigError
@@ -60,20 +61,23 @@ def _tensors(
     """The narrowed layers' tensors, then the others."""
     left = checkpoint.names()
     total = len(left)
-    for name, inputs in products_of(checkpoint, windows, _is_last, progress):
+    for linear in calibrated(checkpoint, windows, _is_last, progress):
+        (name,) = linear.names
         block = name.removesuffix("down_proj.weight")
         last = finite(checkpoint, name)
-        chosen = neurons(last.float(), inputs, width)
-        yield name, refitted(last.float(), inputs, chosen).to(last.dtype)
+        chosen = neurons(last.float(), linear.inputs, width)
+        narrowed = refitted(last.float(), linear.inputs, chosen)
+        linear.change(name, torch.zeros_like(last).float().index_copy(1, chosen, narrowed))
+        yield name, narrowed.to(last.dtype)
         left.discard(name)
         for part in ("gate_proj", "up_proj"):
             for kind in ("weight", "bias"):
                 if (other := f"{block}{part}.{kind}") in left:
-                    yield other, checkpoint.tensor(other).dense()[chosen]
+                    yield other, finite(checkpoint, other)[chosen]
                     left.discard(other)
         progress("prune", total - len(left), total)
     for name in sorted(left):
-        yield name, checkpoint.tensor(name).dense()
+        yield name, finite(checkpoint, name)
     progress("prune", total, total)
 
 

@@ -9,7 +9,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize as to_blocks
 
-from engine.compression.calibration import products_of
+from engine.compression.calibration import calibrated
 from engine.compression.fit import GROUP, gptq, plain
 from engine.compression.folder import Progress, finite, open_floats, write_model
 from engine.weights import blocks
@@ -37,10 +37,13 @@ def _tensors(
     """All tensors as they are stored, the calibrated linears first."""
     left = checkpoint.names()
     total = len(left)
-    fitted = products_of(checkpoint, windows, _is_fitted, progress) if windows else iter(())
-    for name, inputs in fitted:
-        left.discard(name)
-        yield f"{name}.q4_1", gptq(finite(checkpoint, name).float(), inputs).blocks()
+    fitted = calibrated(checkpoint, windows, _is_fitted, progress) if windows else iter(())
+    for linear in fitted:
+        for name in linear.names:
+            quantized = gptq(finite(checkpoint, name).float(), linear.inputs)
+            linear.change(name, quantized.values())
+            left.discard(name)
+            yield f"{name}.q4_1", quantized.blocks()
         progress("quantize", total - len(left), total)
     for name in sorted(left):
         left.discard(name)

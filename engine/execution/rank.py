@@ -157,15 +157,17 @@ class Rank:
     ) -> tuple[list[Model], int]:
         """The model, again for busy times if its weights are to be narrower then, and bytes."""
         backend, busy = self._backend, self._config.model.busy_dtype
+        others = None
+        if busy != "none":
+            packed = _packed_file(self._config, checkpoint.path, shard, busy)
+            try:
+                others = backend.other_weights(busy, packed)
+            except ValueError as error:
+                raise ConfigError(f"model.busy_dtype: {error}") from error
         models = [load_model(checkpoint, backend, progress, shard, exact=exact)]
         weights = backend.loaded_bytes()
-        if busy == "none":
+        if others is None:
             return models, weights
-        try:
-            packed = _packed_file(self._config, checkpoint.path, shard, busy)
-            others = backend.other_weights(busy, packed)
-        except ValueError as error:
-            raise ConfigError(f"model.busy_dtype: {error}") from error
         models.append(load_model(checkpoint, others, progress, shard, exact=exact))
         more = others.loaded_bytes()
         if more >= weights:

@@ -195,4 +195,5 @@ class Admission:
 
     def _prefill_seconds(self, tokens: int) -> float:
         scheduler = self._scheduler
-        return scheduler.cost.prefill_seconds(tokens, scheduler.limits.max_batch_tokens)
+        rows, size = scheduler.limits.max_batch_tokens, scheduler.pool.page_size
+        return scheduler.cost.prefill_seconds(tokens, rows, size)

@@ -75,12 +75,30 @@ class Corrected:
 
     def predict(self, work: Work) -> float:
         """Seconds of a step that does `work`."""
+        return self.raw(work) * self.correction(work)
+
+    def correction(self, work: Work) -> float:
+        """How many times what the profile says steps of this kind take now."""
         kind = (work.prefill.bit_length(), work.decodes.bit_length())
-        return self._raw(work) * self._corrections.get(kind, self._overall)
+        return self._corrections.get(kind, self._overall)
+
+    def prefill_seconds(self, tokens: int, step_tokens: int, page_size: int) -> float:
+        """Seconds to compute a prompt alone, in steps of `step_tokens`."""
+        whole, rest = divmod(tokens, step_tokens)
+        # Pages before a step's tokens, on average of all steps but the last.
+        pages = (whole - 1) * step_tokens // (2 * page_size)
+        seconds = 0.0
+        if whole:
+            work = Work(prefill=step_tokens, prefill_pages=step_tokens * pages)
+            seconds += whole * self.predict(work)
+        if rest:
+            pages = rest * (whole * step_tokens // page_size)
+            seconds += self.predict(Work(prefill=rest, sampled=1, prefill_pages=pages))
+        return seconds
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step that has been run."""
-        raw = self._raw(work)
+        raw = self.raw(work)
         kind = (work.prefill.bit_length(), work.decodes.bit_length())
         ratio = seconds / raw
         ratios = self._ratios.get(kind)
@@ -96,7 +114,8 @@ class Corrected:
             if len(self._recent) >= ENOUGH:
                 self._overall = _clamp(statistics.median(self._recent))
 
-    def _raw(self, work: Work) -> float:
+    def raw(self, work: Work) -> float:
+        """What the profile says."""
         profile = self._profile
         rows = work.decodes + work.prefill
         if rows == 0:
@@ -127,27 +146,25 @@ class CostModel:
     def __init__(self, profile: Profile, busy_profile: Profile | None = None) -> None:
         self.busy = False
         self.has_two = busy_profile is not None
-        self._quiet = Corrected(profile)
-        self._busy = self._quiet if busy_profile is None else Corrected(busy_profile)
+        self.quiet = Corrected(profile)
+        self._busy = self.quiet if busy_profile is None else Corrected(busy_profile)
         self._errors: deque[float] = deque(maxlen=ERRORS)
 
     def predict(self, work: Work) -> float:
         """Seconds of a step that does `work`."""
-        return (self._busy if self.busy else self._quiet).predict(work)
+        return self._current.predict(work)
 
     def predict_quiet(self, work: Work) -> float:
-        """The same with the weights of quiet times."""
-        return self._quiet.predict(work)
+        """The same with the weights of quiet times, at what the machine does now."""
+        return self.quiet.raw(work) * self._current.correction(work)
 
     def decode_seconds(self, rows: int, pages: int) -> float:
         """Seconds of a step of `rows` decodes that read `pages`, and nothing else."""
         return self.predict(Work(decodes=rows, pages=pages))
 
-    def prefill_seconds(self, tokens: int, step_tokens: int) -> float:
+    def prefill_seconds(self, tokens: int, step_tokens: int, page_size: int) -> float:
         """Seconds to compute a prompt alone, in steps of `step_tokens`."""
-        whole, rest = divmod(tokens, step_tokens)
-        seconds = whole * self.predict(Work(prefill=step_tokens))
-        return seconds + (self.predict(Work(prefill=rest, sampled=1)) if rest else 0.0)
+        return self._current.prefill_seconds(tokens, step_tokens, page_size)
 
     def token_seconds(self, step_tokens: int) -> float:
         """Seconds for each token of a prompt, in steps of `step_tokens`."""
@@ -155,12 +172,16 @@ class CostModel:
 
     def observe(self, work: Work, seconds: float, *, busy: bool = False) -> None:
         """Learn from a step that has been run."""
-        cost = self._busy if busy else self._quiet
+        cost = self._busy if busy else self.quiet
         predicted = cost.predict(work)
         if predicted <= 0 or seconds <= 0:
             return
         self._errors.append(abs(predicted - seconds) / seconds)
         cost.observe(work, seconds)
+
+    @property
+    def _current(self) -> Corrected:
+        return self._busy if self.busy else self.quiet
 
     @property
     def median_error(self) -> float:

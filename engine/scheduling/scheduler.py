@@ -61,7 +61,7 @@ class Scheduler:
         self.prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
         self.leases = Leases(self.prefixes, clock, limits.lease)
         self.speculator = Speculator(cost, pool.page_size, limits)
-        self._precision = Precision(cost, limits)
+        self._precision = Precision(cost, limits, pool.page_size)
         self._committer = Committer(self.prefixes, self.speculator, self.finish)
         # Those of whose tokens the device does not know the last.
         self._guessed: set[Sequence] = set()
@@ -87,7 +87,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         now = self._clock.now()
-        seconds = self.cost.prefill_seconds(sequence.prompt_length, self.limits.max_batch_tokens)
+        rows, size = self.limits.max_batch_tokens, self.pool.page_size
+        seconds = self.cost.prefill_seconds(sequence.prompt_length, rows, size)
         sequence.order = order_key(sequence, seconds, self.limits.patience)
         self.queue.add(sequence, now)
         self.deadlines.add(sequence)
@@ -102,8 +103,9 @@ class Scheduler:
         self._plan_decodes(plan)
         if len(self.queue):
             self._admit(plan)
-        now, prompts = self._clock.now(), self.prefilling
-        plan.busy = self._precision.choose(now, self.decoding, prompts, self._blocked)
+        plan.busy = self._precision.choose(
+            self._clock.now(), self.decoding, self.prefilling, self.queue, self._told
+        )
         if self.prefilling:
             self._plan_prefills(plan)
         prefixes = self.prefixes
@@ -193,7 +195,7 @@ class Scheduler:
     def unpause(self, sequence: Sequence) -> None:
         """Let a sequence that was set aside queue again, in its place; others are left alone."""
         if sequence.state is State.PAUSED:
-            sequence.state = State.WAITING
+            sequence.state, sequence.entered_at = State.WAITING, None
             self.queue.put_back(sequence)
 
     def waits_for(self, account: Account) -> str:
@@ -362,10 +364,8 @@ class Scheduler:
     def _enter(self, sequence: Sequence, plan: Plan) -> None:
         self.queue.remove(sequence)
         sequence.account.running += 1
-        sequence.state = State.RUNNING
-        sequence.slot = self._slots.pop()
         now = self._clock.now()
-        sequence.admitted_at = now if sequence.admitted_at is None else sequence.admitted_at
+        sequence.enter(self._slots.pop(), now)
         bisect.insort(self.prefilling, sequence, key=by_order)
         self._entered.add(sequence)
         self._blocked = None
@@ -432,11 +432,7 @@ class Scheduler:
         self._guessed.discard(sequence)
         self.speculator.set_aside(sequence)
         sequence.account.running -= 1
-        sequence.slot = -1
-        sequence.pages = []
-        sequence.decoding = False
-        sequence.computed = sequence.scheduled = sequence.horizon = 0
-        sequence.published = sequence.shared = 0
+        sequence.leave()
 
     def _retire(self, plan: Plan) -> None:
         """Give back what only this step still named."""

@@ -39,6 +39,7 @@ class Sequence:
         "computed",
         "decoding",
         "ends",
+        "entered_at",
         "final_length",
         "finish_reason",
         "hashes",
@@ -100,7 +101,9 @@ class Sequence:
         self.preemptions = 0
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
+        # When it was first let in, and when since it was last set aside.
         self.admitted_at: float | None = None
+        self.entered_at: float | None = None
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
 
@@ -108,6 +111,17 @@ class Sequence:
     def generated(self) -> int:
         """Tokens made so far."""
         return len(self.tokens) - self.prompt_length
+
+    def enter(self, slot: int, now: float) -> None:
+        """It takes a slot."""
+        self.state, self.slot = State.RUNNING, slot
+        self.admitted_at = now if self.admitted_at is None else self.admitted_at
+        self.entered_at = now if self.entered_at is None else self.entered_at
+
+    def leave(self) -> None:
+        """It has neither slot nor pages any more, and nothing that lay in them."""
+        self.slot, self.pages, self.decoding = -1, [], False
+        self.computed = self.scheduled = self.horizon = self.published = self.shared = 0
 
     def charge(self, start: int, end: int) -> None:
         """Its tenant pays for the tokens of the prompt from `start` to `end`, each once."""

@@ -112,6 +112,7 @@ class NativeWeights:
         """Write what took long to pack to its file, for the next start."""
         if self._packed_file is not None and self._packing_seconds > WORTH_KEEPING_SECONDS:
             self._packed_file.save()
+            self._packing_seconds = 0.0
 
     def _find_or_pack(
         self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int], bits: int

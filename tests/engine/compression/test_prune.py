@@ -109,6 +109,26 @@ def test_what_cannot_be_narrowed_says_why(
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lm_head.weight", "'lm_head.weight' holds values that are not finite"),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            "what 'model.layers.1.mlp.down_proj.weight' is given is not finite",
+        ),
+    ],
+)
+def test_what_is_no_number_is_named(tmp_path: Path, name: str, message: str) -> None:
+    source = write(tmp_path / "source")
+    tensors = {name: t.dense().clone() for name, t in tensors_of(source)}
+    tensors[name][1, 2] = torch.nan
+    save(tensors, source)
+    with pytest.raises(ConfigError, match=message):
+        prune(source, tmp_path / "target", 0.7, WINDOWS, lambda *_: None)
+    assert not (tmp_path / "target").exists()
+
+
 def test_the_command_writes_a_model(tmp_path: Path) -> None:
     source, text = write(tmp_path / "source"), tmp_path / "text.txt"
     text.write_text("What is said here is what it is fitted to. " * 40)
@@ -119,3 +139,9 @@ def test_the_command_writes_a_model(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "layers are 64 wide" in result.stdout
+    command[-2:] = ["nowhere", str(tmp_path / "other")]
+    result = subprocess.run(
+        [*command, "--keep", "5", "--text", str(text)], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "Must be < 1" in result.stdout + result.stderr

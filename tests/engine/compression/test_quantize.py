@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from engine.compression import calibration, folder
-from engine.compression.calibration import Calibration
+from engine.compression.calibration import calibrated
+from engine.compression.fit import Inputs, gptq
 from engine.compression.folder import open_floats, windows_of
 from engine.compression.quantize import quantize
 from engine.errors import ConfigError
@@ -93,18 +95,47 @@ def test_calibration_leaves_less_error_behind_every_linear(tmp_path: Path) -> No
     seen: list[tuple[str, int, int]] = []
     quantize(source, fitted, windows, lambda *step: seen.append(step))
     assert [step for step in seen if step[0] == "calibrate"] == [
-        ("calibrate", n, 4) for n in (1, 2, 3, 4)
+        ("calibrate", n, 4 * 8) for n in range(1, 4 * 8 + 1)
     ]
     assert seen[-1][:2] == ("quantize", seen[-1][2])
     float_model, *others = (open_checkpoint(path) for path in (source, simple, fitted))
-    seen_by = Calibration(float_model, windows, lambda: None)
-    linears = [name for name in seen_by.linears if "proj" in name]
-    assert len(linears) == 8
-    for name, products in seen_by.products(linears).items():
-        for part in name.split("+"):
-            weight = float_model.tensor(part).dense()
-            left = [_squares(other.tensor(part).dense() - weight, products) for other in others]
-            assert left[1] < 0.9 * left[0], part
+    for name, products in products_of(source, windows):
+        weight = float_model.tensor(name).dense()
+        left = [_squares(other.tensor(name).dense() - weight, products) for other in others]
+        assert left[1] < 0.9 * left[0], name
+
+
+def products_of(path: Path, windows: list[list[int]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What every projection of a model is given, x^T x."""
+    linears = calibrated(open_checkpoint(path), windows, lambda name, _: "proj" in name, _ignore)
+    for linear in linears:
+        for name in linear.names:
+            yield name, linear.inputs.products
+
+
+def _ignore(*_: object) -> None: ...
+
+
+def test_a_linear_is_fitted_to_what_quantized_ones_give_it(tmp_path: Path) -> None:
+    """What calibration saw is what the model that it wrote is given, head and table aside."""
+    source, target = made(tmp_path, WINDOWS)
+    found = {}
+    checkpoint, result = open_floats(source), open_checkpoint(target)
+    for linear in calibrated(checkpoint, WINDOWS, lambda name, _: "proj" in name, _ignore):
+        for name in linear.names:
+            linear.change(name, result.tensor(name).dense())
+            found[name] = linear.inputs.products
+    last = "model.layers.1.mlp.down_proj.weight"
+    fitted = gptq(checkpoint.tensor(last).dense(), Inputs(found[last], 300)).values()
+    assert torch.equal(fitted, result.tensor(last).dense())
+    tensors = {name: checkpoint.tensor(name).dense() for name in checkpoint.names()}
+    tensors |= {name: result.tensor(name).dense() for name in found}
+    changed = write(tmp_path / "changed")
+    save_file(tensors, changed / "model.safetensors")
+    seen = dict(products_of(changed, WINDOWS))
+    assert len(seen) == 14
+    for name, products in seen.items():
+        torch.testing.assert_close(found[name], products, msg=name)
 
 
 def _squares(missed: torch.Tensor, products: torch.Tensor) -> float:
@@ -112,11 +143,10 @@ def _squares(missed: torch.Tensor, products: torch.Tensor) -> float:
     return float(((missed @ products) * missed).sum())
 
 
-def test_what_is_held_at_a_time_changes_nothing(
+def test_a_model_in_several_files_is_the_same_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = made(tmp_path, WINDOWS)
-    monkeypatch.setattr(calibration, "_room", lambda _: 4 * 64**2)
     monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
     pieces = tmp_path / "pieces"
     quantize(source, pieces, WINDOWS, lambda *_: None)
@@ -144,6 +174,8 @@ def test_a_text_becomes_windows_spread_over_it(
     found = windows_of(source, text, 8)
     assert [bytes(window).decode() for window in found] == ["abcd", "mnop"]
     assert windows_of(source, "ab", 8) == [list(b"ab")]
+    assert windows_of(source, "abcdef", 8) == [list(b"abcd"), list(b"ef")]
+    assert windows_of(source, text, 3) == [list(b"abc")]
 
 
 def test_what_cannot_be_quantized_says_why(tmp_path: Path) -> None:
@@ -196,12 +228,9 @@ def test_a_bfloat16_model_is_seen_as_it_is(tmp_path: Path) -> None:
     tensors = {name: checkpoint.tensor(name).dense().bfloat16() for name in checkpoint.names()}
     save_file(tensors, source / "model.safetensors")
     save_file({n: t.float() for n, t in tensors.items()}, rounded / "model.safetensors")
-    sums = []
-    for folder_ in (source, rounded):
-        made = Calibration(open_checkpoint(folder_), WINDOWS, lambda: None)
-        sums.append(made.products(list(made.linears)[-1:]))
-    ((narrow,), (wide,)) = (list(found.values()) for found in sums)
-    torch.testing.assert_close(narrow, wide)
+    narrow, wide = (dict(products_of(path, WINDOWS)) for path in (source, rounded))
+    last = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(narrow[last], wide[last])
 
 
 def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:

@@ -62,4 +62,9 @@ def test_kinds_of_steps_are_corrected_apart_and_unseen_ones_like_the_rest() -> N
 
 
 def test_a_prompt_alone_takes_its_steps() -> None:
-    assert CostModel(PROFILE).prefill_seconds(25, 10) == pytest.approx(0.250)
+    cost = CostModel(PROFILE)
+    alone = cost.prefill_seconds(25, 10, 5)
+    steps = [Work(prefill=10, prefill_pages=10 * pages) for pages in (0, 2)]
+    steps.append(Work(prefill=5, sampled=1, prefill_pages=5 * 4))
+    assert alone == pytest.approx(sum(map(cost.predict, steps))) == pytest.approx(0.254)
+    assert cost.prefill_seconds(5, 10, 5) == cost.predict(Work(prefill=5, sampled=1))
