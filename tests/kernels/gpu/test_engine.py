@@ -52,5 +52,5 @@ async def test_the_engine_streams_the_references_tokens(
     monkeypatch.setattr(engine.execution.rank, "select_backend", lambda *_, **__: chosen)
     # The interpreter's times say nothing of a device's.
     profile = Profile((1, 1001), (0.001, 1.001), 0.0, 0.0, 0.0)
-    monkeypatch.setattr(engine.loading, "load_or_measure", lambda *_: profile)
+    monkeypatch.setattr(engine.loading, "load_or_measure", lambda *_, **__: profile)
     assert await text_of(folder) == wanted
