@@ -1,14 +1,16 @@
-"""What a model's linears are given by a text, each behind those that have been changed already.
+"""What a model's linears are given by a text.
 
-The model's tape is run a linear at a time: all windows of the text up to it, then it is changed,
-then all of them through it and on to the next. So the text goes through the model once, and what
-one linear does differently is seen by those behind it (as in GPTQ, arXiv 2210.17323).
+The model's tape is run a linear at a time: all windows of the text up to it, then all of them
+through it and on to the next. So the text goes through the model once, and what one linear is given
+is all that is held of it. Whoever changes linears meanwhile changes nothing here: fitted behind
+others that are rounded or narrower already, they came out worse.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,50 +40,29 @@ def _dtype(checkpoint: Checkpoint) -> DType:
     return "bfloat16" if "BF16" in formats else "float32"
 
 
+@dataclass(frozen=True)
 class Linear:
     """Matrices of one linear by their `names`, and what they are all given."""
 
-    def __init__(self, weight: Weight, rows: dict[str, int], inputs: Inputs) -> None:
-        self.inputs = inputs
-        self._weight = weight
-        self._rows = rows
-        self._changed: dict[str, torch.Tensor] = {}
-
-    @property
-    def names(self) -> list[str]:
-        """In the order in which they are stacked."""
-        return list(self._rows)
-
-    def change(self, name: str, values: torch.Tensor) -> None:
-        """What a matrix, `[out, in]`, is from now on for those behind it."""
-        self._changed[name] = values
-
-    def tensor(self) -> torch.Tensor:
-        """All of them as they are now, fp32 `[out, in]`."""
-        parts = torch.split(tensor_of(self._weight).tensor, list(self._rows.values()))
-        named = zip(self._rows, parts, strict=True)
-        return torch.cat([self._changed.get(name, part).float() for name, part in named])
+    names: list[str]
+    inputs: Inputs
 
 
-class ChangedOps(TorchCpuOps):
-    """Computes in fp32 with whatever has taken a linear's place."""
-
-    changed: Linear | None = None
+class FloatOps(TorchCpuOps):
+    """Multiplies in fp32, whatever the weights are kept in."""
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        placed, changed = tensor_of(weight), self.changed
         # One at a time: processors without bfloat16 products are ten times slower in them.
-        own = changed is not None and changed.names == weight.name.split("+")
-        tensor = changed.tensor() if changed is not None and own else placed.tensor.float()
+        placed = tensor_of(weight)
         bias = None if placed.bias is None else placed.bias.float()
-        return torch.nn.functional.linear(x, tensor, bias)
+        return torch.nn.functional.linear(x, placed.tensor.float(), bias)
 
 
 class Calibration:
     """A float model, and windows of a text on their way through it."""
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> None:
-        backend = TorchBackend("torch", ChangedOps, _dtype(checkpoint))
+        backend = TorchBackend("torch", FloatOps, _dtype(checkpoint))
         model = load_model(checkpoint, backend)
         longest = max(map(len, windows))
         self._pages = -(-longest // PAGE)
@@ -90,10 +71,7 @@ class Calibration:
         backend.allocate_cache(layout, self._pages)
         recorder = Recorder()
         self._tape: Tape = recorder.finish(model.forward(recorder))
-        ops = backend.ops()
-        assert isinstance(ops, ChangedOps)
-        self._ops = ops
-        self._rows = {name: checkpoint.tensor(name).shape[0] for name in checkpoint.names()}
+        self._ops = backend.ops()
         self._batches = [self._batch(window) for window in windows]
         # What has been computed of each window and is still wanted.
         self._values: list[dict[int, torch.Tensor]] = [{} for _ in windows]
@@ -107,8 +85,8 @@ class Calibration:
 
     @torch.inference_mode()
     def through(self, places: Sequence[int], progress: Callable[[], None]) -> Iterator[Linear]:
-        """The linears at these places, in order, with what they are given; whatever they are
-        changed to holds from there on. `progress` is told of every window on its way to each."""
+        """The linears at these places, in order, with what they are given. `progress` is told of
+        every window on its way to each."""
         tokens = sum(len(batch.token_ids) for batch in self._batches)
         start = 0
         for place in places:
@@ -126,11 +104,8 @@ class Calibration:
                     f"what {instruction.arguments[1].name!r} is given is not finite: some weight "
                     "in front of it is not, or overflows"
                 )
-            names = instruction.arguments[1].name.split("+")
-            rows = {name: self._rows[name] for name in names}
-            linear = Linear(instruction.arguments[1], rows, Inputs(products, tokens))
-            yield linear
-            start, self._ops.changed = place, linear
+            yield Linear(instruction.arguments[1].name.split("+"), Inputs(products, tokens))
+            start = place
 
     def _batch(self, window: Sequence[int]) -> Batch:
         """A prompt of its own; all rows go through the last layer."""

@@ -66,9 +66,7 @@ def _tensors(
         block = name.removesuffix("down_proj.weight")
         last = finite(checkpoint, name)
         chosen = neurons(last.float(), linear.inputs, width)
-        narrowed = refitted(last.float(), linear.inputs, chosen)
-        linear.change(name, torch.zeros_like(last).float().index_copy(1, chosen, narrowed))
-        yield name, narrowed.to(last.dtype)
+        yield name, refitted(last.float(), linear.inputs, chosen).to(last.dtype)
         left.discard(name)
         for part in ("gate_proj", "up_proj"):
             for kind in ("weight", "bias"):

@@ -40,10 +40,8 @@ def _tensors(
     fitted = calibrated(checkpoint, windows, _is_fitted, progress) if windows else iter(())
     for linear in fitted:
         for name in linear.names:
-            quantized = gptq(finite(checkpoint, name).float(), linear.inputs)
-            linear.change(name, quantized.values())
             left.discard(name)
-            yield f"{name}.q4_1", quantized.blocks()
+            yield f"{name}.q4_1", gptq(finite(checkpoint, name).float(), linear.inputs).blocks()
         progress("quantize", total - len(left), total)
     for name in sorted(left):
         left.discard(name)
