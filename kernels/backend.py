@@ -204,8 +204,9 @@ class WeightStore(Protocol):
         of the whole, and multiply what it would; None if its rows have to stay whole."""
         ...
 
-    def loaded_bytes(self) -> int:
-        """Bytes that the placed weights occupy."""
+    def loaded_bytes(self, *, shared: bool = False) -> int:
+        """Bytes that the placed weights occupy; with `shared` also those that another store has
+        placed just so, and that both use."""
         ...
 
 

@@ -75,7 +75,7 @@ class TorchBackend:
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
         return None if parts[0].format == "TERNARY" else parts[0].block
 
-    def loaded_bytes(self) -> int:
+    def loaded_bytes(self, *, shared: bool = False) -> int:
         return self._bytes
 
     def other_weights(

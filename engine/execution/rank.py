@@ -169,13 +169,13 @@ class Rank:
         if others is None:
             return models, weights
         models.append(load_model(checkpoint, others, progress, shard, exact=exact))
-        more = others.loaded_bytes()
+        more = others.loaded_bytes(shared=True)
         if more >= weights:
             raise ConfigError(
                 f"model.busy_dtype is {busy}: {more / 1e6:.0f} MB of weights, where those of quiet "
                 f"times take {weights / 1e6:.0f}; choose a narrower one, or none"
             )
-        return models, weights + more
+        return models, weights + others.loaded_bytes()
 
 
 def weights_identity(path: Path) -> list[tuple[str, int, int]]:

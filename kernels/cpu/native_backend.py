@@ -124,7 +124,7 @@ class NativeBackend:
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
         return self._weights[0].column_unit(parts)
 
-    def loaded_bytes(self) -> int:
+    def loaded_bytes(self, *, shared: bool = False) -> int:
         return self._weights[0].loaded_bytes()
 
     def other_weights(
@@ -208,7 +208,13 @@ class NativeBackend:
     def _place(self, dtype: WeightFormat, packed_file: PackedFile | None) -> NativeWeights:
         # Pairs of bfloat16 are rounded where products take them.
         pairs = self.device.rounds_pairs
-        weights = NativeWeights(self._native, dtype, rounds_pairs=pairs, packed_file=packed_file)
+        weights = NativeWeights(
+            self._native,
+            dtype,
+            rounds_pairs=pairs,
+            packed_file=packed_file,
+            beside=self._weights[0] if self._weights else None,
+        )
         self._weights.append(weights)
         return weights
 

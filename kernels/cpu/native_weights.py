@@ -63,7 +63,8 @@ class NativeWeight(Weight):
 
 
 class NativeWeights:
-    """Packs weights in one format; with `rounds_pairs` bfloat16 ones meet activations like them."""
+    """Packs weights in one format; with `rounds_pairs` bfloat16 ones meet activations like them.
+    What those `beside` it have packed just so is theirs and its own."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class NativeWeights:
         *,
         rounds_pairs: bool,
         packed_file: PackedFile | None = None,
+        beside: NativeWeights | None = None,
     ) -> None:
         self._native = native
         self._format = weight_format
@@ -79,7 +81,9 @@ class NativeWeights:
         self._packed_file = packed_file
         self._packing_seconds = 0.0
         self._arena = native.Arena()
-        self._bytes = 0
+        self._placed: dict[tuple[str, tuple[int, ...], int | None], tuple[NativeWeight, int]] = {}
+        self._others = beside._placed if beside is not None else {}
+        self._bytes = self._shared_bytes = 0
 
     def load(
         self,
@@ -88,25 +92,29 @@ class NativeWeights:
         *,
         bits: int = 4,
     ) -> Weight:
-        name = stacked_name(parts)
-        if len(parts[0].shape) == 1:
-            vector = torch.cat([part.dense().float() for part in parts])
-            self._bytes += vector.nbytes
-            return NativeWeight(name, tuple(vector.shape), vector=vector)
-        shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-        packed = self._find_or_pack(name, parts, shape, bits)
-        added = torch.cat([b.dense().float() for b in bias]) if bias else None
-        self._bytes += packed.bytes + (added.nbytes if added is not None else 0)
-        reads = {F32: "floats", BF16: self._pairs, TERNARY: "whole"}.get(packed.format, "groups")
-        return NativeWeight(name, shape, packed=packed, reads=reads, bias=added)
+        vector = len(parts[0].shape) == 1
+        columns = () if vector else (parts[0].shape[1],)
+        shape = (sum(part.shape[0] for part in parts), *columns)
+        target = None if vector else self._target(parts, bits)
+        key = (stacked_name(parts), shape, target)
+        if key in self._others:
+            weight, size = self._others[key]
+            self._shared_bytes += size
+            return weight
+        weight = self._vector(parts) if target is None else self._matrix(parts, bias, target)
+        size = sum(t.nbytes for t in (weight.vector, weight.bias) if t is not None)
+        size += weight.packed.bytes if weight.packed is not None else 0
+        self._bytes += size
+        self._placed[key] = weight, size
+        return weight
 
     def column_unit(self, parts: Sequence[HostTensor]) -> int | None:
         target = self._target(parts)
         unit = {F32: 1, BF16: 2, TERNARY: 0}.get(target, GROUP)
         return math.lcm(unit, *(part.block for part in parts)) or None
 
-    def loaded_bytes(self) -> int:
-        return self._bytes
+    def loaded_bytes(self, *, shared: bool = False) -> int:
+        return self._bytes + (self._shared_bytes if shared else 0)
 
     def keep(self) -> None:
         """Write what took long to pack to its file, for the next start."""
@@ -114,11 +122,24 @@ class NativeWeights:
             self._packed_file.save()
             self._packing_seconds = 0.0
 
+    def _vector(self, parts: Sequence[HostTensor]) -> NativeWeight:
+        vector = torch.cat([part.dense().float() for part in parts])
+        return NativeWeight(stacked_name(parts), tuple(vector.shape), vector=vector)
+
+    def _matrix(
+        self, parts: Sequence[HostTensor], bias: Sequence[HostTensor], target: int
+    ) -> NativeWeight:
+        shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+        packed = self._find_or_pack(stacked_name(parts), parts, shape, target)
+        added = torch.cat([b.dense().float() for b in bias]) if bias else None
+        reads = {F32: "floats", BF16: self._pairs, TERNARY: "whole"}.get(target, "groups")
+        return NativeWeight(stacked_name(parts), shape, packed=packed, reads=reads, bias=added)
+
     def _find_or_pack(
-        self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int], bits: int
+        self, name: str, parts: Sequence[HostTensor], shape: tuple[int, int], target: int
     ) -> Any:
         """The packed weight, from the file of an earlier start if it is there."""
-        packed = self._native.make_weight(self._arena, self._target(parts, bits), *shape)
+        packed = self._native.make_weight(self._arena, target, *shape)
         file = self._packed_file
         if file is not None and file.copy(name, packed, *shape):
             return packed

@@ -60,7 +60,7 @@ class GpuWeights:
         """See `weights.column_unit`."""
         return column_unit(parts, self._format)
 
-    def loaded_bytes(self) -> int:
+    def loaded_bytes(self, *, shared: bool = False) -> int:
         """Bytes of device memory that they occupy."""
         return self._bytes
 
@@ -121,7 +121,7 @@ class GpuBackend:
         """See `weights.column_unit`."""
         return self._weights.column_unit(parts)
 
-    def loaded_bytes(self) -> int:
+    def loaded_bytes(self, *, shared: bool = False) -> int:
         """Bytes of device memory that weights occupy."""
         return self._weights.loaded_bytes()
 

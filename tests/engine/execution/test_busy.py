@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from engine import AsyncEngine, ConfigError, SamplingParams
+from engine.models import load_model
 from engine.scheduling.precision import Precision
 from engine.types import StepStats, TokenLogprob
+from engine.weights.checkpoint import open_checkpoint
 from tests.audit import audit
-from tests.kernels.native import needs_native
+from tests.kernels.native import NativeBackend, needs_native
 from tests.tiny import write_llama
 
 PARAMS = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=0)
@@ -90,6 +92,26 @@ async def test_an_answer_goes_on_across_both_on_any_number_of_ranks(
         assert len(found) == PARAMS.max_tokens
         answers.append(found)
     assert answers[0] == answers[1] != exact
+
+
+@needs_native
+async def test_what_both_sets_have_alike_is_there_once(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, and the table and the head, which are int8 in both."""
+    checkpoint = open_checkpoint(Path(model))
+    one = NativeBackend("int8", 1)
+    load_model(checkpoint, one)
+    alone = NativeBackend("int4", 1)
+    load_model(checkpoint, alone)
+    beside = one.other_weights("int4")
+    load_model(checkpoint, beside)
+    assert beside.loaded_bytes(shared=True) == alone.loaded_bytes()
+    assert beside.loaded_bytes() < alone.loaded_bytes() / 4
+    narrow, _ = await answer(model, model__dtype="int4")
+    always(monkeypatch, True)
+    found, _ = await answer(model, model__dtype="int8", model__busy_dtype="int4")
+    assert found == narrow
 
 
 @needs_native
