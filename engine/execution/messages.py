@@ -69,7 +69,7 @@ class Step(msgspec.Struct, tag=True):
     decodes: list[tuple[int, int]]
     parts: list[Part]
     moves: list[tuple[Move, int, int]]
-    busy: bool
+    busy: bool = False
 
 
 class Stop(msgspec.Struct, tag=True):
