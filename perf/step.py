@@ -110,7 +110,7 @@ def forward_alone(runner: Any, batch: Batch) -> float:
     times = []
     for _ in range(ALONE_RUNS):
         start = time.perf_counter()
-        runner._program.forward(batch)
+        runner._programs[0].forward(batch)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -126,7 +126,7 @@ async def prompt_logits(
     async with AsyncEngine.from_pretrained(str(path), **settings) as engine:
         async for _ in engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0)):
             pass
-        program = engine.parts.stepper._executor._program  # type: ignore[attr-defined]
+        program = engine.parts.stepper._executor._programs[0]  # type: ignore[attr-defined]
         return await engine.encode(prompt), program.logits()[0].clone()
 
 
