@@ -39,6 +39,7 @@ export class Chat {
   }
 
   connect() {
+    this.greeted = false;
     this.socket = this.open("/v1/responses", "ryzanstein.v1");
     this.socket.onmessage = ({ data }) => this.take(JSON.parse(data));
     this.socket.onclose = () => {
@@ -133,6 +134,7 @@ export class Chat {
   take(event) {
     const answer = this.pending;
     if (event.type === "session.created") {
+      this.greeted = true;
       this.failures = 0;
       this.show("ok");
       if (answer?.id) {
@@ -141,7 +143,8 @@ export class Chat {
       } else if (answer) this.request();
       return;
     }
-    if (!answer) return;
+    // A server that still loads says so and closes; the answer is asked for when it has loaded.
+    if (!answer || !this.greeted) return;
     if ("sequence_number" in event) {
       if (event.sequence_number <= answer.seq) return;
       answer.seq = event.sequence_number;

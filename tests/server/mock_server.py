@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engine.config import BatchSection, LoggingSection, ServerSection, TracingSection
+from engine.loading import Parts
 from server import serving
 from server.app import Lifecycle, create_app
 from server.journal import open_journal
@@ -27,7 +29,7 @@ from tests.mock import mock_engine
 
 def main() -> None:
     options = json.loads(os.environ.get("MOCK_ENGINE", "{}"))
-    delay = options.pop("delay", 0.0)
+    delay, loading = options.pop("delay", 0.0), options.pop("loading", 0.0)
     settings = ServerSection(**{"port": 0} | json.loads(os.environ.get("MOCK_SERVER", "{}")))
     logs = LoggingSection(**json.loads(os.environ.get("MOCK_LOGGING", "{}")))
     tracing = TracingSection(**json.loads(os.environ.get("MOCK_TRACING", "{}")))
@@ -36,6 +38,13 @@ def main() -> None:
     open_journal(logs)
     engine, executor = mock_engine(**options)
     executor.delay = delay
+    load_parts = engine._load_parts
+
+    def load_slowly() -> Parts:
+        time.sleep(loading)
+        return load_parts()
+
+    engine._load_parts = load_slowly
 
     async def fail_next_step(request: Request) -> Response:
         executor.error = RuntimeError("device lost")

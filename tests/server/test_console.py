@@ -100,8 +100,9 @@ def test_a_reload_in_the_middle_loses_nothing(mock_server: MockFactory, page: Pa
     assert server.metric('ryzanstein_requests_finished_total{reason="length"}') == 1
 
 
-def test_a_restart_of_the_server_is_survived(page: Page) -> None:
-    """The new server knows nothing of the answer, so it is asked for again."""
+@pytest.mark.parametrize("loading", [0.0, 3.0])
+def test_a_restart_of_the_server_is_survived(page: Page, loading: float) -> None:
+    """The new server knows nothing of the answer, so it is asked for again, once it has loaded."""
     env = {"MOCK_ENGINE": json.dumps({"delay": 0.05, "pages": 512, "context": 500})}
     first = ServerProcess(module="tests.server.mock_server", env=env)
     first.__enter__()
@@ -113,7 +114,8 @@ def test_a_restart_of_the_server_is_survived(page: Page) -> None:
     first._process.kill()
     first.wait()
     expect(page.locator("#state")).to_have_text("offline")
-    again = env | {"MOCK_SERVER": json.dumps({"port": port})}
+    options = json.loads(env["MOCK_ENGINE"]) | {"loading": loading}
+    again = {"MOCK_ENGINE": json.dumps(options), "MOCK_SERVER": json.dumps({"port": port})}
     with ServerProcess(module="tests.server.mock_server", env=again):
         expect(page.locator("#state")).to_have_text("ok", timeout=15_000)
         expect(text).to_have_text(answer_to("once more", 60), timeout=15_000)
