@@ -79,8 +79,7 @@ class Corrected:
 
     def correction(self, work: Work) -> float:
         """How many times what the profile says steps of this kind take now."""
-        kind = (work.prefill.bit_length(), work.decodes.bit_length())
-        return self._corrections.get(kind, self._overall)
+        return self._corrections.get(_kind(work), self._overall)
 
     def prefill_seconds(self, tokens: int, step_tokens: int, page_size: int) -> float:
         """Seconds to compute a prompt alone, in steps of `step_tokens`."""
@@ -96,11 +95,9 @@ class Corrected:
             seconds += self.predict(Work(prefill=rest, sampled=1, prefill_pages=pages))
         return seconds
 
-    def observe(self, work: Work, seconds: float) -> None:
-        """Learn from a step that has been run."""
-        raw = self.raw(work)
-        kind = (work.prefill.bit_length(), work.decodes.bit_length())
-        ratio = seconds / raw
+    def learn(self, work: Work, ratio: float) -> None:
+        """A step took so many times what the profile says."""
+        kind = _kind(work)
         ratios = self._ratios.get(kind)
         if ratios is None:
             ratios = self._ratios[kind] = deque(maxlen=WINDOW)
@@ -173,11 +170,11 @@ class CostModel:
     def observe(self, work: Work, seconds: float, *, busy: bool = False) -> None:
         """Learn from a step that has been run."""
         cost = self._busy if busy else self.quiet
-        predicted = cost.predict(work)
-        if predicted <= 0 or seconds <= 0:
+        raw = cost.raw(work)
+        if raw <= 0 or seconds <= 0:
             return
-        self._errors.append(abs(predicted - seconds) / seconds)
-        cost.observe(work, seconds)
+        self._errors.append(abs(raw * cost.correction(work) - seconds) / seconds)
+        cost.learn(work, seconds / raw)
 
     @property
     def _current(self) -> Corrected:
@@ -187,6 +184,11 @@ class CostModel:
     def median_error(self) -> float:
         """Median of |predicted - taken| / taken over recent steps."""
         return statistics.median(self._errors) if self._errors else 0.0
+
+
+def _kind(work: Work) -> tuple[int, int]:
+    """Steps that are corrected together."""
+    return work.prefill.bit_length(), work.decodes.bit_length()
 
 
 def _clamp(ratio: float) -> float:
