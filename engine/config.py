@@ -63,7 +63,7 @@ class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     Beside sequences that decode, a step may be predicted to take `target_itl_ms`; 0 finds a time
     that they hardly notice, or bear while a prompt is overdue. No step is predicted to take more
     than `max_step_ms`. While few run, up to `speculative_tokens` are guessed at once from what was
-    said before, and checked in one step (on a CPU).
+    said before, and checked in one step; `auto` are 8 on a CPU and none on a GPU.
     """
 
     target_itl_ms: Annotated[float, Meta(ge=0)] = 0.0
@@ -74,7 +74,7 @@ class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_waiting: Positive = 1024
     max_waiting_tokens: Positive = 2_000_000
     patience_seconds: Annotated[float, Meta(gt=0)] = 30.0
-    speculative_tokens: Annotated[int, Meta(ge=0, le=32)] = 8
+    speculative_tokens: Annotated[int, Meta(ge=0, le=32)] | Literal["auto"] = "auto"
     look_ahead: bool = True
 
 

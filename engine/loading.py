@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -42,6 +43,8 @@ from kernels.backend import available_cores, build_identity
 
 # Memory that is short, in bytes; an eighth of what was left at start if that is less.
 LOW_MEMORY = 512 << 20
+# Tokens that are guessed at once on a CPU, where nothing else is asked for.
+CPU_GUESSES = 8
 
 
 @dataclass
@@ -179,8 +182,7 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
         patience=batch.patience_seconds,
         prefix_caching=section.prefix_caching,
         lease=section.lease_seconds,
-        # A device that runs steps behind each other would have to wait for each.
-        speculative_tokens=batch.speculative_tokens if device.facts[0].free is None else 0,
+        speculative_tokens=_guesses(batch.speculative_tokens, device),
     )
     # A page of a prompt among many, as a restored page would spare it.
     page_seconds = cost.token_seconds(batch.max_batch_tokens) * section.page_size
@@ -202,6 +204,14 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
         compiler=device.compiler,
         clock=clock,
     )
+
+
+def _guesses(wanted: int | Literal["auto"], device: Device) -> int:
+    """How many tokens are guessed at once. A GPU, which runs steps behind each other, would have to
+    wait for each: it guesses only if it is told to."""
+    if wanted != "auto":
+        return wanted
+    return CPU_GUESSES if device.facts[0].free is None else 0
 
 
 def _profile_file(config: Config, fingerprint: bytes, shape: Shape, *, busy: bool) -> Path:

@@ -305,8 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
     if "engine" in parts:
         from perf import gpu_engine
 
-        one = ["--model", LLAMA_1B.name, "--requests", "8", "--http"]
-        loads = [["--smoke", "--requests", "5"]] if options.smoke else [["--peer"], one]
+        one = ["--model", LLAMA_1B.name, "--requests", "8", "--http", "--guesses"]
+        loads = (
+            [["--smoke", "--requests", "5", "--guesses"]] if options.smoke else [["--peer"], one]
+        )
         result["engine"] = [gpu_engine.measure(load) for load in loads]
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))

@@ -5,8 +5,9 @@
 The load of nano-vllm's benchmark: 256 requests at once, prompts and answers of 100 to 1,024 tokens
 each, drawn evenly, every answer to its full length. Then one request alone. A folder with a random
 model is written first, so that loading is real, too. `--http` asks the server one by one, too;
-`--peer` gives the same requests to `transformers`' continuous batching. `--smoke` tries it all at
-toy sizes on whatever there is.
+`--guesses` has one request alone answered with and without guesses, in turns; `--peer` gives all
+requests to `transformers`' continuous batching. `--smoke` tries it all at toy sizes on whatever
+there is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import gc
 import json
 import random
+import statistics
 import tempfile
 import time
 from functools import partial
@@ -32,6 +34,8 @@ from perf.company import server
 from perf.gpu import TOY, RandomCheckpoint
 from perf.load import Settings, run, served_model, summarize
 
+# Tokens that are guessed at once.
+GUESSES = 8
 Requests = list[tuple[list[int], int]]
 
 
@@ -101,6 +105,33 @@ async def through_engine(folder: Path, requests: Requests, settings: dict[str, A
         }
 
 
+async def with_guesses(
+    folder: Path, prompt: list[int], count: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Output tokens a second of one request alone, with and without guesses: medians of three, in
+    turns. A model with random weights soon repeats itself, as some texts do."""
+    rates: dict[int, list[float]] = {0: [], GUESSES: []}
+    texts = set()
+    chosen = settings | {"scheduler__speculative_tokens": GUESSES}
+    async with AsyncEngine.from_pretrained(str(folder), **chosen) as engine:
+        speculator = engine.parts.scheduler.speculator
+        for turn in range(8):
+            speculator.most = GUESSES * (turn % 2)
+            params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+            start = time.perf_counter()
+            ids = [i async for d in engine.generate(prompt, params) for i in d.token_ids]
+            if turn > 1:  # the first of each kind finds out what steps take
+                rates[speculator.most].append(count / (time.perf_counter() - start))
+            texts.add(tuple(ids))
+        return {
+            "plain_tokens_per_second": statistics.median(rates[0]),
+            "guessing_tokens_per_second": statistics.median(rates[GUESSES]),
+            "drafted": speculator.drafted,
+            "accepted": speculator.accepted,
+            "texts": len(texts),
+        }
+
+
 def through_http(
     folder: Path, settings: dict[str, Any], prompt: int, output: int
 ) -> dict[str, Any]:
@@ -164,6 +195,7 @@ def measure(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--http", action="store_true")
+    parser.add_argument("--guesses", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -191,7 +223,9 @@ def measure(arguments: list[str] | None = None) -> dict[str, Any]:
         def note(part: str, found: dict[str, Any]) -> None:
             result[part] = found
             figures = (
-                f"{key} {value:,.1f}" if isinstance(value, float) else str(value)
+                value
+                if isinstance(value, str)
+                else f"{key} {value:,.{isinstance(value, float):d}f}"
                 for key, value in found.items()
             )
             print(f"{model.name} {part}: {', '.join(figures)}", flush=True)
@@ -200,6 +234,9 @@ def measure(arguments: list[str] | None = None) -> dict[str, Any]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if options.guesses:
+            note("guesses", anyio.run(with_guesses, folder, requests[0][0], output, settings))
+            gc.collect()
         if options.http:
             note("http", through_http(folder, settings, prompt, output))
         if options.peer:

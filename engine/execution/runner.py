@@ -87,6 +87,7 @@ class Runner:
         self._edits = [False] * slots
         self._histories = Histories(shape.vocab_size)
         self._masks = masks
+        self._behind = isinstance(programs[0], AheadProgram)
         # The last step, if it only decoded and nothing but positions changes in the next.
         self._decoding: list[Sequence] = []
         self._last: Filled | None = None
@@ -134,7 +135,7 @@ class Runner:
     @property
     def runs_behind(self) -> bool:
         """Whether the device can be given a step while it runs another."""
-        return isinstance(self._programs[0], AheadProgram)
+        return self._behind
 
     def needs_history(self, filled: Filled) -> bool:
         """Whether a step depends on what those before it drew, beyond their last tokens."""
@@ -224,17 +225,20 @@ class Runner:
         starts = list(range(fed + 1))
         sample_rows = list(range(fed))
         unwritten: list[int] = []
+        apart = self._rows_apart(plan)
         for chunk in plan.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
+            first = len(tokens)
             self._write_pages(sequence)
             if not chunk.write:
-                unwritten += range(len(tokens), len(tokens) + chunk.count)
+                unwritten += range(first, first + chunk.count)
             tokens += chunk.given or sequence.tokens[chunk.start : end]
             positions += range(chunk.start, end)
-            starts.append(len(tokens))
             sample_rows += range(len(tokens) - chunk.rows, len(tokens))
-            slots.append(sequence.slot)
-            lengths.append(end)
+            rows = chunk.count if apart and chunk.given else 1
+            starts += range(len(tokens) - rows + 1, len(tokens) + 1)
+            slots += [sequence.slot] * rows
+            lengths += range(end - rows + 1, end + 1)
         place = np.array(positions, np.int64)
         query_starts = np.array(starts, np.int32)
         table_rows = np.array(slots, np.int32)
@@ -254,6 +258,15 @@ class Runner:
             sample_rows=np.array(sample_rows, np.int64),
         )
         return self._with_sampling(batch, plan)
+
+    def _rows_apart(self, plan: Plan) -> bool:
+        """Whether rows that are given should be sequences of one token, as decodes are: each reads
+        what those before it have written in the same step. A device that runs behind has faster
+        ways for steps of nothing else."""
+        if not self._behind:
+            return False
+        chunks = sum(chunk.count if chunk.given else 1 for chunk in plan.chunks)
+        return len(plan.decodes) + chunks <= self._shape.slots
 
     def _with_sampling(self, batch: Batch, plan: Plan) -> Filled:
         """Parameters of every logits row: of those that draw, and those that score a prompt."""

@@ -68,6 +68,7 @@ class Scheduler:
         self._room = Room(self.prefixes, self.queue, self.lengths, limits.max_running)
         self._clock = clock
         self._steps = 0
+        self._idle_since: float | None = None
         self._slots = list(range(limits.max_running - 1, -1, -1))
         self._entered: set[Sequence] = set()
         self._freed = 0
@@ -124,6 +125,7 @@ class Scheduler:
         token. Finished ones have given up their pages and slot."""
         assert plan is self.in_flight[0], "steps retire in order"
         self.in_flight.popleft()
+        self._idle_since = None if self.in_flight else self._clock.now()
         moved = self._committer.decodes(plan, result)
         row = len(plan.decodes)
         for chunk in plan.chunks:
@@ -240,6 +242,8 @@ class Scheduler:
         guesses = self.speculator.guesses(self.decoding) if quiet else {}
         if guesses is None:
             return None
+        if guesses and self._idle_since is not None:
+            self.speculator.waited(self._clock.now() - self._idle_since)
         given = self._guessed | guesses.keys()
         for sequence in sorted(given, key=by_order):
             length, size = len(sequence.tokens), self.pool.page_size

@@ -9,6 +9,8 @@ the batch is busy.
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence as List
 
 from engine.scheduling.budget import MAX_SCORED_ROWS, SchedulerLimits, longest_step
@@ -25,6 +27,8 @@ FIRST_RATE, LEARNING = 0.6, 0.25
 POOR_RATE, REST = 0.25, 32
 # What has to be gained to be worth waiting for the step in flight.
 WORTH = 1.1
+# Recent waits for a step in flight, whose median is what the next is expected to cost.
+WAITS = 15
 # Rows of guesses in a step: their logits take memory.
 MOST_GUESSES = MAX_SCORED_ROWS
 
@@ -78,6 +82,8 @@ class Speculator:
         self._rows = limits.max_batch_tokens
         self._pace = limits.pace
         self._tracks: dict[Sequence, Track | None] = {}
+        self._waits: deque[float] = deque(maxlen=WAITS)
+        self._wait = 0.0
 
     def guesses(self, decoding: List[Sequence]) -> dict[Sequence, tuple[int, ...]] | None:
         """What is guessed to follow, for those where that is worth it; None if it is worth waiting
@@ -113,6 +119,11 @@ class Speculator:
             track.rest *= 2
             track.rate = FIRST_RATE
 
+    def waited(self, seconds: float) -> None:
+        """The device has had nothing to do for so long, since guesses depend on its last step."""
+        self._waits.append(seconds)
+        self._wait = statistics.median(self._waits)
+
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""
         self._tracks.pop(sequence, None)
@@ -143,7 +154,10 @@ class Speculator:
         pages = {s: len(s.tokens) // self._size + 1 for s in decoding}
         work = Work(decodes=len(decoding), pages=sum(pages.values()))
         tokens, most_rows = float(len(decoding)), min(self._rows, len(decoding) + MOST_GUESSES)
-        plain = best = tokens / self._cost.predict(work)
+        alone = self._cost.predict(work)
+        plain = best = tokens / alone
+        # No more than that, or nothing would ever show that a slow spell is over.
+        wait = min(self._wait, alone)
         limit = longest_step(self._pace, decoding)
         counts: dict[Sequence, int] = {}
         for sequence in found:
@@ -159,8 +173,8 @@ class Speculator:
                 seconds = self._cost.decode_seconds(rows + count, read + count * pages[sequence])
                 if seconds > limit:
                     break
-                if expected / seconds > best:
-                    best, counts[sequence] = expected / seconds, count
+                if expected / (seconds + wait) > best:
+                    best, counts[sequence] = expected / (seconds + wait), count
                     work.decodes, tokens = rows + count, expected
                     work.pages = read + count * pages[sequence]
         return counts if best > WORTH * plain else {}

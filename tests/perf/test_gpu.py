@@ -56,10 +56,12 @@ def test_requests_go_through_the_engine_to_their_full_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "engine.json"
-    arguments = ["--smoke", "--requests", "5", "--http", "--json", str(file)]
+    arguments = ["--smoke", "--requests", "5", "--guesses", "--http", "--json", str(file)]
     result = gpu_engine.measure(arguments)
     assert json.loads(file.read_text()) == result
     assert result["http"]["tokens_per_second"] > 0
+    assert result["guesses"]["guessing_tokens_per_second"] > 0
+    assert result["guesses"]["texts"] == 1
     found = result["engine"]
     assert found["tokens_per_second"] > 0
     assert found["device"].startswith("CPU, native")

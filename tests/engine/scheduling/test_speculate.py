@@ -98,6 +98,34 @@ def test_nothing_is_guessed_where_rows_are_dear() -> None:
     assert guessing.scheduler.speculator.drafted == 0
 
 
+def test_a_device_that_waits_for_its_guesses_is_not_for_nothing() -> None:
+    """Time passes between a step's result and the next step, which guesses depend on."""
+    for seconds, guesses in ((0.0, True), (0.0019, False)):
+        guessing = bench(8)
+        guessing.scheduler.speculator.waited(seconds)
+        guessing.add(PROMPT, max_tokens=40)
+        while not guessing.scheduler.decoding:
+            guessing.step()
+        guessing.step()
+        assert (guessing.scheduler.speculator.drafted > 0) == guesses
+    # As long as the step itself, as far as it counts: what fares well goes on.
+    guessing.scheduler.speculator.waited(10.0)
+    (track,) = guessing.scheduler.speculator._tracks.values()
+    assert track is not None
+    track.rate = 0.95
+    plan = guessing.step()
+    assert any(len(chunk.given) > 1 for chunk in plan.chunks)
+
+
+def test_the_wait_for_a_step_in_flight_is_measured() -> None:
+    guessing = bench(8)
+    guessing.add(PROMPT, max_tokens=100)
+    for _ in range(12):
+        guessing.clock.time += 0.0005
+        guessing.step()
+    assert guessing.scheduler.speculator._wait == pytest.approx(0.0005)
+
+
 def test_nothing_is_guessed_while_prompts_wait() -> None:
     guessing = bench(4)
     guessing.add(PROMPT, max_tokens=40)
