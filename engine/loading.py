@@ -222,7 +222,8 @@ def _profile_file(config: Config, fingerprint: bytes, shape: Shape, *, busy: boo
         processor = next((line for line in lines if line.startswith("model name")), "")
     machine = (platform.machine(), platform.release(), processor, available_cores())
     ways = (config.execution.threads, config.execution.tensor_parallel)
-    text = repr((fingerprint, machine, ways, build_identity(), VERSION, shape, busy))
+    # Where memory decides how many pages there are, every start has another number of them.
+    text = repr((fingerprint, machine, ways, build_identity(), VERSION, shape.measured, busy))
     name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     return cache_folder() / "profiles" / f"{name}.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from engine.loading import Parts
+if TYPE_CHECKING:
+    from engine.loading import Parts
 
 BYTES = ("download", "unpack")
 

@@ -26,7 +26,7 @@ from engine.scheduling.sequence import Sequence as ScheduledSequence
 from engine.scheduling.speculate import Speculator
 from engine.weights.checkpoint import open_checkpoint
 from tests.kernels.native import needs_native
-from tests.real import gemma3_path, smollm2_path
+from tests.real import gemma3_path, smollm2_path, without_vocabulary
 
 PROMPTS = [
     "The capital of France is",
@@ -70,9 +70,10 @@ def gemma3() -> Path:
 CHUNKED = {"scheduler__max_batch_tokens": 40, "scheduler__max_running": 8}
 
 
-def hugging_face(path: Path) -> Any:
+def hugging_face(path: Path, folder: Path) -> Any:
+    copy = without_vocabulary(path, folder)
     return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        folder, gguf_file=copy.name, dtype=torch.float32
     ).eval()
 
 
@@ -131,13 +132,13 @@ async def prompt_logits(
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2: Path) -> Any:
-    return hugging_face(smollm2)
+def reference(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return hugging_face(smollm2, tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="module")
-def gemma_reference(gemma3: Path) -> Any:
-    return hugging_face(gemma3)
+def gemma_reference(gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return hugging_face(gemma3, tmp_path_factory.mktemp("gemma3"))
 
 
 @pytest.fixture(scope="module")

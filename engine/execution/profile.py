@@ -35,6 +35,23 @@ class Shape(msgspec.Struct, frozen=True):
     pages: int
     vocab_size: int
 
+    @property
+    def measured(self) -> Shape:
+        """The same with no more pages than make a difference to what is measured."""
+        longest = -(-self.context // self.page_size) + 1
+        return msgspec.structs.replace(self, pages=min(self.pages, max(longest, self.filled)))
+
+    @property
+    def filled(self) -> int:
+        """Pages that the largest prompts fill: a page's first touch costs more than later ones."""
+        most = min(self.step_tokens, self.longest)
+        return REPEATS * (-(-(most + 1) // self.page_size))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence, with room for one more."""
+        return max(1, min(self.context - 1, (self.pages - 1) * self.page_size))
+
 
 class Profiler:
     """Times steps of made-up sequences on `run`; what they write is never published."""
@@ -43,11 +60,9 @@ class Profiler:
         self._run = run
         self._busy = busy
         self._shape = shape
-        self._longest = max(1, min(shape.context - 1, (shape.pages - 1) * shape.page_size))
+        self._longest = shape.longest
         self._most = min(shape.step_tokens, self._longest)
-        # As many as the first prompts fill: a page's first touch costs more than any later one.
-        written = REPEATS * (-(-(self._most + 1) // shape.page_size))
-        self._next_page = itertools.cycle(range(min(shape.pages, written)))
+        self._next_page = itertools.cycle(range(min(shape.pages, shape.filled)))
 
     def measure(self, progress: Callable[[int, int], None]) -> Profile:
         """Median seconds of every shape of step."""

@@ -111,6 +111,7 @@ class ServerProcess:
             self._process.kill()
             raise
         self._reader.join()
+        assert "leaked" not in self.log, "nobody who stops a server wants a list of its objects"
         return self._process.returncode
 
     def metric(self, name: str) -> float:

@@ -74,6 +74,12 @@ def test_help_explains_every_option() -> None:
         assert option in out
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    """Its import takes two seconds."""
+    code = "import sys, server.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

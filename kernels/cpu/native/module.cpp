@@ -173,6 +173,8 @@ Instruction instruction(const std::string& op, int in, int in2, int out, int out
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // What is left when the process ends goes with it; nobody wants to read a list of it.
+  nb::set_leak_warnings(false);
   // Names of the instruction sets that this processor runs, best first.
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
