@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,16 +169,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set; the compiler needs it unset")
+    from kernels.backend import available_cores
     from kernels.gpu.catalogue import MODELS, launches
 
-    reports = [
-        compile_one(launch, architecture)
+    wanted = [
+        (launch, architecture)
         for model in MODELS
         if options.model in model.name
         for architecture in options.architecture or (80, 90)
         for launch in launches(model, hopper=architecture >= 90)
         if options.kernel in launch.label
     ]
+    # The compilers run outside the interpreter's lock.
+    with ThreadPoolExecutor(available_cores()) as threads:
+        reports = list(threads.map(lambda each: compile_one(*each), wanted))
     print(table(reports))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1))
