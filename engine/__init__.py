@@ -8,7 +8,6 @@ The names below are the public API.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import kernels
 
@@ -19,6 +18,7 @@ if Path(kernels.__file__ or "").resolve().parents[1] != Path(__file__).resolve()
     )
 
 from engine.config import Config, load_config
+from engine.engine import AsyncEngine
 from engine.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -43,19 +43,6 @@ from engine.types import (
     TokenLogprob,
     Usage,
 )
-
-if TYPE_CHECKING:
-    from engine.engine import AsyncEngine
-
-
-def __getattr__(name: str) -> Any:
-    # With it comes torch, whose import takes two seconds: not for a command's help.
-    if name == "AsyncEngine":
-        from engine.engine import AsyncEngine
-
-        return AsyncEngine
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "Allowance",

@@ -18,7 +18,7 @@ from engine.delivery import Delivery
 from engine.door import Door
 from engine.errors import DeadlineExceeded, DeviceLost, EngineClosed, EngineFailed, InvalidRequest
 from engine.failures import Failures
-from engine.loading import Parts, load
+from engine.parts import Parts, load_parts
 from engine.requests import make_request, render_chat
 from engine.scheduling.admission import Admission, check_ids
 from engine.scheduling.plan import Plan
@@ -99,7 +99,7 @@ class AsyncEngine:
             values = {key.replace("__", "."): value for key, value in overrides.items()}
             config = load_config(values={"model.name": model, **values})
         return cls(
-            partial(load, config),
+            partial(load_parts, config),
             stall_seconds=config.execution.stall_seconds,
             look_ahead=config.scheduler.look_ahead,
         )

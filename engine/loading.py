@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,8 +22,8 @@ from engine.execution.memory import (
 )
 from engine.execution.profile import Shape, load_or_measure
 from engine.execution.rank import weights_identity
-from engine.execution.stepper import Stepper
 from engine.execution.tokenizer import open_tokenizer
+from engine.parts import Parts
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import Pace, SchedulerLimits
 from engine.scheduling.cold import ColdIndex
@@ -32,9 +31,8 @@ from engine.scheduling.controller import CacheController
 from engine.scheduling.cost import CostModel
 from engine.scheduling.pages import PagePool
 from engine.scheduling.scheduler import Scheduler
-from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
-from engine.types import Clock, MonotonicClock
+from engine.types import MonotonicClock
 from engine.upkeep import Upkeep
 from engine.version import VERSION
 from engine.weights.checkpoint import open_checkpoint
@@ -45,34 +43,6 @@ from kernels.backend import available_cores, build_identity
 LOW_MEMORY = 512 << 20
 # Tokens that are guessed at once on a CPU, where nothing else is asked for.
 CPU_GUESSES = 8
-
-
-@dataclass
-class Parts:
-    """What an `AsyncEngine` runs on."""
-
-    model_name: str
-    tokenizer: Tokenizer
-    vocab_size: int
-    scheduler: Scheduler
-    stepper: Stepper
-    limits: Limits
-    fingerprint: bytes
-    compiler: GrammarCompiler
-    clock: Clock = field(default_factory=MonotonicClock)
-    device: str = ""
-    generates: bool = True
-    """Whether there is a model that answers prompts; without one `model_name` is the encoder's."""
-    timeline: list[tuple[str, float]] = field(default_factory=list)
-    """Start-up stages and their seconds."""
-    budget: Budget | None = None
-    upkeep: Callable[[], bool] = lambda: False
-    """Adjusts the cache to the memory that is left; True if a step has to give some back."""
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return self.scheduler.pool.total * self.scheduler.pool.page_size
 
 
 def load(

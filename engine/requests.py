@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import InvalidRequest
-from engine.loading import Parts
+from engine.parts import Parts
 from engine.scheduling.admission import check_ids, check_length, share_tokens
 from engine.types import Request, SamplingParams, Terms
 

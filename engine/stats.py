@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.loading import Parts
+from engine.parts import Parts
 from engine.scheduling.plan import Plan
 from engine.types import Decision, Ran, StepStats
 

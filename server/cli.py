@@ -18,15 +18,14 @@ from cyclopts import App, Parameter, validators
 from rich.console import Console
 from rich.table import Table
 
-from engine import Config, ConfigError, RyzansteinError, SamplingParams, load_config
+from engine import AsyncEngine, Config, ConfigError, RyzansteinError, SamplingParams, load_config
+from engine.parts import Parts
 from engine.version import VERSION
 from engine.weights.sources import KNOWN_MODELS, cache_folder, cached_path, resolve
 from server.progress import StartupProgress
 
 if TYPE_CHECKING:
-    from engine import AsyncEngine
     from engine.embedding.embedder import Embedder
-    from engine.loading import Parts
 
 app = App(
     name="ryzanstein",
@@ -368,7 +367,6 @@ def _consent(accepted: bool) -> Callable[[str], bool]:
 
 def _engine(settings: Config, accept_terms: bool, embedder: Embedder | None = None) -> AsyncEngine:
     """An engine that shows its start-up on the terminal."""
-    from engine import AsyncEngine
     from engine.embedding.alone import load_both
 
     def load_with_bars() -> Parts:

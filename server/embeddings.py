@@ -6,7 +6,7 @@ import asyncio
 import base64
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import msgspec
@@ -16,11 +16,13 @@ from starlette.types import ASGIApp
 
 from engine import InvalidRequest
 from engine.embedding.embedder import Embedder
-from engine.embedding.encoder import Vectors
 from server.errors import HTTPError, json_response
 from server.openai import read_body, ready_engine
 from server.streams import race_disconnect
 from server.tenants import client_of
+
+if TYPE_CHECKING:
+    from engine.embedding.encoder import Vectors
 
 MAX_INPUTS = 2048
 

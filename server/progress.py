@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,8 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from engine.loading import Parts
+from engine.parts import Parts
 
 BYTES = ("download", "unpack")
 

@@ -20,7 +20,7 @@ from engine import AsyncEngine, Config, ConfigError
 from engine.config import ServerSection
 from engine.embedding.alone import load_both
 from engine.embedding.embedder import Embedder
-from engine.loading import Parts
+from engine.parts import Parts
 from server.app import Lifecycle, LoadingStopped, create_app
 from server.journal import open_journal
 from server.progress import StartupProgress, print_summary

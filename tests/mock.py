@@ -16,7 +16,7 @@ from engine.config import PolicyName
 from engine.engine import AsyncEngine
 from engine.execution.masks import Held, Masks
 from engine.execution.stepper import ThreadStepper
-from engine.loading import Parts
+from engine.parts import Parts
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import SchedulerLimits
 from engine.scheduling.cold import ColdIndex

@@ -8,7 +8,7 @@ from engine.config import Config
 from engine.embedding.embedder import Embedder
 from engine.errors import ConfigError, EngineFailed
 from engine.execution.stepper import ThreadStepper
-from engine.loading import Parts, load
+from engine.parts import Parts, load_parts
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import SchedulerLimits
 from engine.scheduling.cost import CostModel, Profile
@@ -34,7 +34,7 @@ def load_both(
     if embedder is not None:
         embedder.load(progress=progress, accept_terms=accept_terms)
     if config.model.name != NONE:
-        return load(config, progress=progress, accept_terms=accept_terms)
+        return load_parts(config, progress=progress, accept_terms=accept_terms)
     if embedder is None:
         raise ConfigError("without a model there has to be an encoder; add --embedding-model")
     return _without_model(config, embedder)

@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.config import EmbeddingSection
-from engine.embedding.encoder import Encoder, Vectors
 from engine.errors import EngineClosed, EngineFailed, InvalidRequest, Overloaded
 from engine.weights.sources import KNOWN_MODELS, Progress, resolve
+
+if TYPE_CHECKING:
+    from engine.embedding.encoder import Encoder, Vectors
 
 # Rows times the longest row's length: longer batches are not faster, and hold up the others.
 BATCH_TOKENS = 2048
@@ -73,6 +76,9 @@ class Embedder:
     ) -> None:
         """Find and read the model, and start. Raises ConfigError in one sentence."""
         path = resolve(self._section.model, accept_terms=accept_terms, progress=progress)
+        # With it comes torch, whose import takes two seconds.
+        from engine.embedding.encoder import Encoder
+
         self._encoder = Encoder(path)
         self._thread.start()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from engine.config import CacheSection
 from engine.errors import ConfigError
@@ -104,7 +103,8 @@ class Budget:
 
 def device_memory() -> tuple[int, int] | None:
     """Bytes of the current GPU's memory that are taken, and all of them; None without one."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    torch = sys.modules.get("torch")  # a GPU that is used is used through it
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     free, total = torch.cuda.mem_get_info()
     return total - free, total

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engine.config import BatchSection, LoggingSection, ServerSection, TracingSection
-from engine.loading import Parts
+from engine.parts import Parts
 from server import serving
 from server.app import Lifecycle, create_app
 from server.journal import open_journal

@@ -15,7 +15,7 @@ import anyio
 from engine.config import PolicyName
 from engine.engine import AsyncEngine
 from engine.errors import DeadlineExceeded, EngineFailed, InvalidRequest, Overloaded
-from engine.loading import Parts
+from engine.parts import Parts
 from engine.scheduling.admission import Limits
 from engine.scheduling.budget import Pace
 from engine.scheduling.cost import Profile

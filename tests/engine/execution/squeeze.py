@@ -15,7 +15,8 @@ import anyio
 
 from engine import AsyncEngine, SamplingParams, engine, load_config
 from engine.execution.memory import private_memory
-from engine.loading import Parts, load
+from engine.loading import load
+from engine.parts import Parts
 from engine.scheduling.controller import CacheController, Readings
 from engine.upkeep import Upkeep
 
