@@ -108,7 +108,7 @@ class AsyncEngine:
         self._parts = await anyio.to_thread.run_sync(self._load_parts)
         parts = self.parts
         self.delivery = Delivery(parts.tokenizer, parts.scheduler, parts.clock, self._listeners)
-        self.admission = Admission(parts.scheduler, parts.limits)
+        self.admission = Admission(parts.scheduler, parts.limits, parts.fingerprint)
         parts.scheduler.queue.configure(self._tenants, parts.clock.now())
         loop, readable = asyncio.get_running_loop(), parts.stepper.fileno()
         # Registered once: adding and removing a reader a step would be two system calls more.

@@ -70,11 +70,13 @@ def share_tokens(tenant: Tenant, pages: int, page_size: int) -> int | None:
 
 
 class Admission:
-    """Decides at the door, by the queue and by what the cost model says of it."""
+    """Decides at the door, by the queue and by what the cost model says of it. Pages are named
+    with the `fingerprint` of what computes them."""
 
-    def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
+    def __init__(self, scheduler: Scheduler, limits: Limits, fingerprint: bytes = b"") -> None:
         self._scheduler = scheduler
         self._limits = limits
+        self._fingerprint = fingerprint
         self.refusals: Counter[tuple[str, str]] = Counter()
         """How often whom has been refused, by tenant and reason."""
 
@@ -124,15 +126,16 @@ class Admission:
         return len(self._scheduler.queue) >= self._limits.max_waiting
 
     def queue_seconds(self) -> float:
-        """How long the queued work takes: prompts in full steps, outputs of the usual length in
-        full batches."""
+        """How long the queued work takes: prompts of the mean length in full steps, outputs of the
+        usual length in full batches."""
         scheduler = self._scheduler
         queued = len(scheduler.queue)
         if not queued:
             return 0.0
         rows = min(queued, scheduler.limits.max_running)
         steps = queued * scheduler.lengths.expected(0, USUAL_OUTPUT) / rows
-        prefill = self._prefill_seconds(scheduler.queue.tokens)
+        # Each by itself: one prompt of all their tokens would read far more of what is before it.
+        prefill = queued * self._prefill_seconds(scheduler.queue.tokens // queued)
         return prefill + steps * scheduler.cost.decode_seconds(rows, 0)
 
     def allowance(self, tenant: str, now: float) -> Allowance:
@@ -176,6 +179,8 @@ class Admission:
             return
         alone = self._prefill_seconds(len(request.prompt_ids))
         if now + alone > due:
+            alone = self._left_seconds(Waiting(request, 0, fingerprint=self._fingerprint))
+        if now + alone > due:
             raise DeadlineExceeded(
                 f"the prompt alone takes about {alone * 1e3:.0f} ms, longer than the deadline "
                 "allows; shorten the prompt or give it more time"
@@ -184,7 +189,10 @@ class Admission:
         ahead = [
             s for s in waiting if s.request.priority >= request.priority and s.request.due <= due
         ]
-        wait = self._prefill_seconds(sum(len(s.tokens) for s in ahead))
+        wait = sum(self._prefill_seconds(len(s.tokens)) for s in ahead)
+        if ahead and now + wait + alone > due:
+            wait = sum(map(self._left_seconds, ahead))
+            alone = self._left_seconds(Waiting(request, 0, fingerprint=self._fingerprint))
         if ahead and now + wait + alone > due:
             raise Overloaded(
                 f"the deadline cannot be met: prompts that take {wait * 1e3:.0f} ms come first; "
@@ -192,6 +200,12 @@ class Admission:
                 retry_after=wait,
                 reason="deadline",
             )
+
+    def _left_seconds(self, sequence: Waiting) -> float:
+        """How long a prompt takes behind what has been computed of it before."""
+        prefixes = self._scheduler.prefixes
+        known = prefixes.known_pages(sequence, cold=True) * prefixes.pool.page_size
+        return self._prefill_seconds(len(sequence.tokens)) - self._prefill_seconds(known)
 
     def _prefill_seconds(self, tokens: int) -> float:
         scheduler = self._scheduler

@@ -28,13 +28,17 @@ class Prefixes:
         self._claims: set[bytes] = set()
         pool.on_evict = self._evicted
 
-    def known_pages(self, sequence: Sequence, *, held: bool = False) -> int:
-        """How many leading pages are in the pool just now, or are `held` there by somebody."""
+    def known_pages(self, sequence: Sequence, *, held: bool = False, cold: bool = False) -> int:
+        """How many leading pages are in the pool just now, or are `held` there by somebody; also
+        in the `cold` tier if that counts."""
         if not self.shares(sequence):
             return 0
         size, known = self.pool.page_size, self.pool.is_held if held else self.pool.holds
         count, most = 0, (len(sequence.tokens) - 1) // size
-        while count < most and known(sequence.page_hash(count, size)):
+        while count < most:
+            name = sequence.page_hash(count, size)
+            if not known(name) and not (cold and self.cold.worth_restoring(name)):
+                break
             count += 1
         return count
 

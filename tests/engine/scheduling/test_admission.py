@@ -7,6 +7,7 @@ import pytest
 from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from engine.scheduling import deadlines
 from engine.scheduling.admission import Admission, Limits, check_length, share_tokens
+from engine.scheduling.cost import Profile
 from engine.scheduling.policy import OutputLengths, peak_pages
 from engine.scheduling.tenants import Tenant
 from engine.types import Request, SamplingParams
@@ -80,6 +81,35 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     with pytest.raises(Overloaded, match="40 ms come first"):
         admission.admit(make(50, deadline=0.060), 0.0)
     admission.admit(make(50, deadline=0.100), 0.0)
+
+
+def test_what_is_cached_does_not_count_against_a_deadline() -> None:
+    bench = Bench(pages=64, budget=64, profile=LINEAR)
+    admission = Admission(bench.scheduler, ROOMY)
+    bench.add([0] * 50, max_tokens=1)
+    bench.drain()
+    # Two tokens are left, of which the last is always computed.
+    admission.admit(make(50, first_token_deadline=0.005), 0.0)
+    with pytest.raises(DeadlineExceeded):
+        admission.admit(make(58, first_token_deadline=0.005), 0.0)
+    bench.add([0] * 50, deadline=0.010)
+    admission.admit(make(50, deadline=0.015), 0.0)
+    bench.add([2] * 40, deadline=0.015)
+    with pytest.raises(Overloaded, match="42 ms come first"):
+        admission.admit(make(50, deadline=0.015), 0.0)
+
+
+def test_many_who_wait_are_not_one_long_prompt() -> None:
+    """Which would read far more of what is before it."""
+    reading = Profile((1, 1001), (0.001, 1.001), 0.0, 0.0, 1e-5)
+    bench = Bench(pages=640, budget=64, profile=reading)
+    admission = Admission(bench.scheduler, Limits(1000, 100, 100_000))
+    bench.add([1] * 50, deadline=9.0)
+    one = admission.queue_seconds()
+    for number in range(2, 12):
+        bench.add([number] * 50, deadline=9.0)
+    assert admission.queue_seconds() == pytest.approx(11 * one)
+    admission.admit(make(50, deadline=11 * 0.060), 0.0)
 
 
 def test_those_who_are_too_late_are_named_once() -> None:
