@@ -257,7 +257,8 @@ class Metrics(Collector):
         yield counter("ryzanstein_log_lines_dropped", text, dropped)
         if self.tracing is not None:
             yield from self.tracing.collect()
-        if (memory := device_memory()) is not None:
+        # While a model is loaded, torch may be half imported.
+        if loaded and (memory := device_memory()) is not None:
             used, total = memory
             text = "Bytes of the GPU's memory"
             bytes_ = {("used",): used, ("total",): total}

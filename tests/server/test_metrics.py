@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import pytest
@@ -213,6 +214,13 @@ def value(metrics: Metrics, name: str) -> float:
     found = metrics.registry.get_sample_value(name)
     assert found is not None, name
     return found
+
+
+def test_a_scrape_while_torch_is_imported_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    engine, _ = mock_engine()
+    names = {metric.name for metric in Metrics(engine, Traffic()).collect()}
+    assert "ryzanstein_engine_state" in names
 
 
 async def test_a_step_is_only_noted_and_added_up_later() -> None:
