@@ -9,7 +9,7 @@ others that are rounded or narrower already, they came out worse.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +22,11 @@ from engine.execution.memory import available_memory
 from engine.models import load_model
 from engine.models.config import read_config
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import TORCH_DTYPES, CacheLayout, DType
+from kernels.backend import TORCH_DTYPES, CacheLayout, DType, HostTensor
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
-from kernels.ops import Handle, Recorder, Tape, Weight
-from kernels.reference import tensor_of
+from kernels.ops import Handle, Instruction, Recorder, Tape, Weight
+from kernels.reference import part_of, route, tensor_of
 from kernels.torch_backend import TorchBackend
 
 PAGE = 16
@@ -58,11 +58,26 @@ class FloatOps(TorchCpuOps):
         return torch.nn.functional.linear(x, placed.tensor.float(), bias)
 
 
+class FloatBackend(TorchBackend):
+    """Knows the tensors of which each weight was made, by its name."""
+
+    def __init__(self, dtype: DType) -> None:
+        super().__init__("torch", FloatOps, dtype)
+        self.names: dict[str, list[str]] = {}
+
+    def load(
+        self, parts: Sequence[HostTensor], bias: Sequence[HostTensor] = (), *, bits: int = 4
+    ) -> Weight:
+        weight = super().load(parts, bias, bits=bits)
+        self.names[weight.name] = [part.name for part in parts]
+        return weight
+
+
 class Calibration:
     """A float model, and windows of a text on their way through it."""
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> None:
-        backend = TorchBackend("torch", FloatOps, _dtype(checkpoint))
+        backend = FloatBackend(_dtype(checkpoint))
         model = load_model(checkpoint, backend)
         longest = max(map(len, windows))
         self._pages = -(-longest // PAGE)
@@ -72,40 +87,63 @@ class Calibration:
         recorder = Recorder()
         self._tape: Tape = recorder.finish(model.forward(recorder))
         self._ops = backend.ops()
+        self._names = backend.names
         self._batches = [self._batch(window) for window in windows]
         # What has been computed of each window and is still wanted.
         self._values: list[dict[int, torch.Tensor]] = [{} for _ in windows]
         # What the head would say is not asked for.
-        self.linears: dict[int, Weight] = {
-            number: i.arguments[1]
+        self.weights: dict[int, Sequence[Weight]] = {
+            number: i.arguments[1:2] if i.op == "linear" else i.arguments[2:4]
             for number, i in enumerate(self._tape.instructions[:-1])
-            if i.op == "linear"
+            if i.op in ("linear", "experts")
         }
-        """Every linear's weight, by its place in the tape."""
+        """A linear's weight, or both of a layer's experts, by the place in the tape."""
+
+    def names(self, weight: Weight) -> list[str]:
+        """The tensors that are stacked in a weight."""
+        return self._names[weight.name]
 
     @torch.inference_mode()
     def through(self, places: Sequence[int], progress: Callable[[], None]) -> Iterator[Linear]:
         """The linears at these places, in order, with what they are given. `progress` is told of
         every window on its way to each."""
-        tokens = sum(len(batch.token_ids) for batch in self._batches)
         start = 0
         for place in places:
             instruction = self._tape.instructions[place]
-            given: Handle = instruction.arguments[0]
-            products = torch.zeros(given.width, given.width)
             for batch, values in zip(self._batches, self._values, strict=True):
                 self._ops.begin(batch)
                 self._tape.run(self._ops, values, start, place)
-                x = values[given.index].float()
-                products.addmm_(x.T, x)
                 progress()
-            if not products.isfinite().all():
-                raise ConfigError(
-                    f"what {instruction.arguments[1].name!r} is given is not finite: some weight "
-                    "in front of it is not, or overflows"
-                )
-            yield Linear(instruction.arguments[1].name.split("+"), Inputs(products, tokens))
             start = place
+            if instruction.op == "experts":
+                yield from self._experts(instruction)
+            else:
+                weight, given = instruction.arguments[1], self._given(instruction)
+                inputs = inputs_of(weight.name, weight.shape[1], given)
+                yield Linear(self.names(weight), inputs)
+
+    def _given(self, instruction: Instruction, argument: int = 0) -> Iterator[torch.Tensor]:
+        """What one of an instruction's arguments is, a window at a time."""
+        handle: Handle = instruction.arguments[argument]
+        return (values[handle.index].float() for values in self._values)
+
+    def _experts(self, instruction: Instruction) -> Iterator[Linear]:
+        """The linears of a layer's experts, each with the rows that go through it. Where these are
+        fewer than its inputs, whose relations they would show by chance, others fill them up."""
+        _, _, gate_up, down, experts, activation = instruction.arguments
+        rows = torch.cat(list(self._given(instruction)))
+        scores = torch.cat(list(self._given(instruction, 1)))
+        chosen, _ = route(scores, experts)
+        least = max(gate_up.shape[1], down.shape[1])
+        first = self.names(gate_up)
+        for number, name in enumerate(self.names(down)):
+            own = (chosen == number).any(1)
+            x = torch.cat([rows[own], evenly(rows[~own], least - int(own.sum()))])
+            names = first[2 * number : 2 * number + 2]
+            yield Linear(names, inputs_of(names[0], gate_up.shape[1], [x]))
+            hidden = self._ops.linear(x, part_of(gate_up, number, experts.own))
+            hidden = self._ops.gated(hidden, activation)
+            yield Linear([name], inputs_of(name, down.shape[1], [hidden]))
 
     def _batch(self, window: Sequence[int]) -> Batch:
         """A prompt of its own; all rows go through the last layer."""
@@ -123,6 +161,26 @@ class Calibration:
         )
 
 
+def inputs_of(name: str, width: int, windows: Iterable[torch.Tensor]) -> Inputs:
+    """What a linear is given, fp32 `[rows, width]` a window. Raises ConfigError if that is no
+    number."""
+    products, count = torch.zeros(width, width), 0
+    for x in windows:
+        products.addmm_(x.T, x)
+        count += len(x)
+    if not products.isfinite().all():
+        raise ConfigError(
+            f"what {name!r} is given is not finite: some weight in front of it is not, or overflows"
+        )
+    return Inputs(products, count)
+
+
+def evenly(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Up to `count` of the rows, from all of them."""
+    places = torch.linspace(0, max(0, len(rows) - 1), max(0, min(count, len(rows))))
+    return rows[places.long()]
+
+
 def calibrated(
     checkpoint: Checkpoint,
     windows: Sequence[Sequence[int]],
@@ -137,10 +195,11 @@ def calibrated(
     calibration = Calibration(checkpoint, windows)
     places = [
         place
-        for place, weight in calibration.linears.items()
-        if all(wanted(part, weight.shape[1]) for part in weight.name.split("+"))
+        for place, weights in calibration.weights.items()
+        if all(wanted(part, w.shape[1]) for w in weights for part in calibration.names(w))
     ]
-    widest = max((calibration.linears[place].shape[1] for place in places), default=0)
+    chosen = [weight for place in places for weight in calibration.weights[place]]
+    widest = max((weight.shape[1] for weight in chosen), default=0)
     if tokens < widest:
         raise ConfigError(
             f"the text gives {tokens} tokens, but what {widest} inputs of a layer have to do with "

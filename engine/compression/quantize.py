@@ -24,8 +24,8 @@ def quantize(
 ) -> None:
     """Write the model of folder `source` to the new folder `target`: linears as Q4_1, table and
     head as Q8_0, all else as it is. With `windows`, token ids of a text, linears are fitted to what
-    they are given there, but for experts. Raises ConfigError if the source is no float model, or
-    the target is there."""
+    they are given there. Raises ConfigError if the source is no float model, or the target is
+    there."""
     checkpoint = open_floats(source)
     changes = {"quantization_config": {"quant_method": blocks.METHOD}}
     write_model(checkpoint, target, changes, _tensors(checkpoint, windows, progress))

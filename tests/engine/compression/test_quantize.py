@@ -87,43 +87,70 @@ def test_it_computes_what_its_weights_say(tmp_path: Path) -> None:
     assert torch.equal(logits(source), found)
 
 
-def test_calibration_leaves_less_error_behind_every_linear(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "places"), [({}, 8), (EXPERTS, 6)], ids=["dense", "experts"])
+def test_calibration_leaves_less_error_behind_every_linear(
+    tmp_path: Path, family: dict[str, Any], places: int
+) -> None:
     generator = torch.Generator().manual_seed(2)
     windows = [torch.randint(3, 250, (200,), generator=generator).tolist() for _ in range(4)]
-    source, simple = made(tmp_path / "plain")
+    source, simple = made(tmp_path / "plain", **family)
     fitted = tmp_path / "fitted"
     seen: list[tuple[str, int, int]] = []
     quantize(source, fitted, windows, lambda *step: seen.append(step))
     assert [step for step in seen if step[0] == "calibrate"] == [
-        ("calibrate", n, 4 * 8) for n in range(1, 4 * 8 + 1)
+        ("calibrate", n, 4 * places) for n in range(1, 4 * places + 1)
     ]
     assert seen[-1][:2] == ("quantize", seen[-1][2])
     float_model, *others = (open_checkpoint(path) for path in (source, simple, fitted))
-    for name, products in products_of(source, windows):
+    for name, inputs in inputs_of(source, windows):
         weight = float_model.tensor(name).dense()
-        left = [_squares(other.tensor(name).dense() - weight, products) for other in others]
+        missed = [other.tensor(name).dense() - weight for other in others]
+        left = [_squares(each, inputs.products) for each in missed]
         assert left[1] < 0.9 * left[0], name
 
 
-def products_of(path: Path, windows: list[list[int]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """What every projection of a model is given, x^T x."""
-    linears = calibrated(open_checkpoint(path), windows, lambda name, _: "proj" in name, _ignore)
-    for linear in linears:
+def inputs_of(path: Path, windows: list[list[int]]) -> Iterator[tuple[str, Inputs]]:
+    """What every projection of a model is given."""
+
+    def wanted(name: str, width: int) -> bool:
+        return "proj" in name or "experts" in name
+
+    for linear in calibrated(open_checkpoint(path), windows, wanted, _ignore):
         for name in linear.names:
-            yield name, linear.inputs.products
+            yield name, linear.inputs
 
 
 def _ignore(*_: object) -> None: ...
 
 
-def test_a_linear_is_fitted_to_what_the_float_model_gives_it(tmp_path: Path) -> None:
-    source, target = made(tmp_path, WINDOWS)
+@pytest.mark.parametrize(("family", "count"), [({}, 14), (EXPERTS, 32)], ids=["dense", "experts"])
+def test_a_linear_is_fitted_to_what_the_float_model_gives_it(
+    tmp_path: Path, family: dict[str, Any], count: int
+) -> None:
+    source, target = made(tmp_path, WINDOWS, **family)
     checkpoint, result = open_checkpoint(source), open_checkpoint(target)
-    found = dict(products_of(source, WINDOWS))
-    assert len(found) == 14
-    for name, products in found.items():
-        fitted = gptq(checkpoint.tensor(name).dense(), Inputs(products, 300)).values()
+    found = dict(inputs_of(source, WINDOWS))
+    assert len(found) == count
+    for name, inputs in found.items():
+        fitted = gptq(checkpoint.tensor(name).dense(), inputs).values()
         assert torch.equal(fitted, result.tensor(name).dense()), name
+
+
+@pytest.mark.parametrize("windows", [WINDOWS[:1], WINDOWS], ids=["few", "many"])
+def test_an_expert_is_fitted_to_the_rows_that_go_through_it(
+    tmp_path: Path, windows: list[list[int]]
+) -> None:
+    """Two of the four, for each row; and to others where those are fewer than it has inputs."""
+    rows: dict[str, list[int]] = {}
+    for name, inputs in inputs_of(write(tmp_path, **EXPERTS), windows):
+        if "experts" in name:
+            rows.setdefault(name.rsplit(".", 2)[1], []).append(inputs.rows)
+    assert rows["w1"] == rows["w2"] == rows["w3"]
+    assert min(rows["w1"]) >= 96
+    if windows == WINDOWS:
+        assert all(600 <= sum(layer) < 680 for layer in (rows["w1"][:4], rows["w1"][4:]))
+    else:
+        assert max(rows["w1"]) <= 100
 
 
 def _squares(missed: torch.Tensor, products: torch.Tensor) -> float:
@@ -216,9 +243,9 @@ def test_a_bfloat16_model_is_seen_as_it_is(tmp_path: Path) -> None:
     tensors = {name: checkpoint.tensor(name).dense().bfloat16() for name in checkpoint.names()}
     save_file(tensors, source / "model.safetensors")
     save_file({n: t.float() for n, t in tensors.items()}, rounded / "model.safetensors")
-    narrow, wide = (dict(products_of(path, WINDOWS)) for path in (source, rounded))
+    narrow, wide = (dict(inputs_of(path, WINDOWS)) for path in (source, rounded))
     last = "model.layers.1.mlp.down_proj.weight"
-    torch.testing.assert_close(narrow[last], wide[last])
+    torch.testing.assert_close(narrow[last].products, wide[last].products)
 
 
 def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:
