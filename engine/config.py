@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -210,7 +211,7 @@ def load_config(
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"configuration: {error}") from error
+        raise ConfigError(f"configuration: {error}{_choice(str(error))}") from error
 
 
 def _parse(override: str) -> tuple[str, Any]:
@@ -222,6 +223,20 @@ def _parse(override: str) -> tuple[str, Any]:
         return path.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return path.strip(), text
+
+
+def _choice(error: str) -> str:
+    """What a setting may be where msgspec's message does not say it: names, and perhaps numbers."""
+    path = re.search(r"(?:enum value|`int \| str`).* - at `\$\.([a-z_.]+)`$", error)
+    if path is None:
+        return ""
+    kind: Any = msgspec.inspect.type_info(Config)
+    for name in path[1].split("."):
+        kind = next(field.type for field in kind.fields if field.name == name)
+    kinds = getattr(kind, "types", (kind,))
+    names = [str(v) for k in kinds for v in getattr(k, "values", ())]
+    numbers = [f"{k.ge} to {k.le}" for k in kinds if isinstance(k, msgspec.inspect.IntType)]
+    return f"; it takes {' or '.join((*numbers, *names))}"
 
 
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -123,9 +123,11 @@ class AsyncEngine:
     async def __aexit__(self, *exc_info: object) -> None:
         self.door.close(shut=True)
         self.delivery.fail_all(EngineClosed("the engine was closed"))
-        await self._stack.aclose()
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self.parts.stepper.close)
+        try:
+            await self._stack.aclose()
+        finally:  # also where that was cancelled: a process must not end within a kernel
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self.parts.stepper.close)
 
     @property
     def parts(self) -> Parts:
@@ -303,11 +305,8 @@ class AsyncEngine:
         self.delivery.fail_all(EngineClosed("the server shut down before the answer was complete"))
 
     def _enqueue(self, request: Request, stream: TokenStream) -> TokenStream:
-        fingerprint = self.parts.fingerprint
-        sequences = [
-            ScheduledSequence(request, index, fingerprint=fingerprint)
-            for index in range(request.sampling.n)
-        ]
+        choices, name = range(request.sampling.n), self.parts.fingerprint
+        sequences = [ScheduledSequence(request, n, fingerprint=name) for n in choices]
         for sequence in sequences:
             self.parts.scheduler.add(sequence)
         self.delivery.open(request, sequences, stream)

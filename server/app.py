@@ -105,11 +105,14 @@ class Lifecycle:
                 self._on_loaded()
                 if await self._stop_or_failure():
                     return
-                logger.warning(
-                    "stopping: %d requests have %g s to end; another signal ends them now",
-                    self.engine.active_requests,
-                    self._drain_seconds,
-                )
+                if running := self.engine.active_requests:
+                    logger.warning(
+                        "stopping: what runs (%d) has %g s to end; another signal ends it now",
+                        running,
+                        self._drain_seconds,
+                    )
+                else:
+                    logger.info("stopping")
                 with anyio.CancelScope() as self._drain:
                     await self.engine.drain(self._drain_seconds)
         except LoadingStopped:

@@ -133,6 +133,7 @@ def generate(
 ) -> int:
     """Continue PROMPT and print the text as it comes."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    params.validate(sys.maxsize)
     settings = _settings(config, set_, model, threads, dtype)
 
     async def run() -> None:
@@ -161,12 +162,13 @@ def chat(
 ) -> int:
     """Talk with a model in the terminal. An empty line or Ctrl-D ends it."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95)
+    params.validate(sys.maxsize)
     settings = _settings(config, set_, model, threads, dtype)
 
     async def run() -> None:
         messages = [{"role": "system", "content": system}] if system else []
         async with _engine(settings, accept_terms) as engine:
-            while question := await anyio.to_thread.run_sync(_ask, abandon_on_cancel=True):
+            while question := await _asked():
                 messages.append({"role": "user", "content": question})
                 answer = ""
                 async with aclosing(engine.chat(messages, params)) as deltas:
@@ -406,11 +408,13 @@ def _compress(
     return 0
 
 
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+async def _asked() -> str:
+    """A line from whoever sits there; "" at the end."""
+    print("> ", end="", flush=True)
+    if sys.stdin.isatty():
+        # A thread that waits for a line would have to be waited for after Ctrl-C.
+        await anyio.wait_readable(sys.stdin)
+    return sys.stdin.readline().strip()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Named as llama.cpp names them: `org/name`, `org/name:Q4_K_M`, or `org/name:path/
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +77,9 @@ def _names(repository: str, revision: str | None) -> list[str]:
     """What the repository has; without a network, what has been downloaded of it."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # Its lines go where all go, once.
+    logging.getLogger("huggingface_hub").handlers.clear()
 
     try:
         return HfApi().list_repo_files(repository, revision=revision)

@@ -43,6 +43,7 @@ async def run_batch(
     Raises ConfigError if the input is wrong, or belongs to another run.
     """
     content = await anyio.Path(source).read_bytes()
+    url = _endpoint(content, source)
     kept = target.with_name(target.name + ".progress")
     with _alone(target):
         try:
@@ -50,7 +51,7 @@ async def run_batch(
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{kept} cannot be used: {error}") from error
         try:
-            batch = _opened(database, content, source, kept)
+            batch = _opened(database, content, url, source, kept)
             worker = Worker(engine, database, section, Answers(engine, embedder))
             failures: list[EngineFailed] = []
 
@@ -65,13 +66,14 @@ async def run_batch(
                 group.cancel_scope.cancel()
             if failures:
                 raise failures[0]
-            if batch["errors"]:
-                raise ConfigError(_told(source, json.loads(batch["errors"])))
-            await _written(worker, database, batch, target)
+            if not batch["errors"]:
+                await _written(worker, database, batch, target)
         finally:
             database.close()
         for name in (kept, *(kept.with_name(kept.name + end) for end in ("-wal", "-shm"))):
             name.unlink(missing_ok=True)
+    if batch["errors"]:
+        raise ConfigError(_told(source, json.loads(batch["errors"])))
     return batch
 
 
@@ -92,16 +94,16 @@ def _alone(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _opened(database: Database, content: bytes, source: Path, kept: Path) -> Row:
+def _opened(database: Database, content: bytes, url: str, source: Path, kept: Path) -> Row:
     """The batch of an earlier run of the same input, or a new one."""
     digest = hashlib.sha256(content).hexdigest()
     for batch in database.batches(OWNER):
+        if batch["status"] == "failed":
+            continue  # it was refused: nothing has been answered
         if json.loads(batch["metadata"])["sha256"] != digest:
             raise ConfigError(f"{kept} is of another input than {source}; remove it to begin anew")
-        if batch["status"] != "failed":
-            return batch
+        return batch
     file = database.add_file(OWNER, source.name, "batch", content)
-    url = _endpoint(content, source)
     return database.add_batch(OWNER, "", url, file["id"], {"sha256": digest}, FOREVER)
 
 

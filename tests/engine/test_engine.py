@@ -300,6 +300,17 @@ async def test_closing_the_engine_ends_open_streams() -> None:
         [d async for d in stream]
 
 
+async def test_an_engine_whose_user_is_cancelled_gives_its_device_back() -> None:
+    """As Ctrl-C does it: a process that ends within a kernel ends badly."""
+    engine, executor = mock_engine()
+    executor.delay = 0.01
+    with anyio.move_on_after(0.1):
+        async with engine:
+            async for _ in engine.generate("a", SamplingParams(max_tokens=190)):
+                pass
+    assert not engine.parts.stepper._thread.is_alive()  # type: ignore[attr-defined]
+
+
 async def test_a_full_queue_refuses_and_the_rest_is_served() -> None:
     engine, executor = mock_engine(max_running=1, max_waiting=2)
     executor.delay = 0.002

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +54,40 @@ def test_chat_answers_each_line_until_an_empty_one(model: str) -> None:
     assert ryzanstein("chat", "--model", model, text="").returncode == 0
 
 
+def ends_with_ctrl_c(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    assert b"terminate" not in said
+    assert b"Traceback" not in said
+
+
+def test_ctrl_c_ends_an_answer_and_a_chat_that_waits(model: str) -> None:
+    command = [sys.executable, "-m", "server.cli"]
+
+    def interruptible() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    answer = subprocess.Popen(
+        [*command, "generate", "x", "--model", model, "--max-tokens", "400"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible,
+    )  # fmt: skip
+    assert answer.stdout is not None
+    assert answer.stdout.read(1)
+    ends_with_ctrl_c(answer)
+    terminal, far = pty.openpty()
+    chat = subprocess.Popen(
+        [*command, "chat", "--model", model],
+        cwd=ROOT, stdin=far, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=interruptible,
+    )  # fmt: skip
+    assert chat.stdout is not None
+    assert chat.stdout.read(2) == b"> "
+    ends_with_ctrl_c(chat)
+    os.close(terminal)
+    os.close(far)
+
+
 def test_models_lists_what_is_here_and_what_can_be_had(tmp_path: Path) -> None:
     cached = tmp_path / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     cached.parent.mkdir(parents=True)
@@ -89,6 +125,9 @@ def test_neither_help_nor_the_port_waits_for_torch() -> None:
         (("--set", "cache"), "section.field=value"),
         (("--set", "model.name.x=1"), "name is a value, not a section"),
         (("--set", "execution.backend=tpu"), "backend 'tpu' is not known"),
+        (("--set", "cache.eviction=never"), "it takes adaptive or cost or lfu"),
+        (("--set", "scheduler.speculative_tokens=some"), "it takes 0 to 32 or auto"),
+        (("--max-tokens", "0"), "it must be at least 1"),
         (("--config", "/no/such/file.toml"), "cannot read"),
         (("--model", "gemma3-270m"), "--accept-terms"),
     ],

@@ -43,6 +43,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
     running.join()
     assert answers[0].json()["choices"][0]["text"].encode() == bytes(continuation(b"ab", 60))
     assert server.wait() == 0
+    assert "stopping: what runs (1) has 30 s to end" in server.log
 
 
 def test_what_loading_made_is_never_searched_for_garbage(mock_server: MockFactory) -> None:

@@ -108,6 +108,9 @@ async def test_a_wrong_input_is_one_sentence(tmp_path: Path, content: str, compl
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=complaint):
         await run(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    write(tmp_path / "in.jsonl", 2)
+    await run(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
