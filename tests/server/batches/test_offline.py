@@ -108,7 +108,7 @@ async def test_a_wrong_input_is_one_sentence(tmp_path: Path, content: str, compl
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=complaint):
         await run(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]  # noqa: ASYNC240
     write(tmp_path / "in.jsonl", 2)
     await run(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
