@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ import transformers
 
 from engine import AsyncEngine, SamplingParams
 from engine.execution.tokenizer import open_tokenizer
-from engine.scheduling.sequence import Sequence as ScheduledSequence
-from engine.scheduling.speculate import Speculator
 from engine.weights.checkpoint import open_checkpoint
+from tests.guesses import guess_all
 from tests.kernels.native import needs_native
 from tests.real import gemma3_path, smollm2_path, without_vocabulary
 
@@ -190,13 +188,7 @@ def test_guesses_do_not_change_the_text(
 ) -> None:
     """Right and wrong ones, as many as fit, drawn and greedy."""
 
-    def all_of_them(
-        self: Speculator, decoding: Sequence[ScheduledSequence], found: dict[Any, int]
-    ) -> dict[Any, int]:
-        rooms = {s: s.final_length - len(s.tokens) - 1 for s in found}
-        return {s: min(self.most, room) for s, room in rooms.items() if room > 0}
-
-    monkeypatch.setattr(Speculator, "_worth", all_of_them)
+    guess_all(monkeypatch)
     prompt = "The cat sat on the mat. The dog lay on the rug. " * 3
 
     async def texts(most: int) -> list[str]:

@@ -132,6 +132,7 @@ def test_a_linear_is_fitted_to_what_the_float_model_gives_it(
     found = dict(inputs_of(source, WINDOWS))
     assert len(found) == count
     for name, inputs in found.items():
+        assert inputs.rows == 300 or "experts" in name
         fitted = gptq(checkpoint.tensor(name).dense(), inputs).values()
         assert torch.equal(fitted, result.tensor(name).dense()), name
 

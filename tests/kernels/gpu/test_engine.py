@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import engine.execution.rank
 import engine.loading
 from engine import AsyncEngine, SamplingParams
 from engine.scheduling.cost import Profile
-from engine.scheduling.sequence import Sequence as ScheduledSequence
-from engine.scheduling.speculate import Speculator
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.ops import Bucket
 from kernels.gpu.program import Graphs
+from tests.guesses import guess_all
 from tests.kernels.gpu.filled import HOST
 from tests.tiny import write_llama
 
@@ -73,13 +71,7 @@ async def test_guesses_are_decodes_and_do_not_change_the_text(
     """Right and wrong ones, as many as fit, each a row that reads what those before it wrote."""
     folder = str(write_llama(tmp_path))
 
-    def all_of_them(
-        self: Speculator, decoding: Sequence[ScheduledSequence], found: dict[Any, int]
-    ) -> dict[Any, int]:
-        rooms = {s: s.final_length - len(s.tokens) - 1 for s in found}
-        return {s: min(self.most, room) for s, room in rooms.items() if room > 0}
-
-    monkeypatch.setattr(Speculator, "_worth", all_of_them)
+    guess_all(monkeypatch)
     buckets: list[Bucket] = []
     run = Graphs.run
 
