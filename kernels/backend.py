@@ -259,7 +259,8 @@ def rotation_tables(rope: Rope, positions: int) -> tuple[torch.Tensor, torch.Ten
     """cos and sin of every position, fp32 `[positions, head_dim / 2]`."""
     frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos().contiguous(), angles.sin().contiguous()
+    magnitudes = torch.where(frequencies == 0, 1.0, rope.magnitude)
+    return (angles.cos() * magnitudes).contiguous(), (angles.sin() * magnitudes).contiguous()
 
 
 def supports_bfloat16() -> bool:

@@ -57,10 +57,12 @@ class Heads:
 class Rope:
     """Rotary position embedding in the half-split (NeoX) form (Su et al., arXiv 2104.09864).
 
-    `inverse_frequencies` has head_dim / 2 entries, any context-length scaling already applied.
+    `inverse_frequencies` has head_dim / 2 entries, any context-length scaling already applied. What
+    is rotated is multiplied by `magnitude`, too; a pair whose frequency is 0 stays as it is.
     """
 
     inverse_frequencies: tuple[float, ...]
+    magnitude: float = 1.0
 
 
 @dataclass(frozen=True)

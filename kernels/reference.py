@@ -178,8 +178,10 @@ class ReferenceOps:
             if rope not in self._inverse_frequencies:
                 frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
                 self._inverse_frequencies[rope] = frequencies
-            angles = self.positions.float()[:, None] * self._inverse_frequencies[rope]
-            self._rotations[rope] = (angles.cos()[:, None], angles.sin()[:, None])
+            frequencies = self._inverse_frequencies[rope]
+            angles = self.positions.float()[:, None] * frequencies
+            size = torch.where(frequencies == 0, 1.0, rope.magnitude)
+            self._rotations[rope] = ((angles.cos() * size)[:, None], (angles.sin() * size)[:, None])
         return self._rotations[rope]
 
 

@@ -164,11 +164,16 @@ class Rank:
                 others = backend.other_weights(busy, packed)
             except ValueError as error:
                 raise ConfigError(f"model.busy_dtype: {error}") from error
-        models = [load_model(checkpoint, backend, progress, shard, exact=exact)]
+        context = self._config.model.max_context
+        models = [
+            load_model(checkpoint, backend, progress, shard, exact=exact, max_context=context)
+        ]
         weights = backend.loaded_bytes()
         if others is None:
             return models, weights
-        models.append(load_model(checkpoint, others, progress, shard, exact=exact))
+        models.append(
+            load_model(checkpoint, others, progress, shard, exact=exact, max_context=context)
+        )
         more = others.loaded_bytes(shared=True)
         if more >= weights:
             raise ConfigError(

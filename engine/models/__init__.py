@@ -33,6 +33,9 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "qwen2": Llama,
     "qwen3": Llama,
     "qwen3_moe": Llama,
+    "smollm3": Llama,
+    "phi3": Llama,
+    "granite": Llama,
     "bitnet": Llama,
     "gemma3_text": Gemma3,
 }
@@ -53,13 +56,14 @@ def load_model(
     shard: Shard = ALONE,
     *,
     exact: bool = False,
+    max_context: int = 0,
 ) -> Model:
-    """Read the checkpoint's configuration and place its weights, or a rank's `shard` of them; see
-    `WeightLoader` for `exact`.
+    """Read the checkpoint's configuration, for contexts of up to `max_context` tokens if that is
+    not 0, and place its weights, or a rank's `shard` of them; see `WeightLoader` for `exact`.
 
     Raises ConfigError naming the key or tensor that is wrong.
     """
     model_type = check_family(checkpoint)
-    config = read_config(checkpoint.config, checkpoint.rope_factors())
+    config = read_config(checkpoint.config, checkpoint.rope_factors(), max_context)
     loader = WeightLoader(checkpoint, weights, progress, shard, exact=exact)
     return MODELS[model_type](config, loader)

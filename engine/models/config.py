@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.models.rope import Positions, context_reached, read_ropes, rotated_width
 from kernels.ops import Activation, Heads, Rope
 
 # No model comes near these; a damaged file that does would take all memory before it is noticed.
@@ -48,8 +49,11 @@ class ModelConfig:
     windows: tuple[int, ...]
     """Sliding window of each layer; 0 sees everything."""
     ropes: tuple[Rope, ...]
+    rotated: int
+    """How many of a head's first values are rotated."""
     attention_scale: float
     embedding_scale: float
+    logits_scale: float
     tied_embeddings: bool
     head_norms: bool
     inner_norms: bool
@@ -59,15 +63,18 @@ class ModelConfig:
     """Layers whose feed-forward part is experts."""
 
 
-def read_config(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
-    """Read a model's configuration. Raises ConfigError naming the key that is missing or wrong."""
+def read_config(
+    raw: dict[str, Any], rope_factors: list[float] | None, max_context: int = 0
+) -> ModelConfig:
+    """Read a model's configuration, for contexts of up to `max_context` tokens if that is not 0.
+    Raises ConfigError naming the key that is missing or wrong."""
     try:
-        return _read(raw, rope_factors)
+        return _read(raw, rope_factors, max_context)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"the model's configuration is malformed: {error}") from error
 
 
-def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
+def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: int) -> ModelConfig:
     values = _Values(raw)
     model_type = values.text("model_type")
     hidden = values.integer("hidden_size")
@@ -82,7 +89,13 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
     gemma = model_type == "gemma3_text"
     windows = _windows(values, layers, model_type)
     experts = _experts(values, model_type)
+    known = values.integer("max_position_embeddings", most=MAX_POSITIONS)
+    reached = context_reached(raw, known)
+    positions = Positions(known, min(max_context or reached, reached))
     scale = float(raw.get("query_pre_attn_scalar") or heads.dim) ** -0.5
+    # Granite multiplies what each block adds. Instead everything else is divided by it, which
+    # norms do not notice, but for their epsilon.
+    share = values.number("residual_multiplier", 1.0)
     return ModelConfig(
         model_type=model_type,
         vocab_size=values.integer("vocab_size"),
@@ -90,13 +103,17 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None) -> ModelConfig:
         intermediate=values.integer("intermediate_size"),
         layers=layers,
         heads=heads,
-        norm_eps=values.number("rms_norm_eps", 1e-6),
-        max_context=values.integer("max_position_embeddings", most=MAX_POSITIONS),
+        norm_eps=values.number("rms_norm_eps", 1e-6) / share**2,
+        max_context=reached,
         activation=_activation(values, gemma),
         windows=windows,
-        ropes=_ropes(values, heads.dim, windows, gemma, rope_factors),
-        attention_scale=scale,
-        embedding_scale=math.sqrt(hidden) if gemma else 1.0,
+        ropes=read_ropes(raw, heads.dim, windows, positions, rope_factors),
+        rotated=rotated_width(raw, heads.dim),
+        attention_scale=values.number("attention_multiplier", scale),
+        embedding_scale=(
+            math.sqrt(hidden) if gemma else values.number("embedding_multiplier", 1.0) / share
+        ),
+        logits_scale=1.0 / values.number("logits_scaling", 1.0),
         tied_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
         head_norms=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         inner_norms=model_type == "bitnet",
@@ -154,64 +171,12 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
     if model_type == "gemma3_text":
         pattern = values.integer("sliding_window_pattern", 6)
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
-    if model_type in ("qwen2", "qwen3", "qwen3_moe"):
+    if model_type in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
         first = (
             values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers
         )
         return tuple(window if layer >= first else 0 for layer in range(layers))
     return (window,) * layers
-
-
-def _ropes(
-    values: _Values, dim: int, windows: tuple[int, ...], gemma: bool, factors: list[float] | None
-) -> tuple[Rope, ...]:
-    """One rotation per layer. Gemma's sliding layers have a base of their own, never scaled."""
-    raw = values.raw
-    parameters = raw.get("rope_parameters") or {}
-    if gemma:
-        full = parameters.get("full_attention") or raw.get("rope_scaling") or {}
-        sliding = parameters.get("sliding_attention") or {}
-        base = float(full.get("rope_theta") or raw.get("rope_theta") or 1e6)
-        local = float(sliding.get("rope_theta") or raw.get("rope_local_base_freq") or 1e4)
-        whole, near = _rope(dim, base, full, None), _rope(dim, local, {}, None)
-        return tuple(near if window else whole for window in windows)
-    scaling = parameters or raw.get("rope_scaling") or {}
-    base = float(parameters.get("rope_theta") or raw.get("rope_theta") or 1e4)
-    return (_rope(dim, base, scaling, factors),) * len(windows)
-
-
-def _rope(dim: int, base: float, scaling: dict[str, Any], factors: list[float] | None) -> Rope:
-    """Inverse frequencies, scaled as the configuration (`linear`, `llama3`) or the file says."""
-    frequencies = [base ** (-2 * i / dim) for i in range(dim // 2)]
-    if factors is not None:
-        if len(factors) != len(frequencies):
-            raise ConfigError(f"tensor 'rope_freqs.weight' has {len(factors)} entries")
-        return Rope(tuple(f / d for f, d in zip(frequencies, factors, strict=True)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    try:
-        if kind == "linear":
-            frequencies = [f / float(scaling["factor"]) for f in frequencies]
-        elif kind == "llama3":
-            frequencies = [_llama3(f, scaling) for f in frequencies]
-        elif kind not in ("default", "none"):
-            raise ConfigError(f"rope_scaling is of type {kind!r}; linear and llama3 work")
-    except KeyError as error:
-        raise ConfigError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
-    return Rope(tuple(frequencies))
-
-
-def _llama3(frequency: float, scaling: dict[str, Any]) -> float:
-    """Llama 3.1's rule: long wavelengths are divided by the factor, short kept, a ramp between."""
-    factor = float(scaling["factor"])
-    original = float(scaling["original_max_position_embeddings"])
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    wavelength = 2 * math.pi / frequency
-    if wavelength < original / high:
-        return frequency
-    if wavelength > original / low:
-        return frequency / factor
-    smooth = (original / wavelength - low) / (high - low)
-    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
 class _Values:

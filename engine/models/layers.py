@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.shard import Shard, Span
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.views import Adjusted, Reordered
 from kernels.backend import HostTensor, WeightStore
 from kernels.ops import HeadNorms, Heads, Ops, T, Weight
 
@@ -21,38 +22,6 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias")
 # Families whose norms multiply by 1 + weight.
 ONE_CENTRED = ("gemma3_text",)
 ALONE = Shard()
-
-
-@dataclass(frozen=True, eq=False)
-class PlusOne:
-    """A tensor with 1 added to every value."""
-
-    tensor: HostTensor
-
-    @property
-    def name(self) -> str:
-        return self.tensor.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def format(self) -> str:
-        return "F32"
-
-    @property
-    def block(self) -> int:
-        return self.tensor.block
-
-    def narrow(self, dimension: int, start: int, length: int) -> PlusOne:
-        return PlusOne(self.tensor.narrow(dimension, start, length))
-
-    def dense(self) -> torch.Tensor:
-        return self.tensor.dense().float() + 1.0
-
-    def packed(self) -> torch.Tensor:
-        return self.tensor.packed()
 
 
 @dataclass(frozen=True)
@@ -138,13 +107,18 @@ class WeightLoader:
         """Whether the file has such a tensor, and nobody took it yet."""
         return name in self._unused
 
-    def vector(self, name: str, size: int) -> Weight:
-        """A norm's weight, `[size]`; every rank has it."""
+    def vector(
+        self, name: str, size: int, *, factor: float = 1.0, order: torch.Tensor | None = None
+    ) -> Weight:
+        """A norm's weight, `[size]`, times `factor`, in another `order` if one is given; every
+        rank has it."""
         tensor = self._take(name, (size,))
         shifted = self.checkpoint.config.get("model_type") in ONE_CENTRED
         if shifted and not self.checkpoint.norms_include_one:
-            tensor = PlusOne(tensor)
-        return self._weights.load([tensor])
+            tensor = Adjusted(tensor, offset=1.0)
+        if factor != 1.0:
+            tensor = Adjusted(tensor, factor)
+        return self._weights.load([_in_order(tensor, order)])
 
     def vocabulary(self, name: str, rows: int, columns: int) -> Vocabulary:
         """An embedding table or an output head, `[rows, columns]`, split by rows."""
@@ -165,10 +139,15 @@ class WeightLoader:
         return spans
 
     def linear(
-        self, names: Sequence[str], rows: Sequence[int], columns: int, own: Sequence[Span]
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        own: Sequence[Span],
+        orders: Sequence[torch.Tensor | None] = (),
     ) -> Weight:
         """Projections of one input, stacked: modules `names`, with biases if the file has them; of
-        each the outputs in `own`."""
+        each the outputs in `own`, each module's in another order if `orders` has one for it."""
         parts = [
             self._take(f"{name}.weight", (r, columns)) for name, r in zip(names, rows, strict=True)
         ]
@@ -180,6 +159,10 @@ class WeightLoader:
             if all(biased)
             else []
         )
+        if orders:
+            parts = [_in_order(part, order) for part, order in zip(parts, orders, strict=True)]
+            if bias:
+                bias = [_in_order(part, order) for part, order in zip(bias, orders, strict=True)]
         if self.shard.ranks == 1:
             return self._weights.load(parts, bias)
         return self._weights.load(_narrowed(parts, own), _narrowed(bias, own))
@@ -248,6 +231,10 @@ class WeightLoader:
         return tensor
 
 
+def _in_order(tensor: HostTensor, order: torch.Tensor | None) -> HostTensor:
+    return tensor if order is None else Reordered(tensor, order)
+
+
 def _narrowed(tensors: Sequence[HostTensor], spans: Sequence[Span]) -> list[HostTensor]:
     """Of each tensor the rows in its span; none of none."""
     if not tensors:
@@ -298,10 +285,12 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     name = f"model.layers.{layer}.self_attn"
     heads = config.heads
     q, kv = heads.query * heads.dim, heads.kv * heads.dim
+    order = _rotated_apart(heads.dim, config.rotated)
     norms = None
     if config.head_norms:
-        query = load.vector(f"{name}.q_norm.weight", heads.dim)
-        norms = HeadNorms(query, load.vector(f"{name}.k_norm.weight", heads.dim), config.norm_eps)
+        query = load.vector(f"{name}.q_norm.weight", heads.dim, order=order)
+        key = load.vector(f"{name}.k_norm.weight", heads.dim, order=order)
+        norms = HeadNorms(query, key, config.norm_eps)
     inner = None
     if config.inner_norms:
         inner = Norm(load.vector(f"{name}.attn_sub_norm.weight", q), config.norm_eps)
@@ -312,10 +301,33 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     return Attention(
         layer,
         own.of(heads),
-        load.linear([f"{name}.{p}_proj" for p in "qkv"], [q, kv, kv], config.hidden, rows),
+        load.linear(
+            [f"{name}.{p}_proj" for p in "qkv"],
+            [q, kv, kv],
+            config.hidden,
+            rows,
+            [_of_heads(order, heads.query), _of_heads(order, heads.kv), None],
+        ),
         norms,
         load.output(f"{name}.o_proj", config.hidden, q, inputs, inner),
     )
+
+
+def _rotated_apart(dim: int, rotated: int) -> torch.Tensor | None:
+    """Where a head's values go so that those that rotate together are half a head apart, though
+    only the first `rotated` of them do. Scores do not depend on it."""
+    if rotated == dim:
+        return None
+    low, high = torch.arange(rotated).view(2, -1)
+    rest = torch.arange(rotated, dim).view(2, -1)
+    return torch.cat((low, rest[0], high, rest[1]))
+
+
+def _of_heads(order: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+    """The order of all heads' rows, each head's as given."""
+    if order is None:
+        return None
+    return (torch.arange(heads)[:, None] * len(order) + order).flatten()
 
 
 def load_feed_forward(load: WeightLoader, config: ModelConfig, layer: int) -> GatedFeedForward:

@@ -1,8 +1,9 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Mixtral, Qwen2, Qwen3 (also with experts) and
-BitNet b1.58.
+"""The Llama family: Llama 2 and 3, SmolLM2 and 3, Mistral, Mixtral, Qwen2, Qwen3 (also with
+experts), Phi-3 and 4, Granite and BitNet b1.58.
 
-They are one model with switches: rope scaling, sliding windows, projection biases (taken when the
-file has them), query/key norms, norms in front of the last projections, and layers of experts.
+They are one model with switches: rope scaling, heads that rotate in part, layers that do not,
+sliding windows, projection biases (taken when the file has them), query/key norms, norms in front
+of the last projections, scales, and layers of experts.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Llama:
             )
             for n in range(config.layers)
         ]
-        self.norm = load.vector("model.norm.weight", hidden)
+        self.norm = load.vector("model.norm.weight", hidden, factor=config.logits_scale)
         self.head = load_head(load, config, self.embedding)
         load.finish(tied=config.tied_embeddings)
 

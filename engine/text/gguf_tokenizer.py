@@ -19,7 +19,12 @@ Item = TypeVar("Item", str, int, float)
 
 CONTROL, USER_DEFINED = 3, 4
 # Other names of a kind: Llama 3's, and Qwen 2's in models distilled from DeepSeek R1.
-KINDS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+KINDS = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "refact": "smollm",  # Granite's
+}
 # Kinds that take a word that is a token whole, whatever its merges would give, and start with BOS
 # if the file does not say.
 WHOLE_WORDS = ("llama-bpe", "tekken")
@@ -27,13 +32,24 @@ WHOLE_WORDS = ("llama-bpe", "tekken")
 CASELESS_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+LLAMA_3 = CASELESS_CONTRACTIONS + r"\p{N}{1,3}" + TAIL
 PATTERNS = {
-    "llama-bpe": CASELESS_CONTRACTIONS + r"\p{N}{1,3}" + TAIL,
+    "llama-bpe": LLAMA_3,
+    # Others that cut words likewise, but know no whole ones.
+    "dbrx": LLAMA_3,
+    "smaug-bpe": LLAMA_3,
     "qwen2": CASELESS_CONTRACTIONS + r"\p{N}" + TAIL,
     # Mistral's: a capital begins a word.
     "tekken": (
         rf"[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}*{CASED[1]}+|[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}+{CASED[1]}*|"
         r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    # That of OpenAI's o200k vocabulary, which Phi 4 mini has as well.
+    "gpt-4o": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}*{CASED[1]}+{CONTRACTION}|"
+        rf"[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}+{CASED[1]}*{CONTRACTION}|"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
 

@@ -22,6 +22,7 @@ END_TOKENS = frozenset(
         "<|im_end|>",
         "<|eot_id|>",
         "<|end_of_text|>",
+        "<|end|>",
         "<end_of_turn>",
         "</s>",
         "<eos>",

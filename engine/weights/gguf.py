@@ -17,7 +17,9 @@ from gguf.quants import dequantize
 
 from engine.errors import ConfigError
 from engine.weights.files import gguf_parts
+from engine.weights.fused import FusedTensors
 from engine.weights.gguf_header import TensorEntry, read_header
+from kernels.backend import HostTensor
 
 FLOATS = {
     GGMLQuantizationType.F32: torch.float32,
@@ -50,6 +52,8 @@ EXPERT_NAMES = {
     "ffn_down_exps": "down_proj",
 }
 OLDER_EXPERTS = re.compile(r"ffn_(gate|up|down)\.(\d+)")
+# Phi's projections lie in one tensor each.
+PHI_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 GEMMA_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -70,7 +74,21 @@ CONFIG_KEYS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
 }
+SCALING_KEYS = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "yarn_attn_factor": "attention_factor",
+    "yarn_log_multiplier": "mscale_all_dim",
+}
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 GEMMA_27B_LAYERS = 62
 EXPERT_DIMENSIONS = 3
 MAX_EXPERTS = 4096
@@ -82,7 +100,12 @@ MODEL_TYPES = {
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
     "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "granite": "granite",
 }
+# Whose query and key rows are stored for interleaved rotation.
+INTERLEAVED = ("llama", "smollm3", "granite")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +190,16 @@ class GGUFCheckpoint:
         self.config = self._config({name: place.entry for name, place in places.items()})
         self._tensors = dict(self._renamed(places))
         self._rope_factors = self._tensors.pop("rope_freqs.weight", None)
+        self._read_longrope()
+        self._fused = FusedTensors(self._tensors, self.config)
 
     def names(self) -> set[str]:
-        return set(self._tensors)
+        return self._fused.names(self._tensors)
 
-    def tensor(self, name: str) -> GGUFTensor:
+    def tensor(self, name: str) -> HostTensor:
+        return self._fused.tensor(name, self._stored) or self._stored(name)
+
+    def _stored(self, name: str) -> GGUFTensor:
         place = self._tensors.get(name)
         if place is None:
             raise ConfigError(f"{self.path.name} has no tensor {name!r}")
@@ -182,6 +210,19 @@ class GGUFCheckpoint:
             return None
         return [float(x) for x in self._open("rope_freqs.weight", self._rope_factors).dense()]
 
+    def _read_longrope(self) -> None:
+        """Phi's divisors for contexts beyond that of training, into the configuration."""
+        places = [self._tensors.pop(name, None) for name in (LONG_FACTORS, SHORT_FACTORS)]
+        if places[0] is None or places[1] is None:
+            return
+        architecture = self.metadata["general.architecture"]
+        self.config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "long_factor": self._open(LONG_FACTORS, places[0]).dense().tolist(),
+            "short_factor": self._open(SHORT_FACTORS, places[1]).dense().tolist(),
+            "attention_factor": self.metadata.get(f"{architecture}.rope.scaling.attn_factor"),
+        }
+
     def _open(self, name: str, place: Place) -> GGUFTensor:
         entry = place.entry
         raw = np.frombuffer(place.file, np.uint8, entry.size, entry.start)
@@ -191,8 +232,8 @@ class GGUFCheckpoint:
         return GGUFTensor(name, entry.shape, entry, raw, self._row_order(name))
 
     def _row_order(self, name: str) -> npt.NDArray[np.int64] | None:
-        """Llama files store query and key rows for interleaved rotation; undo it (rows only)."""
-        if self.metadata["general.architecture"] != "llama":
+        """Some files store query and key rows for interleaved rotation; undo it (rows only)."""
+        if self.metadata["general.architecture"] not in INTERLEAVED:
             return None
         if ".q_proj." in name:
             heads = self.config.get("num_attention_heads")
@@ -234,9 +275,8 @@ class GGUFCheckpoint:
             return f"{TOP_NAMES[base]}.{kind}"
         if base.startswith("blk."):
             _, layer, part = (*base.split(".", 2), "")[:3]
-            names = LAYER_NAMES
-            if self.config["model_type"] == "gemma3_text":
-                names = LAYER_NAMES | GEMMA_NAMES
+            own = {"gemma3_text": GEMMA_NAMES, "phi3": PHI_NAMES}
+            names = LAYER_NAMES | own.get(self.config["model_type"], {})
             if part in names:
                 return f"model.layers.{layer}.{names[part]}.{kind}"
             if part in EXPERT_NAMES:
@@ -268,16 +308,26 @@ class GGUFCheckpoint:
         config["tie_word_embeddings"] = "output.weight" not in tensors
         scaling = self.metadata.get(f"{architecture}.rope.scaling.type", "none")
         if scaling != "none":
-            config["rope_scaling"] = {
-                "rope_type": scaling,
-                "factor": self.metadata.get(f"{architecture}.rope.scaling.factor", 1.0),
-            }
+            config["rope_scaling"] = self._scaling(f"{architecture}.rope.scaling.", scaling)
+        if architecture == "phi3" and "phi3.rope.dimension_count" in self.metadata:
+            head = config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
+            width = self.metadata["phi3.rope.dimension_count"]
+            config["partial_rotary_factor"] = width / (head or width)
         if architecture == "gemma3" and config.get("num_hidden_layers") == GEMMA_27B_LAYERS:
             # The one size whose attention is not scaled by its head width; the file does not say.
             config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
         for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
             config[name] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
         return config
+
+    def _scaling(self, prefix: str, kind: str) -> dict[str, Any]:
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": 1.0}
+        for key, name in SCALING_KEYS.items():
+            if prefix + key in self.metadata:
+                scaling[name] = self.metadata[prefix + key]
+        if scaling.get("mscale_all_dim"):
+            scaling["mscale"] = 1.0
+        return scaling
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import ConfigError
 from engine.weights import bitnet, blocks
+from engine.weights.fused import FusedTensors
 from kernels.backend import HostTensor
 
 INDEX = "model.safetensors.index.json"
@@ -70,13 +71,20 @@ class SafetensorsCheckpoint:
             file = _open(shard)
             self._files.update(dict.fromkeys(file.keys(), file))
         self._check_index()
+        self._fused = FusedTensors(self._stored_names(), self.config)
 
     def names(self) -> set[str]:
+        return self._fused.names(self._stored_names())
+
+    def tensor(self, name: str) -> HostTensor:
+        return self._fused.tensor(name, self._stored) or self._stored(name)
+
+    def _stored_names(self) -> set[str]:
         if self._bitnet is None:
             return {blocks.plain_name(name) for name in self._files}
         return {name for name in self._files if not name.endswith(f".weight{SCALE}")}
 
-    def tensor(self, name: str) -> HostTensor:
+    def _stored(self, name: str) -> HostTensor:
         for suffix in blocks.SUFFIXES:
             if name + suffix in self._files:
                 stored = self._files[name + suffix].get_slice(name + suffix)

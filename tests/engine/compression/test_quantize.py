@@ -19,11 +19,12 @@ from engine.compression import calibration, folder
 from engine.compression.calibration import calibrated
 from engine.compression.fit import Inputs, gptq
 from engine.compression.folder import open_floats, windows_of
+from engine.compression.prune import prune
 from engine.compression.quantize import quantize
 from engine.errors import ConfigError
 from engine.weights.checkpoint import open_checkpoint
 from tests.engine.models.test_parity import run
-from tests.engine.models.test_ranks import check_close, on_one_and
+from tests.engine.models.test_ranks import check_close, on_one_and, tiny
 from tests.engine.weights.test_gguf import write_gguf
 from tests.kernels.native import needs_native
 from tests.tiny import EXPERTS, write_llama
@@ -179,6 +180,23 @@ def test_the_native_kernels_take_its_bits_and_ranks_their_parts(tmp_path: Path) 
     floats, parts = on_one_and(target, "torch", 2)
     check_close(floats, parts)
     assert distance(one, floats) < 0.2
+
+
+def test_stacked_projections_are_fitted_and_pruned_apart(tmp_path: Path) -> None:
+    """Phi's, whose heads rotate in part, too."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 260}
+    source = tiny(tmp_path / "source", "phi3-longrope", **sizes)
+    plain, fitted = tmp_path / "plain", tmp_path / "fitted"
+    quantize(source, plain, [], lambda *_: None)
+    quantize(source, fitted, WINDOWS, lambda *_: None)
+    names = open_checkpoint(fitted).names()
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert names == open_checkpoint(source).names()
+    before = logits(source)
+    assert 0 < distance(logits(fitted), before) < distance(logits(plain), before) < 0.5
+    narrow = tmp_path / "narrow"
+    assert prune(source, narrow, 0.7, WINDOWS, lambda *_: None) == 64
+    assert distance(logits(narrow), before) < 0.5
 
 
 def test_a_text_becomes_windows_spread_over_it(

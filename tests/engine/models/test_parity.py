@@ -41,6 +41,20 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + n / 10 for n in range(6)],
+    "long_factor": [1.0 + n for n in range(6)],
+    "original_max_position_embeddings": 32,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied-biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True}),
@@ -67,6 +81,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN}),
+    "qwen3-yarn-weighed": (
+        "Qwen3Config",
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}},
+    ),
+    "smollm3": ("SmolLM3Config", {}),
+    "smollm3-listed": ("SmolLM3Config", {"no_rope_layers": [1, 0, 0, 1]}),
+    "phi3": ("Phi3Config", {"hidden_size": 64, "sliding_window": 9}),
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONGROPE,
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (
         "Gemma3TextConfig",

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from engine.errors import ConfigError, InvalidRequest
 from engine.execution.tokenizer import open_tokenizer
 from engine.text.chat import ChatTemplate
-from engine.text.gguf_tokenizer import tokenizer_from_gguf
+from engine.text.gguf_tokenizer import KINDS, PATTERNS, tokenizer_from_gguf
 from engine.text.tokenizer import Tokenizer, byte_alphabet, load_tokenizer
 from engine.weights.checkpoint import open_checkpoint
 from tests.mock import byte_backend, byte_tokenizer
@@ -127,9 +127,7 @@ def byte_level(**changes: Any) -> dict[str, Any]:
     return {f"tokenizer.ggml.{k}": v for k, v in metadata.items() if v is not None}
 
 
-@pytest.mark.parametrize(
-    "pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken"]
-)
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", *KINDS, *PATTERNS])
 def test_every_byte_level_kind_round_trips(pre: str) -> None:
     tokenizer = tokenizer_from_gguf(byte_level(pre=pre), "m.gguf")
     text = "he said: I'll take 1234 <user> naïve\n\n  ones<|im_end|>"
@@ -149,6 +147,9 @@ def test_every_byte_level_kind_round_trips(pre: str) -> None:
             "tekken",
             ["He", "'s", " a", " Mac", "OS", "-User", ",", " ", "1", "2", "3", "4", "!", "  \n"],
         ),
+        ("gpt-4o", ["He's", " a", " Mac", "OS", "-User", ",", " ", "123", "4", "!", "  \n"]),
+        ("dbrx", ["He", "'s", " a", " MacOS", "-User", ",", " ", "123", "4", "!", "  \n"]),
+        ("refact", ["He", "'s", " a", " MacOS", "-", "User", ",", " ", "1", "2", "!", "  \n"]),
     ],
 )
 def test_words_are_cut_as_the_family_cuts_them(pre: str, words: list[str]) -> None:

@@ -1,0 +1,190 @@
+"""Rotary position embedding as Hugging Face configurations describe it: how fast each pair of a
+head's values turns in each layer, and how a context beyond that of training is reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import ConfigError
+from kernels.ops import Rope
+
+KINDS = ("linear", "llama3", "yarn", "longrope")
+# What transformers called LongRoPE at first.
+OLDER = {"su": "longrope"}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The `most` positions that the model knows, of which up to `wanted` will be used."""
+
+    most: int
+    wanted: int
+
+
+def read_ropes(
+    raw: dict[str, Any],
+    dim: int,
+    windows: tuple[int, ...],
+    positions: Positions,
+    factors: list[float] | None,
+) -> tuple[Rope, ...]:
+    """One rotation per layer; `factors` are divisors that the model's file has of its own.
+
+    Gemma's sliding layers have a base of their own, never scaled; some of SmolLM3's layers know no
+    positions (NoPE, arXiv 2305.19466).
+    """
+    parameters = raw.get("rope_parameters") or {}
+    if raw.get("model_type") == "gemma3_text":
+        full = parameters.get("full_attention") or raw.get("rope_scaling") or {}
+        sliding = parameters.get("sliding_attention") or {}
+        base = float(full.get("rope_theta") or raw.get("rope_theta") or 1e6)
+        local = float(sliding.get("rope_theta") or raw.get("rope_local_base_freq") or 1e4)
+        whole, near = _rope(dim, base, full, positions), _rope(dim, local, {}, positions)
+        return tuple(near if window else whole for window in windows)
+    scaling = dict(parameters or raw.get("rope_scaling") or {})
+    # Phi has these two beside the others.
+    for key in ("original_max_position_embeddings", "partial_rotary_factor"):
+        if raw.get(key) is not None:
+            scaling.setdefault(key, raw[key])
+    base = float(parameters.get("rope_theta") or raw.get("rope_theta") or 1e4)
+    rope = _rope(dim, base, scaling, positions, factors)
+    unknowing = Rope((0.0,) * (dim // 2))
+    return tuple(rope if rotates else unknowing for rotates in _rotating(raw, len(windows)))
+
+
+def context_reached(raw: dict[str, Any], most: int) -> int:
+    """How many positions a model reaches that knows `most`: YaRN multiplies those of training,
+    whether the configuration counts them or not."""
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) != "yarn":
+        return most
+    original = scaling.get("original_max_position_embeddings") or 0
+    return max(most, int(float(original) * float(scaling.get("factor") or 1.0)))
+
+
+def rotated_width(raw: dict[str, Any], dim: int) -> int:
+    """How many of a head's first values are rotated; all, but in some of Phi's models."""
+    parameters = raw.get("rope_parameters") or {}
+    share = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    width = dim if share is None else int(dim * float(share))
+    if not 0 < width <= dim or width % 2:
+        raise ConfigError(f"partial_rotary_factor is {share}, of heads of {dim}")
+    return width
+
+
+def _rotating(raw: dict[str, Any], layers: int) -> list[bool]:
+    if raw.get("model_type") != "smollm3":
+        return [True] * layers
+    listed = raw.get("no_rope_layers")  # what is listed are those that do rotate
+    if listed is None:
+        step = int(raw.get("no_rope_layer_interval") or 4)
+        return [(layer + 1) % step != 0 for layer in range(layers)]
+    if len(listed) != layers:
+        raise ConfigError(f"no_rope_layers has {len(listed)} entries for {layers} layers")
+    return [bool(rotates) for rotates in listed]
+
+
+def _rope(
+    dim: int,
+    base: float,
+    scaling: dict[str, Any],
+    positions: Positions,
+    factors: list[float] | None = None,
+) -> Rope:
+    """Scaled as the configuration or the file says, padded with 0 for pairs that do not turn."""
+    width = rotated_width(scaling, dim)
+    plain = [base ** (-2 * i / width) for i in range(width // 2)]
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = OLDER.get(kind, kind)
+    magnitude = 1.0
+    try:
+        if factors is not None:
+            frequencies = _divided(plain, factors, "tensor 'rope_freqs.weight'")
+        elif kind == "linear":
+            frequencies = [f / float(scaling["factor"]) for f in plain]
+        elif kind == "llama3":
+            frequencies = [_llama3(f, scaling) for f in plain]
+        elif kind == "yarn":
+            frequencies, magnitude = _yarn(plain, base, scaling, positions)
+        elif kind == "longrope":
+            frequencies, magnitude = _longrope(plain, scaling, positions)
+        elif kind in ("default", "none"):
+            frequencies = plain
+        else:
+            known = ", ".join(KINDS)
+            raise ConfigError(f"rope_scaling is of type {kind!r}; these work: {known}")
+    except KeyError as error:
+        raise ConfigError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
+    return Rope((*frequencies, *[0.0] * ((dim - width) // 2)), magnitude)
+
+
+def _divided(frequencies: list[float], divisors: Sequence[float], what: str) -> list[float]:
+    if len(divisors) != len(frequencies):
+        raise ConfigError(f"{what} has {len(divisors)} entries, not {len(frequencies)}")
+    return [f / float(d) for f, d in zip(frequencies, divisors, strict=True)]
+
+
+def _llama3(frequency: float, scaling: dict[str, Any]) -> float:
+    """Llama 3.1's rule: long wavelengths are divided by the factor, short kept, a ramp between."""
+    factor = float(scaling["factor"])
+    original = float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    wavelength = 2 * math.pi / frequency
+    if wavelength < original / high:
+        return frequency
+    if wavelength > original / low:
+        return frequency / factor
+    smooth = (original / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def _yarn(
+    plain: list[float], base: float, scaling: dict[str, Any], positions: Positions
+) -> tuple[list[float], float]:
+    """YaRN (arXiv 2309.00071): pairs that turn less than `beta_slow` times within the context of
+    training are slowed by the factor, those that turn more than `beta_fast` times are not, and
+    queries and keys grow with the factor's logarithm."""
+    original = float(scaling["original_max_position_embeddings"])
+    factor = float(scaling.get("factor") or positions.most / original)
+    width = 2 * len(plain)
+
+    def pair(turns: float) -> float:
+        """The number of the pair that turns so often."""
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first = pair(float(scaling.get("beta_fast") or 32))
+    last = pair(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    ramp = max(last - first, 1e-3)
+    kept = [1 - min(max((i - first) / ramp, 0.0), 1.0) for i in range(len(plain))]
+    frequencies = [f * k + f / factor * (1 - k) for f, k in zip(plain, kept, strict=True)]
+
+    def growth(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        magnitude = growth(above) / growth(below) if above and below else growth(1.0)
+    return frequencies, float(magnitude)
+
+
+def _longrope(
+    plain: list[float], scaling: dict[str, Any], positions: Positions
+) -> tuple[list[float], float]:
+    """LongRoPE (arXiv 2402.13753): divisors found by search, others for contexts that go beyond
+    that of training. Keys stay in the cache, so what is wanted decides for all of them."""
+    original = float(scaling["original_max_position_embeddings"])
+    key = "long_factor" if positions.wanted > original else "short_factor"
+    frequencies = _divided(plain, scaling[key], key)
+    factor = float(scaling.get("factor") or positions.most / original)
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        growth = 1 + math.log(factor) / math.log(original) if factor > 1 else 1.0
+        magnitude = math.sqrt(growth)
+    return frequencies, float(magnitude)

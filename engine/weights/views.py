@@ -1,0 +1,88 @@
+"""Tensors seen otherwise than they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.backend import HostTensor
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A tensor by another tensor's name and format."""
+
+    tensor: HostTensor
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def format(self) -> str:
+        return self.tensor.format
+
+    @property
+    def block(self) -> int:
+        return self.tensor.block
+
+    def narrow(self, dimension: int, start: int, length: int) -> HostTensor:
+        return replace(self, tensor=self.tensor.narrow(dimension, start, length))
+
+    def dense(self) -> torch.Tensor:
+        return self.tensor.dense()
+
+    def packed(self) -> torch.Tensor:
+        return self.tensor.packed()
+
+
+@dataclass(frozen=True, eq=False)
+class Renamed(View):
+    """A tensor, or a part of one, under a name of its own."""
+
+    own_name: str
+
+    @property
+    def name(self) -> str:
+        return self.own_name
+
+
+@dataclass(frozen=True, eq=False)
+class Adjusted(View):
+    """A tensor with every value multiplied by `factor`, and `offset` added."""
+
+    factor: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def format(self) -> str:
+        return "F32"
+
+    def dense(self) -> torch.Tensor:
+        return self.tensor.dense().float() * self.factor + self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class Reordered(View):
+    """A tensor of which row n is the stored row `order[n]`, int64 `[rows]`; any part that is taken
+    has to hold just those rows that belong there."""
+
+    order: torch.Tensor
+
+    def narrow(self, dimension: int, start: int, length: int) -> Reordered:
+        tensor, order = self.tensor.narrow(dimension, start, length), self.order
+        if dimension == 0:
+            order = order[start : start + length] - start
+            assert torch.equal(order.sort().values, torch.arange(length)), "rows of other parts"
+        return Reordered(tensor, order)
+
+    def dense(self) -> torch.Tensor:
+        return self.tensor.dense()[self.order]
+
+    def packed(self) -> torch.Tensor:
+        return self.tensor.packed()[self.order]

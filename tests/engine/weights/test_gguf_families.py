@@ -1,0 +1,164 @@
+"""GGUF files of families whose tensors or scales are not Llama's, as llama.cpp's converter writes
+them: the logits are those of the folder that they were made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.errors import ConfigError
+from engine.models import load_model
+from engine.models.config import ModelConfig, read_config
+from engine.weights.checkpoint import open_checkpoint
+from kernels.backend import select_backend
+from tests.engine.models.test_parity import run
+from tests.engine.models.test_ranks import tiny
+from tests.engine.weights.test_gguf import (
+    GGUF_NAMES,
+    gguf_name,
+    interleave,
+    write_out,
+    writer_of,
+)
+
+FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+TOKENS = list(range(3, 63))
+
+
+def write_yarn(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    rope = config["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def write_longrope(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    rope = config["rope_parameters"]
+    original = rope["original_max_position_embeddings"]
+    factor = config["max_position_embeddings"] / original
+    writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * 16))
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(factor) / np.log(original))))
+    for name in ("long", "short"):
+        factors = np.array(rope[f"{name}_factor"], np.float32)
+        writer.add_tensor(f"rope_factors_{name}.weight", factors)
+
+
+def write_scales(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+
+
+def write_nothing(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """The file says nothing of which layers rotate."""
+
+
+OWN_KEYS = {
+    "qwen2-yarn": ("qwen2", write_yarn),
+    "phi3": ("phi3", write_nothing),
+    "phi3-longrope": ("phi3", write_longrope),
+    "smollm3": ("smollm3", write_nothing),
+    "granite": ("granite", write_scales),
+}
+
+
+@pytest.mark.parametrize("family", OWN_KEYS)
+def test_a_family_gives_the_logits_of_its_folder(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture, write_keys = OWN_KEYS[family]
+    # Files of these have no width of heads.
+    folder = tiny(tmp_path / "folder", family, hidden_size=64)
+    config = json.loads((folder / "config.json").read_text())
+    file = tmp_path / "model.gguf"
+    writer = writer_of(file, architecture, config)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    write_keys(writer, config)
+    monkeypatch.setattr("tests.engine.weights.test_gguf.GGUF_NAMES", GGUF_NAMES | FUSED)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        array = tensor.numpy()
+        for part, heads in HEADS.items():
+            if part in name and architecture in ("smollm3", "granite"):
+                array = interleave(array, config[heads])
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
+    write_out(writer)
+    results = [run(path, "torch", [len(TOKENS)], TOKENS) for path in (file, folder)]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    assert float(results[0].std()) > 0.03
+
+
+def read(folder: Path, max_context: int = 0) -> ModelConfig:
+    return read_config(open_checkpoint(folder).config, None, max_context)
+
+
+def test_longrope_takes_its_short_divisors_where_no_context_will_be_long(tmp_path: Path) -> None:
+    """Those of keys in the cache cannot change any more."""
+    folder = tiny(tmp_path, "phi3-longrope")
+    long, short = read(folder).ropes[0], read(folder, max_context=32).ropes[0]
+    assert short.inverse_frequencies[0] == 1.0
+    assert long.inverse_frequencies[1] == pytest.approx(short.inverse_frequencies[1] * 1.1 / 2)
+    assert read(folder, max_context=33).ropes[0] == long
+    assert long.magnitude == short.magnitude > 1.0
+    backend, _ = select_backend("torch", dtype="float32", cache_dtype="auto", threads=1)
+    model = load_model(open_checkpoint(folder), backend, max_context=32)
+    assert model.config.ropes[0] == short
+
+
+def test_yarn_reaches_beyond_what_the_configuration_counts(tmp_path: Path) -> None:
+    folder = tiny(tmp_path, "qwen2-yarn", max_position_embeddings=32)
+    assert read(folder).max_context == 8 * 32
+    assert read(tiny(tmp_path / "plain", "qwen2")).max_context == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "lacks 'original_max"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic'; these work: linear, llama3"),
+        ({"partial_rotary_factor": 0.2}, "partial_rotary_factor is 0.2, of heads of 16"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, of heads of 16"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "1 entries for 4 layers"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "long_factor": [1.0],
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "long_factor has 1 entries, not 8",
+        ),
+        ({"residual_multiplier": 0}, "residual_multiplier = 0, not above zero"),
+    ],
+)
+def test_what_cannot_be_computed_is_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = tiny(tmp_path, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConfigError, match=message):
+        read(folder)
+
+
+def test_a_stacked_tensor_has_to_have_rows_for_all_heads(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "folder", "phi3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    with pytest.raises(ConfigError, match=r"'model.layers.0.self_attn.qkv_proj.weight' has 128"):
+        open_checkpoint(folder).tensor("model.layers.0.self_attn.k_proj.weight")
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": None}))
+    with pytest.raises(ConfigError, match="None and 2 attention heads"):
+        open_checkpoint(folder)
