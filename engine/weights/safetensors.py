@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import ConfigError
 from engine.weights import bitnet, blocks
 from engine.weights.fused import FusedTensors
+from engine.weights.quantized import Quantized
 from kernels.backend import HostTensor
 
 INDEX = "model.safetensors.index.json"
@@ -60,12 +61,13 @@ class SafetensorsCheckpoint:
         self.path = path
         self.config = read_json(path / "config.json")
         self._bitnet: bitnet.BitNetLayout | None = None
+        self._quantized: Quantized | None = None
         if quantization := self.config.get("quantization_config"):
             method = quantization.get("quant_method", "an unknown method")
             if method == bitnet.METHOD:
                 self._bitnet = bitnet.read_layout(quantization)
             elif method != blocks.METHOD:
-                raise ConfigError(f"{path} is quantized with {method}, which cannot be loaded yet")
+                self._quantized = Quantized(quantization)
         self._files: dict[str, Any] = {}
         for shard in self._shards():
             file = _open(shard)
@@ -80,6 +82,9 @@ class SafetensorsCheckpoint:
         return self._fused.tensor(name, self._stored) or self._stored(name)
 
     def _stored_names(self) -> set[str]:
+        if self._quantized is not None:
+            plain = {self._quantized.plain_name(name) for name in self._files}
+            return {name for name in plain if name is not None}
         if self._bitnet is None:
             return {blocks.plain_name(name) for name in self._files}
         return {name for name in self._files if not name.endswith(f".weight{SCALE}")}
@@ -89,6 +94,8 @@ class SafetensorsCheckpoint:
             if name + suffix in self._files:
                 stored = self._files[name + suffix].get_slice(name + suffix)
                 return blocks.open_blocks(name, suffix, stored)
+        if self._quantized is not None and (found := self._quantized.open(name, self._slice)):
+            return found
         file = self._files.get(name)
         if file is None:
             raise ConfigError(f"{self.path} has no tensor {name!r}")
@@ -104,6 +111,10 @@ class SafetensorsCheckpoint:
             )
         spans = tuple((0, size) for size in part.get_shape())
         return SafeTensor(name, part.get_dtype(), file, spans)
+
+    def _slice(self, name: str) -> Any:
+        file = self._files.get(name)
+        return file.get_slice(name) if file is not None else None
 
     def rope_factors(self) -> list[float] | None:
         return None
