@@ -12,8 +12,9 @@ from engine.errors import ConfigError
 from kernels.ops import Rope
 
 KINDS = ("linear", "llama3", "yarn", "longrope")
-# What transformers called LongRoPE at first.
-OLDER = {"su": "longrope"}
+# What transformers called LongRoPE at first; and Qwen's for images, whose three positions are the
+# same in a text.
+ALIKE = {"su": "longrope", "mrope": "default"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _rope(
     width = rotated_width(scaling, dim)
     plain = [base ** (-2 * i / width) for i in range(width // 2)]
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    kind = OLDER.get(kind, kind)
+    kind = ALIKE.get(kind, kind)
     magnitude = 1.0
     try:
         if factors is not None:

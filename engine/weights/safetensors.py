@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import ConfigError
 from engine.weights import bitnet, blocks
+from engine.weights.composite import text_config, text_name
 from engine.weights.fused import FusedTensors
 from engine.weights.quantized import Quantized
 from kernels.backend import HostTensor
@@ -23,12 +24,12 @@ SCALE = "_scale"  # after a ternary tensor's name
 
 @dataclass(frozen=True, eq=False)
 class SafeTensor:
-    """A tensor in a memory-mapped file, or the part of it within `spans` (first, behind the last)
-    of each dimension."""
+    """A tensor in a memory-mapped file, `stored` its slice there, or the part of it within `spans`
+    (first, behind the last) of each dimension."""
 
     name: str
     format: str
-    file: Any
+    stored: Any
     spans: tuple[tuple[int, int], ...]
 
     block = 1
@@ -44,8 +45,7 @@ class SafeTensor:
         return replace(self, spans=tuple(spans))
 
     def dense(self) -> torch.Tensor:
-        part = self.file.get_slice(self.name)
-        tensor: torch.Tensor = part[tuple(slice(*span) for span in self.spans)]
+        tensor: torch.Tensor = self.stored[tuple(slice(*span) for span in self.spans)]
         return tensor
 
     def packed(self) -> torch.Tensor:
@@ -59,7 +59,9 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_json(path / "config.json")
+        raw = read_json(path / "config.json")
+        text = text_config(raw)
+        self.config = raw if text is None else text
         self._bitnet: bitnet.BitNetLayout | None = None
         self._quantized: Quantized | None = None
         if quantization := self.config.get("quantization_config"):
@@ -68,11 +70,16 @@ class SafetensorsCheckpoint:
                 self._bitnet = bitnet.read_layout(quantization)
             elif method != blocks.METHOD:
                 self._quantized = Quantized(quantization)
-        self._files: dict[str, Any] = {}
+        files: dict[str, Any] = {}
         for shard in self._shards():
             file = _open(shard)
-            self._files.update(dict.fromkeys(file.keys(), file))
-        self._check_index()
+            files.update(dict.fromkeys(file.keys(), file))
+        self._check_index(files)
+        self._places: dict[str, tuple[Any, str]] = {}
+        for stored, file in files.items():
+            name = stored if text is None else text_name(stored)
+            if name is not None:
+                self._places[name] = file, stored
         self._fused = FusedTensors(self._stored_names(), self.config)
 
     def names(self) -> set[str]:
@@ -83,38 +90,39 @@ class SafetensorsCheckpoint:
 
     def _stored_names(self) -> set[str]:
         if self._quantized is not None:
-            plain = {self._quantized.plain_name(name) for name in self._files}
+            plain = {self._quantized.plain_name(name) for name in self._places}
             return {name for name in plain if name is not None}
         if self._bitnet is None:
-            return {blocks.plain_name(name) for name in self._files}
-        return {name for name in self._files if not name.endswith(f".weight{SCALE}")}
+            return {blocks.plain_name(name) for name in self._places}
+        return {name for name in self._places if not name.endswith(f".weight{SCALE}")}
 
     def _stored(self, name: str) -> HostTensor:
         for suffix in blocks.SUFFIXES:
-            if name + suffix in self._files:
-                stored = self._files[name + suffix].get_slice(name + suffix)
+            if (stored := self._slice(name + suffix)) is not None:
                 return blocks.open_blocks(name, suffix, stored)
         if self._quantized is not None and (found := self._quantized.open(name, self._slice)):
             return found
-        file = self._files.get(name)
-        if file is None:
+        part = self._slice(name)
+        if part is None:
             raise ConfigError(f"{self.path} has no tensor {name!r}")
         if self._bitnet is not None and self._bitnet.converts(name):
-            beside = self._files.get(name + SCALE)
-            scale = beside.get_tensor(name + SCALE) if beside is not None else None
-            return self._bitnet.open(name, file.get_slice(name), scale)
-        part = file.get_slice(name)
+            beside = self._slice(name + SCALE)
+            scale = beside[...] if beside is not None else None
+            return self._bitnet.open(name, part, scale)
         if part.get_dtype() not in FORMATS:
             raise ConfigError(
                 f"tensor {name!r} is stored as {part.get_dtype()}; "
                 f"{', '.join(FORMATS)} can be loaded"
             )
         spans = tuple((0, size) for size in part.get_shape())
-        return SafeTensor(name, part.get_dtype(), file, spans)
+        return SafeTensor(name, part.get_dtype(), part, spans)
 
     def _slice(self, name: str) -> Any:
-        file = self._files.get(name)
-        return file.get_slice(name) if file is not None else None
+        """A stored tensor's, or None."""
+        if name not in self._places:
+            return None
+        file, stored = self._places[name]
+        return file.get_slice(stored)
 
     def rope_factors(self) -> list[float] | None:
         return None
@@ -135,11 +143,11 @@ class SafetensorsCheckpoint:
             )
         raise ConfigError(f"{self.path} holds no *.safetensors file")
 
-    def _check_index(self) -> None:
+    def _check_index(self, files: dict[str, Any]) -> None:
         if not (self.path / INDEX).exists():
             return
         for name, file in self._weight_map().items():
-            if name not in self._files:
+            if name not in files:
                 raise ConfigError(
                     f"{INDEX} says that tensor {name!r} lies in {file}, but it does not; "
                     "a shard is missing or damaged"

@@ -1,0 +1,63 @@
+"""Models that see as well: the part of them that reads and writes text, which is what is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The text part's own `model_type` -> the family that it is.
+TEXT_TYPES = {
+    "gemma3_text": "gemma3_text",
+    "mistral": "mistral",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+# Whose configuration has the text part's keys beside its own.
+FLAT_TYPES = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
+# What a text part's configuration takes from the whole one's.
+SHARED = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+# Gemma's files leave out what is the same in most sizes.
+GEMMA3 = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+# Where the text part's tensors are, and where they would be in a model of their own.
+PREFIXES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "lm_head.": "lm_head.",
+    "model.embed_tokens.": "model.embed_tokens.",
+    "model.layers.": "model.layers.",
+    "model.norm.": "model.norm.",
+}
+
+
+def text_config(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration of a composite model's text part; None of any other model."""
+    part = raw.get("text_config")
+    if not isinstance(part, dict):
+        if raw.get("model_type") not in FLAT_TYPES:
+            return None
+        return raw | {"model_type": FLAT_TYPES[raw["model_type"]]}
+    kind = part.get("model_type")
+    if kind not in TEXT_TYPES:
+        return None
+    shared = {key: raw[key] for key in SHARED if raw.get(key) is not None}
+    defaults = GEMMA3 if kind == "gemma3_text" else {}
+    given = {key: value for key, value in part.items() if value is not None}
+    return defaults | shared | given | {"model_type": TEXT_TYPES[kind]}
+
+
+def text_name(stored: str) -> str | None:
+    """What a composite model's tensor is called in its text part; None of other parts' tensors."""
+    for prefix, own in PREFIXES.items():
+        if stored.startswith(prefix):
+            return own + stored.removeprefix(prefix)
+    return None
