@@ -28,6 +28,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": to
 CACHE_BITS: dict[CacheDType, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
+# cos, sin and the growth of queries: see `rotation_tables`.
+Rotation = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
 class HostTensor(Protocol):
     """A tensor of a checkpoint, still on the host and usually memory-mapped."""
 
@@ -255,12 +259,20 @@ class Backend(WeightStore, Protocol):
         ...
 
 
-def rotation_tables(rope: Rope, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position, fp32 `[positions, head_dim / 2]`."""
+def rotation_tables(rope: Rope, positions: int) -> Rotation:
+    """cos and sin of every position, fp32 `[positions, head_dim / 2]`, and what queries there are
+    multiplied by, fp32 `[positions]`, or None."""
     frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
     magnitudes = torch.where(frequencies == 0, 1.0, rope.magnitude)
-    return (angles.cos() * magnitudes).contiguous(), (angles.sin() * magnitudes).contiguous()
+    growth = None
+    if rope.growth:
+        growth = 1 + rope.growth * torch.log1p((torch.arange(positions) // rope.step).float())
+    return (
+        (angles.cos() * magnitudes).contiguous(),
+        (angles.sin() * magnitudes).contiguous(),
+        growth,
+    )
 
 
 def supports_bfloat16() -> bool:

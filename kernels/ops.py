@@ -59,10 +59,14 @@ class Rope:
 
     `inverse_frequencies` has head_dim / 2 entries, any context-length scaling already applied. What
     is rotated is multiplied by `magnitude`, too; a pair whose frequency is 0 stays as it is.
+    Queries at position p are multiplied by 1 + growth * ln(1 + floor(p / step)), if `growth` is not
+    0 (the attention temperature of Llama 4).
     """
 
     inverse_frequencies: tuple[float, ...]
     magnitude: float = 1.0
+    growth: float = 0.0
+    step: int = 1
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,9 @@ class ReferenceOps:
             k = self.rms_norm(k, norms.key, norms.eps)
         cos, sin = self._rotation(rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if rope.growth:
+            steps = (self.positions // rope.step).float()
+            q = q * (1 + rope.growth * torch.log(1 + steps))[:, None, None]
         cache = self.caches[layer]
         cache.keys.index_copy_(0, self.kv_slots, k.to(cache.keys.dtype))
         cache.values.index_copy_(

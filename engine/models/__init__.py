@@ -29,6 +29,7 @@ class Model(Protocol):
 MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "llama": Llama,
     "mistral": Llama,
+    "ministral3": Llama,
     "mixtral": Llama,
     "qwen2": Llama,
     "qwen3": Llama,

@@ -119,7 +119,12 @@ def _rope(
             raise ConfigError(f"rope_scaling is of type {kind!r}; these work: {known}")
     except KeyError as error:
         raise ConfigError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
-    return Rope((*frequencies, *[0.0] * ((dim - width) // 2)), magnitude)
+    still = [0.0] * ((dim - width) // 2)
+    growth = float(scaling.get("llama_4_scaling_beta") or 0.0)
+    step = int(scaling.get("original_max_position_embeddings") or 0) if growth else 1
+    if step < 1:
+        raise ConfigError("llama_4_scaling_beta is set without original_max_position_embeddings")
+    return Rope((*frequencies, *still), magnitude, growth, step)
 
 
 def _divided(frequencies: list[float], divisors: Sequence[float], what: str) -> list[float]:

@@ -8,6 +8,7 @@ from typing import Any
 TEXT_TYPES = {
     "gemma3_text": "gemma3_text",
     "mistral": "mistral",
+    "ministral3": "ministral3",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",

@@ -99,13 +99,14 @@ MODEL_TYPES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
+    "mistral3": "ministral3",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "smollm3": "smollm3",
     "granite": "granite",
 }
 # Whose query and key rows are stored for interleaved rotation.
-INTERLEAVED = ("llama", "smollm3", "granite")
+INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,7 +309,7 @@ class GGUFCheckpoint:
         config["tie_word_embeddings"] = "output.weight" not in tensors
         scaling = self.metadata.get(f"{architecture}.rope.scaling.type", "none")
         if scaling != "none":
-            config["rope_scaling"] = self._scaling(f"{architecture}.rope.scaling.", scaling)
+            config["rope_scaling"] = self._scaling(architecture, scaling)
         if architecture == "phi3" and "phi3.rope.dimension_count" in self.metadata:
             head = config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
             width = self.metadata["phi3.rope.dimension_count"]
@@ -320,13 +321,17 @@ class GGUFCheckpoint:
             config[name] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
         return config
 
-    def _scaling(self, prefix: str, kind: str) -> dict[str, Any]:
+    def _scaling(self, architecture: str, kind: str) -> dict[str, Any]:
+        prefix = f"{architecture}.rope.scaling."
         scaling: dict[str, Any] = {"rope_type": kind, "factor": 1.0}
         for key, name in SCALING_KEYS.items():
             if prefix + key in self.metadata:
                 scaling[name] = self.metadata[prefix + key]
         if scaling.get("mscale_all_dim"):
             scaling["mscale"] = 1.0
+        temperature = self.metadata.get(f"{architecture}.attention.temperature_scale")
+        if temperature is not None:
+            scaling["llama_4_scaling_beta"] = temperature
         return scaling
 
 

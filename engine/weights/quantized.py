@@ -32,7 +32,7 @@ FP8, INT8 = "F8_E4M3", "I8"
 AREA = (128, 128)
 SCALES = ("weight_scale_inv", "weight_scale")
 # What belongs to activations, or follows from others.
-BESIDE = ("input_scale", "output_scale", "k_scale", "v_scale", "weight_shape")
+BESIDE = ("input_scale", "output_scale", "k_scale", "v_scale", "activation_scale", "weight_shape")
 
 
 @dataclass(frozen=True)

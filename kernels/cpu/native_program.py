@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.backend import rotation_tables
+from kernels.backend import Rotation, rotation_tables
 from kernels.batch import Batch, Samples, Sampling
 from kernels.ops import Experts, Handle, HeadNorms, Heads, Instruction, Rope, Tape
 from kernels.ops import Rows as RowCount
@@ -67,7 +67,7 @@ class NativeProgram:
         self._choose = NativeChooser(device)
         self._program = native.Program(device, max_rows, exchange)
         self._tape = tape  # the program holds addresses into its weights
-        self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rotations: dict[Rope, Rotation] = {}
         self._logits = _lazy_floats(max_rows, tape.logits.width)
         self.memory: list[LayerMemory] = []
         self._rows = 0
@@ -191,7 +191,7 @@ class NativeProgram:
     def _emit_rope_write_kv(
         self, qkv: int, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None, out: int
     ) -> None:
-        cosine, sine = self._rotation(rope)
+        cosine, sine, growth = self._rotation(rope)
         query: Any = norms.query if norms is not None else None
         key: Any = norms.key if norms is not None else None
         self._program.add(
@@ -202,6 +202,7 @@ class NativeProgram:
             heads=heads.query,
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
+            growth=growth.data_ptr() if growth is not None else 0,
             vector=query.address if query else 0,
             vector2=key.address if key else 0,
             scalar=norms.eps if norms is not None else 0.0,
@@ -269,7 +270,7 @@ class NativeProgram:
     def _emit_select_rows(self, x: int, out: int) -> None:
         self._program.add("select_rows", in_=x, out=out)
 
-    def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotation(self, rope: Rope) -> Rotation:
         if rope not in self._rotations:
             self._rotations[rope] = rotation_tables(rope, self._positions)
         return self._rotations[rope]

@@ -225,10 +225,13 @@ def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
         "sine": pointer(F32),
         "query_norm": pointer(F32),
         "key_norm": pointer(F32),
+        "growth": pointer(F32),
         "eps": "fp32",
     }
     config = rope_config(model.heads, norms=model.norms, quantized=quantized)
     yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'}", config, signature)
+    config = rope_config(model.heads, norms=model.norms, quantized=quantized, grows=True)
+    yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'} grows", config, signature)
     pair = {"out": pointer(BF16), "x": pointer(BF16)}
     yield Compiled("gated", gated_config(model.intermediate, "silu")[0], pair)
     for width in {model.hidden, model.heads.query * model.heads.dim}:

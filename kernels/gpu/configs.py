@@ -54,7 +54,7 @@ def quantize_config(width: int) -> Config:
     return Config(fused.quantize_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block))
 
 
-def rope_config(heads: Heads, *, norms: bool, quantized: bool) -> Config:
+def rope_config(heads: Heads, *, norms: bool, quantized: bool, grows: bool = False) -> Config:
     """Rotation and the cache's writes."""
     constants = {
         "QUERY_HEADS": heads.query,
@@ -62,6 +62,7 @@ def rope_config(heads: Heads, *, norms: bool, quantized: bool) -> Config:
         "DIM": heads.dim,
         "BLOCK": power_of_two(heads.dim // 2),
         "NORMS": norms,
+        "GROWS": grows,
         "QUANTIZED": quantized,
     }
     return Config(fused.rope_write_kernel, constants, 1)

@@ -186,12 +186,14 @@ def rope_write_kernel(
     sine,
     query_norm,
     key_norm,
+    growth,
     eps,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     NORMS: tl.constexpr,
+    GROWS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -229,6 +231,10 @@ def rope_write_kernel(
             index = head - QUERY_HEADS
             write_vector(keys, key_scales, slot, index, low, high, dims, KV_HEADS, DIM, QUANTIZED)
         else:
+            if GROWS:
+                factor = tl.load(growth + tl.load(positions + row))
+                low = low * factor
+                high = high * factor
             place = (row * QUERY_HEADS + head) * DIM + dims
             tl.store(out + place, low.to(out.dtype.element_ty), mask=inside)
             tl.store(out + place + HALF, high.to(out.dtype.element_ty), mask=inside)

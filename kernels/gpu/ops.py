@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels.backend import rotation_tables
+from kernels.backend import Rotation, rotation_tables
 from kernels.collectives import Collectives
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.configs import (
@@ -64,7 +64,7 @@ class Workspace:
     device: torch.device
     hopper: bool = True
     counters: dict[int, torch.Tensor] = field(default_factory=dict)
-    rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rotations: dict[Rope, Rotation] = field(default_factory=dict)
 
     def arrived(self, tiles: int) -> torch.Tensor:
         """Zeroed counters of a split matmul's tiles; each launch leaves them at zero."""
@@ -295,9 +295,10 @@ class GpuOps:
     ) -> torch.Tensor:
         cache, s = self._caches[layer], self._staging
         out = self._rows(len(qkv), heads.query * heads.dim)
-        cosine, sine = self._rotation(rope)
+        cosine, sine, growth = self._rotation(rope)
         quantized = cache.key_scales is not None
-        rope_config(heads, norms=norms is not None, quantized=quantized).launch(
+        grows = growth is not None
+        rope_config(heads, norms=norms is not None, quantized=quantized, grows=grows).launch(
             (len(qkv), heads.query + 2 * heads.kv),
             out,
             cache.keys,
@@ -311,6 +312,7 @@ class GpuOps:
             sine,
             gpu(norms.query).tensor if norms else cosine,
             gpu(norms.key).tensor if norms else cosine,
+            growth if growth is not None else cosine,
             norms.eps if norms else 0.0,
         )
         return out
@@ -403,11 +405,12 @@ class GpuOps:
     def _rows(self, rows: int, width: int) -> torch.Tensor:
         return torch.empty(rows, width, dtype=self._dtype, device=self._workspace.device)
 
-    def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotation(self, rope: Rope) -> Rotation:
         made, device = self._workspace.rotations, self._workspace.device
         if rope not in made:
-            cosine, sine = rotation_tables(rope, self._context)
-            made[rope] = (cosine.to(device), sine.to(device))
+            cosine, sine, growth = rotation_tables(rope, self._context)
+            placed = growth.to(device) if growth is not None else None
+            made[rope] = (cosine.to(device), sine.to(device), placed)
         return made[rope]
 
 

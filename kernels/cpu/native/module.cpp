@@ -143,8 +143,8 @@ struct Device {
 
 Instruction instruction(const std::string& op, int in, int in2, int out, int out2,
                         std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2,
-                        uintptr_t cosine, uintptr_t sine, uintptr_t target, float scalar, int layer,
-                        int heads, int activation, int64_t window, int64_t first,
+                        uintptr_t cosine, uintptr_t sine, uintptr_t growth, uintptr_t target,
+                        float scalar, int layer, int heads, int activation, int64_t window, int64_t first,
                         std::vector<int64_t> widths) {
   const auto name = std::find(kOpNames.begin(), kOpNames.end(), op);
   if (name == kOpNames.end()) throw std::invalid_argument("no op is called " + op);
@@ -159,6 +159,7 @@ Instruction instruction(const std::string& op, int in, int in2, int out, int out
   i.vector2 = at<const float>(vector2);
   i.cosine = at<const float>(cosine);
   i.sine = at<const float>(sine);
+  i.growth = at<const float>(growth);
   i.target = at<float>(target);
   i.scalar = scalar;
   i.layer = layer;
@@ -279,15 +280,15 @@ NB_MODULE(_native, m) {
           "add",
           [](Program& p, const std::string& op, int in, int in2, int out, int out2,
              std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2, uintptr_t cosine,
-             uintptr_t sine, uintptr_t target, float scalar, int layer, int heads, int activation,
-             int64_t window, int64_t first, std::vector<int64_t> widths) {
+             uintptr_t sine, uintptr_t growth, uintptr_t target, float scalar, int layer, int heads,
+             int activation, int64_t window, int64_t first, std::vector<int64_t> widths) {
             p.add(instruction(op, in, in2, out, out2, std::move(weight), vector, vector2, cosine,
-                              sine, target, scalar, layer, heads, activation, window, first,
+                              sine, growth, target, scalar, layer, heads, activation, window, first,
                               std::move(widths)));
           },
           "op"_a, nb::kw_only(), "in_"_a = -1, "in2"_a = -1, "out"_a = -1, "out2"_a = -1,
           "weight"_a.none() = nb::none(), "vector"_a = 0, "vector2"_a = 0, "cosine"_a = 0,
-          "sine"_a = 0, "target"_a = 0, "scalar"_a = 0.0f, "layer"_a = 0, "heads"_a = 0,
+          "sine"_a = 0, "growth"_a = 0, "target"_a = 0, "scalar"_a = 0.0f, "layer"_a = 0, "heads"_a = 0,
           "activation"_a = 0, "window"_a = 0, "first"_a = 0,
           "widths"_a = std::vector<int64_t>{})
       .def("profile", &Program::profile)

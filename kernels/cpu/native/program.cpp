@@ -198,8 +198,9 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
         if (norm) kernels_.rms_norm_row(head, norm, i.scalar, dim, head);
         kernels_.rotate_head(head, cosine, sine, dim);
         if (h < i.heads) {
-          std::memcpy(out.floats.get() + row * out.width + h * dim, head,
-                      static_cast<size_t>(dim) * sizeof(float));
+          float* query = out.floats.get() + row * out.width + h * dim;
+          const float factor = i.growth ? i.growth[batch.positions[row]] : 1.0f;
+          for (int64_t n = 0; n < dim; ++n) query[n] = head[n] * factor;
         } else {
           kernels_.write_key(cache, batch.kv_slots[row], h - i.heads, head);
         }

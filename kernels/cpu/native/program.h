@@ -71,6 +71,7 @@ struct Instruction {
   const float* vector = nullptr;   // norm weight, bias, or norm of the queries
   const float* vector2 = nullptr;  // norm of the keys
   const float *cosine = nullptr, *sine = nullptr;
+  const float* growth = nullptr;  // factor of the queries at each position
   float* target = nullptr;  // where a linear writes that has no `out`: the logits
   float scalar = 0.0f;      // eps, or a scale
   int layer = 0, heads = 0, activation = 0;

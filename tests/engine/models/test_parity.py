@@ -86,6 +86,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Config",
         {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}},
     ),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "rope_parameters": YARN
+            | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+        },
+    ),
     "smollm3": ("SmolLM3Config", {}),
     "smollm3-listed": ("SmolLM3Config", {"no_rope_layers": [1, 0, 0, 1]}),
     "phi3": ("Phi3Config", {"hidden_size": 64, "sliding_window": 9}),

@@ -38,6 +38,9 @@ def write_yarn(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope["factor"])
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if "llama_4_scaling_beta" in rope:
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
 
 
 def write_longrope(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
@@ -65,6 +68,7 @@ def write_nothing(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 OWN_KEYS = {
     "qwen2-yarn": ("qwen2", write_yarn),
+    "ministral3": ("mistral3", write_yarn),
     "phi3": ("phi3", write_nothing),
     "phi3-longrope": ("phi3", write_longrope),
     "smollm3": ("smollm3", write_nothing),
@@ -90,7 +94,7 @@ def test_a_family_gives_the_logits_of_its_folder(
     for name, tensor in load_file(folder / "model.safetensors").items():
         array = tensor.numpy()
         for part, heads in HEADS.items():
-            if part in name and architecture in ("smollm3", "granite"):
+            if part in name and architecture in ("mistral3", "smollm3", "granite"):
                 array = interleave(array, config[heads])
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
     write_out(writer)

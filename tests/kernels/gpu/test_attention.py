@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,7 @@ def both(
     quantized: bool = False,
     invariant: bool = False,
     norms: bool = False,
+    **changes: float,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Outputs of the reference and of the kernels after the same writes, and the written keys."""
     generator = torch.Generator().manual_seed(0)
@@ -61,6 +64,7 @@ def both(
     ops.bucket = Bucket(rows + (2 if decode else 3), sequences + 2, 1, decode)
     qkv = torch.randn(ops.bucket.rows, heads.qkv_width, generator=generator).to(dtype)
     rope = Rope(tuple(1.0 / 10.0 ** (i / 8) for i in range(heads.dim // 2)))
+    rope = replace(rope, **changes)
     weights = [1 + torch.randn(heads.dim, generator=generator) * 0.2 for _ in "qk"]
     theirs = [TorchWeight("n", (heads.dim,), w) for w in weights]
     ours = [gpu_vector(w) for w in weights]
@@ -102,6 +106,17 @@ def test_queries_and_keys_are_normalized_by_head_before_they_are_rotated() -> No
     wanted, found, (written, stored) = both(Heads(4, 2, 16), batch, 0, norms=True)
     assert torch.allclose(stored, written, atol=1e-5)
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_queries_grow_with_their_position_and_rotation_has_a_magnitude() -> None:
+    batch = random_batch(np.random.default_rng(3), *MIXTURES["mixed"])
+    heads = Heads(4, 2, 16)
+    wanted, found, (written, stored) = both(heads, batch, 0, growth=0.7, step=3, magnitude=1.2)
+    assert torch.allclose(stored, written, atol=1e-5)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    _, plain, (_, smaller) = both(heads, batch, 0)
+    assert float((found - plain).abs().max()) > 0.1
+    assert torch.allclose(stored, smaller * 1.2, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixture", ["decode", "mixed"])
