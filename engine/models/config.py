@@ -114,7 +114,8 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
             math.sqrt(hidden) if gemma else values.number("embedding_multiplier", 1.0) / share
         ),
         logits_scale=1.0 / values.number("logits_scaling", 1.0),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
+        # What these say only if it is otherwise.
+        tied_embeddings=bool(raw.get("tie_word_embeddings", gemma or model_type == "smollm3")),
         head_norms=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         inner_norms=model_type == "bitnet",
         experts=experts,

@@ -192,6 +192,7 @@ class WeightLoader:
     def router(self, name: str, rows: int, columns: int) -> Weight:
         """What chooses among experts; every rank has it, and it is rounded no further than to
         bfloat16: a score that comes out another way may lead to another expert."""
+        self._pass_over_bias(name)
         return self._weights.load([self._take(f"{name}.weight", (rows, columns))], bits=16)
 
     def experts(self, names: Sequence[Sequence[str]], rows: int, columns: int, own: Span) -> Weight:
@@ -200,8 +201,19 @@ class WeightLoader:
         parts = [
             [self._take(f"{name}.weight", (rows, columns)) for name in modules] for modules in names
         ]
+        for modules in names:
+            for name in modules:
+                self._pass_over_bias(name)
         mine = parts[own.start : own.start + own.length]
         return self._weights.load([part for expert in mine for part in expert])
+
+    def _pass_over_bias(self, name: str) -> None:
+        """What quantizes models may write a bias of zeros to every linear."""
+        if f"{name}.bias" not in self._unused:
+            return
+        if bool(self.checkpoint.tensor(f"{name}.bias").dense().any()):
+            raise ConfigError(f"{name!r} has a bias, for which experts and routers have no place")
+        self._unused.discard(f"{name}.bias")
 
     def column_unit(self, name: str) -> int:
         """Where the columns of a linear may be cut, see `Backend.column_unit`; 1 if nowhere."""

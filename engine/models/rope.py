@@ -62,7 +62,7 @@ def context_reached(raw: dict[str, Any], most: int) -> int:
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type")) != "yarn":
         return most
-    original = scaling.get("original_max_position_embeddings") or 0
+    original = scaling.get("original_max_position_embeddings") or most
     return max(most, int(float(original) * float(scaling.get("factor") or 1.0)))
 
 
@@ -153,7 +153,7 @@ def _yarn(
     """YaRN (arXiv 2309.00071): pairs that turn less than `beta_slow` times within the context of
     training are slowed by the factor, those that turn more than `beta_fast` times are not, and
     queries and keys grow with the factor's logarithm."""
-    original = float(scaling["original_max_position_embeddings"])
+    original = float(scaling.get("original_max_position_embeddings") or positions.most)
     factor = float(scaling.get("factor") or positions.most / original)
     width = 2 * len(plain)
 

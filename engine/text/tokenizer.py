@@ -172,7 +172,9 @@ def load_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if template_file.exists():
         template: Any = template_file.read_text(encoding="utf-8")
     else:
-        template = settings.get("chat_template")
+        # Processors of images wrote it to a file of its own.
+        beside = _optional_json(folder / "chat_template.json")
+        template = settings.get("chat_template") or beside.get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")

@@ -12,7 +12,6 @@ TEXT_TYPES = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
 }
 # Whose configuration has the text part's keys beside its own.
 FLAT_TYPES = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
@@ -44,10 +43,9 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any] | None:
     """The configuration of a composite model's text part; None of any other model."""
     part = raw.get("text_config")
     if not isinstance(part, dict):
-        if raw.get("model_type") not in FLAT_TYPES:
-            return None
-        return raw | {"model_type": FLAT_TYPES[raw["model_type"]]}
-    kind = part.get("model_type")
+        flat = FLAT_TYPES.get(str(raw.get("model_type")))
+        return None if flat is None else raw | {"model_type": flat}
+    kind = str(part.get("model_type"))
     if kind not in TEXT_TYPES:
         return None
     shared = {key: raw[key] for key in SHARED if raw.get(key) is not None}

@@ -311,9 +311,13 @@ class GGUFCheckpoint:
         if scaling != "none":
             config["rope_scaling"] = self._scaling(architecture, scaling)
         if architecture == "phi3" and "phi3.rope.dimension_count" in self.metadata:
-            head = config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
+            hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
             width = self.metadata["phi3.rope.dimension_count"]
-            config["partial_rotary_factor"] = width / (head or width)
+            if not (isinstance(hidden, int) and isinstance(heads, int) and 0 < heads <= hidden):
+                raise ConfigError(f"{self.path.name}: {heads!r} heads of {hidden!r} are none")
+            if not isinstance(width, int):
+                raise ConfigError(f"{self.path.name}: rope.dimension_count is {width!r}")
+            config["partial_rotary_factor"] = width / (hidden // heads)
         if architecture == "gemma3" and config.get("num_hidden_layers") == GEMMA_27B_LAYERS:
             # The one size whose attention is not scaled by its head width; the file does not say.
             config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from kernels.backend import HostTensor
 
 Span = tuple[int, int]
+AnyTensor = TypeVar("AnyTensor", "GroupedTensor", "ScaledTensor")
 Find = Callable[[str], Any]
 """A stored tensor's slice by its name, or None."""
 
@@ -31,8 +32,20 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 FP8, INT8 = "F8_E4M3", "I8"
 AREA = (128, 128)
 SCALES = ("weight_scale_inv", "weight_scale")
-# What belongs to activations, or follows from others.
-BESIDE = ("input_scale", "output_scale", "k_scale", "v_scale", "activation_scale", "weight_shape")
+# What belongs to activations and the cache, or follows from others.
+BESIDE = (
+    "input_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "kv_scale",
+    "azp_adj",
+    "activation_scale",
+    "weight_shape",
+)
 
 
 @dataclass(frozen=True)
@@ -105,15 +118,15 @@ class GroupedTensor:
         return replace(self, columns=(first, first + length))
 
     def dense(self) -> torch.Tensor:
+        return _by_rows(self, GroupedTensor._values)
+
+    def packed(self) -> torch.Tensor:
+        return _by_rows(self, GroupedTensor._blocks)
+
+    def _values(self) -> torch.Tensor:
         numbers = self.numbers.read(self.rows, self.columns).float()
         scales, zeros = (self._each(part, 1) for part in self._groups())
         return (numbers - zeros) * scales
-
-    def packed(self) -> torch.Tensor:
-        rows, columns = self.shape
-        step = max(1, AT_ONCE // columns)
-        starts = range(0, rows, step)
-        return torch.cat([self.narrow(0, n, min(step, rows - n))._blocks() for n in starts])
 
     def _blocks(self) -> torch.Tensor:
         rows = self.shape[0]
@@ -123,10 +136,8 @@ class GroupedTensor:
         if self.numbers.bits == 4:
             low, high = numbers.chunk(2, dim=-1)
             parts += [_halves(-zeros * scales), low | high << 4]
-        elif bool((zeros == 128).all()):
-            parts.append(numbers ^ 128)
         else:
-            raise ConfigError(f"tensor {self.name!r} has 8 bits and zeros beside 128; 4 bits can")
+            parts.append(numbers ^ 128)  # 128 stands for zero: see `_grouped`
         return torch.cat(parts, -1).reshape(rows, -1)
 
     def _groups(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,8 +150,8 @@ class GroupedTensor:
         scales = scales.float()
         if self.zeros is None:
             return scales, torch.full_like(scales, 1 << self.numbers.bits - 1)
-        zeros = self.zeros.read(self.rows, groups).float()
-        return scales, zeros + self.above
+        zeros = self.zeros.read(self.rows, groups).to(torch.int32) + self.above
+        return scales, (zeros & (1 << self.numbers.bits) - 1).float()
 
     def _each(self, groups: torch.Tensor, unit: int) -> torch.Tensor:
         """Of every `unit` columns the group's value."""
@@ -176,7 +187,7 @@ class ScaledTensor:
         return replace(self, spans=(spans[0], spans[1]))
 
     def dense(self) -> torch.Tensor:
-        return self._numbers().float() * self._each(1)
+        return _by_rows(self, lambda part: part._numbers().float() * part._each(1))
 
     def packed(self) -> torch.Tensor:
         if self.format == "BF16":
@@ -211,7 +222,10 @@ class Quantized:
         self._bits = config.get("bits", 4)
         if self.method in ("gptq", "awq") and self._bits not in (4, 8):
             raise ConfigError(f"the model has {self._bits} bits in {self.method}; 4 and 8 work")
-        self._area = config.get("weight_block_size") or AREA
+        area = config.get("weight_block_size") or AREA
+        if not isinstance(area, list | tuple) or [type(side) for side in area] != [int, int]:
+            raise ConfigError(f"weight_block_size is {area!r}, not rows and columns")
+        self._area = area
         version = config.get("version", "gemm")
         if self.method == "awq" and str(version).lower() != "gemm":
             raise ConfigError(f"the model is in AWQ's layout {version!r}; 'gemm' works")
@@ -247,30 +261,74 @@ class Quantized:
         zeros = Words(_need(f"{module}.qzeros", find), self._bits, True, True, order)
         # The first version of GPTQ's files holds a zero less one.
         older = not awq and self._config.get("checkpoint_format", "gptq") != "gptq_v2"
-        scales = _need(f"{module}.scales", find)
-        group = _group(name, numbers.shape()[1], scales.get_shape()[0])
-        _check_order(name, group, find(f"{module}.g_idx"))
-        rows, columns = ((0, size) for size in numbers.shape())
-        return GroupedTensor(name, numbers, scales, zeros, int(older), group, rows, columns)
+        scales, order_of = _need(f"{module}.scales", find), find(f"{module}.g_idx")
+        return _grouped(name, numbers, scales, zeros, int(older), order_of)
 
     def _compressed(self, name: str, module: str, words: Any, find: Find) -> GroupedTensor:
         if words.get_dtype() != "I32":
             form = self._config.get("format")
             raise ConfigError(f"tensor {name!r} is in format {form!r}, which cannot be loaded")
-        shape = [int(size) for size in _need(f"{module}.weight_shape", find)[:]]
-        bits = WORD_BITS * words.get_shape()[1] // shape[1]
-        if bits not in (4, 8):
-            raise ConfigError(f"tensor {name!r} has {bits} bits; 4 and 8 work")
+        shape = _need(f"{module}.weight_shape", find)[...].flatten().tolist()
+        bits = next((b for b in (4, 8) if _fits(words.get_shape(), shape, WORD_BITS // b)), None)
+        if bits is None:
+            raise ConfigError(
+                f"tensor {name!r} of {shape} is in words of {words.get_shape()}, which are neither "
+                "4 nor 8 bits of each"
+            )
         numbers = Words(words, bits, turned=False, along_outputs=False)
         stored = find(f"{module}.weight_zero_point")
         zeros = (
             Words(stored, bits, turned=False, along_outputs=True) if stored is not None else None
         )
-        scales = _need(f"{module}.weight_scale", find)
-        group = _group(name, shape[1], scales.get_shape()[1])
-        _check_order(name, group, find(f"{module}.weight_g_idx"))
-        rows, columns = (0, shape[0]), (0, shape[1])
-        return GroupedTensor(name, numbers, scales, zeros, 0, group, rows, columns)
+        scales, order = _need(f"{module}.weight_scale", find), find(f"{module}.weight_g_idx")
+        return _grouped(name, numbers, scales, zeros, 0, order)
+
+
+def _grouped(
+    name: str, numbers: Words, scales: Any, zeros: Words | None, above: int, order: Any
+) -> GroupedTensor:
+    """The whole tensor, once its parts are known to belong together."""
+    for part in (numbers.stored, scales, *([zeros.stored] if zeros is not None else [])):
+        words = part is not scales
+        if len(part.get_shape()) != 2 or (part.get_dtype() == "I32") != words:
+            raise ConfigError(
+                f"tensor {name!r} has parts of {part.get_dtype()} {part.get_shape()}, not matrices "
+                "of int32 words and their scales"
+            )
+    out, columns = numbers.shape()
+    shape = scales.get_shape()
+    groups = shape[0] if numbers.turned else shape[1]
+    group = columns // max(groups, 1)
+    if group * groups != columns or group % BLOCK or not group:
+        raise ConfigError(
+            f"tensor {name!r} has {groups} groups for {columns} inputs; groups of multiples of "
+            f"{BLOCK} can be loaded"
+        )
+    rows = shape[1] if numbers.turned else shape[0]
+    # Words of zeros may have room for more outputs than there are.
+    room = zeros.shape() if zeros is not None else (rows, groups)
+    if rows != out or room[1] != groups or not out <= room[0] < out + WORD_BITS:
+        raise ConfigError(
+            f"tensor {name!r} of {out} outputs in {groups} groups has scales for {rows}, zeros for "
+            f"{room[0]} in {room[1]}"
+        )
+    _check_order(name, group, order)
+    tensor = GroupedTensor(name, numbers, scales, zeros, above, group, (0, out), (0, columns))
+    if numbers.bits == 8 and not bool((tensor._groups()[1] == 128).all()):
+        raise ConfigError(f"tensor {name!r} has 8 bits, and others than 128 stand for zero")
+    return tensor
+
+
+def _fits(words: Sequence[int], shape: Sequence[int], each: int) -> bool:
+    return len(words) == len(shape) == 2 and list(shape) == [words[0], words[1] * each]
+
+
+def _by_rows(tensor: AnyTensor, read: Callable[[AnyTensor], torch.Tensor]) -> torch.Tensor:
+    """A few rows at a time, since what reading takes is many times what it leaves."""
+    rows, columns = tensor.shape
+    step = max(1, AT_ONCE // max(columns, 1))
+    pieces = [read(tensor.narrow(0, n, min(step, rows - n))) for n in range(0, rows, step)]
+    return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
 def _scaled(name: str, module: str, stored: Any, find: Find, area: Sequence[int]) -> ScaledTensor:
@@ -285,6 +343,9 @@ def _scaled(name: str, module: str, stored: Any, find: Find, area: Sequence[int]
     kind = "BF16" if stored.get_dtype() == FP8 else "Q8_0"
     if kind == "Q8_0" and (across != 1 or columns % BLOCK):
         raise ConfigError(f"tensor {name!r} of int8 has no one scale a row of whole blocks")
+    zeros = find(f"{module}.weight_zero_point")
+    if zeros is not None and bool(zeros[...].any()):
+        raise ConfigError(f"tensor {name!r} has zero points beside 0, which cannot be loaded")
     return ScaledTensor(name, kind, stored, found[0], sides, ((0, rows), (0, columns)))
 
 
@@ -298,16 +359,6 @@ def _shape_of_scales(scales: Any) -> tuple[int, int]:
     shape = list(scales.get_shape())
     rows, columns = ([*shape, 1, 1] if len(shape) < 2 else shape)[:2]
     return rows, columns
-
-
-def _group(name: str, columns: int, groups: int) -> int:
-    size = columns // max(groups, 1)
-    if size * groups != columns or size % BLOCK:
-        raise ConfigError(
-            f"tensor {name!r} has {groups} groups for {columns} inputs; groups of multiples of "
-            f"{BLOCK} can be loaded"
-        )
-    return size
 
 
 def _check_order(name: str, group: int, order: Any) -> None:

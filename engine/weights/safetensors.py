@@ -65,6 +65,8 @@ class SafetensorsCheckpoint:
         self._bitnet: bitnet.BitNetLayout | None = None
         self._quantized: Quantized | None = None
         if quantization := self.config.get("quantization_config"):
+            if not isinstance(quantization, dict):
+                raise ConfigError(f"{path / 'config.json'}: quantization_config is no object")
             method = quantization.get("quant_method", "an unknown method")
             if method == bitnet.METHOD:
                 self._bitnet = bitnet.read_layout(quantization)

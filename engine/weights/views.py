@@ -69,20 +69,28 @@ class Adjusted(View):
 
 @dataclass(frozen=True, eq=False)
 class Reordered(View):
-    """A tensor of which row n is the stored row `order[n]`, int64 `[rows]`; any part that is taken
-    has to hold just those rows that belong there."""
+    """A tensor of which row n is the stored row `order[n]`, int64 `[rows]`."""
 
     order: torch.Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.order), *self.tensor.shape[1:]
+
     def narrow(self, dimension: int, start: int, length: int) -> Reordered:
-        tensor, order = self.tensor.narrow(dimension, start, length), self.order
         if dimension == 0:
-            order = order[start : start + length] - start
-            assert torch.equal(order.sort().values, torch.arange(length)), "rows of other parts"
-        return Reordered(tensor, order)
+            return Reordered(self.tensor, self.order[start : start + length])
+        return Reordered(self.tensor.narrow(dimension, start, length), self.order)
 
     def dense(self) -> torch.Tensor:
-        return self.tensor.dense()[self.order]
+        tensor, order = self._reached()
+        return tensor.dense()[order]
 
     def packed(self) -> torch.Tensor:
-        return self.tensor.packed()[self.order]
+        tensor, order = self._reached()
+        return tensor.packed()[order]
+
+    def _reached(self) -> tuple[HostTensor, torch.Tensor]:
+        """The stored rows from the first to the last one that is needed, and their order."""
+        first, last = int(self.order.min()), int(self.order.max())
+        return self.tensor.narrow(0, first, last + 1 - first), self.order - first

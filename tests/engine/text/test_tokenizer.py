@@ -75,6 +75,10 @@ def test_a_folder_gives_special_tokens_ends_and_template(tmp_path: Path) -> None
 
 def test_a_template_file_wins_over_the_settings(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "beside"}))
+    assert load_tokenizer(tmp_path, {}).chat_template.render([]) != "beside"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(tmp_path, {}).chat_template.render([]) == "beside"
     (tmp_path / "chat_template.jinja").write_text("from the file")
     tokenizer = load_tokenizer(tmp_path, {})
     assert tokenizer.chat_template is not None

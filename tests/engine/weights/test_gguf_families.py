@@ -27,6 +27,8 @@ from tests.engine.weights.test_gguf import (
     write_out,
     writer_of,
 )
+from tests.kernels.native import needs_native
+from tests.ranks import logits_of, program_of
 
 FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -120,16 +122,45 @@ def test_longrope_takes_its_short_divisors_where_no_context_will_be_long(tmp_pat
     assert model.config.ropes[0] == short
 
 
+@needs_native
+def test_rows_may_be_packed_a_few_at_a_time_though_heads_rotate_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of large matrices are: the pieces end within heads."""
+    folder = tiny(tmp_path, "phi3-longrope")
+    whole, _ = program_of(folder, "native", None)
+    monkeypatch.setattr("kernels.cpu.native_weights.PACKED_AT_ONCE", 5 * 64)
+    pieces, _ = program_of(folder, "native", None)
+    logits = [logits_of(program, TOKENS, [60]) for program in (whole, pieces)]
+    assert torch.equal(*logits)
+
+
+def test_smollm3_shares_its_table_unless_it_says_otherwise(tmp_path: Path) -> None:
+    folder = tiny(tmp_path, "smollm3")
+    config = json.loads((folder / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read(folder).tied_embeddings
+
+
 def test_yarn_reaches_beyond_what_the_configuration_counts(tmp_path: Path) -> None:
     folder = tiny(tmp_path, "qwen2-yarn", max_position_embeddings=32)
     assert read(folder).max_context == 8 * 32
     assert read(tiny(tmp_path / "plain", "qwen2")).max_context == 256
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read(folder).max_context == 8 * 32, "what it knows is what it was trained for"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "lacks 'original_max"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "lacks 'original_max"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2, "llama_4_scaling_beta": 0.1}},
+            "llama_4_scaling_beta is set without",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic'; these work: linear, llama3"),
         ({"partial_rotary_factor": 0.2}, "partial_rotary_factor is 0.2, of heads of 16"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, of heads of 16"),

@@ -248,7 +248,7 @@ Q = "model.layers.0.self_attn.q_proj"
             "gptq-8",
             {f"{Q}.qzeros": torch.zeros(2, 32, dtype=torch.int32)},
             {},
-            "8 bits and zeros beside 128",
+            "8 bits, and others than 128 stand for zero",
         ),
         (
             "compressed",
@@ -256,7 +256,27 @@ Q = "model.layers.0.self_attn.q_proj"
             {"format": "nvfp4-pack-quantized"},
             "format 'nvfp4-pack-quantized', which cannot",
         ),
-        ("compressed", {f"{Q}.weight_shape": torch.tensor([128, 256])}, {}, "2 bits; 4 and 8"),
+        ("compressed", {f"{Q}.weight_shape": torch.tensor([128, 256])}, {}, "of [128, 256] is in"),
+        ("compressed", {f"{Q}.weight_shape": torch.tensor([128])}, {}, "of [128] is in words of"),
+        ("compressed", {f"{Q}.weight_shape": torch.tensor([64, 128])}, {}, "neither 4 nor 8 bits"),
+        ("compressed", {f"{Q}.weight_scale": torch.ones(128)}, {}, "parts of F32 [128], not"),
+        (
+            "compressed-zeros",
+            {f"{Q}.weight_zero_point": torch.zeros(128, 2, dtype=torch.int8)},
+            {},
+            "parts of I8 [128, 2], not",
+        ),
+        ("awq", {f"{Q}.qweight": torch.zeros(128, 16)}, {}, "parts of F32 [128, 16], not"),
+        ("awq", {f"{Q}.qweight": torch.zeros(5, dtype=torch.int32)}, {}, "parts of I32 [5], not"),
+        ("awq", {f"{Q}.scales": torch.ones(2, 64).half()}, {}, "has scales for 64"),
+        (
+            "awq",
+            {f"{Q}.qzeros": torch.zeros(1, 16, dtype=torch.int32)},
+            {},
+            "zeros for 128 in 1",
+        ),
+        ("fp8-areas", {}, {"weight_block_size": 128}, "weight_block_size is 128"),
+        ("int8", {f"{Q}.weight_zero_point": torch.ones(128, 1)}, {}, "zero points beside 0"),
         ("fp8-areas", {f"{Q}.weight_scale_inv": torch.ones(5, 5)}, {}, "has 5 x 5 scales"),
         ("int8", {f"{Q}.weight_scale": torch.ones(1, 128)}, {}, "no one scale a row"),
     ],
@@ -265,6 +285,25 @@ def test_what_cannot_be_loaded_says_why(
     tmp_path: Path, layout: str, tensors: Tensors, config: dict[str, Any], message: str
 ) -> None:
     assert message in changed(tmp_path, layout, tensors, **config)
+
+
+def test_a_configuration_that_is_no_object_is_named(tmp_path: Path) -> None:
+    write_llama(tmp_path, quantization_config=["awq"])
+    with pytest.raises(ConfigError, match="quantization_config is no object"):
+        open_checkpoint(tmp_path)
+
+
+def test_experts_may_have_a_bias_of_zeros_and_no_other(tmp_path: Path) -> None:
+    """As some of GPTQ's writers give to every linear."""
+    folder, _ = write(tmp_path, "gptq", **EXPERTS)
+    before = run(folder, "torch", [60], TOKENS)
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.bias"
+    save_file(stored | {name: torch.zeros(128)}, folder / "model.safetensors")
+    assert torch.equal(run(folder, "torch", [60], TOKENS), before)
+    save_file(stored | {name: torch.ones(128)}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"experts\.2\.w2' has a bias"):
+        run(folder, "torch", [60], TOKENS)
 
 
 @pytest.mark.parametrize("lost", ["qzeros", "scales"])

@@ -166,7 +166,7 @@ def test_other_files_and_quantized_checkpoints_are_refused(tmp_path: Path) -> No
         ({"head_dim": 7}, "head_dim is 7"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "of type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "of type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
         ({"model_type": "mixtral"}, "num_local_experts = None"),
