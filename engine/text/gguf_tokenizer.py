@@ -18,6 +18,8 @@ from engine.text.tokenizer import END_TOKENS, Tokenizer
 Item = TypeVar("Item", str, int, float)
 
 CONTROL, USER_DEFINED = 3, 4
+# Phi-3's other special tokens swallow the whitespace behind them, which its files do not say.
+PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 # Other names of a kind: Llama 3's, and Qwen 2's in models distilled from DeepSeek R1.
 KINDS = {
     "llama3": "llama-bpe",
@@ -67,9 +69,15 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         backend = _sentencepiece(metadata, tokens, file)
     else:
         raise ConfigError(f"{file}: key 'tokenizer.ggml.model' is {kind!r}; gpt2 and llama work")
+    phi = kind == "llama" and metadata.get("general.architecture") == "phi3"
     for token_type, special in ((CONTROL, True), (USER_DEFINED, False)):
         chosen = [t for t, kind in zip(tokens, types, strict=True) if kind == token_type and t]
-        added = [AddedToken(t, special=special, normalized=False) for t in chosen]
+        added = [
+            AddedToken(
+                t, special=special, normalized=False, rstrip=special and phi and t not in PLAIN
+            )
+            for t in chosen
+        ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     bos, eos = (_id(metadata, name, tokens, file) for name in ("bos", "eos"))
     # Files that lack the key follow their kind; SentencePiece models start with BOS.

@@ -213,6 +213,15 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
     assert plain.token_bytes(plain.encode("hello")[1]) == b"hello"
 
 
+def test_special_tokens_of_phi_3_swallow_the_whitespace_behind_them() -> None:
+    metadata = sentencepiece(prefix=False)
+    plain = tokenizer_from_gguf(metadata, "m.gguf").encode("</s>\n hello")
+    phi = metadata | {"general.architecture": "phi3"}
+    tokenizer = tokenizer_from_gguf(phi, "m.gguf")
+    assert tokenizer.encode("</s>\n hello") == tokenizer.encode("</s>hello") != plain
+    assert tokenizer.encode("<s>\n hello") != tokenizer.encode("<s>hello")
+
+
 def test_llama_3_files_start_with_bos_unless_they_say_otherwise() -> None:
     for pre in ("llama-bpe", "llama3", "llama-v3", "tekken"):
         tokenizer = tokenizer_from_gguf(byte_level(pre=pre, bos_token_id=257), "m.gguf")
