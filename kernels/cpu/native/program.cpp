@@ -199,8 +199,11 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
         kernels_.rotate_head(head, cosine, sine, dim);
         if (h < i.heads) {
           float* query = out.floats.get() + row * out.width + h * dim;
-          const float factor = i.growth ? i.growth[batch.positions[row]] : 1.0f;
-          for (int64_t n = 0; n < dim; ++n) query[n] = head[n] * factor;
+          std::memcpy(query, head, static_cast<size_t>(dim) * sizeof(float));
+          if (i.growth) {
+            const float factor = i.growth[batch.positions[row]];
+            for (int64_t n = 0; n < dim; ++n) query[n] *= factor;
+          }
         } else {
           kernels_.write_key(cache, batch.kv_slots[row], h - i.heads, head);
         }
