@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -165,15 +166,12 @@ class Rank:
             except ValueError as error:
                 raise ConfigError(f"model.busy_dtype: {error}") from error
         context = self._config.model.max_context
-        models = [
-            load_model(checkpoint, backend, progress, shard, exact=exact, max_context=context)
-        ]
+        place = partial(load_model, checkpoint, exact=exact, max_context=context)
+        models = [place(backend, progress, shard)]
         weights = backend.loaded_bytes()
         if others is None:
             return models, weights
-        models.append(
-            load_model(checkpoint, others, progress, shard, exact=exact, max_context=context)
-        )
+        models.append(place(others, progress, shard))
         more = others.loaded_bytes(shared=True)
         if more >= weights:
             raise ConfigError(

@@ -7,7 +7,7 @@ row's blocks side by side.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -27,13 +27,12 @@ def plain_name(name: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockTensor:
-    """A matrix of blocks in a memory-mapped file, or a part of it. `stored` is a slice of
-    safetensors; `rows` and `columns` are (first, behind the last)."""
+class Blocks:
+    """A matrix in blocks of a ggml type, or the part of it within `rows` and `columns` (first,
+    behind the last)."""
 
     name: str
     format: str
-    stored: Any
     rows: tuple[int, int]
     columns: tuple[int, int]
 
@@ -45,13 +44,20 @@ class BlockTensor:
     def block(self) -> int:
         return GGML_QUANT_SIZES[GGMLQuantizationType[self.format]][0]
 
-    def narrow(self, dimension: int, start: int, length: int) -> BlockTensor:
+    def narrow(self, dimension: int, start: int, length: int) -> Self:
         if dimension == 0:
             first = self.rows[0] + start
             return replace(self, rows=(first, first + length))
         assert start % self.block == length % self.block == 0, "a block cannot be cut"
         first = self.columns[0] + start
         return replace(self, columns=(first, first + length))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTensor(Blocks):
+    """Blocks in a memory-mapped file; `stored` is a slice of safetensors."""
+
+    stored: Any
 
     def packed(self) -> torch.Tensor:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.format]]
@@ -72,4 +78,4 @@ def open_blocks(name: str, suffix: str, stored: Any) -> BlockTensor:
     shape, dtype = stored.get_shape(), stored.get_dtype()
     if dtype != "U8" or len(shape) != 2 or shape[1] % size:
         raise ConfigError(f"tensor {name + suffix!r} is {dtype} {shape}, not rows of {kind} blocks")
-    return BlockTensor(name, kind, stored, (0, shape[0]), (0, shape[1] // size * block))
+    return BlockTensor(name, kind, (0, shape[0]), (0, shape[1] // size * block), stored)

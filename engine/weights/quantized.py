@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from engine.errors import ConfigError
+from engine.weights.blocks import Blocks
 from kernels.backend import HostTensor
 
 Span = tuple[int, int]
@@ -86,36 +87,15 @@ class Words:
 
 
 @dataclass(frozen=True, eq=False)
-class GroupedTensor:
+class GroupedTensor(Blocks):
     """A matrix of whole numbers, or the part of it within `rows` and `columns`: a value is
     (number - zero) * scale, these two of its group of inputs. Without `zeros` the middle is 0."""
 
-    name: str
     numbers: Words
     scales: Any
     zeros: Words | None
     above: int
     group: int
-    rows: Span
-    columns: Span
-
-    block = BLOCK
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
-
-    @property
-    def format(self) -> str:
-        return "Q4_1" if self.numbers.bits == 4 else "Q8_0"
-
-    def narrow(self, dimension: int, start: int, length: int) -> GroupedTensor:
-        if dimension == 0:
-            first = self.rows[0] + start
-            return replace(self, rows=(first, first + length))
-        assert start % BLOCK == length % BLOCK == 0, "a block cannot be cut"
-        first = self.columns[0] + start
-        return replace(self, columns=(first, first + length))
 
     def dense(self) -> torch.Tensor:
         return _by_rows(self, GroupedTensor._values)
@@ -313,7 +293,8 @@ def _grouped(
             f"{room[0]} in {room[1]}"
         )
     _check_order(name, group, order)
-    tensor = GroupedTensor(name, numbers, scales, zeros, above, group, (0, out), (0, columns))
+    kind, rest = "Q4_1" if numbers.bits == 4 else "Q8_0", (scales, zeros, above, group)
+    tensor = GroupedTensor(name, kind, (0, out), (0, columns), numbers, *rest)
     if numbers.bits == 8 and not bool((tensor._groups()[1] == 128).all()):
         raise ConfigError(f"tensor {name!r} has 8 bits, and others than 128 stand for zero")
     return tensor
