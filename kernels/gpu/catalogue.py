@@ -228,9 +228,9 @@ def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
         "growth": pointer(F32),
         "eps": "fp32",
     }
-    config = rope_config(model.heads, norms=model.norms, quantized=quantized)
+    config, _ = rope_config(model.heads, norms=model.norms, quantized=quantized)
     yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'}", config, signature)
-    config = rope_config(model.heads, norms=model.norms, quantized=quantized, grows=True)
+    config, _ = rope_config(model.heads, norms=model.norms, quantized=quantized, grows=True)
     yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'} grows", config, signature)
     pair = {"out": pointer(BF16), "x": pointer(BF16)}
     yield Compiled("gated", gated_config(model.intermediate, "silu")[0], pair)

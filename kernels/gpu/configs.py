@@ -8,6 +8,8 @@ from kernels.gpu.matmul import Form, values_kernel
 from kernels.ops import Activation, Heads
 
 MAX_BLOCK = 4096
+# Heads of a token that one program rotates: starting many programs costs more than what they do.
+ROPE_HEADS = 16
 
 
 def _blocks(width: int) -> tuple[int, int]:
@@ -54,18 +56,24 @@ def quantize_config(width: int) -> Config:
     return Config(fused.quantize_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block))
 
 
-def rope_config(heads: Heads, *, norms: bool, quantized: bool, grows: bool = False) -> Config:
-    """Rotation and the cache's writes."""
+def rope_config(
+    heads: Heads, *, norms: bool, quantized: bool, grows: bool = False
+) -> tuple[Config, int]:
+    """Rotation and the cache's writes, and the blocks of a row's heads."""
+    count = heads.query + 2 * heads.kv
+    block = min(ROPE_HEADS, power_of_two(count))
     constants = {
         "QUERY_HEADS": heads.query,
         "KV_HEADS": heads.kv,
         "DIM": heads.dim,
+        "HEADS": block,
         "BLOCK": power_of_two(heads.dim // 2),
         "NORMS": norms,
         "GROWS": grows,
         "QUANTIZED": quantized,
     }
-    return Config(fused.rope_write_kernel, constants, 1)
+    warps = _warps(block * power_of_two(heads.dim))
+    return Config(fused.rope_write_kernel, constants, min(4, warps)), -(-count // block)
 
 
 def gated_config(width: int, activation: Activation) -> tuple[Config, int]:

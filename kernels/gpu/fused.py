@@ -159,17 +159,20 @@ def whole_steps(x, most):
 
 
 @triton.jit
-def write_vector(cache, scales, slot, head, first, second, dims, KV_HEADS, DIM, QUANTIZED):
-    """A head's two halves to its place in the cache, with a scale of its own if QUANTIZED."""
+def write_vectors(
+    cache, scales, slot, index, mine, first, second, dims, KV_HEADS, DIM, QUANTIZED: tl.constexpr
+):
+    """The two halves of some heads `[heads, dims]` to their places in the cache, with a scale of
+    its own for each if QUANTIZED; only those that are `mine`."""
     HALF: tl.constexpr = DIM // 2
-    place = (slot * KV_HEADS + head) * DIM + dims
-    inside = dims < HALF
+    place = cache + ((slot * KV_HEADS + index) * DIM)[:, None] + dims[None, :]
+    inside = mine[:, None] & (dims < HALF)[None, :]
     if QUANTIZED:
-        most = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
-        tl.store(scales + slot * KV_HEADS + head, most / 127.0)
-        first, second = whole_steps(first, most), whole_steps(second, most)
-    tl.store(cache + place, first.to(cache.dtype.element_ty), mask=inside)
-    tl.store(cache + place + HALF, second.to(cache.dtype.element_ty), mask=inside)
+        most = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+        tl.store(scales + slot * KV_HEADS + index, most / 127.0, mask=mine)
+        first, second = whole_steps(first, most[:, None]), whole_steps(second, most[:, None])
+    tl.store(place, first.to(cache.dtype.element_ty), mask=inside)
+    tl.store(place + HALF, second.to(cache.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -191,53 +194,63 @@ def rope_write_kernel(
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     NORMS: tl.constexpr,
     GROWS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One head of one token: a query is normalized, rotated and written out; a key is also, to the
-    cache; a value goes there as it is."""
+    """HEADS heads of one token: a query is normalized, rotated and written out; a key is also, to
+    the cache; a value goes there as it is."""
     enter(EARLY)
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     HALF: tl.constexpr = DIM // 2
+    ALL: tl.constexpr = QUERY_HEADS + 2 * KV_HEADS
     dims = tl.arange(0, BLOCK)
-    inside = dims < HALF
-    place = (row * (QUERY_HEADS + 2 * KV_HEADS) + head) * DIM + dims
-    first = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    is_query = head < QUERY_HEADS
+    is_key = (head >= QUERY_HEADS) & (head < QUERY_HEADS + KV_HEADS)
+    is_value = (head >= QUERY_HEADS + KV_HEADS) & (head < ALL)
+    in_dim = dims < HALF
+    inside = (head < ALL)[:, None] & in_dim[None, :]
+    place = qkv + (row * ALL + head)[:, None] * DIM + dims[None, :]
+    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
     slot = tl.load(slots + row).to(tl.int64)
-    if head >= QUERY_HEADS + KV_HEADS:
-        index = head - QUERY_HEADS - KV_HEADS
-        write_vector(
-            values, value_scales, slot, index, first, second, dims, KV_HEADS, DIM, QUANTIZED
-        )
-    else:
-        if NORMS:
-            mean = (tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM
-            weight = query_norm
-            if head >= QUERY_HEADS:
-                weight = key_norm
-            factor = tl.rsqrt(mean + eps)
-            first = first * factor * tl.load(weight + dims, mask=inside, other=0.0)
-            second = second * factor * tl.load(weight + HALF + dims, mask=inside, other=0.0)
-        angle = tl.load(positions + row).to(tl.int64) * HALF + dims
-        cos = tl.load(cosine + angle, mask=inside, other=0.0)
-        sin = tl.load(sine + angle, mask=inside, other=0.0)
-        low = first * cos - second * sin
-        high = second * cos + first * sin
-        if head >= QUERY_HEADS:
-            index = head - QUERY_HEADS
-            write_vector(keys, key_scales, slot, index, low, high, dims, KV_HEADS, DIM, QUANTIZED)
-        else:
-            if GROWS:
-                factor = tl.load(growth + tl.load(positions + row))
-                low = low * factor
-                high = high * factor
-            place = (row * QUERY_HEADS + head) * DIM + dims
-            tl.store(out + place, low.to(out.dtype.element_ty), mask=inside)
-            tl.store(out + place + HALF, high.to(out.dtype.element_ty), mask=inside)
+    angle = tl.load(positions + row).to(tl.int64) * HALF + dims
+    cos = tl.load(cosine + angle, mask=in_dim, other=0.0)[None, :]
+    sin = tl.load(sine + angle, mask=in_dim, other=0.0)[None, :]
+    write_vectors(
+        values, value_scales, slot, head - QUERY_HEADS - KV_HEADS, is_value, first, second, dims,
+        KV_HEADS, DIM, QUANTIZED,
+    )  # fmt: skip
+    if NORMS:
+        mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / DIM
+        factor = tl.rsqrt(mean + eps)[:, None]
+        first *= factor * norm_of(query_norm, key_norm, is_query, dims, in_dim)
+        second *= factor * norm_of(query_norm, key_norm, is_query, HALF + dims, in_dim)
+    low = first * cos - second * sin
+    high = second * cos + first * sin
+    write_vectors(
+        keys, key_scales, slot, head - QUERY_HEADS, is_key, low, high, dims, KV_HEADS, DIM,
+        QUANTIZED,
+    )  # fmt: skip
+    if GROWS:
+        factor = tl.load(growth + tl.load(positions + row))
+        low, high = low * factor, high * factor
+    place = out + (row * QUERY_HEADS + head)[:, None] * DIM + dims[None, :]
+    inside = is_query[:, None] & in_dim[None, :]
+    tl.store(place, low.to(out.dtype.element_ty), mask=inside)
+    tl.store(place + HALF, high.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_of(query_norm, key_norm, is_query, dims, in_dim):
+    """The norm's weights of each head, `[heads, dims]`."""
+    of_query = tl.load(query_norm + dims, mask=in_dim, other=0.0)[None, :]
+    of_key = tl.load(key_norm + dims, mask=in_dim, other=0.0)[None, :]
+    return tl.where(is_query[:, None], of_query, of_key)
 
 
 @triton.jit

@@ -298,8 +298,11 @@ class GpuOps:
         cosine, sine, growth = self._rotation(rope)
         quantized = cache.key_scales is not None
         grows = growth is not None
-        rope_config(heads, norms=norms is not None, quantized=quantized, grows=grows).launch(
-            (len(qkv), heads.query + 2 * heads.kv),
+        config, blocks = rope_config(
+            heads, norms=norms is not None, quantized=quantized, grows=grows
+        )
+        config.launch(
+            (len(qkv), blocks),
             out,
             cache.keys,
             cache.values,
