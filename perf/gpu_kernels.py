@@ -229,7 +229,7 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
     formats: tuple[WeightFormat, ...] = ("int4",) if smoke else ("bfloat16", "int8", "int4")
     for kind in formats:
         weight = place("w", [Matrix(matrix)], [], kind, BF16, device)
-        for rows in (1, 20) if smoke else (1, 7, 16, 33, 300):
+        for rows in (1, 20) if smoke else (1, 7, 16, 24, 33, 100, 300):
             x = torch.randn(rows, inputs, device=device).to(BF16)
             for invariant in (False, True):
                 linear = linear_of(device, weight, invariant=invariant)
@@ -287,7 +287,7 @@ def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool)
     for name, (tensor, kind) in tensors.items():
         weight = place("w", [tensor], [bias], kind, BF16, device)
         ops, dense = ops_without_model(device), dense_of(weight)
-        for rows in (1,) if smoke else (1, 7, 128):
+        for rows in (1,) if smoke else (1, 7, 20, 64, 128, 200):
             x = torch.randn(rows, inputs, device=device).to(BF16)
             ops.target = torch.zeros(rows, outputs, device=device)
             run = partial(ops.linear, x, weight)

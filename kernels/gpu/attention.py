@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import Config, enter, power_of_two
+from kernels.gpu.launch import Config, announce, power_of_two, wait
 from kernels.ops import Heads
 
 # Programs that keep every multiprocessor of a large GPU (132) busy, several times over.
@@ -28,6 +28,75 @@ MANY_SPLITS = 4
 INVARIANT_SPLITS = 8
 # Bytes that the parts of a split launch may take.
 MAX_PARTIAL_BYTES = 256 << 20
+
+
+@triton.jit
+def attend(
+    best,
+    total,
+    mixed,
+    q,
+    key,
+    high_key,
+    position,
+    window,
+    table,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    head,
+    scale,
+    PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The running maximum, sum and mix of a block of queries `[BLOCK_M, DIM_PADDED]` after a tile
+    of keys from `key` on; without MASKED every query sees all of them."""
+    at = key + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, DIM_PADDED)
+    in_dim = dims < DIM
+    inside = at < high_key if MASKED else at >= 0
+    page = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
+    slot = (page * PAGE + at % PAGE) * KV_HEADS + head
+    k = tl.load(
+        keys + slot[None, :] * DIM + dims[:, None],
+        mask=inside[None, :] & in_dim[:, None],
+        other=0.0,
+    )
+    if QUANTIZED:
+        k = k.to(q.dtype)
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+    if QUANTIZED:
+        scores *= tl.load(key_scales + slot, mask=inside, other=0.0)[None, :]
+    if MASKED:
+        visible = inside[None, :] & (at[None, :] <= position[:, None])
+        if WINDOWED:
+            visible &= at[None, :] > position[:, None] - window
+        scores = tl.where(visible, scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    # A row that has seen nothing yet keeps -inf; its weights must be 0, not NaN.
+    base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(best - base)
+    total = total * shrink + tl.sum(weights, 1)
+    v = tl.load(
+        values + slot[:, None] * DIM + dims[None, :],
+        mask=inside[:, None] & in_dim[None, :],
+        other=0.0,
+    )
+    if QUANTIZED:
+        weights *= tl.load(value_scales + slot, mask=inside, other=0.0)[None, :]
+        v = v.to(q.dtype)
+    mixed = mixed * shrink[:, None]
+    mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision=PRECISION)
+    return higher, total, mixed
 
 
 @triton.jit(do_not_specialize=["window", "sequences", "table_width"])
@@ -66,7 +135,7 @@ def attention_kernel(
 
     `scale` includes log2(e); `window` of 0 sees everything (WINDOWED is then false).
     """
-    enter(EARLY)
+    announce(EARLY)
     block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = QUERY_HEADS // KV_HEADS
     if DECODE:
@@ -96,12 +165,6 @@ def attention_kernel(
         dims = tl.arange(0, DIM_PADDED)
         in_dim = dims < DIM
         place = ((start + token).to(tl.int64) * QUERY_HEADS + query_head) * DIM
-        q = tl.load(
-            queries + place[:, None] + dims[None, :],
-            mask=live[:, None] & in_dim[None, :],
-            other=0.0,
-        )
-
         end = context - count + tl.minimum(first + TOKENS, count)
         begin = 0
         if WINDOWED:
@@ -109,48 +172,33 @@ def attention_kernel(
         share = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK_N) * BLOCK_N
         low_key = begin + split * share
         high_key = tl.minimum(end, low_key + share)
-
+        table = page_table + sequence.to(tl.int64) * table_width
+        wait(EARLY)
+        q = tl.load(
+            queries + place[:, None] + dims[None, :],
+            mask=live[:, None] & in_dim[None, :],
+            other=0.0,
+        )
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mixed = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
-        table = page_table + sequence.to(tl.int64) * table_width
-        offsets = tl.arange(0, BLOCK_N)
-        for key in range(low_key, high_key, BLOCK_N):
-            at = key + offsets
-            inside = at < high_key
-            page = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
-            slot = (page * PAGE + at % PAGE) * KV_HEADS + head
-            k = tl.load(
-                keys + slot[None, :] * DIM + dims[:, None],
-                mask=inside[None, :] & in_dim[:, None],
-                other=0.0,
-            )
-            if QUANTIZED:
-                k = k.to(q.dtype)
-            scores = tl.dot(q, k, input_precision=PRECISION) * scale
-            if QUANTIZED:
-                scores *= tl.load(key_scales + slot, mask=inside, other=0.0)[None, :]
-            visible = inside[None, :] & (at[None, :] <= position[:, None])
-            if WINDOWED:
-                visible &= at[None, :] > position[:, None] - window
-            scores = tl.where(visible, scores, float("-inf"))
-            higher = tl.maximum(best, tl.max(scores, 1))
-            # A row that has seen nothing yet keeps -inf; its weights must be 0, not NaN.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(best - base)
-            total = total * shrink + tl.sum(weights, 1)
-            v = tl.load(
-                values + slot[:, None] * DIM + dims[None, :],
-                mask=inside[:, None] & in_dim[None, :],
-                other=0.0,
-            )
-            if QUANTIZED:
-                weights *= tl.load(value_scales + slot, mask=inside, other=0.0)[None, :]
-                v = v.to(q.dtype)
-            mixed = mixed * shrink[:, None]
-            mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision=PRECISION)
-            best = higher
+        # Tiles that every query of the block sees whole need no mask.
+        masked_key = low_key
+        if not DECODE and not WINDOWED:
+            seen = tl.minimum(context - count + first + 1, high_key)
+            masked_key += tl.maximum(seen - low_key, 0) // BLOCK_N * BLOCK_N
+            for key in range(low_key, masked_key, BLOCK_N):
+                best, total, mixed = attend(
+                    best, total, mixed, q, key, high_key, position, window, table, keys, values,
+                    key_scales, value_scales, head, scale, PAGE, KV_HEADS, DIM, DIM_PADDED,
+                    BLOCK_N, QUANTIZED, False, False, PRECISION,
+                )  # fmt: skip
+        for key in range(masked_key, high_key, BLOCK_N):
+            best, total, mixed = attend(
+                best, total, mixed, q, key, high_key, position, window, table, keys, values,
+                key_scales, value_scales, head, scale, PAGE, KV_HEADS, DIM, DIM_PADDED,
+                BLOCK_N, QUANTIZED, True, WINDOWED, PRECISION,
+            )  # fmt: skip
 
         if SPLITS == 1:
             result = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -184,9 +232,10 @@ def merge_kernel(
     EARLY: tl.constexpr,
 ):
     """Add the splits of one head of one row, in order of position."""
-    enter(EARLY)
+    announce(EARLY)
     row, head = tl.program_id(0), tl.program_id(1)
     if row < tl.load(query_starts + sequences):
+        wait(EARLY)
         splits = tl.arange(0, SPLITS)
         dims = tl.arange(0, DIM_PADDED)
         in_dim = dims < DIM
@@ -285,10 +334,11 @@ class AttentionShape:
         return main, merge
 
     def _block_n(self, padded: int) -> int:
-        """Keys of a tile: many where programs have few."""
+        """Keys of a tile: many where programs have few, as long as a split of a short context still
+        has some."""
         if padded > 128 or self.dtype == torch.float32:
             return 32
-        return 128 if self.decode and self.splits > MANY_SPLITS else 64
+        return 8192 // padded if self.decode and self.splits > MANY_SPLITS else 64
 
     def _warps(self, padded: int) -> int:
         """Warps of a program; few where there are many programs."""
@@ -300,7 +350,8 @@ class AttentionShape:
     def _stages(self, padded: int) -> int:
         """How many tiles of keys and values are on their way at once: what compiles unspilled."""
         narrow = self.quantized and not self.hopper and padded <= 64
-        return 2 if padded > 128 or narrow or self._block_n(padded) > 64 else 3
+        few = not self.decode or padded > 128 or narrow or self._block_n(padded) > 64
+        return 2 if few else 3
 
     def workspace(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the splits leave their parts: fp32 `[rows, query heads, splits, dim]`, and the

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import enter
+from kernels.gpu.launch import announce, enter, wait
 
 # Adding and subtracting 1.5 * 2^23 rounds an fp32 number to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
@@ -123,16 +123,16 @@ def norm_kernel(
     EARLY: tl.constexpr,
 ):
     """RMS norm of a row, of its sum with the residual if ADD."""
-    enter(EARLY)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
+    factors = tl.load(weight + columns, mask=inside, other=0.0)
+    enter(EARLY)
     values = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row + columns, values.to(total.dtype.element_ty), mask=inside)
     mean = tl.sum(values * values, 0) / WIDTH
-    factors = tl.load(weight + columns, mask=inside, other=0.0)
     result = values * tl.rsqrt(mean + eps) * factors
     tl.store(out + row + columns, result.to(out.dtype.element_ty), mask=inside)
 
@@ -203,7 +203,7 @@ def rope_write_kernel(
 ):
     """HEADS heads of one token: a query is normalized, rotated and written out; a key is also, to
     the cache; a value goes there as it is."""
-    enter(EARLY)
+    announce(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     HALF: tl.constexpr = DIM // 2
@@ -214,13 +214,17 @@ def rope_write_kernel(
     is_value = (head >= QUERY_HEADS + KV_HEADS) & (head < ALL)
     in_dim = dims < HALF
     inside = (head < ALL)[:, None] & in_dim[None, :]
+    slot = tl.load(slots + row).to(tl.int64)
+    position = tl.load(positions + row).to(tl.int64)
+    cos = tl.load(cosine + position * HALF + dims, mask=in_dim, other=0.0)[None, :]
+    sin = tl.load(sine + position * HALF + dims, mask=in_dim, other=0.0)[None, :]
+    if NORMS:
+        first_norm = norm_of(query_norm, key_norm, is_query, dims, in_dim)
+        second_norm = norm_of(query_norm, key_norm, is_query, HALF + dims, in_dim)
+    wait(EARLY)
     place = qkv + (row * ALL + head)[:, None] * DIM + dims[None, :]
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
-    slot = tl.load(slots + row).to(tl.int64)
-    angle = tl.load(positions + row).to(tl.int64) * HALF + dims
-    cos = tl.load(cosine + angle, mask=in_dim, other=0.0)[None, :]
-    sin = tl.load(sine + angle, mask=in_dim, other=0.0)[None, :]
     write_vectors(
         values, value_scales, slot, head - QUERY_HEADS - KV_HEADS, is_value, first, second, dims,
         KV_HEADS, DIM, QUANTIZED,
@@ -228,8 +232,7 @@ def rope_write_kernel(
     if NORMS:
         mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / DIM
         factor = tl.rsqrt(mean + eps)[:, None]
-        first *= factor * norm_of(query_norm, key_norm, is_query, dims, in_dim)
-        second *= factor * norm_of(query_norm, key_norm, is_query, HALF + dims, in_dim)
+        first, second = first * factor * first_norm, second * factor * second_norm
     low = first * cos - second * sin
     high = second * cos + first * sin
     write_vectors(
@@ -237,7 +240,7 @@ def rope_write_kernel(
         QUANTIZED,
     )  # fmt: skip
     if GROWS:
-        factor = tl.load(growth + tl.load(positions + row))
+        factor = tl.load(growth + position)
         low, high = low * factor, high * factor
     place = out + (row * QUERY_HEADS + head)[:, None] * DIM + dims[None, :]
     inside = is_query[:, None] & in_dim[None, :]
@@ -288,10 +291,10 @@ def select_kernel(
     out, x, sample_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
     """The rows whose logits the step needs."""
-    enter(EARLY)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     source = tl.load(sample_rows + row).to(tl.int64) * WIDTH
+    enter(EARLY)
     values = tl.load(x + source + columns, mask=inside)
     tl.store(out + row.to(tl.int64) * WIDTH + columns, values, mask=inside)

@@ -26,15 +26,24 @@ TRITON_TYPES: dict[torch.dtype, str] = {
 
 
 @triton.jit
-def enter(EARLY: tl.constexpr):
-    """Every kernel's first words, or second after what no kernel before it writes.
-
-    If EARLY it was launched while the one before it still runs, and waits for it here; the next may
-    already come (programmatic dependent launch, sm_90).
-    """
+def announce(EARLY: tl.constexpr):
+    """If EARLY the next kernel may come (programmatic dependent launch, sm_90)."""
     if EARLY:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """If EARLY this kernel was launched while the one before it runs, and waits for it here."""
+    if EARLY:
         gdc_wait()
+
+
+@triton.jit
+def enter(EARLY: tl.constexpr):
+    """Every kernel's first words, or second after what no kernel before it writes: see both."""
+    announce(EARLY)
+    wait(EARLY)
 
 
 @dataclass(frozen=True)

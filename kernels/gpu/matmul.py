@@ -24,28 +24,29 @@ Format = Literal["float", "int8", "group8", "group4"]
 # neighbours.
 WORD_BLOCK = 128
 # Programs that few rows are split among, and shares of the inputs, at most.
-WANTED = {"float": (256, 4), "int8": (512, 16), "group8": (512, 16), "group4": (2048, 8)}
+WANTED = {"float": (256, 4), "int8": (512, 16), "group8": (512, 16), "group4": (512, 8)}
 MAX_FEW = 16
-# Rows up to which 4-bit weights leave the device too few programs otherwise.
-MAX_SPLIT = 64
+# Tiles of 4-bit weights in bf16 for up to so many rows: outputs, rows, warps, stages, and the
+# programs that the inputs are split among. What was fastest on an H200.
+FOUR_BIT_TILES = {
+    16: (128, 16, 4, 3, 512),
+    32: (128, 32, 4, 3, 256),
+    64: (64, 64, 4, 4, 256),
+    128: (128, 128, 8, 3, 128),
+}
 # Whole numbers of 4 bits as bf16: in a number of 128 the last bits of the mantissa count ones. Then
-# 128 and what stands for zero are taken away; both are exact.
+# 128 and what stands for zero are taken away; both are exact. One for each nibble of a half word.
 WHOLE = tl.constexpr(
-    """{
-    .reg .b32 bits, one;
-    mov.b32 one, 0x3f803f80;
-    lop3.b32 bits, $4, 0x000f000f, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, bits, one, $5;
-    shr.u32 bits, $4, 4;
-    lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $1, bits, one, $5;
-    shr.u32 bits, $4, 8;
-    lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $2, bits, one, $5;
-    shr.u32 bits, $4, 12;
-    lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $3, bits, one, $5;
-    }"""
+    tuple(
+        f"""{{
+        .reg .b32 bits, one;
+        mov.b32 one, 0x3f803f80;
+        shr.u32 bits, $1, {shift};
+        lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xEA;
+        fma.rn.bf16x2 $0, bits, one, $2;
+        }}"""
+        for shift in (0, 4, 8, 12)
+    )
 )
 
 
@@ -73,23 +74,33 @@ class Form:
 
 
 @triton.jit
-def whole_numbers(words, low, like, INLINE: tl.constexpr):
-    """The four nibbles of each half word, less what stands for zero, in the type of `like`."""
+def whole_number(words, low, part: tl.constexpr, like, INLINE: tl.constexpr):
+    """A nibble of each half word, less what stands for zero, in the type of `like`."""
     if INLINE:
         spread = low.to(tl.int16, bitcast=True)[:, None] + words * 0
         numbers = tl.inline_asm_elementwise(
-            WHOLE, "=&r,=&r,=&r,=&r,r,r", [words, spread],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
+            WHOLE[part], "=r,r,r", [words, spread], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
     else:
         less = low.to(tl.float32)[:, None] + 128.0
-        numbers = (
-            ((words & 15).to(tl.float32) + less).to(like),
-            (((words >> 4) & 15).to(tl.float32) + less).to(like),
-            (((words >> 8) & 15).to(tl.float32) + less).to(like),
-            (((words >> 12) & 15).to(tl.float32) + less).to(like),
-        )
+        numbers = (((words >> (part * 4)) & 15).to(tl.float32) + less).to(like)
     return numbers
+
+
+@triton.jit
+def in_order(first, second, third, fourth):
+    """The four nibbles of half words `[rows, halves]`, in the order of their inputs `[rows, 4 *
+    halves]`: eight half words have 32 neighbours."""
+    pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
+    eights = tl.reshape(pairs, [first.shape[0], first.shape[1] // 8, 8, 2, 2])
+    return tl.reshape(tl.permute(eights, (0, 1, 3, 4, 2)), [first.shape[0], 4 * first.shape[1]])
+
+
+@triton.jit
+def spread_chunks(x):
+    """What belongs to 32 inputs `[rows, chunks]`, for each of their half words."""
+    wide = tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], 8])
+    return tl.reshape(wide, [x.shape[0], 8 * x.shape[1]])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -149,42 +160,51 @@ def matmul_kernel(
         sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.int32)
     else:
         sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    if FORMAT == "group4" and ZEROS:
+        # A group's numbers are on their way while the one before it is multiplied: loads of two
+        # bytes are not among those that the compiler sends ahead.
+        group = own_groups + tl.minimum(first, blocks - 1) * BLOCK_IN // GROUP
+        next_factor = tl.load(scales + group, mask=in_out, other=0.0)
+        next_low = tl.load(lows + group, mask=in_out, other=0.0)
     for block in range(first, last):
+        k = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        in_k = k < inputs
+        values = tl.load(source + k[:, None], mask=in_k[:, None] & in_rows[None, :], other=0)
         if FORMAT == "group4":
-            column = tl.arange(0, 32)
-            words = tl.load(base + block * 32 + column[None, :], mask=in_out[:, None], other=0)
-            k = block * BLOCK_IN + column // 8 * 32 + column % 8
+            words = tl.load(
+                base + block * 32 + tl.arange(0, 32)[None, :], mask=in_out[:, None], other=0
+            )
             if ZEROS:
-                group = own_groups + block * BLOCK_IN // GROUP
-                factor = tl.load(scales + group, mask=in_out, other=0.0).to(tl.float32)
-                low = tl.load(lows + group, mask=in_out, other=0.0)
-                numbers = whole_numbers(words, low, x.dtype.element_ty, INLINE)
-                share_sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
-                for part in tl.static_range(4):
-                    at = (k + part * 8)[:, None]
-                    inside = (at < inputs) & in_rows[None, :]
-                    values = tl.load(source + at, mask=inside, other=0.0)
-                    share_sums = tl.dot(
-                        numbers[part], values, share_sums, input_precision=PRECISION
-                    )
-                sums += share_sums * factor[:, None]
+                factor, low = next_factor.to(tl.float32), next_low
+                group = own_groups + tl.minimum(block + 1, last - 1) * BLOCK_IN // GROUP
+                next_factor = tl.load(scales + group, mask=in_out, other=0.0)
+                next_low = tl.load(lows + group, mask=in_out, other=0.0)
+                w = in_order(
+                    whole_number(words, low, 0, x.dtype.element_ty, INLINE),
+                    whole_number(words, low, 1, x.dtype.element_ty, INLINE),
+                    whole_number(words, low, 2, x.dtype.element_ty, INLINE),
+                    whole_number(words, low, 3, x.dtype.element_ty, INLINE),
+                )
+                zero = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+                sums += tl.dot(w, values, zero, input_precision=PRECISION) * factor[:, None]
             else:
-                group = own_groups[:, None] + ((block * BLOCK_IN + column // 8 * 32) // GROUP)
-                factor = tl.load(scales + group, mask=in_out[:, None], other=0.0).to(tl.float32)
-                low = tl.load(lows + group, mask=in_out[:, None], other=0.0).to(tl.float32)
-                for part in tl.static_range(4):
-                    numbers = ((words >> (part * 4)) & 15).to(tl.float32)
-                    w = (numbers * factor + low).to(x.dtype.element_ty)
-                    at = (k + part * 8)[:, None]
-                    inside = (at < inputs) & in_rows[None, :]
-                    values = tl.load(source + at, mask=inside, other=0.0)
-                    sums = tl.dot(w, values, sums, input_precision=PRECISION)
+                # Eight half words have 32 neighbours, which share their group.
+                chunk = block * BLOCK_IN + tl.arange(0, BLOCK_IN // 32) * 32
+                group = own_groups[:, None] + (chunk // GROUP)[None, :]
+                known = in_out[:, None] & (chunk < inputs)[None, :]
+                factor = tl.load(scales + group, mask=known, other=0.0).to(tl.float32)
+                low = tl.load(lows + group, mask=known, other=0.0).to(tl.float32)
+                factor = spread_chunks(factor)
+                low = spread_chunks(low)
+                w = in_order(
+                    ((words & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
+                    (((words >> 4) & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
+                    (((words >> 8) & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
+                    (((words >> 12) & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
+                )
+                sums = tl.dot(w, values, sums, input_precision=PRECISION)
         else:
-            k = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
-            in_k = k < inputs
             w = tl.load(base + k[None, :], mask=in_out[:, None] & in_k[None, :], other=0)
-            inside = in_k[:, None] & in_rows[None, :]
-            values = tl.load(source + k[:, None], mask=inside, other=0)
             if FORMAT == "group8":
                 group = own_groups + block * BLOCK_IN // GROUP
                 factor = tl.load(scales + group, mask=in_out, other=0.0).to(tl.float32)
@@ -249,17 +269,29 @@ class MatmulShape:
         return (self.expert_rows or self.rows) <= MAX_FEW and not self.invariant
 
     @property
+    def _four_bit_tile(self) -> tuple[int, int, int, int, int] | None:
+        """The one of `FOUR_BIT_TILES` that is taken, if any is."""
+        if self.format != "group4" or self.dtype == torch.float32 or self.invariant:
+            return None
+        rows = self.expert_rows or self.rows
+        return next((tile for most, tile in FOUR_BIT_TILES.items() if rows <= most), None)
+
+    @property
     def block_out(self) -> int:
         """Outputs of a tile."""
+        if tile := self._four_bit_tile:
+            return tile[0]
         return 64 if self.few or self.dtype == torch.float32 else 128
 
     @property
     def block_rows(self) -> int:
         """Rows of a tile."""
-        if self.few:
-            return 16
         if self.expert_rows:
             return self.expert_rows
+        if tile := self._four_bit_tile:
+            return tile[1]
+        if self.few:
+            return 16
         return 64 if self.rows <= 64 or self.invariant or self.dtype == torch.float32 else 128
 
     @property
@@ -278,14 +310,13 @@ class MatmulShape:
     @property
     def splits(self) -> int:
         """Programs that share a tile's inputs."""
-        if self.expert_rows:
-            return 1
-        if not self.few and (self.format != "group4" or self.rows > MAX_SPLIT or self.invariant):
+        tile = self._four_bit_tile
+        if self.expert_rows or not (self.few or tile):
             return 1
         blocks = -(-self.inputs // self.block_in)
         programs, most = WANTED[self.format]
-        if not self.few:
-            programs, most = 512, 4
+        if tile:
+            programs = tile[4]
         wanted = programs // -(-self.outputs // self.block_out)
         return 1 << (max(1, min(wanted, blocks // 4, most)).bit_length() - 1)
 
@@ -297,6 +328,9 @@ class MatmulShape:
     def config(self) -> Config:
         """How it is compiled."""
         wide = self.dtype == torch.float32
+        warps, stages = 4 if self.block_out == 64 else 8, 2 if wide else 4 if self.few else 3
+        if tile := self._four_bit_tile:
+            warps, stages = tile[2:4]
         return Config(
             matmul_kernel,
             {
@@ -312,8 +346,8 @@ class MatmulShape:
                 "PRECISION": "ieee" if wide else "tf32",
                 "INLINE": self.inline,
             },
-            warps=4 if self.block_out == 64 else 8,
-            stages=2 if wide else 4 if self.few else 3,
+            warps=warps,
+            stages=stages,
         )
 
 
@@ -337,29 +371,31 @@ def values_kernel(
     enter(EARLY)
     row = tl.program_id(0).to(tl.int64)
     source, groups = weight + (first + row) * STRIDE, (first + row) * GROUPS
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < INPUTS
     if FORMAT == "group4":
-        half = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        column = half // 8 * 32 + half % 8
-        inside = column < INPUTS
-        words = tl.load(source + half, mask=inside, other=0)
-        factor = tl.load(scales + groups + column // GROUP, mask=inside, other=0.0)
-        low = tl.load(lows + groups + column // GROUP, mask=inside, other=0.0)
-        for part in tl.static_range(4):
-            number = ((words >> (part * 4)) & 15).to(tl.float32)
-            at = column + part * 8
-            place = out + row * INPUTS + at
-            store_values(place, number, factor, low, at < INPUTS, ZEROS)
+        # Eight half words have 32 neighbours, which share their group.
+        chunk = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+        known = chunk * 32 < INPUTS
+        half = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+        words = tl.load(source + half, mask=known[:, None], other=0)
+        place = groups + chunk * 32 // GROUP
+        factor = tl.load(scales + place, mask=known, other=0.0).to(tl.float32)[:, None]
+        low = tl.load(lows + place, mask=known, other=0.0).to(tl.float32)[:, None]
+        kind = out.dtype.element_ty
+        # In order of their places before they are stored: as they lie in registers, a store would
+        # take 16 bytes of every 64, which was more than twice as slow.
+        ordered = in_order(
+            value_of((words & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+            value_of(((words >> 4) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+            value_of(((words >> 8) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+            value_of(((words >> 12) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+        )
+        result = tl.reshape(ordered, [BLOCK])
     else:
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < INPUTS
         number = tl.load(source + column, mask=inside, other=0).to(tl.float32)
-        factor = tl.load(scales + groups + column // GROUP, mask=inside, other=0.0)
-        low = tl.load(lows + groups + column // GROUP, mask=inside, other=0.0)
-        store_values(out + row * INPUTS + column, number, factor, low, inside, ZEROS)
-
-
-@triton.jit
-def store_values(place, number, factor, low, inside, ZEROS: tl.constexpr):
-    """What numbers of a group stand for."""
-    value = value_of(number, factor.to(tl.float32), low.to(tl.float32), ZEROS)
-    tl.store(place, value.to(place.dtype.element_ty), mask=inside)
+        place = groups + column // GROUP
+        factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+        low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
+        result = value_of(number, factor, low, ZEROS).to(out.dtype.element_ty)
+    tl.store(out + row * INPUTS + column, result, mask=inside)

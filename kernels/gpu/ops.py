@@ -29,8 +29,8 @@ from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight
 from kernels.ops import Activation, Experts, HeadNorms, Heads, Rope, Weight
 
-# From so many rows on, weights in groups are made floats for cuBLAS, so many elements at a time.
-MANY_ROWS = 96
+# Above so many rows, weights in groups are made floats for cuBLAS, so many elements at a time.
+OWN_ROWS = {"group8": 95, "group4": 128}
 SCRATCH_ELEMENTS = 16 << 20
 LOG2_E = 1.4426950408889634
 
@@ -223,7 +223,7 @@ class GpuOps:
         if weight.format == "float" and not few:
             dense_linear(out, x, weight.tensor, weight.bias)
             return True
-        if not weight.groups or len(x) < MANY_ROWS:
+        if len(x) <= OWN_ROWS.get(weight.format, len(x)):
             return False
         # Some outputs at a time, so that what is written is read from the cache.
         outputs, inputs = weight.shape

@@ -143,18 +143,20 @@ def digits_kernel(
     """A row, or its RMS norm, as whole numbers: `digits` int8 `[4, padded / 2]` are the high digits
     of even and of odd nibbles, then the low ones, in the order of the words that they meet;
     `steps` and `totals` fp32 `[padded / 32]` are a chunk's unit and its sum."""
-    enter(EARLY)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # Byte b of word w has inputs 2 w, 16 + 2 w, 1 + 2 w and 17 + 2 w, and those 8 further.
     even = place // 16 * 32 + place % 16 // 4 * 2 + place % 2 * 16 + place % 4 // 2
     odd = even + 8
+    if NORM:
+        norm_a = tl.load(norm + even, mask=even < INPUTS, other=0.0)
+        norm_b = tl.load(norm + odd, mask=odd < INPUTS, other=0.0)
+    enter(EARLY)
     a = tl.load(x + even, mask=even < INPUTS, other=0.0).to(tl.float32)
     b = tl.load(x + odd, mask=odd < INPUTS, other=0.0).to(tl.float32)
     if NORM:
         # One program has it all.
         factor = tl.rsqrt(tl.sum(a * a + b * b, 0) / INPUTS + eps)
-        a *= factor * tl.load(norm + even, mask=even < INPUTS, other=0.0)
-        b *= factor * tl.load(norm + odd, mask=odd < INPUTS, other=0.0)
+        a, b = a * (factor * norm_a), b * (factor * norm_b)
     a, b = tl.reshape(a, [BLOCK // 16, 16]), tl.reshape(b, [BLOCK // 16, 16])
     largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1)
     step = tl.maximum(largest, 1e-30) / 16256.0

@@ -30,7 +30,7 @@ def test_for_many_rows_weights_in_groups_become_floats_some_at_a_time(
     monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
     monkeypatch.setattr(gpu_ops, "SCRATCH_ELEMENTS", 160 * 128)
-    rows, bias = gpu_ops.MANY_ROWS, torch.arange(300.0)
+    rows, bias = gpu_ops.OWN_ROWS["group4"] + 1, torch.arange(300.0)
     weight = Host(inputs(300, 160)) if weights == "int4" else quantized(Type[weights], 300, 160)
     kind, x = "int4" if weights == "int4" else "auto", inputs(rows, 160)
     found = run_linear(weight, x, bias, weights=kind)
@@ -118,6 +118,10 @@ def test_few_rows_split_their_inputs_until_the_device_is_full() -> None:
     one = MatmulShape(1, 4096, 4096, "group4", 128, torch.bfloat16, False)
     assert one.few
     assert one.splits == 8
-    assert one.grid == (64, 1, 8)
+    assert one.grid == (32, 1, 8)
+    some = [MatmulShape(n, 4096, 4096, "group4", 128, torch.bfloat16, False) for n in (24, 64, 100)]
+    assert [(s.block_out, s.block_rows, s.splits) for s in some] == [
+        (128, 32, 8), (64, 64, 4), (128, 128, 4)
+    ]  # fmt: skip
     many = MatmulShape(512, 4096, 4096, "group4", 128, torch.bfloat16, False)
     assert (many.splits, many.block_out, many.block_rows) == (1, 128, 128)
