@@ -31,7 +31,7 @@ def narrow(values: Array) -> Array:
 
 
 def patch() -> None:
-    """Replace the two operations; once."""
+    """Replace the two operations, and what takes most time; once."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "computes_bf16", False):
@@ -56,7 +56,17 @@ def patch() -> None:
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
     builder.create_fp_to_fp = lambda self, src, dst, mode: self.cast_impl(src, dst)
     builder.computes_bf16 = True
-    launch = interpreter.GridExecutor.__call__
+    launch, patch_lang = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        # It goes through the whole language for each function that a kernel calls, and only what
+        # the kernel itself has patched is ever restored.
+        languages = {id(v) for v in function.__globals__.values() if v is tl or v is tl.core}
+        if languages <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(languages)
+        return patch_lang(function)
 
     def untraced(self: Any, *arguments: Any, **options: Any) -> Any:
         # Coverage's trace function takes as long as the interpreter itself.
@@ -66,7 +76,9 @@ def patch() -> None:
             return launch(self, *arguments, **options)
         finally:
             sys.settrace(tracer)
+            patched.discard(id(tl))
 
+    interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = untraced
     # Its own checks of every addition take half the time.
     interpreter.interpreter_builder.options = replace(
