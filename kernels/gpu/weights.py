@@ -26,6 +26,8 @@ INT4_GROUP = 128
 LEAST_HALF = 2.0**-24
 # A nibble's bits in a bf16 number of this size are it and the nibble.
 BF16_ZERO = 128
+# The largest number that stands for zero: 4 bits, and one more in GPTQ's first version.
+MOST_ZERO = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +113,9 @@ def place(
             # One after another, here and below: what packing takes is many times what it leaves.
             groups = (READERS[part.format](part.packed(), part.shape[1]) for part in parts)
             packed = [_packed(g, 4 if four else 8, device) for g in groups]
+            larger = [_larger_groups(g, shape[1]) for g in packed] if four else [None]
+            if None not in larger:
+                return _stacked(name, shape, [g for g in larger if g], 4, INT4_GROUP, added)
             return _stacked(name, shape, packed, 4 if four else 8, GGUF_GROUP, added)
     if weight_format not in ("int4", "int8"):
         stacked = torch.cat([part.dense().to(device, dtype) for part in parts])
@@ -182,6 +187,24 @@ def _packed(groups: Groups, bits: int, device: torch.device) -> Groups:
     numbers = pack_nibbles(groups.numbers) if bits == 4 else groups.numbers
     zeros = None if groups.zeros is None else groups.zeros.to(device)
     return Groups(numbers.to(device), groups.scales.to(device), groups.lows.to(device), zeros)
+
+
+def _larger_groups(groups: Groups, columns: int) -> Groups | None:
+    """The same numbers in groups of `INT4_GROUP`, with zeros, if that is what they were made from:
+    if neighbours agree and lowest values are whole numbers of steps, rounded to fp16 (GPTQ, AWQ).
+    What they stand for is then exact again."""
+    if columns % INT4_GROUP:
+        return None
+    size = (len(groups.scales), -1, INT4_GROUP // GGUF_GROUP)
+    scales, lows = groups.scales.view(size), groups.lows.view(size)
+    scale, low = scales[..., :1], lows[..., :1]
+    zeros = -(low / scale.where(scale != 0, 1)).round()
+    # Half of what fp16 tells apart, of numbers and of its smallest ones.
+    whole = (low + zeros * scale).abs() <= low.abs() * 2**-11 + 2**-25
+    fits = (scales == scale) & (lows == low) & whole & (zeros >= 0) & (zeros <= MOST_ZERO)
+    if not bool(fits.all()):
+        return None
+    return Groups(groups.numbers, scale[..., 0], low[..., 0], zeros[..., 0])
 
 
 def _stacked(

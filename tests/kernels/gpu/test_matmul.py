@@ -8,8 +8,9 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from kernels.gpu import ops as gpu_ops
 from kernels.gpu.matmul import MatmulShape
-from kernels.gpu.weights import pack_nibbles, quantize_groups, unpack_nibbles
-from tests.kernels.gpu.filled import run_linear
+from kernels.gpu.weights import pack_nibbles, place, quantize_groups, unpack_nibbles
+from perf.gpu_kernels import dense_of
+from tests.kernels.gpu.filled import HOST, run_linear
 from tests.kernels.native import Host, quantized
 from tests.kernels.test_native_linear import q4_k
 
@@ -53,6 +54,43 @@ def test_int4_packs_a_float_matrix_in_groups_of_128(rows: int) -> None:
     rounded = groups.numbers * spread[0] + spread[1]
     assert (rounded - weight.values).abs().max() < spread[0].max() * 0.55
     assert torch.allclose(run_linear(weight, x, weights="int4"), x @ rounded.T, atol=1e-3)
+
+
+def in_groups_of_128(rows: int, columns: int) -> tuple[Host, torch.Tensor, torch.Tensor]:
+    """What GPTQ and AWQ leave, as blocks of 32, with its exact values; its scales and lows."""
+    chosen = torch.Generator().manual_seed(7)
+    numbers = torch.randint(0, 16, (rows, columns), generator=chosen)
+    size = (rows, columns // 128)
+    scales = (torch.rand(size, generator=chosen) * 0.1 + 0.01).half()
+    zeros = torch.randint(0, 17, size, generator=chosen)
+    wide = [t.repeat_interleave(128, 1) for t in (zeros, scales.float())]
+    lows = (-zeros * scales.float()).half()
+    factors = torch.stack([scales, lows], -1).repeat_interleave(4, 1)
+    halves = numbers.view(rows, -1, 2, 16)
+    bytes_ = (halves[:, :, 0] | halves[:, :, 1] << 4).to(torch.uint8)
+    blocks = torch.cat([factors.view(torch.uint8), bytes_], -1).view(rows, -1)
+    return Host((numbers - wide[0]) * wide[1], "Q4_1", blocks), scales, lows
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_groups_of_128_that_came_as_blocks_of_32_are_groups_of_128_again(rows: int) -> None:
+    (weight, scales, lows), x = in_groups_of_128(70, 256), inputs(rows, 256)
+    placed = place("w", [weight, weight.narrow(0, 0, 6)], [], "auto", torch.float32, HOST)
+    assert (placed.group, placed.zeros, placed.shape) == (128, True, (76, 256))
+    # Exact where a lowest value was rounded to fp16.
+    assert (lows.float() / scales.float() % 1).any()
+    assert torch.equal(dense_of(placed)[:70].float(), weight.values)
+    assert torch.allclose(run_linear(weight, x), x @ weight.values.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["scale", "low"])
+def test_blocks_that_do_not_agree_stay_groups_of_32(part: str) -> None:
+    weight, *_ = in_groups_of_128(70, 256)
+    assert weight.blocks is not None
+    halves = weight.blocks[3, 20:24].view(torch.float16)
+    halves[0 if part == "scale" else 1] += 0.01
+    placed = place("w", [weight], [], "auto", torch.float32, HOST)
+    assert (placed.group, placed.zeros) == (32, False)
 
 
 @pytest.mark.parametrize("rows", [3, 20])
