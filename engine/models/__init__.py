@@ -7,9 +7,9 @@ from typing import Protocol
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig, read_config
-from engine.models.gemma3 import Gemma3
 from engine.models.layers import ALONE, WeightLoader
 from engine.models.llama import Llama
+from engine.models.sandwich import Sandwich
 from engine.models.shard import Shard
 from engine.weights.checkpoint import Checkpoint
 from kernels.backend import WeightStore
@@ -38,7 +38,13 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "phi3": Llama,
     "granite": Llama,
     "bitnet": Llama,
-    "gemma3_text": Gemma3,
+    "glm": Llama,
+    "ernie4_5": Llama,
+    "helium": Llama,
+    "ministral": Llama,
+    "seed_oss": Llama,
+    "gemma3_text": Sandwich,
+    "glm4": Sandwich,
 }
 
 

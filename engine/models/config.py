@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.models.rope import Positions, context_reached, read_ropes, rotated_width
+from engine.models.rope import NEIGHBOURS, Positions, context_reached, read_ropes, rotated_width
 from kernels.ops import Activation, Heads, Rope
 
 # No model comes near these; a damaged file that does would take all memory before it is noticed.
@@ -15,6 +15,8 @@ MAX_LAYERS = 4096
 MAX_EXPERTS = 4096
 MAX_POSITIONS = 1 << 24
 
+# Families whose output matrix is the embedding's if their configuration does not say.
+TIED = ("gemma3_text", "smollm3", "ernie4_5")
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -51,6 +53,8 @@ class ModelConfig:
     ropes: tuple[Rope, ...]
     rotated: int
     """How many of a head's first values are rotated."""
+    neighbours: bool
+    """Whether pairs that rotate together are neighbours, instead of half of `rotated` apart."""
     attention_scale: float
     embedding_scale: float
     logits_scale: float
@@ -109,13 +113,14 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         windows=windows,
         ropes=read_ropes(raw, heads.dim, windows, positions, rope_factors),
         rotated=rotated_width(raw, heads.dim),
+        neighbours=model_type in NEIGHBOURS,
         attention_scale=values.number("attention_multiplier", scale),
         embedding_scale=(
             math.sqrt(hidden) if gemma else values.number("embedding_multiplier", 1.0) / share
         ),
         logits_scale=1.0 / values.number("logits_scaling", 1.0),
         # What these say only if it is otherwise.
-        tied_embeddings=bool(raw.get("tie_word_embeddings", gemma or model_type == "smollm3")),
+        tied_embeddings=bool(raw.get("tie_word_embeddings", model_type in TIED)),
         head_norms=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         inner_norms=model_type == "bitnet",
         experts=experts,

@@ -297,7 +297,7 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     name = f"model.layers.{layer}.self_attn"
     heads = config.heads
     q, kv = heads.query * heads.dim, heads.kv * heads.dim
-    order = _rotated_apart(heads.dim, config.rotated)
+    order = _rotated_apart(heads.dim, config.rotated, neighbours=config.neighbours)
     norms = None
     if config.head_norms:
         query = load.vector(f"{name}.q_norm.weight", heads.dim, order=order)
@@ -325,12 +325,13 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     )
 
 
-def _rotated_apart(dim: int, rotated: int) -> torch.Tensor | None:
+def _rotated_apart(dim: int, rotated: int, *, neighbours: bool) -> torch.Tensor | None:
     """Where a head's values go so that those that rotate together are half a head apart, though
-    only the first `rotated` of them do. Scores do not depend on it."""
-    if rotated == dim:
+    only the first `rotated` of them do, or they are neighbours. Scores do not depend on it."""
+    if rotated == dim and not neighbours:
         return None
-    low, high = torch.arange(rotated).view(2, -1)
+    pairs = torch.arange(rotated)
+    low, high = pairs.view(-1, 2).t() if neighbours else pairs.view(2, -1)
     rest = torch.arange(rotated, dim).view(2, -1)
     return torch.cat((low, rest[0], high, rest[1]))
 

@@ -15,6 +15,11 @@ KINDS = ("linear", "llama3", "yarn", "longrope")
 # What transformers called LongRoPE at first; and Qwen's for images, whose three positions are the
 # same in a text.
 ALIKE = {"su": "longrope", "mrope": "default"}
+# Families of whose heads half rotates, whether the configuration says so or not.
+GLM = ("glm", "glm4")
+GLM_SHARE = 0.5
+# Families that rotate neighbours, instead of values that lie half a head apart.
+NEIGHBOURS = (*GLM, "ernie4_5", "helium")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def read_ropes(
     for key in ("original_max_position_embeddings", "partial_rotary_factor"):
         if raw.get(key) is not None:
             scaling.setdefault(key, raw[key])
+    if raw.get("model_type") in GLM:
+        scaling.setdefault("partial_rotary_factor", GLM_SHARE)
     base = float(parameters.get("rope_theta") or raw.get("rope_theta") or 1e4)
     rope = _rope(dim, base, scaling, positions, factors)
     unknowing = Rope((0.0,) * (dim // 2))
@@ -67,9 +74,11 @@ def context_reached(raw: dict[str, Any], most: int) -> int:
 
 
 def rotated_width(raw: dict[str, Any], dim: int) -> int:
-    """How many of a head's first values are rotated; all, but in some of Phi's models."""
+    """How many of a head's first values are rotated; all, but in some of Phi's models and GLM's."""
     parameters = raw.get("rope_parameters") or {}
     share = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if share is None and raw.get("model_type") in GLM:
+        share = GLM_SHARE
     width = dim if share is None else int(dim * float(share))
     if not 0 < width <= dim or width % 2:
         raise ConfigError(f"partial_rotary_factor is {share}, of heads of {dim}")

@@ -113,6 +113,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 8.0,
         },
     ),
+    "glm": ("GlmConfig", {}),
+    "glm4": ("Glm4Config", {}),
+    "ernie4_5": ("Ernie4_5Config", {"use_bias": True}),
+    "helium": ("HeliumConfig", {"hidden_size": 64}),
+    "ministral": (
+        "MinistralConfig",
+        {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "seed_oss": ("SeedOssConfig", {"attention_out_bias": True}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (
         "Gemma3TextConfig",

@@ -1,4 +1,5 @@
-"""Gemma 3 (arXiv 2503.19786): norms before and after each block, five sliding layers in six."""
+"""Models with norms before and after each block: Gemma 3 (arXiv 2503.19786), five of whose six
+layers slide, and GLM-4."""
 
 from __future__ import annotations
 
@@ -15,6 +16,20 @@ from engine.models.layers import (
 )
 from kernels.ops import Ops, T, Weight
 
+# What a layer's norms are called: before and after attention, then the feed-forward part.
+GEMMA_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+GLM_NORMS = (
+    "input_layernorm",
+    "post_self_attn_layernorm",
+    "post_attention_layernorm",
+    "post_mlp_layernorm",
+)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -28,25 +43,20 @@ class Layer:
     after_feed_forward: Weight
 
 
-class Gemma3:
-    """The text model of Gemma 3; embeddings are scaled by sqrt(hidden)."""
+class Sandwich:
+    """A decoder-only transformer whose blocks stand between two norms each."""
 
     def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
         self.config = config
         self.heads = load.shard.own_heads(config.heads)
         hidden = config.hidden
         self.embedding = load.vocabulary("model.embed_tokens.weight", config.vocab_size, hidden)
-        self.layers = [
-            Layer(
-                load.vector(f"model.layers.{n}.input_layernorm.weight", hidden),
-                load_attention(load, config, n),
-                load.vector(f"model.layers.{n}.post_attention_layernorm.weight", hidden),
-                load.vector(f"model.layers.{n}.pre_feedforward_layernorm.weight", hidden),
-                load_feed_forward(load, config, n),
-                load.vector(f"model.layers.{n}.post_feedforward_layernorm.weight", hidden),
-            )
-            for n in range(config.layers)
-        ]
+        names = GLM_NORMS if config.model_type == "glm4" else GEMMA_NORMS
+        self.layers = []
+        for n in range(config.layers):
+            norms = [load.vector(f"model.layers.{n}.{name}.weight", hidden) for name in names]
+            attention, block = load_attention(load, config, n), load_feed_forward(load, config, n)
+            self.layers.append(Layer(norms[0], attention, norms[1], norms[2], block, norms[3]))
         self.norm = load.vector("model.norm.weight", hidden)
         self.head = load_head(load, config, self.embedding)
         load.finish(tied=config.tied_embeddings)
