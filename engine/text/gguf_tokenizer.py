@@ -27,9 +27,10 @@ KINDS = {
     "deepseek-r1-qwen": "qwen2",
     "refact": "smollm",  # Granite's
 }
-# Kinds that take a word that is a token whole, whatever its merges would give, and start with BOS
-# if the file does not say.
-WHOLE_WORDS = ("llama-bpe", "tekken")
+# Kinds that start with BOS if the file does not say, and those that take a word that is a token
+# whole, whatever its merges would give.
+STARTING = ("llama-bpe", "tekken")
+WHOLE_WORDS = (*STARTING, "glm4")
 # Word-splitting patterns that the model families publish in their tokenizer.json.
 CASELESS_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,6 +42,11 @@ PATTERNS = {
     # Others that cut words likewise, but know no whole ones.
     "dbrx": LLAMA_3,
     "smaug-bpe": LLAMA_3,
+    "chatglm-bpe": LLAMA_3,
+    "glm4": LLAMA_3,
+    "seed-coder": (
+        CASELESS_CONTRACTIONS + r"\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     "qwen2": CASELESS_CONTRACTIONS + r"\p{N}" + TAIL,
     # Mistral's: a capital begins a word.
     "tekken": (
@@ -81,7 +87,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     bos, eos = (_id(metadata, name, tokens, file) for name in ("bos", "eos"))
     # Files that lack the key follow their kind; SentencePiece models start with BOS.
-    starts = kind == "llama" or _pre(metadata) in WHOLE_WORDS
+    starts = kind == "llama" or _pre(metadata) in STARTING
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", starts):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]

@@ -52,12 +52,20 @@ EXPERT_NAMES = {
     "ffn_down_exps": "down_proj",
 }
 OLDER_EXPERTS = re.compile(r"ffn_(gate|up|down)\.(\d+)")
-# Phi's projections lie in one tensor each.
-PHI_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-GEMMA_NAMES = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+# Of some families, by their `model_type`; Phi's projections lie in one tensor each.
+OWN_NAMES = {
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "gemma3_text": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "glm4": {
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+        "ffn_up": "mlp.gate_up_proj",
+    },
+    "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
 }
 # GGUF key under the architecture's prefix -> Hugging Face configuration key.
 CONFIG_KEYS = {
@@ -104,7 +112,12 @@ MODEL_TYPES = {
     "phi3": "phi3",
     "smollm3": "smollm3",
     "granite": "granite",
+    "glm4": "glm4",
+    "ernie4_5": "ernie4_5",
+    "seed_oss": "seed_oss",
 }
+# Whose heads may rotate in part.
+ROTATED_IN_PART = ("phi3", "glm4")
 # Whose query and key rows are stored for interleaved rotation.
 INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
 
@@ -276,8 +289,7 @@ class GGUFCheckpoint:
             return f"{TOP_NAMES[base]}.{kind}"
         if base.startswith("blk."):
             _, layer, part = (*base.split(".", 2), "")[:3]
-            own = {"gemma3_text": GEMMA_NAMES, "phi3": PHI_NAMES}
-            names = LAYER_NAMES | own.get(self.config["model_type"], {})
+            names = LAYER_NAMES | OWN_NAMES.get(self.config["model_type"], {})
             if part in names:
                 return f"model.layers.{layer}.{names[part]}.{kind}"
             if part in EXPERT_NAMES:
@@ -310,14 +322,15 @@ class GGUFCheckpoint:
         scaling = self.metadata.get(f"{architecture}.rope.scaling.type", "none")
         if scaling != "none":
             config["rope_scaling"] = self._scaling(architecture, scaling)
-        if architecture == "phi3" and "phi3.rope.dimension_count" in self.metadata:
+        width = self.metadata.get(f"{architecture}.rope.dimension_count")
+        if architecture in ROTATED_IN_PART and width is not None:
             hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-            width = self.metadata["phi3.rope.dimension_count"]
             if not (isinstance(hidden, int) and isinstance(heads, int) and 0 < heads <= hidden):
                 raise ConfigError(f"{self.path.name}: {heads!r} heads of {hidden!r} are none")
-            if not isinstance(width, int):
-                raise ConfigError(f"{self.path.name}: rope.dimension_count is {width!r}")
-            config["partial_rotary_factor"] = width / (hidden // heads)
+            dim = config.get("head_dim", hidden // heads)
+            if not (isinstance(width, int) and isinstance(dim, int) and dim > 0):
+                raise ConfigError(f"{self.path.name}: rope.dimension_count is {width!r} of {dim!r}")
+            config["partial_rotary_factor"] = width / dim
         if architecture == "gemma3" and config.get("num_hidden_layers") == GEMMA_27B_LAYERS:
             # The one size whose attention is not scaled by its head width; the file does not say.
             config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]

@@ -153,6 +153,8 @@ def test_every_byte_level_kind_round_trips(pre: str) -> None:
         ),
         ("gpt-4o", ["He's", " a", " Mac", "OS", "-User", ",", " ", "123", "4", "!", "  \n"]),
         ("dbrx", ["He", "'s", " a", " MacOS", "-User", ",", " ", "123", "4", "!", "  \n"]),
+        ("glm4", ["He", "'s", " a", " MacOS", "-User", ",", " ", "123", "4", "!", "  \n"]),
+        ("seed-coder", ["He", "'s", " a", " MacOS", "-User", ",", " ", "1", "2", "!", "\n"]),
         ("refact", ["He", "'s", " a", " MacOS", "-", "User", ",", " ", "1", "2", "!", "  \n"]),
     ],
 )

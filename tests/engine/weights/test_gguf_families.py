@@ -31,6 +31,13 @@ from tests.kernels.native import needs_native
 from tests.ranks import logits_of, program_of
 
 FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+OWN_NORMS = {
+    "glm4": {
+        "post_self_attn_layernorm": "post_attention_norm",
+        "post_mlp_layernorm": "post_ffw_norm",
+    },
+    "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
+}
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 TOKENS = list(range(3, 63))
 
@@ -64,6 +71,11 @@ def write_scales(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_logit_scale(config["logits_scaling"])
 
 
+def write_half(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    writer.add_key_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"] // 2)
+
+
 def write_nothing(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     """The file says nothing of which layers rotate."""
 
@@ -75,6 +87,9 @@ OWN_KEYS = {
     "phi3-longrope": ("phi3", write_longrope),
     "smollm3": ("smollm3", write_nothing),
     "granite": ("granite", write_scales),
+    "glm4": ("glm4", write_half),
+    "ernie4_5": ("ernie4_5", write_nothing),
+    "seed_oss": ("seed_oss", write_nothing),
 }
 
 
@@ -92,7 +107,10 @@ def test_a_family_gives_the_logits_of_its_folder(
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     write_keys(writer, config)
-    monkeypatch.setattr("tests.engine.weights.test_gguf.GGUF_NAMES", GGUF_NAMES | FUSED)
+    monkeypatch.setattr(
+        "tests.engine.weights.test_gguf.GGUF_NAMES",
+        GGUF_NAMES | FUSED | OWN_NORMS.get(architecture, {}),
+    )
     for name, tensor in load_file(folder / "model.safetensors").items():
         array = tensor.numpy()
         for part, heads in HEADS.items():
