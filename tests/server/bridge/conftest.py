@@ -17,7 +17,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with OtherServer() as other:
         file = tmp_path_factory.mktemp("mcp") / "mcp.toml"
         file.write_text(
-            f'[servers.it]\nurl = "{other.url}/mcp"\ntimeout_seconds = 2\n'
+            f'[servers.it]\nurl = "{other.url}/mcp"\ntimeout_seconds = 5\n'
             '[servers.gone]\nurl = "http://127.0.0.1:9/mcp"\ntimeout_seconds = 1\n'
         )
         engine = {"pages": 2048, "page_size": 16, "context": 8000}

@@ -76,7 +76,7 @@ def test_a_server_is_named_once(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize(
     ("tool", "error"),
-    [("fail", "it broke"), ("hang", "did not answer within 2 seconds"), ("huge", "more than")],
+    [("fail", "it broke"), ("hang", "did not answer within 5 seconds"), ("huge", "more than")],
 )
 def test_what_goes_wrong_is_told_to_the_model_and_the_client(
     client: openai.OpenAI, tool: str, error: str
@@ -205,7 +205,7 @@ def test_a_drain_waits_for_the_turns_that_are_left(tmp_path: Path) -> None:
     }
     with OtherServer() as other:
         (tmp_path / "mcp.toml").write_text(
-            f'[servers.it]\nurl = "{other.url}/mcp"\ntimeout_seconds = 2\n'
+            f'[servers.it]\nurl = "{other.url}/mcp"\ntimeout_seconds = 5\n'
         )
         with (
             ServerProcess(module="tests.server.mock_server", env=env) as own,
