@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -227,6 +228,8 @@ async def test_tracing_takes_far_less_than_150_microseconds_a_step(collector: Co
     rows = [served(f"r{number}") for number in range(32)]
     steps = [step(0.02 * number, rows=32, step=number, served=rows) for number in range(1000)]
     best = {1000: 1.0, 1: 1.0}
+    tracer = sys.gettrace()
+    sys.settrace(None)  # coverage's own time is many times what is measured
     for every in best:
         timelines = Timelines(lambda: 0.0)
         settings = TracingSection(endpoint=collector.endpoint, step_every=every)
@@ -238,6 +241,7 @@ async def test_tracing_takes_far_less_than_150_microseconds_a_step(collector: Co
                 tracing.on_step(stats)
             best[every] = min(best[every], (time.thread_time() - begin) / len(steps))
         tracing.close()
+    sys.settrace(tracer)
     print({every: f"{1e6 * seconds:.1f} us" for every, seconds in best.items()})
     assert best[1000] < 20e-6
     assert best[1] < 5e-4
