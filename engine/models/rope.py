@@ -43,22 +43,22 @@ def read_ropes(
     positions (NoPE, arXiv 2305.19466).
     """
     parameters = raw.get("rope_parameters") or {}
+    width = rotated_width(raw, dim)
     if raw.get("model_type") == "gemma3_text":
         full = parameters.get("full_attention") or raw.get("rope_scaling") or {}
         sliding = parameters.get("sliding_attention") or {}
         base = float(full.get("rope_theta") or raw.get("rope_theta") or 1e6)
         local = float(sliding.get("rope_theta") or raw.get("rope_local_base_freq") or 1e4)
-        whole, near = _rope(dim, base, full, positions), _rope(dim, local, {}, positions)
+        whole = _rope(dim, width, base, full, positions)
+        near = _rope(dim, width, local, {}, positions)
         return tuple(near if window else whole for window in windows)
     scaling = dict(parameters or raw.get("rope_scaling") or {})
-    # Phi has these two beside the others.
-    for key in ("original_max_position_embeddings", "partial_rotary_factor"):
-        if raw.get(key) is not None:
-            scaling.setdefault(key, raw[key])
-    if raw.get("model_type") in GLM:
-        scaling.setdefault("partial_rotary_factor", GLM_SHARE)
+    # Phi has it beside the others.
+    key = "original_max_position_embeddings"
+    if raw.get(key) is not None:
+        scaling.setdefault(key, raw[key])
     base = float(parameters.get("rope_theta") or raw.get("rope_theta") or 1e4)
-    rope = _rope(dim, base, scaling, positions, factors)
+    rope = _rope(dim, width, base, scaling, positions, factors)
     unknowing = Rope((0.0,) * (dim // 2))
     return tuple(rope if rotates else unknowing for rotates in _rotating(raw, len(windows)))
 
@@ -75,7 +75,7 @@ def context_reached(raw: dict[str, Any], most: int) -> int:
 
 def rotated_width(raw: dict[str, Any], dim: int) -> int:
     """How many of a head's first values are rotated; all, but in some of Phi's models and GLM's."""
-    parameters = raw.get("rope_parameters") or {}
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     share = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if share is None and raw.get("model_type") in GLM:
         share = GLM_SHARE
@@ -99,13 +99,13 @@ def _rotating(raw: dict[str, Any], layers: int) -> list[bool]:
 
 def _rope(
     dim: int,
+    width: int,
     base: float,
     scaling: dict[str, Any],
     positions: Positions,
     factors: list[float] | None = None,
 ) -> Rope:
     """Scaled as the configuration or the file says, padded with 0 for pairs that do not turn."""
-    width = rotated_width(scaling, dim)
     plain = [base ** (-2 * i / width) for i in range(width // 2)]
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     kind = ALIKE.get(kind, kind)

@@ -10,7 +10,7 @@ depends on who came first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -26,13 +26,24 @@ WORD_BLOCK = 128
 # Programs that few rows are split among, and shares of the inputs, at most.
 WANTED = {"float": (256, 4), "int8": (512, 16), "group8": (512, 16), "group4": (512, 8)}
 MAX_FEW = 16
-# Tiles of 4-bit weights in bf16 for up to so many rows: outputs, rows, warps, stages, and the
-# programs that the inputs are split among. What was fastest on an H200.
+
+
+class Tile(NamedTuple):
+    """How a matmul is cut, and the programs that its inputs are split among."""
+
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# Of 4-bit weights in bf16 for up to so many rows: what was fastest on an H200.
 FOUR_BIT_TILES = {
-    16: (128, 16, 4, 3, 512),
-    32: (128, 32, 4, 3, 256),
-    64: (64, 64, 4, 4, 256),
-    128: (128, 128, 8, 3, 128),
+    16: Tile(128, 16, 4, 3, 512),
+    32: Tile(128, 32, 4, 3, 256),
+    64: Tile(64, 64, 4, 4, 256),
+    128: Tile(128, 128, 8, 3, 128),
 }
 # Whole numbers of 4 bits as bf16: in a number of 128 the last bits of the mantissa count ones. Then
 # 128 and what stands for zero are taken away; both are exact. One for each nibble of a half word.
@@ -94,6 +105,18 @@ def in_order(first, second, third, fourth):
     pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
     eights = tl.reshape(pairs, [first.shape[0], first.shape[1] // 8, 8, 2, 2])
     return tl.reshape(tl.permute(eights, (0, 1, 3, 4, 2)), [first.shape[0], 4 * first.shape[1]])
+
+
+@triton.jit
+def values_in_order(words, factor, low, ZEROS: tl.constexpr, kind):
+    """What the nibbles of half words stand for, as `kind`, in the order of their inputs; `factor`
+    and `low` have one value for each half word, or for each row of them."""
+    return in_order(
+        value_of((words & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+        value_of(((words >> 4) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+        value_of(((words >> 8) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+        value_of(((words >> 12) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
+    )
 
 
 @triton.jit
@@ -194,14 +217,8 @@ def matmul_kernel(
                 known = in_out[:, None] & (chunk < inputs)[None, :]
                 factor = tl.load(scales + group, mask=known, other=0.0).to(tl.float32)
                 low = tl.load(lows + group, mask=known, other=0.0).to(tl.float32)
-                factor = spread_chunks(factor)
-                low = spread_chunks(low)
-                w = in_order(
-                    ((words & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
-                    (((words >> 4) & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
-                    (((words >> 8) & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
-                    (((words >> 12) & 15).to(tl.float32) * factor + low).to(x.dtype.element_ty),
-                )
+                factor, low = spread_chunks(factor), spread_chunks(low)
+                w = values_in_order(words, factor, low, False, x.dtype.element_ty)
                 sums = tl.dot(w, values, sums, input_precision=PRECISION)
         else:
             w = tl.load(base + k[None, :], mask=in_out[:, None] & in_k[None, :], other=0)
@@ -269,7 +286,7 @@ class MatmulShape:
         return (self.expert_rows or self.rows) <= MAX_FEW and not self.invariant
 
     @property
-    def _four_bit_tile(self) -> tuple[int, int, int, int, int] | None:
+    def _four_bit_tile(self) -> Tile | None:
         """The one of `FOUR_BIT_TILES` that is taken, if any is."""
         if self.format != "group4" or self.dtype == torch.float32 or self.invariant:
             return None
@@ -280,7 +297,7 @@ class MatmulShape:
     def block_out(self) -> int:
         """Outputs of a tile."""
         if tile := self._four_bit_tile:
-            return tile[0]
+            return tile.outputs
         return 64 if self.few or self.dtype == torch.float32 else 128
 
     @property
@@ -289,7 +306,7 @@ class MatmulShape:
         if self.expert_rows:
             return self.expert_rows
         if tile := self._four_bit_tile:
-            return tile[1]
+            return tile.rows
         if self.few:
             return 16
         return 64 if self.rows <= 64 or self.invariant or self.dtype == torch.float32 else 128
@@ -316,7 +333,7 @@ class MatmulShape:
         blocks = -(-self.inputs // self.block_in)
         programs, most = WANTED[self.format]
         if tile:
-            programs = tile[4]
+            programs = tile.programs
         wanted = programs // -(-self.outputs // self.block_out)
         return 1 << (max(1, min(wanted, blocks // 4, most)).bit_length() - 1)
 
@@ -330,7 +347,7 @@ class MatmulShape:
         wide = self.dtype == torch.float32
         warps, stages = 4 if self.block_out == 64 else 8, 2 if wide else 4 if self.few else 3
         if tile := self._four_bit_tile:
-            warps, stages = tile[2:4]
+            warps, stages = tile.warps, tile.stages
         return Config(
             matmul_kernel,
             {
@@ -382,15 +399,9 @@ def values_kernel(
         place = groups + chunk * 32 // GROUP
         factor = tl.load(scales + place, mask=known, other=0.0).to(tl.float32)[:, None]
         low = tl.load(lows + place, mask=known, other=0.0).to(tl.float32)[:, None]
-        kind = out.dtype.element_ty
         # In order of their places before they are stored: as they lie in registers, a store would
         # take 16 bytes of every 64, which was more than twice as slow.
-        ordered = in_order(
-            value_of((words & 15).to(tl.float32), factor, low, ZEROS).to(kind),
-            value_of(((words >> 4) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
-            value_of(((words >> 8) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
-            value_of(((words >> 12) & 15).to(tl.float32), factor, low, ZEROS).to(kind),
-        )
+        ordered = values_in_order(words, factor, low, ZEROS, out.dtype.element_ty)
         result = tl.reshape(ordered, [BLOCK])
     else:
         number = tl.load(source + column, mask=inside, other=0).to(tl.float32)

@@ -223,7 +223,7 @@ class GpuOps:
         if weight.format == "float" and not few:
             dense_linear(out, x, weight.tensor, weight.bias)
             return True
-        if len(x) <= OWN_ROWS.get(weight.format, len(x)):
+        if weight.format not in OWN_ROWS or len(x) <= OWN_ROWS[weight.format]:
             return False
         # Some outputs at a time, so that what is written is read from the cache.
         outputs, inputs = weight.shape

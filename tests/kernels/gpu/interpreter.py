@@ -7,13 +7,14 @@ rounding. Here both go through fp32, with rounding to nearest, ties to even.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+from tests.untraced import untraced
 
 Array = np.ndarray[Any, Any]
 
@@ -68,18 +69,15 @@ def patch() -> None:
         patched.update(languages)
         return patch_lang(function)
 
-    def untraced(self: Any, *arguments: Any, **options: Any) -> Any:
-        # Coverage's trace function takes as long as the interpreter itself.
-        tracer = sys.gettrace()
-        sys.settrace(None)
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
         try:
-            return launch(self, *arguments, **options)
+            with untraced():
+                return launch(self, *arguments, **options)
         finally:
-            sys.settrace(tracer)
             patched.discard(id(tl))
 
     interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = untraced
+    interpreter.GridExecutor.__call__ = run
     # Its own checks of every addition take half the time.
     interpreter.interpreter_builder.options = replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
