@@ -18,7 +18,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 
-Activation = Literal["silu", "gelu_tanh", "relu2"]
+Activation = Literal["silu", "gelu_tanh", "relu2", "swiglu_oai"]
+# Of `swiglu_oai`: see `Ops.gated`.
+SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
 
 
 class Rows(Enum):
@@ -127,16 +129,23 @@ class Ops(Protocol[T]):
         """
         ...
 
-    def attention(self, q: T, layer: int, heads: Heads, scale: float, window: int) -> T:
+    def attention(
+        self, q: T, layer: int, heads: Heads, scale: float, window: int, sinks: Weight | None = None
+    ) -> T:
         """Causal attention of each token over its sequence's pages; `[tokens, query * dim]`.
 
         Any mixture of prefill chunks and decodes. With `window > 0` a token at position p sees
-        positions above p - window only. Keys and values are read as the cache stores them.
+        positions above p - window only. Keys and values are read as the cache stores them. `sinks`,
+        `[query]`, are scores of one more key a head, which has no value (arXiv 2309.17453).
         """
         ...
 
     def gated(self, x: T, activation: Activation) -> T:
-        """`activation(x[:, :half]) * x[:, half:]`: `[rows, 2n] -> [rows, n]`."""
+        """`activation(x[:, :half]) * x[:, half:]`: `[rows, 2n] -> [rows, n]`.
+
+        `swiglu_oai` (gpt-oss, arXiv 2508.10925) takes the gate g up to SWIGLU_LIMIT and the rest u
+        within it on both sides: `g * sigmoid(SWIGLU_SLOPE * g) * (u + 1)`.
+        """
         ...
 
     def experts(
@@ -151,9 +160,9 @@ class Ops(Protocol[T]):
         """What each row's used experts say, side by side, times their probabilities.
 
         `x` is `[rows, n]`, `scores` `[rows, count]` logits; `gate_up` is `[own * 2 wide, n]`, each
-        expert's gate and then its up projection, `down` `[own * n, wide]`. The likeliest of a row
-        comes first, of equals the lower number: `[rows, used * n]`, zeros for experts that are not
-        held here.
+        expert's gate and then its up projection, `down` `[own * n, wide]`; their biases are stacked
+        alike. The likeliest of a row comes first, of equals the lower number: `[rows, used * n]`,
+        zeros for experts that are not held here.
         """
         ...
 
@@ -275,9 +284,19 @@ class Recorder:
         width = heads.query * heads.dim
         return self._emit("rope_write_kv", (qkv, layer, heads, rope, norms), qkv.rows, width)
 
-    def attention(self, q: Handle, layer: int, heads: Heads, scale: float, window: int) -> Handle:
+    def attention(
+        self,
+        q: Handle,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        sinks: Weight | None = None,
+    ) -> Handle:
+        fits = sinks is None or sinks.shape == (heads.query,)
+        self._expect(fits, f"layer {layer}: sinks are not one a head")
         self._expect(q.width == heads.query * heads.dim, f"layer {layer}: q is {q.width} wide")
-        return self._emit("attention", (q, layer, heads, scale, window), q.rows, q.width)
+        return self._emit("attention", (q, layer, heads, scale, window, sinks), q.rows, q.width)
 
     def gated(self, x: Handle, activation: Activation) -> Handle:
         self._expect(x.width % 2 == 0, f"gated input is {x.width} wide")

@@ -8,7 +8,16 @@ import torch
 
 from kernels.batch import Batch
 from kernels.collectives import Collectives
-from kernels.ops import Activation, Experts, HeadNorms, Heads, Rope, Weight
+from kernels.ops import (
+    SWIGLU_LIMIT,
+    SWIGLU_SLOPE,
+    Activation,
+    Experts,
+    HeadNorms,
+    Heads,
+    Rope,
+    Weight,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +118,13 @@ class ReferenceOps:
         return q.reshape(rows, -1)
 
     def attention(
-        self, q: torch.Tensor, layer: int, heads: Heads, scale: float, window: int
+        self,
+        q: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        sinks: Weight | None = None,
     ) -> torch.Tensor:
         q = q.view(-1, heads.query, heads.dim)
         out = torch.empty_like(q)
@@ -123,7 +138,11 @@ class ReferenceOps:
             scores = torch.einsum("qhd,khd->hqk", q[first:last], keys) * scale
             visible = causal_mask(self.positions[first:last], len(slots), window)
             scores = scores.masked_fill(~visible, float("-inf"))
-            out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+            if sinks is not None:
+                sink = tensor_of(sinks).tensor[:, None, None].expand(-1, last - first, 1)
+                scores = torch.cat((scores, sink), -1)
+            shares = scores.softmax(-1)[..., : len(slots)]
+            out[first:last] = torch.einsum("hqk,khd->qhd", shares, values)
         return out.reshape(out.shape[0], -1)
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -132,6 +151,9 @@ class ReferenceOps:
             return torch.nn.functional.silu(gate) * up
         if activation == "relu2":
             return torch.nn.functional.relu(gate).square() * up
+        if activation == "swiglu_oai":
+            gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+            return gate * torch.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
     def experts(
@@ -196,11 +218,12 @@ def route(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.T
 
 
 def part_of(weight: Weight, number: int, parts: int) -> TorchWeight:
-    """One of the equal parts that are stacked in a weight without a bias."""
+    """One of the equal parts that are stacked in a weight."""
     whole, rows = tensor_of(weight), weight.shape[0] // parts
     place = slice(number * rows, (number + 1) * rows)
     scales = whole.scales[place] if whole.scales is not None else None
-    return replace(whole, tensor=whole.tensor[place], scales=scales)
+    bias = whole.bias[place] if whole.bias is not None else None
+    return replace(whole, tensor=whole.tensor[place], scales=scales, bias=bias)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

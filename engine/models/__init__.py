@@ -43,6 +43,7 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "helium": Llama,
     "ministral": Llama,
     "seed_oss": Llama,
+    "gpt_oss": Llama,
     "gemma3_text": Sandwich,
     "glm4": Sandwich,
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.models.rope import NEIGHBOURS, Positions, context_reached, read_ropes, rotated_width
-from kernels.ops import Activation, Heads, Rope
+from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, Heads, Rope
 
 # No model comes near these; a damaged file that does would take all memory before it is noticed.
 MAX_LAYERS = 4096
@@ -22,6 +22,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
+# Families of which every layer has sinks, and experts with OpenAI's gates.
+GPT_OSS = "gpt_oss"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class ModelConfig:
     head_norms: bool
     inner_norms: bool
     """Whether attention and feed-forward outputs are normalized before their last projection."""
+    sinks: bool
+    """Whether each head has a score that takes its share of attention without giving a value."""
     experts: ExpertsConfig | None = None
     expert_layers: frozenset[int] = frozenset()
     """Layers whose feed-forward part is experts."""
@@ -109,7 +113,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         heads=heads,
         norm_eps=values.number("rms_norm_eps", 1e-6) / share**2,
         max_context=reached,
-        activation=_activation(values, gemma),
+        activation=_activation(values, model_type),
         windows=windows,
         ropes=read_ropes(raw, heads.dim, windows, positions, rope_factors),
         rotated=rotated_width(raw, heads.dim),
@@ -123,14 +127,15 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         tied_embeddings=bool(raw.get("tie_word_embeddings", model_type in TIED)),
         head_norms=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         inner_norms=model_type == "bitnet",
+        sinks=model_type == GPT_OSS,
         experts=experts,
         expert_layers=_expert_layers(values, layers) if experts is not None else frozenset(),
     )
 
 
 def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
-    """Mixtral's and Qwen's experts; every other family has none."""
-    if model_type not in ("mixtral", "qwen3_moe"):
+    """Mixtral's, Qwen's and gpt-oss's experts; every other family has none."""
+    if model_type not in ("mixtral", "qwen3_moe", GPT_OSS):
         return None
     qwen = model_type == "qwen3_moe"
     # What `transformers` 5 and GGUF files call Qwen's "num_experts".
@@ -154,9 +159,14 @@ def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
     return frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0)
 
 
-def _activation(values: _Values, gemma: bool) -> Activation:
-    default = "gelu_pytorch_tanh" if gemma else "silu"
+def _activation(values: _Values, model_type: str) -> Activation:
+    default = "gelu_pytorch_tanh" if model_type == "gemma3_text" else "silu"
     raw = values.raw
+    if model_type == GPT_OSS:
+        for key, known in (("swiglu_limit", SWIGLU_LIMIT), ("swiglu_alpha", SWIGLU_SLOPE)):
+            if values.number(key, known) != known:
+                raise ConfigError(f"{key} is {raw[key]!r}; {known} can be computed")
+        return "swiglu_oai"
     name = raw.get("hidden_activation") or raw.get("hidden_act") or default
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act is {name!r}; {', '.join(ACTIVATIONS)} can be computed")
@@ -167,7 +177,8 @@ def _activation(values: _Values, gemma: bool) -> Activation:
 
 
 def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
-    """Which layers slide: all of Mistral's, Qwen's upper ones if switched on, 5 of Gemma's 6."""
+    """Which layers slide: all of Mistral's, Qwen's upper ones if switched on, 5 of Gemma's 6, every
+    other one of gpt-oss."""
     raw = values.raw
     window = values.integer("sliding_window", 0) if raw.get("sliding_window") else 0
     if types := raw.get("layer_types"):
@@ -177,6 +188,8 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
     if model_type == "gemma3_text":
         pattern = values.integer("sliding_window_pattern", 6)
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
+    if model_type == GPT_OSS:
+        return tuple(0 if layer % 2 else window for layer in range(layers))
     if model_type in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
         first = (
             values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers

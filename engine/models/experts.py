@@ -1,5 +1,5 @@
 """Feed-forward layers of many experts, of which each token goes through a few (mixture of experts,
-arXiv 2101.03961; Mixtral, arXiv 2401.04088; Qwen3, arXiv 2505.09388).
+arXiv 2101.03961; Mixtral, arXiv 2401.04088; Qwen3, arXiv 2505.09388; gpt-oss, arXiv 2508.10925).
 
 Ranks share them out whole: each computes what its own experts say to every row, and the ranks'
 answers are added.
@@ -64,11 +64,12 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
     mixtral = f"model.layers.{layer}.block_sparse_moe"
     if any(load.has(f"{mixtral}.{tensor}.weight") for tensor in ("gate", "experts.0.w1")):
         block, (gate, up, down) = mixtral, ("w1", "w3", "w2")
+    router = f"{block}.router" if load.has(f"{block}.router.weight") else f"{block}.gate"
     own = load.spans(count, "the number of experts")[load.shard.rank]
     names = [f"{block}.experts.{number}" for number in range(count)]
     several = load.shard.ranks > 1
     return ExpertsFeedForward(
-        load.router(f"{block}.gate", count, hidden),
+        load.router(router, count, hidden),
         load.experts([[f"{name}.{gate}", f"{name}.{up}"] for name in names], wide, hidden, own),
         load.experts([[f"{name}.{down}"] for name in names], hidden, wide, own),
         Experts(count, config.experts.used, config.experts.normalized, own.start, own.length),

@@ -120,6 +120,10 @@ class WeightLoader:
             tensor = Adjusted(tensor, factor)
         return self._weights.load([_in_order(tensor, order)])
 
+    def sinks(self, name: str, heads: int, own: Span) -> Weight:
+        """A score for each of the heads that this rank has."""
+        return self._weights.load([self._take(name, (heads,)).narrow(0, own.start, own.length)])
+
     def vocabulary(self, name: str, rows: int, columns: int) -> Vocabulary:
         """An embedding table or an output head, `[rows, columns]`, split by rows."""
         tensor, shard = self._take(name, (rows, columns)), self.shard
@@ -192,8 +196,8 @@ class WeightLoader:
     def router(self, name: str, rows: int, columns: int) -> Weight:
         """What chooses among experts; every rank has it, and it is rounded no further than to
         bfloat16: a score that comes out another way may lead to another expert."""
-        self._pass_over_bias(name)
-        return self._weights.load([self._take(f"{name}.weight", (rows, columns))], bits=16)
+        bias = self._biases([name], rows)
+        return self._weights.load([self._take(f"{name}.weight", (rows, columns))], bias, bits=16)
 
     def experts(self, names: Sequence[Sequence[str]], rows: int, columns: int, own: Span) -> Weight:
         """One projection of all experts, or two of one input; the modules of each expert, `rows`
@@ -201,19 +205,24 @@ class WeightLoader:
         parts = [
             [self._take(f"{name}.weight", (rows, columns)) for name in modules] for modules in names
         ]
-        for modules in names:
-            for name in modules:
-                self._pass_over_bias(name)
+        biases = self._biases([name for modules in names for name in modules], rows)
         mine = parts[own.start : own.start + own.length]
-        return self._weights.load([part for expert in mine for part in expert])
+        added = own.times(len(parts[0]))
+        return self._weights.load(
+            [part for expert in mine for part in expert],
+            biases[added.start : added.start + added.length],
+        )
 
-    def _pass_over_bias(self, name: str) -> None:
-        """What quantizes models may write a bias of zeros to every linear."""
-        if f"{name}.bias" not in self._unused:
-            return
-        if bool(self.checkpoint.tensor(f"{name}.bias").dense().any()):
-            raise ConfigError(f"{name!r} has a bias, for which experts and routers have no place")
-        self._unused.discard(f"{name}.bias")
+    def _biases(self, names: Sequence[str], rows: int) -> list[HostTensor]:
+        """The biases of modules that have some, but for zeros: what quantizes models may write
+        those to every linear."""
+        found = [f"{name}.bias" for name in names if f"{name}.bias" in self._unused]
+        biases = [self._take(name, (rows,)) for name in found]
+        if not any(bool(bias.dense().any()) for bias in biases):
+            return []
+        if len(biases) < len(names):
+            raise ConfigError(f"{found[0]!r} is there, but not for all of the {len(names)} like it")
+        return biases
 
     def column_unit(self, name: str) -> int:
         """Where the columns of a linear may be cut, see `Backend.column_unit`; 1 if nowhere."""
@@ -263,6 +272,7 @@ class Attention:
     heads: Heads
     qkv: Weight
     norms: HeadNorms | None
+    sinks: Weight | None
     output: OutputProjection
 
     def forward(
@@ -274,7 +284,8 @@ class Attention:
         rope, window = config.ropes[self.layer], config.windows[self.layer]
         qkv = ops.linear(x, self.qkv)
         q = ops.rope_write_kv(qkv, self.layer, self.heads, rope, self.norms)
-        x = ops.attention(q, self.layer, self.heads, config.attention_scale, window)
+        scale = config.attention_scale
+        x = ops.attention(q, self.layer, self.heads, scale, window, self.sinks)
         if last:
             x, residual = ops.select_rows(x), ops.select_rows(residual)
         return self.output.forward(ops, x), residual
@@ -321,6 +332,7 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
             [_of_heads(order, heads.query), _of_heads(order, heads.kv), None],
         ),
         norms,
+        load.sinks(f"{name}.sinks", heads.query, own.query) if config.sinks else None,
         load.output(f"{name}.o_proj", config.hidden, q, inputs, inner),
     )
 

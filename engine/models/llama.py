@@ -1,9 +1,9 @@
 """The Llama family: Llama 2 and 3, SmolLM2 and 3, Mistral, Mixtral, Qwen2, Qwen3 (also with
-experts), Phi-3 and 4, Granite, GLM, ERNIE 4.5, Seed-OSS, Helium and BitNet b1.58.
+experts), Phi-3 and 4, Granite, GLM, ERNIE 4.5, Seed-OSS, Helium, gpt-oss and BitNet b1.58.
 
 They are one model with switches: rope scaling, heads that rotate in part or by neighbours, layers
 that do not, sliding windows, projection biases (taken when the file has them), query/key norms,
-norms in front of the last projections, scales, and layers of experts.
+norms in front of the last projections, scales, attention sinks, and layers of experts.
 """
 
 from __future__ import annotations

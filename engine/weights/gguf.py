@@ -66,6 +66,11 @@ OWN_NAMES = {
         "ffn_up": "mlp.gate_up_proj",
     },
     "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
+    "gpt_oss": {
+        "post_attention_norm": "post_attention_layernorm",
+        "attn_sinks": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+    },
 }
 # GGUF key under the architecture's prefix -> Hugging Face configuration key.
 CONFIG_KEYS = {
@@ -115,6 +120,7 @@ MODEL_TYPES = {
     "glm4": "glm4",
     "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss",
+    "gpt-oss": "gpt_oss",
 }
 # Whose heads may rotate in part.
 ROTATED_IN_PART = ("phi3", "glm4")
@@ -269,10 +275,11 @@ class GGUFCheckpoint:
             if EACH_EXPERT not in renamed:
                 yield renamed, place
                 continue
-            if len(entry.shape) != EXPERT_DIMENSIONS:
+            bias = name.endswith(".bias")
+            if len(entry.shape) != EXPERT_DIMENSIONS - bias:
                 raise ConfigError(
                     f"{self.path.name}: tensor {name!r} has shape {list(entry.shape)}, "
-                    "not experts x rows x columns"
+                    f"not experts x rows{'' if bias else ' x columns'}"
                 )
             count, *shape = entry.shape
             if count > MAX_EXPERTS:
@@ -291,7 +298,8 @@ class GGUFCheckpoint:
             _, layer, part = (*base.split(".", 2), "")[:3]
             names = LAYER_NAMES | OWN_NAMES.get(self.config["model_type"], {})
             if part in names:
-                return f"model.layers.{layer}.{names[part]}.{kind}"
+                own = f"model.layers.{layer}.{names[part]}"
+                return own if part == "attn_sinks" else f"{own}.{kind}"
             if part in EXPERT_NAMES:
                 return f"model.layers.{layer}.mlp.experts.{EACH_EXPERT}.{EXPERT_NAMES[part]}.{kind}"
             if older := OLDER_EXPERTS.fullmatch(part):
@@ -344,6 +352,9 @@ class GGUFCheckpoint:
         for key, name in SCALING_KEYS.items():
             if prefix + key in self.metadata:
                 scaling[name] = self.metadata[prefix + key]
+        if architecture == "gpt-oss":
+            # The file does not say where its frequencies change: between whole ones, too.
+            scaling["truncate"] = False
         if scaling.get("mscale_all_dim"):
             scaling["mscale"] = 1.0
         temperature = self.metadata.get(f"{architecture}.attention.temperature_scale")

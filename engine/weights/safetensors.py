@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import ConfigError
-from engine.weights import bitnet, blocks
+from engine.weights import bitnet, blocks, stacked
 from engine.weights.composite import text_config, text_name
 from engine.weights.fused import FusedTensors
 from engine.weights.quantized import Quantized
+from engine.weights.stacked import StackedExperts
 from kernels.backend import HostTensor
 
 INDEX = "model.safetensors.index.json"
@@ -70,7 +71,7 @@ class SafetensorsCheckpoint:
             method = quantization.get("quant_method", "an unknown method")
             if method == bitnet.METHOD:
                 self._bitnet = bitnet.read_layout(quantization)
-            elif method != blocks.METHOD:
+            elif method not in (blocks.METHOD, stacked.METHOD):
                 self._quantized = Quantized(quantization)
         files: dict[str, Any] = {}
         for shard in self._shards():
@@ -82,6 +83,7 @@ class SafetensorsCheckpoint:
             name = stored if text is None else text_name(stored)
             if name is not None:
                 self._places[name] = file, stored
+        self._stacked = StackedExperts(self._places, self.config)
         self._fused = FusedTensors(self._stored_names(), self.config)
 
     def names(self) -> set[str]:
@@ -95,7 +97,7 @@ class SafetensorsCheckpoint:
             plain = {self._quantized.plain_name(name) for name in self._places}
             return {name for name in plain if name is not None}
         if self._bitnet is None:
-            return {blocks.plain_name(name) for name in self._places}
+            return self._stacked.names(blocks.plain_name(name) for name in self._places)
         return {name for name in self._places if not name.endswith(f".weight{SCALE}")}
 
     def _stored(self, name: str) -> HostTensor:
@@ -104,6 +106,8 @@ class SafetensorsCheckpoint:
                 return blocks.open_blocks(name, suffix, stored)
         if self._quantized is not None and (found := self._quantized.open(name, self._slice)):
             return found
+        if (expert := self._stacked.open(name, self._slice)) is not None:
+            return expert
         part = self._slice(name)
         if part is None:
             raise ConfigError(f"{self.path} has no tensor {name!r}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kernels.cpu.native_backend import LayerMemory
     from kernels.cpu.native_weights import NativeWeight
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu_oai": 3}
 # The forms in which a buffer can hold its rows, in the order of `add_buffer`'s flags.
 FORMS = ("floats", "groups", "whole", "bf16")
 FLOAT_WRITERS = ("linear", "attention", "rope_write_kv", "all_reduce", "all_gather", "experts")
@@ -209,7 +209,14 @@ class NativeProgram:
         )
 
     def _emit_attention(
-        self, q: int, layer: int, heads: Heads, scale: float, window: int, out: int
+        self,
+        q: int,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        sinks: NativeWeight | None,
+        out: int,
     ) -> None:
         self._program.add(
             "attention",
@@ -217,6 +224,7 @@ class NativeProgram:
             out=out,
             layer=layer,
             heads=heads.query,
+            vector=sinks.address if sinks is not None else 0,
             scalar=scale,
             window=window,
         )
@@ -240,6 +248,8 @@ class NativeProgram:
             out=out,
             gate_up=gate_up.packed,
             down=down.packed,
+            gate_up_bias=gate_up.bias_address,
+            down_bias=down.bias_address,
             sizes=(experts.count, experts.used, experts.first, experts.own),
             normalized=experts.normalized,
             activation=ACTIVATIONS[activation],

@@ -1,6 +1,6 @@
 """Weights as the native kernels read them: packed into tiles, in one format or in their own bits.
 
-Quantized GGUF weights are served in their own bits: Q4_0, Q4_1, Q4_K and Q8_0 blocks are repacked
+Quantized weights are served in their own bits: Q4_0, Q4_1, Q4_K, MXFP4 and Q8_0 blocks are repacked
 without rounding, other quantized types become int8 in groups of 32. Float checkpoints are stored in
 bfloat16, or as asked for; with `int4`, tables and heads are int8.
 """
@@ -21,7 +21,7 @@ from kernels.cpu.packed_file import PackedFile
 from kernels.ops import Weight
 
 # Numbers of the packed formats, as in native/weight.h.
-F32, BF16, Q8, Q4, Q4_WIDE, TERNARY = range(6)
+F32, BF16, Q8, Q4, Q4_WIDE, TERNARY, FLOAT4 = range(7)
 GROUP = 32
 # ggml's type -> its packed format, and the function that repacks its blocks.
 BLOCKS = {
@@ -29,6 +29,7 @@ BLOCKS = {
     "Q4_1": (Q4, "pack_q4_1"),
     "Q8_0": (Q8, "pack_q8_0"),
     "Q4_K": (Q4_WIDE, "pack_q4_k"),
+    "MXFP4": (FLOAT4, "pack_mxfp4"),
 }
 FLOATS = ("F32", "F16", "BF16")
 PACKERS = {F32: "pack_f32", BF16: "pack_bf16", Q8: "pack_int8", Q4: "pack_int4"}
@@ -166,7 +167,7 @@ class NativeWeights:
         if self._format == "int8":
             return Q8
         targets = {BLOCKS[kind][0] if kind in BLOCKS else None for kind in formats}
-        if self._format == "int4" and targets not in ({Q4}, {Q4_WIDE}):
+        if self._format == "int4" and targets not in ({Q4}, {Q4_WIDE}, {FLOAT4}):
             return Q4 if bits <= FOUR_BITS else Q8
         if len(targets) == 1 and (target := targets.pop()) is not None:
             return target

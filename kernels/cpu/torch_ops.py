@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from kernels.batch import Batch
-from kernels.ops import Heads
-from kernels.reference import ReferenceOps, causal_mask
+from kernels.ops import Heads, Weight
+from kernels.reference import ReferenceOps, causal_mask, tensor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,13 @@ class TorchCpuOps(ReferenceOps):
             self._groups.append(self._decode_group(decodes))
 
     def attention(
-        self, q: torch.Tensor, layer: int, heads: Heads, scale: float, window: int
+        self,
+        q: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        sinks: Weight | None = None,
     ) -> torch.Tensor:
         cache = self.caches[layer]
         grouped = q.view(-1, heads.kv, heads.query // heads.kv, heads.dim).to(cache.keys.dtype)
@@ -57,8 +63,11 @@ class TorchCpuOps(ReferenceOps):
             shape = (sequences, context, heads.kv, heads.dim)
             keys = cache.keys.index_select(0, flat).view(shape).transpose(1, 2)
             values = cache.values.index_select(0, flat).view(shape).transpose(1, 2)
+            mask = self._mask(number, window, share, x.dtype)
+            if sinks is not None:
+                keys, values, mask = _with_sinks(keys, values, mask, tensor_of(sinks).tensor)
             y = torch.nn.functional.scaled_dot_product_attention(
-                x, keys, values, attn_mask=self._mask(number, window, share, x.dtype), scale=scale
+                x, keys, values, attn_mask=mask, scale=scale
             )
             y = y.view(sequences, heads.kv, queries, share, heads.dim).transpose(1, 2)
             out[group.rows] = y.reshape(-1, heads.kv, share, heads.dim)
@@ -92,3 +101,17 @@ class TorchCpuOps(ReferenceOps):
             mask = mask.view(sequences, 1, -1, 1, context).expand(-1, -1, -1, share, -1)
             self._masks[key] = mask.reshape(sequences, 1, -1, context)
         return self._masks[key]
+
+
+def _with_sinks(
+    keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more key and value of zeros, `[sequences, kv, context + 1, dim]`, and the sinks, fp32
+    `[query heads]`, as what the mask adds to its score: `[sequences, kv, rows, context + 1]`."""
+    kv, (sequences, _, rows, context) = keys.shape[1], mask.shape
+    share = len(sinks) // kv
+    column = sinks.to(mask.dtype).view(1, kv, 1, share).expand(sequences, -1, rows // share, -1)
+    mask = mask.expand(-1, kv, -1, context)
+    mask = torch.cat((mask, column.reshape(sequences, kv, rows, 1)), -1)
+    pad = torch.nn.functional.pad
+    return pad(keys, (0, 0, 0, 1)), pad(values, (0, 0, 0, 1)), mask

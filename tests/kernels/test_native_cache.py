@@ -14,8 +14,10 @@ from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheDType, CacheLayout
 from kernels.cpu.native_backend import NativeBackend
 from kernels.cpu.native_program import NativeProgram
-from kernels.ops import Recorder
-from tests.kernels.native import INSTRUCTION_SETS, chunks_batch, needs_native
+from kernels.ops import Heads, Recorder, Rope
+from kernels.reference import ReferenceOps
+from kernels.torch_backend import TorchBackend
+from tests.kernels.native import INSTRUCTION_SETS, Host, chunks_batch, needs_native
 from tests.tiny import write_llama
 
 pytestmark = needs_native
@@ -126,6 +128,47 @@ def test_attention_over_int4_is_that_over_what_it_holds(tmp_path: Path, instruct
         results.append(program.logits()[0].clone())
     error = (results[0] - results[1]).abs().max() / results[0].abs().max()
     assert error < 0.03, float(error)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize(
+    ("cache", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2), ("int8", 2e-2), ("int4", 0.2)]
+)
+def test_sinks_take_their_share_of_every_heads_attention(
+    cache: CacheDType, bound: float, window: int, instructions: str
+) -> None:
+    """Against the reference, in chunks of many rows and of one, one sink above all scores."""
+    heads = Heads(6, 2, 32)
+    generator = torch.Generator().manual_seed(3)
+    values = {
+        "table": torch.randn(300, heads.qkv_width, generator=generator),
+        "sinks": torch.tensor([-9.0, -1.0, 0.0, 1.0, 4.0, 90.0]),
+        "unit": torch.eye(heads.query * heads.dim),
+    }
+    rope = Rope(tuple(10.0**-n for n in range(16)))
+    results = []
+    for backend in (
+        NativeBackend("float32", 2, instructions),
+        TorchBackend("reference", ReferenceOps, "float32"),
+    ):
+        placed = {name: backend.load([Host(value)]) for name, value in values.items()}
+        dtype: CacheDType = cache if isinstance(backend, NativeBackend) else "float32"
+        backend.allocate_cache(CacheLayout(1, heads, 16, dtype, 512), PAGES)
+        recorder = Recorder()
+        q = recorder.rope_write_kv(recorder.embed(placed["table"], 1.0), 0, heads, rope, None)
+        y = recorder.attention(q, 0, heads, 0.3, window, placed["sinks"])
+        y = recorder.linear(recorder.select_rows(y), placed["unit"])
+        program = backend.compile(recorder.finish(y), 512)
+        made, start = [], 0
+        for count in (40, 1, 1, 9):
+            program.forward(chunks_batch([TOKENS[start : start + count]], [start], TABLE, 16))
+            made.append(program.logits().clone())
+            start += count
+        results.append(torch.cat(made))
+    found, expected = results
+    assert (found - expected).norm() / expected.norm() < bound
+    assert not expected[:, 5 * 32 :].abs().max() > 1e-6, "the last head's sink takes everything"
 
 
 def test_a_codec_makes_pages_smaller_or_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,8 +11,8 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from kernels.backend import CacheLayout
 from kernels.cpu.native_backend import NativeBackend
-from kernels.ops import Activation, Experts, Heads, Recorder
-from kernels.reference import route
+from kernels.ops import SWIGLU_LIMIT, Activation, Experts, Heads, Recorder
+from kernels.reference import ReferenceOps, TorchWeight, route
 from tests.kernels.native import (
     INSTRUCTION_SETS,
     Host,
@@ -34,6 +34,8 @@ class Block:
     router: torch.Tensor
     gate_up: Host
     down: Host
+    gate_up_bias: Host | None = None
+    down_bias: Host | None = None
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -79,8 +81,10 @@ def run_experts(
     def own(host: Host, rows: int) -> Host:
         return host.narrow(0, span.start * rows, experts.own * rows)
 
-    gate_up = backend.load([own(block.gate_up, 2 * WIDE)])
-    down = backend.load([own(block.down, HIDDEN)])
+    biases = (block.gate_up_bias, 2 * WIDE), (block.down_bias, HIDDEN)
+    added = [[own(bias, rows)] if bias is not None else [] for bias, rows in biases]
+    gate_up = backend.load([own(block.gate_up, 2 * WIDE)], added[0])
+    down = backend.load([own(block.down, HIDDEN)], added[1])
     recorder = Recorder()
     hidden = recorder.embed(table, 1.0)
     scores = recorder.linear(hidden, router)
@@ -94,18 +98,25 @@ def run_experts(
     return program.logits().clone()
 
 
-def expected_parts(block: Block, x: torch.Tensor, rounded: Any) -> torch.Tensor:
+def expected_parts(
+    block: Block, x: torch.Tensor, rounded: Any, gate: Any = torch.nn.functional.silu
+) -> torch.Tensor:
     """The same from the weights' exact values, in float64; `rounded` is what activations become."""
     chosen, shares = route(x @ block.router.T, EXPERTS)
     gate_up = block.gate_up.values.double().view(COUNT, 2 * WIDE, HIDDEN)
     down = block.down.values.double().view(COUNT, HIDDEN, WIDE)
-    rows = []
+    biases = [
+        torch.zeros(COUNT, rows) if bias is None else bias.values.view(COUNT, rows)
+        for bias, rows in ((block.gate_up_bias, 2 * WIDE), (block.down_bias, HIDDEN))
+    ]
+    parts = []
     for row, numbers, weights in zip(x, chosen, shares, strict=True):
         for number, share in zip(numbers, weights, strict=True):
-            gate, up = (gate_up[number] @ rounded(row[None])[0].double()).chunk(2)
-            hidden = (torch.nn.functional.silu(gate) * up).float()
-            rows.append(down[number] @ rounded(hidden[None])[0].double() * share)
-    return torch.stack(rows).view(len(x), -1)
+            both = gate_up[number] @ rounded(row[None])[0].double() + biases[0][number]
+            hidden = (gate(both[:WIDE]) * both[WIDE:]).float()
+            y = down[number] @ rounded(hidden[None])[0].double() + biases[1][number]
+            parts.append(y * share)
+    return torch.stack(parts).view(len(x), -1)
 
 
 def whole_rows(x: torch.Tensor) -> torch.Tensor:
@@ -123,6 +134,7 @@ def whole_rows(x: torch.Tensor) -> torch.Tensor:
         ("Q4_0", "auto", groups_of, 1e-3),
         ("Q4_1", "auto", groups_of, 1e-3),
         ("Q8_0", "auto", groups_of, 1e-3),
+        ("MXFP4", "auto", groups_of, 1e-3),
         ("TERNARY", "auto", whole_rows, 1e-3),
     ],
 )
@@ -138,7 +150,34 @@ def test_every_format_computes_what_its_weights_say(
     assert torch.equal(total, sums[:, 0] + sums[:, 1] + sums[:, 2])
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0", "TERNARY"])
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_each_expert_adds_its_own_bias_whoever_holds_it(instructions: str) -> None:
+    block, x = block_of("F32"), random(11, HIDDEN, seed=3)
+    biases = Host(random(COUNT * 2 * WIDE, seed=8)), Host(random(COUNT * HIDDEN, seed=9))
+    block = replace(block, gate_up_bias=biases[0], down_bias=biases[1])
+    expected = expected_parts(block, x, lambda x: x)
+    options: Any = {"parts": True, "weights": "float32", "instructions": instructions}
+    parts = run_experts(block, x, **options)
+    torch.testing.assert_close(parts.double(), expected, rtol=1e-4, atol=1e-3)
+    spans = [Experts(COUNT, USED, True, first, own) for first, own in ((0, 4), (4, 3))]
+    assert torch.equal(sum(run_experts(block, x, span, **options) for span in spans), parts)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_gates_as_gpt_oss_has_them_are_held_within_their_limit(instructions: str) -> None:
+    block, x = block_of("F32"), random(11, HIDDEN, seed=3) * 3
+    found = run_experts(
+        block, x, parts=True, weights="float32", activation="swiglu_oai", instructions=instructions
+    )
+    reference = ReferenceOps([], 1)
+    stacks = [TorchWeight("w", h.shape, h.values) for h in (block.gate_up, block.down)]
+    expected = reference.experts(x, x @ block.router.T, *stacks, EXPERTS, "swiglu_oai")
+    both = x @ block.gate_up.values.T
+    assert both.max() > SWIGLU_LIMIT > -SWIGLU_LIMIT > both.min(), "nothing to be held"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0", "MXFP4", "TERNARY"])
 def test_a_row_alone_and_in_company_gives_the_same_bits(kind: str) -> None:
     block, x = block_of(kind), random(64, HIDDEN, seed=4)
     whole = run_experts(block, x)

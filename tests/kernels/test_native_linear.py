@@ -40,8 +40,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @every_set
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
-@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (50, 96), (7, 576), (1, 32)])
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.MXFP4])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (50, 96), (7, 576), (1, 32), (3, 224)])
 def test_quantized_linear_is_exact_up_to_its_activations(
     kind: Type, rows: int, columns: int, instructions: str
 ) -> None:
@@ -194,7 +194,7 @@ def test_int8_can_be_asked_for() -> None:
 @every_set
 @pytest.mark.parametrize("extreme", [0.0, 1e-36, 1e-30, 3e38, 65504.0])
 def test_extreme_activations_stay_finite_and_right(extreme: float, instructions: str) -> None:
-    for kind in (Type.Q4_1, Type.Q8_0):
+    for kind in (Type.Q4_1, Type.Q8_0, Type.MXFP4):
         weight = quantized(kind, 16, 64)
         x = torch.full((2, 64), extreme) * 1e-3
         x[1] = -x[1]
@@ -218,7 +218,28 @@ def test_the_largest_four_bit_sums_fit(instructions: str) -> None:
         assert torch.allclose(y, groups_of(x).float() @ weight.values.T, rtol=1e-6), count
 
 
+@every_set
+@pytest.mark.parametrize("number", [7, 15])
+def test_the_largest_sums_of_four_bit_floats_fit(number: int, instructions: str) -> None:
+    """Every weight 6 or -6 times its scale, the smallest ones zero."""
+    rows, columns = 17, 96
+    blocks = torch.full((rows, columns // 32 * 17), number | number << 4, dtype=torch.uint8)
+    scales = torch.arange(rows) * 16
+    blocks.view(rows, -1, 17)[:, :, 0] = scales[:, None].to(torch.uint8)
+    values = torch.ldexp(torch.tensor(6.0 if number == 7 else -6.0), (scales - 127).float())
+    values = torch.where(scales > 0, values, 0.0)[:, None].expand(-1, columns)
+    weight = Host(values, "MXFP4", blocks)
+    for count in range(1, 10):
+        x = torch.full((count, columns), -3.0)
+        x[::2] = 3.0
+        y = run_linear(weight, x, instructions=instructions)
+        expected = groups_of(x).double() @ values.double().T
+        kept = expected.abs() < 3e38
+        assert torch.allclose(y.double()[kept], expected[kept], rtol=1e-6), count
+
+
 FORMATS = {
+    "float4": (quantized(Type.MXFP4, 70, 224), "auto"),
     "q4": (quantized(Type.Q4_1, 70, 96), "auto"),
     "q8": (quantized(Type.Q8_0, 70, 96), "auto"),
     "q4_k": (q4_k(70, 256), "auto"),
@@ -240,7 +261,7 @@ def test_every_row_count_and_thread_count_gives_the_same_bits(name: str, instruc
         assert torch.equal(some, whole[:count])
 
 
-@pytest.mark.parametrize("name", ["q4", "q8", "q4_k", "ternary", "f32"])
+@pytest.mark.parametrize("name", ["q4", "q8", "q4_k", "float4", "ternary", "f32"])
 def test_instruction_sets_agree_to_the_bit_where_products_are_exact(name: str) -> None:
     weight, weights = FORMATS[name]
     x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(5))

@@ -15,7 +15,7 @@ from kernels.backend import CacheLayout, resolve_dtype, select_backend, supports
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
 from kernels.ops import Handle, Heads, Recorder, Rope, Rows, Tape, Weight
-from kernels.reference import LayerCache, ReferenceOps
+from kernels.reference import LayerCache, ReferenceOps, TorchWeight
 from tests.tiny import write_llama
 
 SIZE = 4
@@ -78,8 +78,9 @@ def ops_pair(dtype: torch.dtype) -> tuple[ReferenceOps, ReferenceOps, Heads]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("sunk", [False, True])
 def test_fused_attention_equals_the_reference_for_any_mixture(
-    dtype: torch.dtype, window: int
+    dtype: torch.dtype, window: int, *, sunk: bool
 ) -> None:
     rng = np.random.default_rng(1)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -93,11 +94,13 @@ def test_fused_attention_equals_the_reference_for_any_mixture(
         reference, fused, heads = ops_pair(dtype)
         qkv = torch.randn(sum(counts), heads.qkv_width, generator=torch.Generator().manual_seed(2))
         rope = Rope(tuple(1.0 / 10.0**i for i in range(heads.dim // 2)))
+        scores = torch.linspace(-2, 2, heads.query)
+        sinks = TorchWeight("sinks", (heads.query,), scores)
         outputs = []
         for ops in (reference, fused):
             ops.begin(batch)
             q = ops.rope_write_kv(qkv, 0, heads, rope, None)
-            outputs.append(ops.attention(q, 0, heads, 0.3, window))
+            outputs.append(ops.attention(q, 0, heads, 0.3, window, sinks if sunk else None))
         assert torch.equal(reference.caches[0].keys, fused.caches[0].keys)
         assert torch.allclose(outputs[0], outputs[1], atol=tolerance)
 
@@ -122,6 +125,8 @@ def test_the_reference_attends_to_exactly_the_visible_positions() -> None:
     q = torch.zeros(1, 2)
     assert ops.attention(q, 0, heads, 1.0, 0)[0, 0] == pytest.approx(2.0)  # mean of 0..4
     assert ops.attention(q, 0, heads, 1.0, 2)[0, 0] == pytest.approx(3.5)  # mean of 3, 4
+    sink = TorchWeight("sink", (1,), torch.log(torch.tensor([5.0])))  # as much as five keys
+    assert ops.attention(q, 0, heads, 1.0, 0, sink)[0, 0] == pytest.approx(1.0)
 
 
 def test_tapes_drop_activations_after_their_last_use(tmp_path: Path) -> None:

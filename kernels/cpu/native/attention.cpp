@@ -218,14 +218,14 @@ void mix_block(const Task& task, int64_t base, int64_t tokens, State<kFormat>* s
 }  // namespace
 
 void attend(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,
-            const float* const* queries, const int64_t* positions, float scale, int64_t window,
-            float* const* out) {
-  const Task task{cache, pages, head, rows, positions, scale, window};
+            const float* const* queries, const int64_t* positions, const float* sinks, float scale,
+            int64_t window, float* const* out) {
+  const Task task{cache, pages, head, rows, positions, sinks, scale, window};
   switch (cache.format) {
     case CacheFormat::kF32: return attend_with<State<CacheFormat::kF32>>(task, queries, out);
     case CacheFormat::kBf16: return attend_with<State<CacheFormat::kBf16>>(task, queries, out);
     case CacheFormat::kInt4:
-      return attend_int4(cache, pages, head, rows, queries, positions, scale, window, out);
+      return attend_int4(cache, pages, head, rows, queries, positions, sinks, scale, window, out);
     case CacheFormat::kInt8: return attend_with<State<CacheFormat::kInt8>>(task, queries, out);
   }
 }

@@ -41,9 +41,10 @@ struct State {
   float query_scales[kQueryRows], weight_scales[kQueryRows];
   int32_t query_offsets[kQueryRows];
 
-  void begin(int row, const float* q, int64_t dim) {
-    maximum[row] = kLowest;
-    total[row] = 0.0f;
+  // `sink` is the score of a key without a value, or kLowest.
+  void begin(int row, const float* q, int64_t dim, float sink) {
+    maximum[row] = sink;
+    total[row] = sink == kLowest ? 0.0f : 1.0f;
     std::memset(acc[row], 0, sizeof acc[row]);
     if (kFormat == CacheFormat::kF32) {
       std::memcpy(queries[row], q, static_cast<size_t>(dim) * 4);
@@ -142,6 +143,7 @@ struct Task {
   int64_t head;
   int rows;
   const int64_t* positions;
+  const float* sinks;
   float scale;
   int64_t window;
 
@@ -165,7 +167,7 @@ void attend_with(const Task& task, const float* const* rows, float* const* out) 
   const int64_t dim = task.cache.dim;
   int64_t last = 0, lowest = task.positions[0];
   for (int r = 0; r < task.rows; ++r) {
-    state.begin(r, rows[r], dim);
+    state.begin(r, rows[r], dim, task.sinks ? task.sinks[r] : kLowest);
     last = most(last, task.positions[r] + 1);
     lowest = least(lowest, task.positions[r]);
   }
@@ -194,8 +196,8 @@ void attend_with(const Task& task, const float* const* rows, float* const* out) 
 
 // What `attend` does for a cache in kInt4.
 void attend_int4(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,
-                 const float* const* queries, const int64_t* positions, float scale,
-                 int64_t window, float* const* out);
+                 const float* const* queries, const int64_t* positions, const float* sinks,
+                 float scale, int64_t window, float* const* out);
 
 }  // namespace RYZANSTEIN_ISA
 }  // namespace ryzanstein

@@ -15,11 +15,11 @@ struct GroupState : State<CacheFormat::kInt8> {
   float query_sums[kQueryRows][kMaxDim / kGroup];  // of the rounded query
   float lowest[kQueryRows];                        // softmax weights times lowest values
 
-  void begin(int row, const float* q, int64_t dim) {
+  void begin(int row, const float* q, int64_t dim, float sink) {
     alignas(64) float rotated[kMaxDim];
     std::memcpy(rotated, q, static_cast<size_t>(dim) * sizeof(float));
     spread(rotated, dim);
-    State::begin(row, rotated, dim);
+    State::begin(row, rotated, dim, sink);
     const auto* rounded = reinterpret_cast<const int8_t*>(queries[row]);
     for (int64_t g = 0; g < dim / kGroup; ++g) {
       int32_t sum = 0;
@@ -192,9 +192,10 @@ void mix_block(const Task& task, int64_t base, int64_t tokens, GroupState* state
 }  // namespace
 
 void attend_int4(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,
-                 const float* const* queries, const int64_t* positions, float scale,
-                 int64_t window, float* const* out) {
-  attend_with<GroupState>(Task{cache, pages, head, rows, positions, scale, window}, queries, out);
+                 const float* const* queries, const int64_t* positions, const float* sinks,
+                 float scale, int64_t window, float* const* out) {
+  const Task task{cache, pages, head, rows, positions, sinks, scale, window};
+  attend_with<GroupState>(task, queries, out);
 }
 
 }  // namespace RYZANSTEIN_ISA

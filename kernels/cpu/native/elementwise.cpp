@@ -74,14 +74,25 @@ inline Floats activate(Floats gate) {
 }
 
 template <int kActivation>
+inline Floats gate_of(Floats gate, Floats up) {
+  if constexpr (kActivation == 3) {
+    const Floats most = set1(7.0f), within = min(gate, most);
+    const Floats added = add(max(min(up, most), set1(-7.0f)), set1(1.0f));
+    return mul(mul(within, sigmoid(mul(set1(1.702f), within))), added);
+  } else {
+    return mul(activate<kActivation>(gate), up);
+  }
+}
+
+template <int kActivation>
 void gated(const float* x, int64_t width, float* out) {
   const int64_t whole = width / 16 * 16;
   for (int64_t i = 0; i < whole; i += 16) {
-    store(out + i, mul(activate<kActivation>(load(x + i)), load(x + width + i)));
+    store(out + i, gate_of<kActivation>(load(x + i), load(x + width + i)));
   }
   if (const int64_t left = width - whole) {
     const Floats gate = load(x + whole, left), up = load(x + width + whole, left);
-    store(out + whole, mul(activate<kActivation>(gate), up), left);
+    store(out + whole, gate_of<kActivation>(gate, up), left);
   }
 }
 
@@ -116,18 +127,22 @@ void embed_row(const Weight& table, int64_t index, float scale, float* out) {
     return;
   }
   const bool wide = table.format == Format::kQ4Wide, eight = table.format == Format::kQ8;
+  const bool float4 = table.format == Format::kFloat4;
   for (int64_t g = 0; g < table.groups(); ++g) {
     const uint8_t* head = tile + table.scales_at(g);
     const uint8_t* bytes = tile + table.bytes_at(g) + 4 * lane;
     float scales[16], minima[16];
-    store(scales, wide ? load(reinterpret_cast<const float*>(head))
-                       : load_half(reinterpret_cast<const uint16_t*>(head)));
+    store(scales, wide     ? load(reinterpret_cast<const float*>(head))
+                  : float4 ? mul(load_exponents(head), set1(0.5f))
+                           : load_half(reinterpret_cast<const uint16_t*>(head)));
     store(minima, eight  ? set1(-128.0f * scales[lane])
+                  : float4 ? set1(-kFloat4Offset * scales[lane])
                   : wide ? load(reinterpret_cast<const float*>(head + 64))
                          : load_half(reinterpret_cast<const uint16_t*>(head + 32)));
     for (int i = 0; i < kGroup; ++i) {
       const int byte = bytes[64 * (eight ? i / 4 : i % 16 / 4) + i % 4];
-      const int code = eight ? byte : i < 16 ? byte & 15 : byte >> 4;
+      const int nibble = i < 16 ? byte & 15 : byte >> 4;
+      const int code = eight ? byte : float4 ? kFloat4Codes[nibble] : nibble;
       out[g * kGroup + i] = (scales[lane] * static_cast<float>(code) + minima[lane]) * scale;
     }
   }
@@ -152,7 +167,8 @@ void gated_row(const float* x, int64_t width, int activation, float* out) {
   switch (activation) {
     case 0: return gated<0>(x, width, out);
     case 1: return gated<1>(x, width, out);
-    default: return gated<2>(x, width, out);
+    case 2: return gated<2>(x, width, out);
+    default: return gated<3>(x, width, out);
   }
 }
 

@@ -55,12 +55,15 @@ void choose(const float* scores, int64_t count, int64_t used, bool normalized, i
 }  // namespace
 
 void Program::add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
-                          ExpertSizes sizes, int activation, ExpertBuffers buffers) {
+                          const float* gate_up_bias, const float* down_bias, ExpertSizes sizes,
+                          int activation, ExpertBuffers buffers) {
   auto experts = std::make_shared<Experts>();
   experts->sizes = sizes;
   experts->buffers = buffers;
   experts->gate_up = parts_of(gate_up, sizes.own);
   experts->down = parts_of(down, sizes.own);
+  experts->gate_up_bias = gate_up_bias;
+  experts->down_bias = down_bias;
   const size_t places = static_cast<size_t>(max_rows_ * sizes.used);
   experts->chosen.resize(places);
   experts->shares.resize(places);
@@ -94,7 +97,7 @@ void Program::experts_step(const Instruction& i, int64_t rows) {
       if (e.places[n] >= 0) gathered.copy_row(in, n / used, e.places[n]);
     }
   });
-  multiply_experts(e, e.gate_up, gathered, hidden.floats.get());
+  multiply_experts(e, e.gate_up, e.gate_up_bias, gathered, hidden.floats.get());
   pool_->run(e.starts.back(), kRowGrain, [&](int64_t first, int64_t last) {
     float* values = scratch(gated.width);
     for (int64_t row = first; row < last; ++row) {
@@ -102,7 +105,7 @@ void Program::experts_step(const Instruction& i, int64_t rows) {
       store_row(gated, row, values);
     }
   });
-  multiply_experts(e, e.down, gated, results.floats.get());
+  multiply_experts(e, e.down, e.down_bias, gated, results.floats.get());
   const int64_t width = results.width;
   pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
     for (int64_t n = first * used; n < last * used; ++n) {
@@ -133,9 +136,9 @@ void Experts::sort(int64_t rows) {
   }
 }
 
-// y = x . w of each expert, for the rows that are its own.
+// y = x . w (+ bias) of each expert, for the rows that are its own.
 void Program::multiply_experts(const Experts& e, const std::vector<Weight>& weights,
-                               const Value& value, float* y) {
+                               const float* bias, const Value& value, float* y) {
   std::vector<int64_t> active;
   for (int64_t n = 0; n < e.sizes.own; ++n) {
     if (e.starts[n + 1] > e.starts[n]) active.push_back(n);
@@ -152,8 +155,9 @@ void Program::multiply_experts(const Experts& e, const std::vector<Weight>& weig
   pool_->run(busy * pieces, 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
       const int64_t expert = active[static_cast<size_t>(n / pieces)];
-      kernels_.matmul(weights[static_cast<size_t>(expert)], x, e.starts[expert],
-                      e.starts[expert + 1] - e.starts[expert], nullptr, y, cut(n % pieces),
+      const Weight& w = weights[static_cast<size_t>(expert)];
+      kernels_.matmul(w, x, e.starts[expert], e.starts[expert + 1] - e.starts[expert],
+                      bias ? bias + expert * w.rows : nullptr, y, cut(n % pieces),
                       cut(n % pieces + 1));
     }
   });

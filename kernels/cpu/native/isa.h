@@ -19,7 +19,7 @@ void write_key(const LayerCache&, int64_t, int64_t, const float*);
 void write_value(const LayerCache&, int64_t, int64_t, const float*);
 void copy_page(const LayerCache&, int64_t, const LayerCache&, int64_t);
 void attend(const LayerCache&, const int32_t*, int64_t, int, const float* const*, const int64_t*,
-            float, int64_t, float* const*);
+            const float*, float, int64_t, float* const*);
 void penalize(float*, int64_t, const Penalty&);
 void forbid(const uint32_t*, const float*, int64_t, float*);
 int64_t argmax(const float*, int64_t);

@@ -14,7 +14,7 @@ namespace ryzanstein {
 struct Activations {
   float* floats = nullptr;
   uint16_t* bf16 = nullptr;
-  // Groups of 32: for kQ4, kQ4Wide, kQ8.
+  // Groups of 32: for kQ4, kQ4Wide, kQ8, kFloat4.
   int8_t* values = nullptr;    // [rows, width], round(x / scale)
   float* scales = nullptr;     // [rows, width / 32], largest magnitude / 127
   float* sums = nullptr;       // [rows, width / 32], scale * sum of values
@@ -123,7 +123,8 @@ struct Kernels {
   // out = x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`.
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t width, float* out);
   void (*add_row)(const float* a, const float* b, int64_t width, float* out);
-  // out = activation(x[:width]) * x[width:]; 0 is SiLU, 1 GELU (tanh form), 2 squared ReLU.
+  // out = activation(x[:width]) * x[width:]; 0 is SiLU, 1 GELU (tanh form), 2 squared ReLU, 3 gpt-oss's
+  // clamped SwiGLU, for which x[width:] is one more.
   void (*gated_row)(const float* x, int64_t width, int activation, float* out);
   // Rotates the halves of one head in place.
   void (*rotate_head)(float* head, const float* cosine, const float* sine, int64_t dim);
@@ -133,10 +134,11 @@ struct Kernels {
   // Writes a page's vectors of all heads into a page of another cache, whatever the two formats.
   void (*copy_page)(const LayerCache& from, int64_t source, const LayerCache& to, int64_t target);
   // Attention of `rows` query rows (`[dim]` each, all of one kv head, at `positions`) over one
-  // sequence's pages. `out[row]` are `[dim]`. At most kQueryRows rows.
+  // sequence's pages. `out[row]` are `[dim]`. At most kQueryRows rows. `sinks`, one a row, are scores
+  // of one more key, which has no value; null if there is none.
   void (*attend)(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,
-                 const float* const* queries, const int64_t* positions, float scale,
-                 int64_t window, float* const* out);
+                 const float* const* queries, const int64_t* positions, const float* sinks,
+                 float scale, int64_t window, float* const* out);
 
   // Penalties on one row in place, as kernels/sampling.py defines them.
   void (*penalize)(float* logits, int64_t vocab, const Penalty& penalty);

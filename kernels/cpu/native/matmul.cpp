@@ -78,6 +78,64 @@ struct FourBit {
   }
 };
 
+struct Float4 {
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 4 : 2;
+
+  static int64_t steps(const Weight& w) { return w.groups(); }
+
+  template <int T, int R>
+  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
+                         Ahead ahead, Floats (&sum)[T][R]) {
+    const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
+    const uint8_t* data = w.tile(tile);
+    const int8_t* values = x.values + row * width;
+    for (int64_t g = 0; g < groups; ++g) {
+      ahead.step();
+      const uint8_t* bytes = data + w.bytes_at(g);
+      Ints whole[T][R];
+      UNROLL for (int r = 0; r < R; ++r) {
+        // What the codes' offset adds: an offset of int8 is -128 times the sum of activations.
+        const Ints start = set1_int(x.offsets[(row + r) * groups + g] / 128 * kFloat4Offset);
+        UNROLL for (int t = 0; t < T; ++t) whole[t][r] = start;
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        Partial dot[T][R];
+        UNROLL for (int t = 0; t < T; ++t) {
+          UNROLL for (int r = 0; r < R; ++r) dot[t][r] = no_products();
+        }
+#pragma GCC unroll 2
+        for (int j = 2 * half; j < 2 * half + 2; ++j) {
+          Bytes first[T], second[T];
+          UNROLL for (int t = 0; t < T; ++t) {
+            const Bytes packed = load_bytes(bytes + t * stride + 64 * j);
+            first[t] = lookup(kFloat4Codes, field<0, 4>(packed));
+            second[t] = lookup(kFloat4Codes, field<4, 4>(packed));
+          }
+          UNROLL for (int r = 0; r < R; ++r) {
+            const int8_t* v = values + r * width + g * kGroup + 4 * j;
+            const Bytes a = broadcast4(v), b = broadcast4(v + 16);
+            UNROLL for (int t = 0; t < T; ++t) {
+              dot[t][r] = dot_partial(dot[t][r], first[t], a);
+              dot[t][r] = dot_partial(dot[t][r], second[t], b);
+            }
+          }
+        }
+        UNROLL for (int t = 0; t < T; ++t) {
+          UNROLL for (int r = 0; r < R; ++r) whole[t][r] = add(whole[t][r], widen(dot[t][r]));
+        }
+      }
+      UNROLL for (int t = 0; t < T; ++t) {
+        const Floats scale = load_exponents(data + w.scales_at(g) + t * stride);
+        UNROLL for (int r = 0; r < R; ++r) {
+          const Floats factor = mul(scale, set1(0.5f * x.scales[(row + r) * groups + g]));
+          sum[t][r] = fma(to_floats(whole[t][r]), factor, sum[t][r]);
+        }
+      }
+    }
+  }
+};
+
 struct EightBit {
   static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 5 : 2;
 
@@ -305,6 +363,7 @@ void matmul(const Weight& w, const Activations& x, int64_t row, int64_t rows, co
     case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, row, rows, bias, y, first, last);
     case Format::kQ4Wide:
       return multiply<FourBit<Format::kQ4Wide>>(w, x, row, rows, bias, y, first, last);
+    case Format::kFloat4: return multiply<Float4>(w, x, row, rows, bias, y, first, last);
     case Format::kTernary: return multiply<Ternary>(w, x, row, rows, bias, y, first, last);
   }
 }

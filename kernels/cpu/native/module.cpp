@@ -200,6 +200,7 @@ NB_MODULE(_native, m) {
   m.def("pack_q4_1", &pack<pack_q4_1, uint8_t>);
   m.def("pack_q8_0", &pack<pack_q8_0, uint8_t>);
   m.def("pack_q4_k", &pack<pack_q4_k, uint8_t>);
+  m.def("pack_mxfp4", &pack<pack_mxfp4, uint8_t>);
   m.def("pack_int4", &pack<pack_int4, float>);
   m.def("pack_int8", &pack<pack_int8, float>);
   m.def("pack_bf16", &pack<pack_bf16, float>);
@@ -267,14 +268,16 @@ NB_MODULE(_native, m) {
            "bf16"_a, "times"_a = 1)
       .def("add_experts",
            [](Program& p, int in, int scores, int out, const Weight& gate_up, const Weight& down,
-              const std::array<int64_t, 4>& sizes, bool normalized, int activation,
-              const std::array<int, 4>& buffers) {
-             p.add_experts(in, scores, out, gate_up, down,
+              uintptr_t gate_up_bias, uintptr_t down_bias, const std::array<int64_t, 4>& sizes,
+              bool normalized, int activation, const std::array<int, 4>& buffers) {
+             p.add_experts(in, scores, out, gate_up, down, at<const float>(gate_up_bias),
+                           at<const float>(down_bias),
                            {sizes[0], sizes[1], sizes[2], sizes[3], normalized}, activation,
                            {buffers[0], buffers[1], buffers[2], buffers[3]});
            },
-           nb::kw_only(), "in_"_a, "scores"_a, "out"_a, "gate_up"_a, "down"_a, "sizes"_a,
-           "normalized"_a, "activation"_a, "buffers"_a)
+           nb::kw_only(), "in_"_a, "scores"_a, "out"_a, "gate_up"_a, "down"_a,
+           "gate_up_bias"_a = 0, "down_bias"_a = 0, "sizes"_a, "normalized"_a, "activation"_a,
+           "buffers"_a)
       .def("add_cache", &Program::add_cache, "cache"_a)
       .def(
           "add",

@@ -235,6 +235,7 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
   pool_->run(static_cast<int64_t>(list.size()) * cache.heads, 1, [&](int64_t first, int64_t last) {
     const float* queries[kQueryRows];
     int64_t positions[kQueryRows];
+    float sinks[kQueryRows];
     float* targets[kQueryRows];
     for (int64_t n = first; n < last; ++n) {
       const Task& task = list[static_cast<size_t>(n / cache.heads)];
@@ -247,10 +248,12 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
             const int64_t at = (task.first + t) * in.width + (head * share + h) * dim;
             queries[rows] = in.floats.get() + at;
             positions[rows] = batch.positions[task.first + t];
+            if (i.vector) sinks[rows] = i.vector[head * share + h];
             targets[rows] = out.floats.get() + at;
           }
         }
-        kernels_.attend(cache, pages, head, rows, queries, positions, i.scalar, i.window, targets);
+        kernels_.attend(cache, pages, head, rows, queries, positions, i.vector ? sinks : nullptr,
+                        i.scalar, i.window, targets);
       }
     }
   });

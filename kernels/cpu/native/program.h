@@ -55,6 +55,7 @@ struct Experts {
   ExpertSizes sizes;
   ExpertBuffers buffers;
   std::vector<Weight> gate_up, down;  // one an expert, views of what is stacked
+  const float *gate_up_bias, *down_bias;  // stacked alike, or null
   std::vector<int32_t> chosen;        // [rows, used]
   std::vector<float> shares;          // [rows, used]
   std::vector<int64_t> places;        // [rows, used], rows of the buffers
@@ -68,7 +69,7 @@ struct Instruction {
   Op op = Op::kEmbed;
   int in = -1, in2 = -1, out = -1, out2 = -1;  // in2: residual; out2: the sum
   std::shared_ptr<Weight> weight;
-  const float* vector = nullptr;   // norm weight, bias, or norm of the queries
+  const float* vector = nullptr;   // norm weight, bias, norm of the queries, or the heads' sinks
   const float* vector2 = nullptr;  // norm of the keys
   const float *cosine = nullptr, *sine = nullptr;
   const float* growth = nullptr;  // factor of the queries at each position
@@ -96,7 +97,8 @@ class Program {
   void add(Instruction instruction);
   // `gate_up` and `down` stack what belongs to each expert that is here.
   void add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
-                   ExpertSizes sizes, int activation, ExpertBuffers buffers);
+                   const float* gate_up_bias, const float* down_bias, ExpertSizes sizes,
+                   int activation, ExpertBuffers buffers);
 
   void run(const Batch& batch);
 
@@ -130,8 +132,8 @@ class Program {
   void attention_step(const Instruction& i, const Batch& batch);
   void collective_step(const Instruction& i, int64_t rows);
   void experts_step(const Instruction& i, int64_t rows);
-  void multiply_experts(const Experts& e, const std::vector<Weight>& weights, const Value& value,
-                        float* y);
+  void multiply_experts(const Experts& e, const std::vector<Weight>& weights, const float* bias,
+                        const Value& value, float* y);
   // Makes the other forms that readers want of the floats of `value`.
   void make_forms(const Value& value, int64_t rows) const;
   // Finishes a row that was computed into `row_values`: stores it in every form of `value`.

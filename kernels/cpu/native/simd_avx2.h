@@ -172,6 +172,20 @@ inline Bytes field(Bytes x) {
   if (kShift) x = shift_right<kShift>(x);
   return {_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low)};
 }
+// `table[x]` of every byte, which is below 16.
+inline Bytes lookup(const uint8_t* table, Bytes x) {
+  const __m256i both =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {_mm256_shuffle_epi8(both, x.a), _mm256_shuffle_epi8(both, x.b)};
+}
+// Powers of two by their exponents plus 127; 0 in place of 2^-127.
+inline Floats load_exponents(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i low = _mm256_cvtepu8_epi32(bytes);
+  const __m256i high = _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(high, 23))};
+}
 // A sum as of now: else GCC collects all products of a loop before it adds any, and stores them
 // meanwhile.
 inline __m256i now(__m256i sum) {
@@ -210,7 +224,8 @@ inline Ints start_signed(const int32_t* offset) { return set1_int(*offset); }
 inline Ints dot_signed(Ints sum, Signed weights, Bytes x) { return dot_small(sum, weights, x); }
 #else
 // Such sums, two lanes of 16 bits in place of one of 32, which saves one of three instructions. They
-// hold eight dots with bytes up to 15 (8 * 2 * 15 * 128 < 2^15), or kPartialDots with bytes up to 2.
+// hold eight dots with bytes up to 15 (8 * 2 * 15 * 128 < 2^15), four with bytes up to 24, or
+// kPartialDots with bytes up to 2.
 constexpr int64_t kPartialDots = 60;
 struct Partial {
   __m256i a, b;

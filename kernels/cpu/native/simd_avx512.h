@@ -85,6 +85,16 @@ inline Bytes field(Bytes a) {
   const Bytes low = _mm512_set1_epi8((1 << kBits) - 1);
   return _mm512_and_si512(kShift ? shift_right<kShift>(a) : a, low);
 }
+// `table[x]` of every byte, which is below 16.
+inline Bytes lookup(const uint8_t* table, Bytes x) {
+  const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(one), x);
+}
+// Powers of two by their exponents plus 127; 0 in place of 2^-127.
+inline Floats load_exponents(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
+}
 // A sum as of now: else GCC copies and stores the sums of some loops.
 inline Ints now(Ints sum) {
   __asm__("" : "+v"(sum));

@@ -75,10 +75,14 @@ void put(uint8_t* at, int64_t index, T value) {
 }
 
 // Nibbles in ggml's order: byte i holds inputs i and 16 + i.
+void put_nibbles(uint8_t* bytes, int64_t lane, const uint8_t* nibbles) {
+  for (int j = 0; j < 4; ++j) std::memcpy(bytes + 64 * j + 4 * lane, nibbles + 4 * j, 4);
+}
+
 void put_q4(uint8_t* group, int64_t lane, uint16_t scale, uint16_t minimum, const uint8_t* nibbles) {
   put(group, lane, scale);
   put(group + 32, lane, minimum);
-  for (int j = 0; j < 4; ++j) std::memcpy(group + 64 + 64 * j + 4 * lane, nibbles + 4 * j, 4);
+  put_nibbles(group + 64, lane, nibbles);
 }
 
 // Sums of `kGroup` terms, four at a time, so that they are vectors without leave to reorder.
@@ -169,6 +173,8 @@ int64_t Weight::tile_bytes() const {
     case Format::kBf16: return columns * kTile * 2;
     case Format::kQ8: return groups() / 2 * kPairBytes + groups() % 2 * (64 + 512);
     case Format::kTernary: return chunks() * 64 + 64;
+    case Format::kFloat4:
+      return groups() / 4 * kQuadBytes + (groups() % 4 ? 64 + groups() % 4 * 256 : 0);
     default: return scales_at(groups());
   }
 }
@@ -187,8 +193,8 @@ std::shared_ptr<void> Arena::allocate(size_t bytes) {
 }
 
 std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns) {
-  const bool grouped =
-      format == Format::kQ8 || format == Format::kQ4 || format == Format::kQ4Wide;
+  const bool grouped = format == Format::kQ8 || format == Format::kQ4 ||
+                       format == Format::kQ4Wide || format == Format::kFloat4;
   if (rows <= 0 || columns <= 0 || (grouped && columns % kGroup) ||
       (format == Format::kBf16 && columns % 2)) {
     throw std::invalid_argument("the columns do not fill whole groups");
@@ -225,6 +231,14 @@ void pack_q8_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t co
   each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
     const uint8_t* block = blocks + index * 34;
     put_q8(w, tile, lane, group, read16(block), reinterpret_cast<const int8_t*>(block + 2));
+  });
+}
+
+void pack_mxfp4(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count) {
+  each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
+    const uint8_t* block = blocks + index * 17;
+    tile[w.scales_at(group) + lane] = *block;
+    put_nibbles(tile + w.bytes_at(group), lane, block + 1);
   });
 }
 

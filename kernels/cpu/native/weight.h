@@ -12,6 +12,7 @@ constexpr int kTile = 16;   // output rows a tile
 constexpr int kGroup = 32;  // inputs that share a scale
 constexpr int kChunk = 16;  // ternary inputs in 64 bytes a tile
 constexpr int kPairBytes = 64 + 2 * 512;  // two int8 groups of a tile and their scales
+constexpr int kQuadBytes = 64 + 4 * 256;  // four groups of kFloat4 and their scales
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
@@ -38,10 +39,17 @@ Buffer<T> allocate(size_t count) {
 // kQ4Wide: the same with fp32 scales and minima.
 // kTernary: [chunk][64], then 16 float scales. Byte 4*lane + t holds inputs 4*j + t in bits 2*j;
 //      value = scale * (bits - 1).
+// kFloat4: [four groups] of 4 x 16 scales and 4 x 256 bytes; a last quad has only the groups that there are.
+//      Bytes as in kQ4, nibbles the floats of two exponent bits and one mantissa bit that MXFP4 has; scales
+//      are powers of two, the exponent plus 127.
 // The numbers are part of the packed files' format.
 enum class Format : int32_t {
-  kF32 = 0, kBf16 = 1, kQ8 = 2, kQ4 = 3, kQ4Wide = 4, kTernary = 5
+  kF32 = 0, kBf16 = 1, kQ8 = 2, kQ4 = 3, kQ4Wide = 4, kTernary = 5, kFloat4 = 6
 };
+
+// Twice what a nibble of kFloat4 stands for, and kFloat4Offset more.
+constexpr int kFloat4Offset = 12;
+constexpr uint8_t kFloat4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 struct Weight {
   Format format;
@@ -59,10 +67,12 @@ struct Weight {
   // Offsets in a tile of a group's scales and bytes.
   int64_t scales_at(int64_t group) const {
     if (format == Format::kQ8) return group / 2 * kPairBytes + group % 2 * 32;
+    if (format == Format::kFloat4) return group / 4 * kQuadBytes + group % 4 * 16;
     return group * (format == Format::kQ4 ? 320 : 384);
   }
   int64_t bytes_at(int64_t group) const {
     if (format == Format::kQ8) return group / 2 * kPairBytes + 64 + group % 2 * 512;
+    if (format == Format::kFloat4) return group / 4 * kQuadBytes + 64 + group % 4 * 256;
     return scales_at(group) + (format == Format::kQ4 ? 64 : 128);
   }
 };
@@ -82,12 +92,13 @@ class Arena {
 std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns);
 
 // Packing writes rows [first, first + count) of `w`. From ggml's blocks, nothing rounded: `q4_0`
-// (scale, nibbles - 8), `q4_1` (scale, minimum, nibbles), `q8_0` (scale, bytes) and `q4_k` (scales and
-// minima of six bits under two fp16 factors, in blocks of 256).
+// (scale, nibbles - 8), `q4_1` (scale, minimum, nibbles), `q8_0` (scale, bytes), `q4_k` (scales and
+// minima of six bits under two fp16 factors, in blocks of 256) and `mxfp4` (scale, nibbles).
 void pack_q4_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
 void pack_q4_1(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
 void pack_q8_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
 void pack_q4_k(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
+void pack_mxfp4(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count);
 // From floats: rounded to int8 in groups of 32 by their largest magnitude, to four bits in groups of 32
 // with the scale and minimum that fit best, to bfloat16, or as is.
 void pack_int4(const Weight& w, int64_t first, const float* values, int64_t count);

@@ -121,6 +121,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "MinistralConfig",
         {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "sliding_window": 7,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "seed_oss": ("SeedOssConfig", {"attention_out_bias": True}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (

@@ -37,6 +37,11 @@ OWN_NORMS = {
         "post_mlp_layernorm": "post_ffw_norm",
     },
     "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
+    "gpt-oss": {
+        "post_attention_layernorm": "post_attention_norm",
+        "self_attn.sinks": "attn_sinks",
+        "mlp.router": "ffn_gate_inp",
+    },
 }
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 TOKENS = list(range(3, 63))
@@ -76,8 +81,29 @@ def write_half(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(config["head_dim"] // 2)
 
 
+def write_gpt_oss(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    write_yarn(writer, config)
+    writer.add_key_length(config["head_dim"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+
+
 def write_nothing(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     """The file says nothing of which layers rotate."""
+
+
+def write_stack(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor) -> None:
+    """Of all experts one tensor for each projection."""
+    layer, kind = name.split(".")[2], name.rpartition(".")[2]
+    suffix = "bias" if kind.endswith("_bias") else "weight"
+    outputs = tensor if suffix == "bias" else tensor.transpose(1, 2)
+    parts = {"down": outputs}
+    if kind.startswith("gate_up"):
+        parts = {"gate": outputs[:, ::2], "up": outputs[:, 1::2]}
+    for part, values in parts.items():
+        array = np.ascontiguousarray(values.numpy())
+        writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.{suffix}", array)
 
 
 OWN_KEYS = {
@@ -90,6 +116,7 @@ OWN_KEYS = {
     "glm4": ("glm4", write_half),
     "ernie4_5": ("ernie4_5", write_nothing),
     "seed_oss": ("seed_oss", write_nothing),
+    "gpt_oss": ("gpt-oss", write_gpt_oss),
 }
 
 
@@ -112,6 +139,10 @@ def test_a_family_gives_the_logits_of_its_folder(
         GGUF_NAMES | FUSED | OWN_NORMS.get(architecture, {}),
     )
     for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".experts." in name:
+            write_stack(writer, name, tensor)
+            continue
+        name += ".weight" if name.endswith(".sinks") else ""
         array = tensor.numpy()
         for part, heads in HEADS.items():
             if part in name and architecture in ("mistral3", "smollm3", "granite"):

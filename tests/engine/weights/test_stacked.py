@@ -1,0 +1,130 @@
+"""Experts that lie in one tensor for all of them: MXFP4 as gpt-oss's checkpoints have it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+from safetensors.torch import load_file, save_file
+
+from engine.errors import ConfigError
+from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from kernels.cpu.native_weights import FLOAT4
+from tests.engine.models.test_parity import run
+from tests.engine.models.test_ranks import tiny
+from tests.kernels.native import needs_native
+from tests.ranks import logits_of, program_of
+
+EXPERTS = "model.layers.0.mlp.experts"
+TOKENS = list(range(3, 63))
+# What the numbers of four bits stand for: a sign, two bits of exponent, one of mantissa.
+NUMBERS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def pairs_of(blocks: torch.Tensor) -> torch.Tensor:
+    """ggml's order of sixteen bytes to that of neighbours: uint8 `[..., 16]`."""
+    numbers = torch.cat((blocks & 15, blocks >> 4), -1)
+    return numbers[..., ::2] | numbers[..., 1::2] << 4
+
+
+def in_mxfp4(folder: Path) -> tuple[Path, Path]:
+    """A model with its experts in MXFP4, and the same as floats."""
+    float_folder = tiny(folder / "float", "gpt_oss", hidden_size=64)
+    tensors = load_file(float_folder / "model.safetensors")
+    narrow: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            narrow[name] = tensor
+            continue
+        rows = tensor.transpose(1, 2).contiguous()
+        count, outputs, inputs = rows.shape
+        raw = gguf.quantize(rows.view(-1, inputs).numpy(), Type.MXFP4)
+        blocks = torch.from_numpy(raw).view(count, outputs, inputs // 32, 17)
+        narrow[f"{name}_scales"] = blocks[..., 0].contiguous()
+        pairs = pairs_of(blocks[..., 1:])
+        narrow[f"{name}_blocks"] = pairs.contiguous()
+        each = torch.stack((NUMBERS[(pairs & 15).long()], NUMBERS[(pairs >> 4).long()]), -1)
+        each = torch.ldexp(each.flatten(-2), blocks[..., :1].float() - 127)
+        tensors[name] = each.view(count, outputs, inputs).transpose(1, 2).contiguous()
+    save_file(tensors, float_folder / "model.safetensors", {"format": "pt"})
+    quantized = folder / "mxfp4"
+    quantized.mkdir()
+    save_file(narrow, quantized / "model.safetensors", {"format": "pt"})
+    config = json.loads((float_folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (quantized / "config.json").write_text(json.dumps(config))
+    return quantized, float_folder
+
+
+def test_numbers_of_four_bits_give_the_logits_of_what_they_stand_for(tmp_path: Path) -> None:
+    results = [run(path, "reference", [60], TOKENS) for path in in_mxfp4(tmp_path)]
+    assert torch.equal(results[0], results[1])
+    assert float(results[0].std()) > 0.03
+
+
+@needs_native
+def test_they_stay_in_their_bits_on_a_cpu(tmp_path: Path) -> None:
+    programs = [
+        program_of(path, "native", None, dtype=dtype)
+        for path, dtype in zip(in_mxfp4(tmp_path), ("auto", "float32"), strict=True)
+    ]
+    results = [logits_of(program, TOKENS, [60]) for program, _ in programs]
+    assert (results[0] - results[1]).norm() / results[1].norm() < 0.05
+    experts = next(i for i in programs[0][1].instructions if i.op == "experts")
+    for weight in experts.arguments[2:4]:
+        assert weight.packed.format == FLOAT4
+
+
+def test_a_part_of_an_expert_is_that_part_of_it(tmp_path: Path) -> None:
+    for path in in_mxfp4(tmp_path):
+        checkpoint = open_checkpoint(path)
+        for name in ("3.gate_proj", "4.up_proj", "0.down_proj"):
+            whole = checkpoint.tensor(f"{EXPERTS}.{name}.weight")
+            assert whole.shape == (64, 64)
+            part = whole.narrow(0, 5, 20).narrow(1, 32, 32).narrow(0, 1, 9)
+            assert torch.equal(part.dense(), whole.dense()[6:15, 32:])
+            bias = checkpoint.tensor(f"{EXPERTS}.{name}.bias")
+            assert torch.equal(bias.narrow(0, 7, 3).dense(), bias.dense()[7:10])
+
+
+def changed(folder: Path, change: Any) -> Checkpoint:
+    """The MXFP4 folder once more, its tensors and configuration changed."""
+    path, _ = in_mxfp4(folder)
+    tensors = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(path)
+
+
+def without_scales(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
+    del tensors[f"{EXPERTS}.gate_up_proj_scales"]
+
+
+def with_short_blocks(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
+    name = f"{EXPERTS}.gate_up_proj_blocks"
+    tensors[name] = tensors[name][..., :8].contiguous()
+
+
+def with_few_experts(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
+    for kind in ("blocks", "scales"):
+        name = f"{EXPERTS}.gate_up_proj_{kind}"
+        tensors[name] = tensors[name][:2].contiguous()
+
+
+@pytest.mark.parametrize("change", [without_scales, with_short_blocks, with_few_experts])
+def test_stacks_that_are_none_are_named(tmp_path: Path, change: Any) -> None:
+    with pytest.raises(ConfigError, match=r"gate_up_proj_blocks' is U8 .* no stacked experts"):
+        changed(tmp_path, change).tensor(f"{EXPERTS}.4.gate_proj.weight")
+
+
+@pytest.mark.parametrize("count", [None, "many", 0, 1 << 20])
+def test_a_number_of_experts_that_is_none_is_named(tmp_path: Path, count: Any) -> None:
+    with pytest.raises(ConfigError, match="num_local_experts = "):
+        changed(tmp_path, lambda _, config: config.update(num_local_experts=count))
