@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,77 +17,13 @@ from kernels.gpu.launch import early_launches
 from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
-from kernels.gpu.weights import GpuWeight, place, unpack_nibbles
-from kernels.ops import Experts, Heads
-from kernels.reference import route
+from kernels.gpu.weights import GpuWeight, place
+from kernels.ops import Activation, Experts, Heads
+from kernels.reference import ReferenceOps, TorchWeight
+from perf.gpu_tensors import Blocks, Matrix, dense_of
 
 PAGE = 16
 BF16 = torch.bfloat16
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """A float matrix as a checkpoint's tensor."""
-
-    values: torch.Tensor
-    name: str = "random"
-    format: str = "BF16"
-    block: int = 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
-
-    def narrow(self, dimension: int, start: int, length: int) -> Matrix:
-        return replace(self, values=self.values.narrow(dimension, start, length))
-
-    def dense(self) -> torch.Tensor:
-        return self.values
-
-    def packed(self) -> torch.Tensor:
-        raise ValueError("not in blocks")
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """A matrix of GGUF's Q4_1 or Q8_0 with random numbers, as a checkpoint's tensor."""
-
-    format: str
-    shape: tuple[int, ...]
-    name: str = "random"
-    block: int = 32
-
-    def dense(self) -> torch.Tensor:
-        raise ValueError("it is in blocks")
-
-    def packed(self) -> torch.Tensor:
-        halves, rest = (2, 16) if self.format == "Q4_1" else (1, 32)
-        size = (self.shape[0], self.shape[1] // self.block)
-        factors = (torch.rand(*size, halves) * 0.01).half().view(torch.uint8)
-        numbers = torch.randint(0, 256, (*size, rest), dtype=torch.uint8)
-        return torch.cat([factors, numbers], -1).view(size[0], -1)
-
-    def narrow(self, dimension: int, start: int, length: int) -> Blocks:
-        raise ValueError("it stays whole")
-
-
-def dense_of(weight: GpuWeight) -> torch.Tensor:
-    """The values that a placed weight stands for, float64 `[out, in]`."""
-    columns = weight.shape[1]
-    tensor = weight.tensor
-    if weight.format == "float":
-        return tensor.double()
-    assert weight.scales is not None
-    if weight.format == "int8":
-        return tensor.double() * weight.scales.double()[:, None]
-    if weight.format == "group4":
-        tensor = unpack_nibbles(tensor, columns)
-    assert weight.lows is not None
-    scale, low = (
-        t.double().repeat_interleave(weight.group, 1)[:, :columns]
-        for t in (weight.scales, weight.lows)
-    )
-    return (tensor.double() + 128 + low) * scale if weight.zeros else tensor.double() * scale + low
 
 
 class Attention:
@@ -103,7 +38,10 @@ class Attention:
         *,
         quantized: bool = False,
         invariant: bool = False,
+        sinks: bool = False,
     ) -> None:
+        scores = torch.randn(heads.query, device=device)
+        self.sinks = GpuWeight("sinks", (heads.query,), "float", scores) if sinks else None
         self.heads, self.counts, self.before = heads, counts, before
         width = max(-(-(c + b) // PAGE) for c, b in zip(counts, before, strict=True))
         pages = width * len(counts)
@@ -140,7 +78,8 @@ class Attention:
 
     def run(self) -> torch.Tensor:
         """bf16 `[rows, query heads * dim]`."""
-        return self.ops.attention(self.queries, 0, self.heads, self.heads.dim**-0.5, 0)
+        scale = self.heads.dim**-0.5
+        return self.ops.attention(self.queries, 0, self.heads, scale, 0, self.sinks)
 
     def exact(self) -> torch.Tensor:
         """The same in float64, from what the cache holds."""
@@ -160,7 +99,11 @@ class Attention:
             scores = torch.einsum("qhd,khd->hqk", q, keys) * heads.dim**-0.5
             place = torch.arange(before, length, device=slots.device)[:, None]
             hidden = torch.arange(length, device=slots.device)[None] > place
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if self.sinks is not None:
+                sink = self.sinks.tensor.double()[:, None, None].expand(-1, count, 1)
+                scores = torch.cat((scores, sink), -1)
+            weights = scores.softmax(-1)[..., :length]
             outputs.append(torch.einsum("hqk,khd->qhd", weights, values).reshape(count, -1))
             first += count
         return torch.cat(outputs)
@@ -224,6 +167,8 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
                 label = f"attention {name} {'int8' if quantized else 'bf16'}"
                 label += " invariant" if invariant else ""
                 check(label, made.run, made.exact(), 2e-2)
+        made = Attention(device, heads, counts, before, sinks=True)
+        check(f"attention {name} sinks", made.run, made.exact(), 2e-2)
     outputs, inputs = (70, 160) if smoke else (4096, 4096)
     matrix = torch.randn(outputs, inputs, device=device).to(BF16)
     formats: tuple[WeightFormat, ...] = ("int4",) if smoke else ("bfloat16", "int8", "int4")
@@ -281,6 +226,7 @@ def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool)
         "int4": (Matrix(torch.randn(outputs, inputs, device=device).to(BF16)), "int4"),
         "Q4_1": (Blocks("Q4_1", (outputs, inputs)), "auto"),
         "Q8_0": (Blocks("Q8_0", (outputs, inputs)), "auto"),
+        "MXFP4": (Blocks("MXFP4", (outputs, inputs)), "auto"),
     }
     if smoke:
         tensors = {"Q4_1": tensors["Q4_1"]}
@@ -299,40 +245,41 @@ def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool)
 
 
 def _check_experts(device: torch.device, check: Callable[..., None], *, smoke: bool) -> None:
-    """Mixtures of experts, few rows an expert and many, and a rank's half of them."""
+    """Mixtures of experts, few rows an expert and many, and a rank's half of them; MXFP4's as
+    gpt-oss has them."""
     hidden, wide, count, used = (64, 48, 4, 2) if smoke else (1024, 576, 32, 4)
-    stacked = torch.randn(count * 2 * wide, hidden, device=device).to(BF16) * 0.05
-    down = torch.randn(count * hidden, wide, device=device).to(BF16) * 0.05
-    formats: tuple[WeightFormat, ...] = ("int4",) if smoke else ("bfloat16", "int8", "int4")
-    for kind in formats:
+    shapes = (2 * wide, hidden), (hidden, wide)
+    for kind in ("int4",) if smoke else ("bfloat16", "int8", "int4", "MXFP4"):
+        activation: Activation = "swiglu_oai" if kind == "MXFP4" else "silu"
         for first, own in ((0, count), (count // 2, count // 2)):
             experts = Experts(count, used, normalized=True, first=first, own=own)
-            gate_up, outer = (
-                place("w", [Matrix(w.chunk(count // own)[first // own])], [], kind, BF16, device)
-                for w in (stacked, down)
+            gate_up, down = (
+                _random_experts(device, kind, own * rows, columns) for rows, columns in shapes
             )
             for rows in (5,) if smoke else (1, 40, 700):
                 x = torch.randn(rows, hidden, device=device).to(BF16)
                 scores = torch.randn(rows, count, device=device).to(BF16)
                 ops = ops_without_model(device, rows=rows)
-                exact = _exact_experts(x, scores, [dense_of(gate_up), dense_of(outer)], experts)
-                run = partial(ops.experts, x, scores, gate_up, outer, experts, "silu")
+                exact = ReferenceOps([], 1).experts(
+                    x.double(), scores, _exact(gate_up), _exact(down), experts, activation
+                )
+                run = partial(ops.experts, x, scores, gate_up, down, experts, activation)
                 check(f"experts {kind} {rows} rows, {own} of {count}", run, exact, 3e-2)
 
 
-def _exact_experts(
-    x: torch.Tensor, scores: torch.Tensor, dense: list[torch.Tensor], experts: Experts
-) -> torch.Tensor:
-    """What `Ops.experts` is to give, in float64."""
-    chosen, shares = route(scores, experts)
-    gate_up, down = (whole.chunk(experts.own) for whole in dense)
-    parts = torch.zeros(len(x), experts.used, x.shape[1], dtype=torch.float64, device=x.device)
-    for number in range(experts.own):
-        rows, places = (chosen == experts.first + number).nonzero(as_tuple=True)
-        gate, up = (x[rows].double() @ gate_up[number].t()).chunk(2, -1)
-        y = (torch.nn.functional.silu(gate) * up) @ down[number].t()
-        parts[rows, places] = y * shares[rows, places, None].double()
-    return parts.flatten(1)
+def _random_experts(device: torch.device, kind: str, rows: int, columns: int) -> GpuWeight:
+    """Stacked weights, in MXFP4 with a bias."""
+    if kind == "MXFP4":
+        bias = Matrix(torch.randn(rows, device=device))
+        return place("w", [Blocks(kind, (rows, columns))], [bias], "auto", BF16, device)
+    matrix = Matrix(torch.randn(rows, columns, device=device).to(BF16) * 0.05)
+    return place("w", [matrix], [], cast("WeightFormat", kind), BF16, device)
+
+
+def _exact(weight: GpuWeight) -> TorchWeight:
+    """What a placed weight stands for, in float64."""
+    bias = None if weight.bias is None else weight.bias.double()
+    return TorchWeight(weight.name, weight.shape, dense_of(weight), bias)
 
 
 def _check_draws(device: torch.device, vocab: int, repeats: int) -> dict[str, Any]:

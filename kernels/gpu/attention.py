@@ -28,6 +28,7 @@ MANY_SPLITS = 4
 INVARIANT_SPLITS = 8
 # Bytes that the parts of a split launch may take.
 MAX_PARTIAL_BYTES = 256 << 20
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -99,6 +100,14 @@ def attend(
     return higher, total, mixed
 
 
+@triton.jit
+def with_sink(best, total, sink):
+    """A running maximum and sum after one more key without a value, and what its mix shrinks by."""
+    higher = tl.maximum(best, sink)
+    shrink = tl.exp2(best - higher)
+    return higher, total * shrink + tl.exp2(sink - higher), shrink
+
+
 @triton.jit(do_not_specialize=["window", "sequences", "table_width"])
 def attention_kernel(
     out,
@@ -112,6 +121,7 @@ def attention_kernel(
     query_starts,
     context_lengths,
     page_table,
+    sinks,
     scale,
     window,
     sequences,
@@ -128,6 +138,7 @@ def attention_kernel(
     DECODE: tl.constexpr,
     QUANTIZED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -201,6 +212,10 @@ def attention_kernel(
             )  # fmt: skip
 
         if SPLITS == 1:
+            if SINKS:
+                sink = tl.load(sinks + query_head, mask=live, other=0.0) * LOG2_E
+                best, total, shrink = with_sink(best, total, sink)
+                mixed *= shrink[:, None]
             result = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(
                 out + place[:, None] + dims[None, :],
@@ -224,11 +239,13 @@ def merge_kernel(
     partial,
     partial_sums,
     query_starts,
+    sinks,
     sequences,
     QUERY_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Add the splits of one head of one row, in order of position."""
@@ -242,13 +259,20 @@ def merge_kernel(
         place = row.to(tl.int64) * QUERY_HEADS + head
         best = tl.load(partial_sums + (place * SPLITS + splits) * 2)
         total = tl.load(partial_sums + (place * SPLITS + splits) * 2 + 1)
-        weights = tl.exp2(best - tl.max(best, 0))
+        most = tl.max(best, 0)
+        if SINKS:
+            sink = tl.load(sinks + head) * LOG2_E
+            most = tl.maximum(most, sink)
+        weights = tl.exp2(best - most)
         parts = tl.load(
             partial + (place * SPLITS + splits[:, None]) * DIM + dims[None, :],
             mask=in_dim[None, :],
             other=0.0,
         )
-        result = tl.sum(parts * weights[:, None], 0) / tl.sum(total * weights, 0)
+        whole = tl.sum(total * weights, 0)
+        if SINKS:
+            whole += tl.exp2(sink - most)
+        result = tl.sum(parts * weights[:, None], 0) / whole
         tl.store(out + place * DIM + dims, result.to(out.dtype.element_ty), mask=in_dim)
 
 
@@ -270,6 +294,7 @@ class AttentionShape:
     decode: bool
     invariant: bool = False
     hopper: bool = True
+    sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -311,6 +336,7 @@ class AttentionShape:
             "DIM": heads.dim,
             "DIM_PADDED": padded,
             "SPLITS": self.splits,
+            "SINKS": self.sinks,
         }
         wide = self.dtype == torch.float32
         main = Config(

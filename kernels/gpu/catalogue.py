@@ -26,7 +26,7 @@ from kernels.gpu.configs import (
 )
 from kernels.gpu.experts import Layout
 from kernels.gpu.launch import Compiled, Config, pointer
-from kernels.gpu.matmul import Form, Format, MatmulShape
+from kernels.gpu.matmul import FOUR_BITS, Form, Format, MatmulShape
 from kernels.gpu.pages import compress_kernel, restore_kernel
 from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
 from kernels.gpu.single import RowShape
@@ -64,6 +64,7 @@ FORMATS: tuple[tuple[Format, int], ...] = (
 )  # fmt: skip
 # Those of Qwen3-30B-A3B.
 QWEN_EXPERTS = Experts(128, 8, normalized=True, first=0, own=128)
+GPT_OSS_EXPERTS = Experts(32, 4, normalized=True, first=0, own=32)
 MODELS = (LLAMA_1B, QWEN_06B, LLAMA_8B)
 PAGE = 16
 
@@ -85,6 +86,7 @@ def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
         "query_starts": pointer(INT32),
         "context_lengths": pointer(INT32),
         "page_table": pointer(INT32),
+        "sinks": pointer(F32 if shape.sinks else dtype),
         "scale": "fp32",
         "window": "i32",
         "sequences": "i32",
@@ -97,6 +99,7 @@ def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
             "partial": pointer(F32),
             "partial_sums": pointer(F32),
             "query_starts": pointer(INT32),
+            "sinks": pointer(F32 if shape.sinks else dtype),
             "sequences": "i32",
         }
         yield Compiled(f"merge {label}", merge, signature)
@@ -105,8 +108,9 @@ def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
 def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Compiled:
     """A matmul of a shape."""
     # Of 4 bits it takes halves of words.
-    stored = {"float": shape.dtype, "int8": INT8, "group8": INT8, "group4": INT16}[shape.format]
-    scales = {"float": shape.dtype, "int8": F32}.get(shape.format, F16)
+    eight = ("int8", "group8")
+    stored = INT16 if shape.format in FOUR_BITS else INT8 if shape.format in eight else shape.dtype
+    scales = {"float": shape.dtype, "float4": BF16, "int8": F32}.get(shape.format, F16)
     lows = BF16 if shape.zeros else F16 if shape.format in ("group8", "group4") else stored
     x = INT8 if shape.format == "int8" else shape.dtype
     signature = {
@@ -277,6 +281,35 @@ def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
     yield _named("experts sum", sum_parts_config(hidden, experts.used)[0], types)
 
 
+def gpt_oss_launches(*, hopper: bool) -> Iterator[Compiled]:
+    """What gpt-oss-20b has and no other model: sinks, and experts of MXFP4 with a bias."""
+    heads, size = Heads(64, 8, 64), 2880
+    for decode in (True, False):
+        for rows in (1, 64) if decode else (64,):
+            shape = AttentionShape(
+                heads, PAGE, BF16, False, False, rows, rows, decode, False, hopper, sinks=True
+            )
+            yield from attention_launches(shape, f"{'decode' if decode else 'mixed'} sinks {rows}")
+    for rows in (1, 64, 2048):
+        layout = Layout(GPT_OSS_EXPERTS, rows)
+        for name, outputs in (("up", 2 * size), ("down", size)):
+            matmul = MatmulShape(
+                layout.blocks * layout.block_rows,
+                outputs,
+                size,
+                "float4",
+                32,
+                BF16,
+                bias=True,
+                hopper=hopper,
+                inline=True,
+                expert_rows=layout.block_rows,
+            )
+            yield matmul_launch(matmul, f"experts float4/32 {name} {rows}")
+    types = {"out": pointer(BF16), "x": pointer(BF16)}
+    yield Compiled("gated swiglu_oai", gated_config(size, "swiglu_oai")[0], types)
+
+
 def embed_launches(model: Dimensions) -> Iterator[Compiled]:
     """The lookup in a table, as float and in groups of 8 bits."""
     inputs = {
@@ -392,6 +425,7 @@ def launches(
     made += row_launches(model, hopper=hopper)
     made += values_launches(model)
     made += expert_launches(hopper=hopper)
+    made += gpt_oss_launches(hopper=hopper)
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches(model)

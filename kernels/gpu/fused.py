@@ -8,10 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels import ops
 from kernels.gpu.launch import announce, enter, wait
 
 # Adding and subtracting 1.5 * 2^23 rounds an fp32 number to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
+SWIGLU_SLOPE, SWIGLU_LIMIT = tl.constexpr(ops.SWIGLU_SLOPE), tl.constexpr(ops.SWIGLU_LIMIT)
 
 
 @triton.jit
@@ -64,6 +66,14 @@ def value_of(number, factor, low, ZEROS: tl.constexpr):
 
 
 @triton.jit
+def float4_of(nibble):
+    """The number of two exponent bits and one mantissa bit that a nibble is, int16: these bits of
+    an fp16 number, which is then too small by 2^14, and its sign."""
+    half = ((nibble & 7) << 9) | ((nibble & 8) << 12)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+
+
+@triton.jit
 def embed_numbers_kernel(
     out,
     table,
@@ -91,11 +101,12 @@ def embed_numbers_kernel(
     token, scale = place_of(token_of(row, token_ids, last_ids, slots, fed), first, rows, scale)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    if FORMAT == "group4":
+    if FORMAT == "group4" or FORMAT == "float4":
         word = columns // 32 * 4 + columns % 8 // 2
         words = tl.load(table + token * STRIDE + word, mask=inside, other=0)
         shift = columns % 32 // 8 * 4 + columns % 2 * 16
-        values = ((words >> shift) & 15).to(tl.float32)
+        nibble = (words >> shift) & 15
+        values = float4_of(nibble.to(tl.int16)) if FORMAT == "float4" else nibble.to(tl.float32)
     else:
         values = tl.load(table + token * STRIDE + columns, mask=inside, other=0).to(tl.float32)
     if FORMAT == "int8":
@@ -103,8 +114,11 @@ def embed_numbers_kernel(
     else:
         place = token * GROUPS + columns // GROUP
         factor = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
-        low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
-        values = value_of(values, factor, low, ZEROS)
+        if FORMAT == "float4":
+            values *= factor
+        else:
+            low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
+            values = value_of(values, factor, low, ZEROS)
     place = row.to(tl.int64) * WIDTH + columns
     tl.store(out + place, (values * scale).to(out.dtype.element_ty), mask=inside)
 
@@ -272,6 +286,18 @@ def active(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gate_of(gate, up, ACTIVATION: tl.constexpr):
+    """What a gate makes of `up`, as `Ops.gated`."""
+    if ACTIVATION == "swiglu_oai":
+        gate = tl.minimum(gate, SWIGLU_LIMIT)
+        up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT)
+        value = gate / (1.0 + tl.exp(-(gate * SWIGLU_SLOPE))) * (up + 1.0)
+    else:
+        value = active(gate, ACTIVATION) * up
+    return value
+
+
+@triton.jit
 def gated_kernel(
     out, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, EARLY: tl.constexpr
 ):
@@ -282,7 +308,7 @@ def gated_kernel(
     inside = columns < WIDTH
     gate = tl.load(x + row * 2 * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    value = active(gate, ACTIVATION) * up
+    value = gate_of(gate, up, ACTIVATION)
     tl.store(out + row * WIDTH + columns, value.to(out.dtype.element_ty), mask=inside)
 
 

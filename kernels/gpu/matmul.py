@@ -16,15 +16,18 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.fused import value_of
+from kernels.gpu.fused import float4_of, value_of
 from kernels.gpu.launch import Config, enter
 
-Format = Literal["float", "int8", "group8", "group4"]
+Format = Literal["float", "int8", "group8", "group4", "float4"]
+# Those whose numbers come as half words, four in each.
+FOUR_BITS = ("group4", "float4")
 # Inputs of a block of 4-bit weights: 32 halves of words, of which each shift gives 4 times 8
 # neighbours.
 WORD_BLOCK = 128
 # Programs that few rows are split among, and shares of the inputs, at most.
 WANTED = {"float": (256, 4), "int8": (512, 16), "group8": (512, 16), "group4": (512, 8)}
+WANTED["float4"] = WANTED["group4"]
 MAX_FEW = 16
 
 
@@ -120,6 +123,17 @@ def values_in_order(words, factor, low, ZEROS: tl.constexpr, kind):
 
 
 @triton.jit
+def floats_in_order(words, factor, kind):
+    """As `values_in_order`, of nibbles that are floats."""
+    return in_order(
+        (float4_of(words) * factor).to(kind),
+        (float4_of(words >> 4) * factor).to(kind),
+        (float4_of(words >> 8) * factor).to(kind),
+        (float4_of(words >> 12) * factor).to(kind),
+    )
+
+
+@triton.jit
 def spread_chunks(x):
     """What belongs to 32 inputs `[rows, chunks]`, for each of their half words."""
     wide = tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], 8])
@@ -193,7 +207,7 @@ def matmul_kernel(
         k = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
         in_k = k < inputs
         values = tl.load(source + k[:, None], mask=in_k[:, None] & in_rows[None, :], other=0)
-        if FORMAT == "group4":
+        if FORMAT == "group4" or FORMAT == "float4":
             words = tl.load(
                 base + block * 32 + tl.arange(0, 32)[None, :], mask=in_out[:, None], other=0
             )
@@ -216,9 +230,12 @@ def matmul_kernel(
                 group = own_groups[:, None] + (chunk // GROUP)[None, :]
                 known = in_out[:, None] & (chunk < inputs)[None, :]
                 factor = tl.load(scales + group, mask=known, other=0.0).to(tl.float32)
-                low = tl.load(lows + group, mask=known, other=0.0).to(tl.float32)
-                factor, low = spread_chunks(factor), spread_chunks(low)
-                w = values_in_order(words, factor, low, False, x.dtype.element_ty)
+                if FORMAT == "float4":
+                    w = floats_in_order(words, spread_chunks(factor), x.dtype.element_ty)
+                else:
+                    low = tl.load(lows + group, mask=known, other=0.0).to(tl.float32)
+                    factor, low = spread_chunks(factor), spread_chunks(low)
+                    w = values_in_order(words, factor, low, False, x.dtype.element_ty)
                 sums = tl.dot(w, values, sums, input_precision=PRECISION)
         else:
             w = tl.load(base + k[None, :], mask=in_out[:, None] & in_k[None, :], other=0)
@@ -242,7 +259,7 @@ def matmul_kernel(
     inside = in_out[:, None] & in_rows[None, :]
     if SPLITS == 1:
         if BIAS:
-            result += tl.load(bias + output, mask=in_out, other=0.0)[:, None]
+            result += tl.load(bias + number, mask=in_out, other=0.0)[:, None]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
     else:
         size = rows.to(tl.int64) * outputs
@@ -257,7 +274,7 @@ def matmul_kernel(
                     partial + other * size + place, mask=inside, other=0.0, cache_modifier=".cg"
                 )
             if BIAS:
-                result += tl.load(bias + output, mask=in_out, other=0.0)[:, None]
+                result += tl.load(bias + number, mask=in_out, other=0.0)[:, None]
             tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
             tl.store(counter, 0)
 
@@ -288,7 +305,7 @@ class MatmulShape:
     @property
     def _four_bit_tile(self) -> Tile | None:
         """The one of `FOUR_BIT_TILES` that is taken, if any is."""
-        if self.format != "group4" or self.dtype == torch.float32 or self.invariant:
+        if self.format not in FOUR_BITS or self.dtype == torch.float32 or self.invariant:
             return None
         rows = self.expert_rows or self.rows
         return next((tile for most, tile in FOUR_BIT_TILES.items() if rows <= most), None)
@@ -314,7 +331,7 @@ class MatmulShape:
     @property
     def block_in(self) -> int:
         """Inputs of a tile."""
-        if self.format == "group4":
+        if self.format in FOUR_BITS:
             return WORD_BLOCK
         if self.format == "group8":
             return min(self.group, 64)

@@ -321,7 +321,13 @@ class GpuOps:
         return out
 
     def attention(
-        self, q: torch.Tensor, layer: int, heads: Heads, scale: float, window: int
+        self,
+        q: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        sinks: Weight | None = None,
     ) -> torch.Tensor:
         cache, s, bucket = self._caches[layer], self._staging, self.bucket
         shape = AttentionShape(
@@ -335,7 +341,9 @@ class GpuOps:
             bucket.decode and not self._invariant,
             self._invariant,
             self._workspace.hopper,
+            sinks is not None,
         )
+        scores = gpu(sinks).tensor if sinks is not None else q
         out = torch.empty_like(q)
         partial, sums = shape.workspace(q.device)
         main, merge = shape.configs()
@@ -352,6 +360,7 @@ class GpuOps:
             s.query_starts,
             s.context_lengths,
             s.page_table,
+            scores,
             scale * LOG2_E,
             window,
             bucket.sequences,
@@ -359,7 +368,7 @@ class GpuOps:
         )
         if merge is not None:
             grid = (bucket.rows, heads.query)
-            merge.launch(grid, out, partial, sums, s.query_starts, bucket.sequences)
+            merge.launch(grid, out, partial, sums, s.query_starts, scores, bucket.sequences)
         return out
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.fused import ROUND, active
+from kernels.gpu.fused import ROUND, gate_of
 from kernels.gpu.launch import Config, enter, power_of_two
 from kernels.gpu.matmul import Form
 
@@ -49,7 +49,7 @@ def finish(result, up, out, bias, residual, output, outputs, ACTIVATION: tl.cons
         if ACTIVATION != "":
             up += tl.load(bias + outputs + output, mask=inside, other=0.0)
     if ACTIVATION != "":
-        result = active(result, ACTIVATION) * up
+        result = gate_of(result, up, ACTIVATION)
     if ADD:
         result += tl.load(residual + output, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + output, result.to(out.dtype.element_ty), mask=inside)

@@ -1,10 +1,10 @@
 """Weights as the GPU kernels read them.
 
-Quantized GGUF blocks keep their bits: 4-bit ones become nibbles with a scale and a lowest value for
-each group of 32, 8-bit ones int8 in groups of 32. `int4` packs a float checkpoint in groups of 128
-with a scale and the number that stands for zero, `int8` in one scale an output with int8
-activations; ternary weights are such int8 weights, which is BitNet's own arithmetic. Everything
-else is stored in `dtype`.
+Quantized blocks keep their bits: 4-bit ones become nibbles with a scale and a lowest value for each
+group of 32, MXFP4's nibbles with a power of two, 8-bit ones int8 in groups of 32. `int4` packs a
+float checkpoint in groups of 128 with a scale and the number that stands for zero, `int8` in one
+scale an output with int8 activations; ternary weights are such int8 weights, which is BitNet's own
+arithmetic. Everything else is stored in `dtype`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import cast
 import torch
 
 from kernels.backend import HostTensor, TernaryTensor, WeightFormat
-from kernels.gpu.matmul import WORD_BLOCK, Form, Format
+from kernels.gpu.matmul import FOUR_BITS, WORD_BLOCK, Form, Format
 from kernels.ops import Weight
 
 GGUF_GROUP = 32
@@ -36,9 +36,9 @@ class GpuWeight(Weight):
 
     `tensor` is `[out, in]` float or int8, `[out, words]` int32 with 4 bits, or a vector `[n]` fp32.
     `scales` is fp32 `[out]` for `int8`, else `scales` and `lows` are fp16 `[out, groups]`: a value
-    is `number * scale + low`. With `zeros`, `lows` is bf16: minus 128 and the number that
-    stands for zero, which bf16 holds exactly: a value is `(number - zero) * scale`. `bias` is fp32
-    `[out]`.
+    is `number * scale + low`. With `zeros`, `lows` is bf16: minus 128 and the number that stands
+    for zero, which bf16 holds exactly: a value is `(number - zero) * scale`. Of `float4` numbers
+    are floats of 4 bits, `scales` is bf16, and there are no `lows`. `bias` is fp32 `[out]`.
     """
 
     format: Format
@@ -62,7 +62,7 @@ class GpuWeight(Weight):
     @property
     def cells(self) -> torch.Tensor:
         """What matrix units' kernels read: of 4 bits halves of words, int16, else the elements."""
-        return self.tensor.view(torch.int16) if self.format == "group4" else self.tensor
+        return self.tensor.view(torch.int16) if self.format in FOUR_BITS else self.tensor
 
     @property
     def form(self) -> Form:
@@ -107,9 +107,11 @@ def place(
         signs = torch.cat([part.signs().to(device) for part in ternary])
         steps = torch.cat([torch.full((part.shape[0],), part.scale) for part in ternary])
         return GpuWeight(name, shape, "int8", signs, steps.float().to(device), bias=added)
+    if weight_format in ("auto", "int4") and kinds == {"MXFP4"}:
+        return _floats4(name, shape, parts, added, device)
     if weight_format == "auto" and all(kind in READERS for kind in kinds):
-        four = kinds <= FOUR_BITS
-        if four or not kinds & FOUR_BITS:
+        four = kinds <= NIBBLES
+        if four or not kinds & NIBBLES:
             # One after another, here and below: what packing takes is many times what it leaves.
             groups = (READERS[part.format](part.packed(), part.shape[1]) for part in parts)
             packed = [_packed(g, 4 if four else 8, device) for g in groups]
@@ -240,6 +242,28 @@ def _stacked(
     )
 
 
+def _floats4(
+    name: str,
+    shape: tuple[int, int],
+    parts: Sequence[HostTensor],
+    bias: torch.Tensor | None,
+    device: torch.device,
+) -> GpuWeight:
+    """MXFP4 in its own bits: floats of four bits under a power of two."""
+    numbers, scales = [], []
+    for part in parts:
+        blocks = part.packed().to(device).view(part.shape[0], -1, 17)
+        numbers.append(pack_nibbles(_nibbles(blocks[..., 1:]).view(part.shape)))
+        exponents = blocks[..., 0].float() - 127
+        scales.append(torch.ldexp(torch.ones_like(exponents), exponents).bfloat16())
+    stacked = torch.cat(scales)
+    spare = -(-shape[1] // WORD_BLOCK) * WORD_BLOCK // GGUF_GROUP - stacked.shape[1]
+    stacked = torch.nn.functional.pad(stacked, (0, spare)).contiguous()
+    return GpuWeight(
+        name, shape, "float4", torch.cat(numbers), stacked, bias=bias, group=GGUF_GROUP
+    )
+
+
 def _halves(blocks: torch.Tensor) -> torch.Tensor:
     """Pairs of bytes as fp32 numbers: uint8 `[..., 2 n]` to `[..., n]`."""
     return blocks.contiguous().view(torch.float16).float()
@@ -286,4 +310,4 @@ def _read_q4_k(raw: torch.Tensor, columns: int) -> Groups:
 
 
 READERS = {"Q4_0": _read_q4_0, "Q4_1": _read_q4_1, "Q8_0": _read_q8_0, "Q4_K": _read_q4_k}
-FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K"}
+NIBBLES = {"Q4_0", "Q4_1", "Q4_K"}

@@ -32,9 +32,9 @@ def pairs_of(blocks: torch.Tensor) -> torch.Tensor:
     return numbers[..., ::2] | numbers[..., 1::2] << 4
 
 
-def in_mxfp4(folder: Path) -> tuple[Path, Path]:
+def in_mxfp4(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """A model with its experts in MXFP4, and the same as floats."""
-    float_folder = tiny(folder / "float", "gpt_oss", hidden_size=64)
+    float_folder = tiny(folder / "float", "gpt_oss", hidden_size=64, **changes)
     tensors = load_file(float_folder / "model.safetensors")
     narrow: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():

@@ -35,6 +35,7 @@ def both(
     quantized: bool = False,
     invariant: bool = False,
     norms: bool = False,
+    sinks: torch.Tensor | None = None,
     **changes: float,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Outputs of the reference and of the kernels after the same writes, and the written keys."""
@@ -71,10 +72,12 @@ def both(
     q = reference.rope_write_kv(
         qkv[:rows].float(), 0, heads, rope, HeadNorms(*theirs, 1e-5) if norms else None
     )
-    wanted = reference.attention(q, 0, heads, 0.3, window)
+    theirs_sunk = None if sinks is None else TorchWeight("s", (heads.query,), sinks)
+    wanted = reference.attention(q, 0, heads, 0.3, window, theirs_sunk)
     by_head = HeadNorms(*ours, 1e-5) if norms else None
     q = ops.rope_write_kv(qkv, 0, heads, rope, by_head)
-    found = ops.attention(q, 0, heads, 0.3, window)[:rows].float()
+    sunk = None if sinks is None else gpu_vector(sinks)
+    found = ops.attention(q, 0, heads, 0.3, window, sunk)[:rows].float()
     slots = torch.from_numpy(batch.kv_slots)
     stored = cache.keys[slots].float()
     if cache.key_scales is not None:
@@ -99,6 +102,18 @@ def test_a_window_hides_what_lies_before_it(mixture: str, window: int) -> None:
     batch = random_batch(np.random.default_rng(2), *MIXTURES[mixture])
     wanted, found, _ = both(Heads(4, 2, 16), batch, window)
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize(("window", "invariant"), [(0, False), (5, False), (0, True)])
+def test_sinks_take_their_share_once_however_contexts_are_split(
+    mixture: str, window: int, *, invariant: bool
+) -> None:
+    batch = random_batch(np.random.default_rng(2), *MIXTURES[mixture])
+    sinks = torch.tensor([-9.0, 0.0, 2.0, 60.0])
+    wanted, found, _ = both(Heads(4, 2, 16), batch, window, sinks=sinks, invariant=invariant)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert float(wanted[:, :48].abs().max()) > 0.1 > 1e-6 > float(wanted[:, 48:].abs().max())
 
 
 def test_queries_and_keys_are_normalized_by_head_before_they_are_rotated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from kernels.gpu.backend import GpuBackend
 from kernels.gpu.experts import FEW, MANY, Layout, sort_rows
 from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.staging import Staging
-from kernels.ops import Experts
+from kernels.ops import Activation, Experts
 from kernels.reference import ReferenceOps, TorchWeight, route
 from tests.kernels.gpu.filled import HOST
 from tests.kernels.native import Host, quantized
@@ -40,16 +41,20 @@ def run(
     *,
     weights: Any = "auto",
     invariant: bool = False,
+    biases: Sequence[torch.Tensor] = (),
+    activation: Activation = "silu",
 ) -> torch.Tensor:
     backend = GpuBackend(weights, "float32", HOST)
     span = slice(experts.first, experts.first + experts.own)
 
-    def own(host: Host) -> Any:
+    def own(host: Host) -> Host:
         size = host.shape[0] // COUNT
-        return backend.load([host.narrow(0, span.start * size, experts.own * size)])
+        return host.narrow(0, span.start * size, experts.own * size)
 
     ops = ops_for(len(x), invariant=invariant)
-    return ops.experts(x, scores, own(gate_up), own(down), experts, "silu")
+    added = [[own(Host(bias))] for bias in biases] or [[], []]
+    placed = [backend.load([own(w)], b) for w, b in zip((gate_up, down), added, strict=True)]
+    return ops.experts(x, scores, placed[0], placed[1], experts, activation)
 
 
 def wanted(
@@ -57,13 +62,19 @@ def wanted(
     down: torch.Tensor,
     x: torch.Tensor,
     scores: torch.Tensor,
+    biases: Sequence[torch.Tensor | None] = (None, None),
+    activation: Activation = "silu",
 ) -> torch.Tensor:
-    weights = [TorchWeight("w", tuple(t.shape), t) for t in (gate_up, down)]
-    return ReferenceOps([], 16).experts(x, scores, *weights, ALL, "silu")
+    weights = [
+        TorchWeight("w", tuple(t.shape), t, bias)
+        for t, bias in zip((gate_up, down), biases, strict=True)
+    ]
+    return ReferenceOps([], 16).experts(x, scores, *weights, ALL, activation)
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows"), [("F32", 1), ("F32", 50), ("Q4_1", 3), ("Q4_1", 50), ("Q8_0", 3)]
+    ("kind", "rows"),
+    [("F32", 1), ("F32", 50), ("Q4_1", 3), ("Q4_1", 50), ("Q8_0", 3), ("MXFP4", 3), ("MXFP4", 50)],
 )
 def test_experts_equal_the_reference(kind: str, rows: int) -> None:
     shapes = (COUNT * 2 * HIDDEN, HIDDEN), (COUNT * HIDDEN, HIDDEN)
@@ -75,6 +86,20 @@ def test_experts_equal_the_reference(kind: str, rows: int) -> None:
     found = run(gate_up, down, x, scores, weights="float32" if kind == "F32" else "auto")
     expected = wanted(gate_up.values, down.values, x, scores)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_experts_as_gpt_oss_has_them_add_their_own_biases_behind_held_gates(rows: int) -> None:
+    gate_up, down = (quantized(Type.MXFP4, COUNT * n * HIDDEN, HIDDEN) for n in (2, 1))
+    biases = [random(host.shape[0], seed=4) for host in (gate_up, down)]
+    x, scores = random(rows, HIDDEN, seed=2), random(rows, COUNT, seed=3)
+    expected = wanted(gate_up.values, down.values, x, scores, biases, "swiglu_oai")
+    options: Any = {"biases": biases, "activation": "swiglu_oai"}
+    found = run(gate_up, down, x, scores, **options)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    spans = [Experts(COUNT, USED, normalized=True, first=f, own=n) for f, n in ((0, 2), (2, 3))]
+    parts = [run(gate_up, down, x, scores, span, **options) for span in spans]
+    assert torch.equal(parts[0] + parts[1], found)
 
 
 def test_int8_experts_have_a_scale_an_output() -> None:

@@ -9,7 +9,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from kernels.gpu import ops as gpu_ops
 from kernels.gpu.matmul import MatmulShape
 from kernels.gpu.weights import pack_nibbles, place, quantize_groups, unpack_nibbles
-from perf.gpu_kernels import dense_of
+from perf.gpu_tensors import dense_of
 from tests.kernels.gpu.filled import HOST, run_linear
 from tests.kernels.native import Host, quantized
 from tests.kernels.test_native_linear import q4_k

@@ -20,6 +20,7 @@ from kernels.gpu.program import GpuProgram, buckets, expert_bytes
 from kernels.gpu.staging import Staging
 from kernels.ops import Activation, Heads, Recorder
 from kernels.reference import ReferenceOps
+from tests.engine.weights.test_stacked import in_mxfp4
 from tests.kernels.gpu.filled import HOST, program_of
 from tests.kernels.native import Host, batch_of, chunks_batch, quantized
 from tests.kernels.test_sampling import options
@@ -110,6 +111,13 @@ def test_a_model_of_experts_gives_the_references_logits(tmp_path: Path, invarian
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+def test_gpt_oss_gives_the_references_logits_from_numbers_of_four_bits(tmp_path: Path) -> None:
+    quantized, as_floats = in_mxfp4(tmp_path, num_hidden_layers=2, vocab_size=260)
+    program, _ = program_of(quantized, weights="auto", page_size=SIZE)
+    for ours, theirs in zip(logits_of(program), reference_logits(as_floats), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
 def test_bf16_rounds_and_does_nothing_else(folder: Path, wanted: list[torch.Tensor]) -> None:
     narrow = logits_of(program_of(folder, weights="bfloat16", cache="bfloat16")[0])
     for ours, theirs in zip(narrow, wanted, strict=True):
@@ -129,7 +137,7 @@ def test_sampling_returns_ids_logprobs_and_the_best(
     assert all(len(top) == 2 for top in samples.top)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu2", "swiglu_oai"])
 def test_gates_equal_the_reference(activation: Activation) -> None:
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * 4
     staging = Staging(3, 3, 1, 0, HOST)
@@ -201,7 +209,7 @@ def test_rows_of_an_int8_table_are_looked_up() -> None:
     assert ((program.logits() - wanted).abs() <= steps * 0.51).all()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4"])
 def test_rows_of_quantized_tables_are_looked_up(kind: str) -> None:
     table = quantized(Type[kind], 40, 160)
     backend = GpuBackend("auto", "float32", HOST)
