@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -63,6 +64,34 @@ class Style:
     """Whether what announces calls is a special token, which text does not show otherwise."""
 
 
+def neighbours_joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces of which no two neighbours are of one kind."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if isinstance(piece, Reasoning) and isinstance(last, Reasoning):
+            joined[-1] = Reasoning(last.text + piece.text)
+        elif isinstance(piece, Content) and isinstance(last, Content):
+            joined[-1] = Content(last.text + piece.text)
+        elif isinstance(piece, CallArguments) and isinstance(last, CallArguments):
+            joined[-1] = CallArguments(last.index, last.text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+class Parser(Protocol):
+    """What reads one answer."""
+
+    def push(self, text: str) -> list[Piece]:
+        """What more text decides."""
+        ...
+
+    def finish(self) -> list[Piece]:
+        """What is left at the text's end."""
+        ...
+
+
 class AnswerParser:
     """Reads one answer. With `style` and the `names` of tools it finds calls; with `thinking`, two
     markers, it finds reasoning, which has begun already if `begun`."""
@@ -102,20 +131,8 @@ class AnswerParser:
         return self._take()
 
     def _take(self) -> list[Piece]:
-        """The pieces so far, neighbours of one kind joined."""
-        joined: list[Piece] = []
-        for piece in self._pieces:
-            last = joined[-1] if joined else None
-            if isinstance(piece, Reasoning) and isinstance(last, Reasoning):
-                joined[-1] = Reasoning(last.text + piece.text)
-            elif isinstance(piece, Content) and isinstance(last, Content):
-                joined[-1] = Content(last.text + piece.text)
-            elif isinstance(piece, CallArguments) and isinstance(last, CallArguments):
-                joined[-1] = CallArguments(last.index, last.text + piece.text)
-            else:
-                joined.append(piece)
-        self._pieces = []
-        return joined
+        pieces, self._pieces = self._pieces, []
+        return neighbours_joined(pieces)
 
     # The whole answer
 

@@ -13,9 +13,11 @@ import anyio
 import msgspec
 
 from engine import AsyncEngine, Grammar, InvalidRequest, SamplingParams
-from server.answer_parser import AnswerParser
+from server import harmony
+from server.answer_parser import AnswerParser, Parser
 from server.constraints import constraint
 from server.dialect import MISTRAL, Dialect, dialect_of, taught
+from server.harmony import HarmonyParser
 from server.tools import Offered
 
 # How many tokens of reasoning an effort stands for; None is no limit.
@@ -65,7 +67,7 @@ class Answering:
 
     ids: list[int]
     grammar: Grammar | None = None
-    parser: Callable[[], AnswerParser] | None = None
+    parser: Callable[[], Parser] | None = None
     marks: bool = False
     """Whether special tokens have to be shown for the parser to find calls or reasoning."""
     names: dict[str, str] = field(default_factory=dict)
@@ -94,11 +96,13 @@ async def prepare_answer(
     tools = None
     if offered is not None and offered.choice != "none":
         tools = [tool.as_template_input() for tool in offered.tools]
+    variables = wishes.for_template
     if dialect.style is MISTRAL:
         messages = [_with_short_ids(message) for message in messages]
+    if dialect.style is harmony.STYLE:
+        messages, variables = harmony.told(messages), harmony.variables(variables)
     if not dialect.shows_tools and (tools or any(_speaks_of_tools(m) for m in messages)):
         messages, tools = taught(dialect.style, messages, tools or []), None
-    variables = wishes.for_template
     prompt, ids = await encode_chat(
         engine, messages, name, tools=tools, variables=variables, **options
     )
@@ -112,14 +116,17 @@ async def prepare_answer(
         None if wishes.form is None else wishes.form[0],
         reasons=reasons,
         begun=begun,
-        budget=wishes.tokens,
+        budget=wishes.budget if dialect.style is harmony.STYLE else wishes.tokens,
     )
     # The schemas of many tools take their time.
     held = offered is not None and offered.enforced
     grammar = await anyio.to_thread.run_sync(combine) if held else combine()
     calls = offered is not None and offered.choice != "none"
-    parser = None
-    if calls or reasons:
+    parser: Callable[[], Parser] | None = None
+    if dialect.style is harmony.STYLE:
+        known = offered.names if offered is not None else ()
+        parser = partial(HarmonyParser, names=known, opening=harmony.opening_of(prompt))
+    elif calls or reasons:
         parser = partial(
             AnswerParser,
             style=dialect.style if calls else None,
@@ -127,7 +134,7 @@ async def prepare_answer(
             thinking=dialect.thinking if reasons else None,
             begun=begun,
         )
-    hidden = [dialect.style.begins[0]] if calls else []
+    hidden = list(dialect.style.begins) if calls or dialect.style is harmony.STYLE else []
     hidden += dialect.thinking if reasons and dialect.thinking is not None else []
     special = {parts.tokenizer.mark_id(text) for text in hidden} & parts.tokenizer.special_ids
     names = {"grammar": wishes.form[1] if wishes.form is not None else "tools"}
@@ -174,6 +181,8 @@ def _speaks_of_tools(message: Mapping[str, Any]) -> bool:
 
 def _reasoning(dialect: Dialect, prompt: str, wishes: Wishes) -> tuple[bool, bool]:
     """Whether the model may reason, and whether its prompt has begun to."""
+    if dialect.style is harmony.STYLE:
+        return wishes.tokens != 0, harmony.has_begun(prompt)
     if dialect.thinking is None:
         wanted = wishes.effort not in (None, "none")
         if wanted or wishes.budget is not None:

@@ -6,17 +6,16 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from llguidance import regex_to_lark
-
 from engine import Grammar, InvalidRequest
 from engine.text.grammar import embedded
 from engine.text.schemas import schemas_of
 from engine.text.tokenizer import Tokenizer
+from server import harmony
 from server.answer_parser import Style
 from server.dialect import Dialect
+from server.lark import any_text, form_rule, literal, mark
 from server.tools import ANY_OBJECT, Offered
 
-ANY_TEXT = r"TEXT: /(.|\n)*/"
 # An answer that begins otherwise than calls do.
 PLAIN_TEXT = r"PLAIN: /[^{\[<\s](.|\n)*/"
 
@@ -37,13 +36,17 @@ def constraint(
     `begun` that the prompt has begun it, `budget` how many tokens it may have. Raises
     InvalidRequest if a form cannot be combined with the rest.
     """
+    if dialect.style is harmony.STYLE:
+        return harmony.answer_grammar(
+            tokenizer, offered, form, reasons=reasons, begun=begun, budget=budget
+        )
     calls = offered is not None and offered.enforced
     if form is not None and not (calls or reasons):
         return form
     if form is None and not calls and not (reasons and budget is not None):
         return None
     rules: list[str] = []
-    body = _any(rules) if form is None else _form(form)
+    body = any_text(rules) if form is None else form_rule(form)
     if offered is not None and calls:
         parts = _calls(tokenizer, dialect.style, offered, rules)
         if offered.forced:
@@ -58,27 +61,6 @@ def constraint(
     return Grammar("lark", "\n".join([f"start: {start}", f"answer: {body}", *rules]))
 
 
-def _any(rules: list[str]) -> str:
-    if ANY_TEXT not in rules:
-        rules.append(ANY_TEXT)
-    return "TEXT"
-
-
-def _form(form: Grammar) -> str:
-    """What the content has to match, within a larger grammar."""
-    if form.kind == "json_schema":
-        return f"%json {embedded(form)}"
-    if form.kind == "regex":
-        return f"/{regex_to_lark(form.text)}/"
-    if form.kind == "choice":
-        return "(" + " | ".join(literal(text) for text in json.loads(form.text)) + ")"
-    raise InvalidRequest(
-        "a grammar of one's own cannot be combined with tools or reasoning; use a JSON schema, a "
-        "regular expression or a choice",
-        param="grammar",
-    )
-
-
 def _reasoning(
     tokenizer: Tokenizer,
     thinking: tuple[str, str],
@@ -88,7 +70,7 @@ def _reasoning(
     budget: int | None,
 ) -> str:
     begin, end = thinking
-    _any(rules)
+    any_text(rules)
     closing = tokenizer.mark_id(end)
     if closing is not None:
         cap = "" if budget is None else f"[max_tokens={max(1, budget)}]"
@@ -174,16 +156,5 @@ def _free(calls: Calls, rules: list[str]) -> str:
         return 'calls | PLAIN | ""'
     # What announces a call comes with the text before it: spelled out, its end is not known before.
     lazy = "[lazy]" if calls.begin.startswith('"') else ""
-    rules.append(f"head{lazy}: {_any(rules)} {calls.begin}")
+    rules.append(f"head{lazy}: {any_text(rules)} {calls.begin}")
     return f"(head {calls.call})* TEXT"
-
-
-def mark(tokenizer: Tokenizer, text: str) -> str:
-    """A mark as grammars name it: by its token, or spelled out."""
-    token = tokenizer.mark_id(text)
-    return literal(text) if token is None else f"<[{token}]>"
-
-
-def literal(text: str) -> str:
-    """Text as grammars write it."""
-    return json.dumps(text, ensure_ascii=False)

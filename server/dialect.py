@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.text.chat import ChatTemplate
+from server import harmony
 from server.answer_parser import Style
 
 # Qwen 2.5 and 3, Hermes 2 and 3, and many after them.
@@ -47,11 +48,16 @@ class Dialect:
 def dialect_of(template: ChatTemplate | None) -> Dialect:
     """What a template's source tells."""
     source = "" if template is None else template.source
-    thinking = next((marks for marks in THINKING if marks[1] in source), None)
-    return Dialect(_style(source), "tools" in source, thinking)
+    style = _style(source)
+    # Its reasoning has a channel instead of markers.
+    known = () if style is harmony.STYLE else THINKING
+    thinking = next((marks for marks in known if marks[1] in source), None)
+    return Dialect(style, "tools" in source, thinking)
 
 
 def _style(source: str) -> Style:
+    if "<|channel|>" in source and "<|message|>" in source:
+        return harmony.STYLE
     if "[TOOL_CALLS]" in source:
         return MISTRAL
     if "<tool_call>" in source:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine import Delta, Usage
-from server.answer_parser import AnswerParser, CallArguments, CallBegin, Content, Piece, Reasoning
+from server.answer_parser import CallArguments, CallBegin, Content, Parser, Piece, Reasoning
 from server.log import Event
 from server.tools import call_id, object_in
 
@@ -26,7 +26,7 @@ class MessageComposer:
         identifier: str,
         model: str,
         prompt_tokens: int,
-        parser: Callable[[], AnswerParser] | None,
+        parser: Callable[[], Parser] | None,
     ) -> None:
         self._identifier = identifier
         self._model = model

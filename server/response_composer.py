@@ -13,10 +13,10 @@ import msgspec
 from engine import Delta, Usage
 from engine.text.tokenizer import Tokenizer
 from server.answer_parser import (
-    AnswerParser,
     CallArguments,
     CallBegin,
     Content,
+    Parser,
     Piece,
     Reasoning,
 )
@@ -45,7 +45,7 @@ class ResponseComposer:
         tokenizer: Tokenizer,
         *,
         logprobs: bool,
-        parser: Callable[[], AnswerParser] | None = None,
+        parser: Callable[[], Parser] | None = None,
         remote: Mapping[str, str] | None = None,
         asking: Collection[str] = (),
     ) -> None:
@@ -143,7 +143,7 @@ class ResponseComposer:
         item.result, item.error = result, error
         return item.end("completed")
 
-    def next_turn(self, parser: Callable[[], AnswerParser] | None) -> None:
+    def next_turn(self, parser: Callable[[], Parser] | None) -> None:
         """The model goes on."""
         self._parser = None if parser is None else parser()
         self._turn, self._turns = len(self.items), self._turns + 1

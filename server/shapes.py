@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from engine import Delta, TokenLogprob
 from engine.text.tokenizer import Tokenizer
 from server.answer_parser import (
-    AnswerParser,
     CallArguments,
     CallBegin,
     Content,
+    Parser,
     Piece,
     Reasoning,
 )
@@ -40,7 +40,7 @@ class Shape(Protocol):
 class Answer:
     """One choice's answer as OpenAI's chat shows it, while it is read."""
 
-    def __init__(self, parser: AnswerParser | None) -> None:
+    def __init__(self, parser: Parser | None) -> None:
         self._parser = parser
         self._content: list[str] = []
         self._reasoning: list[str] = []
@@ -102,7 +102,7 @@ class ChatShape:
         *,
         logprobs: bool,
         token_ids: bool = False,
-        parser: Callable[[], AnswerParser] | None = None,
+        parser: Callable[[], Parser] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs

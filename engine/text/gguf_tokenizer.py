@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import ConfigError
-from engine.text.tokenizer import END_TOKENS, Tokenizer
+from engine.text.tokenizer import Tokenizer, ends_among
 
 Item = TypeVar("Item", str, int, float)
 
@@ -92,7 +92,8 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
-    ends = {i for i, t in enumerate(tokens) if types[i] == CONTROL and t in END_TOKENS}
+    controls = {t: i for i, t in enumerate(tokens) if types[i] == CONTROL}
+    ends = {controls[t] for t in ends_among(controls)}
     ends |= {i for n in ("eos", "eot") if (i := _id(metadata, n, tokens, file)) is not None}
     return Tokenizer(
         backend,

@@ -28,7 +28,8 @@ END_TOKENS = frozenset(
         "<eos>",
     )
 )
-
+# Models of OpenAI's harmony format end messages with <|end|>, and answers with these.
+HARMONY_ENDS = ("<|return|>", "<|call|>")
 
 # How model families name the three tokens of filling in the middle: Qwen and others, StarCoder,
 # CodeGemma, DeepSeek, Code Llama.
@@ -39,6 +40,14 @@ INFILL_TOKENS = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
+
+
+def ends_among(tokens: Iterable[str]) -> set[str]:
+    """Those of a vocabulary's marks that end an answer."""
+    known = set(tokens)
+    if known.issuperset(HARMONY_ENDS):
+        return {*HARMONY_ENDS, "<|endoftext|>"} & known
+    return known & END_TOKENS
 
 
 def is_mark(text: str) -> bool:
@@ -168,6 +177,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     eos_token = _token_text(settings.get("eos_token"))
     if eos_token is not None and (found := backend.token_to_id(eos_token)) is not None:
         eos_ids.add(found)
+    if all(backend.token_to_id(end) is not None for end in HARMONY_ENDS):
+        eos_ids |= {backend.token_to_id(end) for end in HARMONY_ENDS}
     template_file = folder / "chat_template.jinja"
     if template_file.exists():
         template: Any = template_file.read_text(encoding="utf-8")
