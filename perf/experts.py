@@ -1,9 +1,11 @@
 """Steps of a mixture of experts with random weights, in the native kernels, without a server.
 
 python -m perf.experts --layers 4 --keep model.gguf
+python -m perf.experts --model gpt-oss-20b --layers 4
 
-Sizes are those of Qwen3-30B-A3B but for the number of layers: 128 experts, of which a token goes
-through 8. The file can be given to another program, such as llama.cpp's `llama-batched-bench`.
+Sizes are those of Qwen3-30B-A3B, of whose 128 experts a token goes through 8, or of gpt-oss-20b (4
+of 32, in MXFP4), but for the number of layers. The file can be given to another program, such as
+llama.cpp's `llama-batched-bench`.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import gguf
 import numpy as np
@@ -29,62 +32,120 @@ from kernels.batch import Batch
 from kernels.cpu.native_backend import NativeBackend
 from kernels.ops import Heads, Recorder
 
-HIDDEN, WIDE, EXPERTS, USED, VOCAB = 2048, 768, 128, 8, 32768
-HEADS = Heads(32, 4, 128)
+VOCAB = 32768
 PAGE, CONTEXT, MOST_ROWS = 16, 1024, 512
 RUNS = 9
-KIND = GGMLQuantizationType.Q4_0
 
 
-def write_model(path: Path, layers: int) -> None:
-    """A GGUF file of `qwen3moe` with random 4-bit weights and no tokenizer."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "qwen3moe")
+@dataclass(frozen=True)
+class Sizes:
+    """A model's, and the ggml types of its experts and of all else."""
+
+    architecture: str
+    hidden: int
+    wide: int
+    experts: int
+    used: int
+    heads: Heads
+    kind: GGMLQuantizationType
+    dense: GGMLQuantizationType
+
+
+SIZES = {
+    "qwen3-30b": Sizes(
+        "qwen3moe", 2048, 768, 128, 8, Heads(32, 4, 128),
+        GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_0,
+    ),
+    "gpt-oss-20b": Sizes(
+        "gpt-oss", 2880, 2880, 32, 4, Heads(64, 8, 64),
+        GGMLQuantizationType.MXFP4, GGMLQuantizationType.Q8_0,
+    ),
+}  # fmt: skip
+
+
+def random_blocks(
+    rng: np.random.Generator, kind: GGMLQuantizationType, shape: tuple[int, ...]
+) -> npt.NDArray[np.uint8]:
+    """Blocks with random numbers under one scale, of about a hundredth."""
+    block, size = GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (int(np.prod(shape)) // block, size), np.uint8)
+    if kind is GGMLQuantizationType.MXFP4:
+        blocks[:, 0] = 121
+    else:
+        scale = np.float16(0.01 if kind is GGMLQuantizationType.Q4_0 else 0.001)
+        blocks[:, :2] = np.frombuffer(scale.tobytes(), np.uint8)
+    return blocks.reshape(*shape[:-1], shape[-1] // block * size)
+
+
+def write_header(writer: gguf.GGUFWriter, sizes: Sizes, layers: int) -> None:
+    """All but the tensors; there is no tokenizer."""
     writer.add_block_count(layers)
     writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(3 * HIDDEN)
-    writer.add_head_count(HEADS.query)
-    writer.add_head_count_kv(HEADS.kv)
-    writer.add_key_length(HEADS.dim)
-    writer.add_value_length(HEADS.dim)
+    writer.add_embedding_length(sizes.hidden)
+    writer.add_feed_forward_length(3 * sizes.hidden)
+    writer.add_head_count(sizes.heads.query)
+    writer.add_head_count_kv(sizes.heads.kv)
+    writer.add_key_length(sizes.heads.dim)
+    writer.add_value_length(sizes.heads.dim)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
-    writer.add_expert_count(EXPERTS)
-    writer.add_expert_used_count(USED)
-    writer.add_expert_feed_forward_length(WIDE)
+    writer.add_expert_count(sizes.experts)
+    writer.add_expert_used_count(sizes.used)
+    writer.add_expert_feed_forward_length(sizes.wide)
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("none")
+    if sizes.architecture == "gpt-oss":
+        writer.add_sliding_window(128)
 
-    def matrix(name: str, *shape: int) -> None:
-        block, size = GGML_QUANT_SIZES[KIND]
-        blocks = rng.integers(0, 256, (int(np.prod(shape)) // block, size), np.uint8)
-        blocks[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        data = blocks.reshape(*shape[:-1], shape[-1] // block * size)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=KIND)
 
-    def ones(name: str, size: int) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(size, np.float32))
+def write_model(path: Path, sizes: Sizes, layers: int) -> None:
+    """A GGUF file with random weights."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, sizes.architecture)
+    write_header(writer, sizes, layers)
+    hidden, wide, count, heads = sizes.hidden, sizes.wide, sizes.experts, sizes.heads
 
-    matrix("token_embd", VOCAB, HIDDEN)
-    matrix("output", VOCAB, HIDDEN)
-    ones("output_norm", HIDDEN)
+    def matrix(name: str, *shape: int, kind: GGMLQuantizationType = sizes.dense) -> None:
+        writer.add_tensor(f"{name}.weight", random_blocks(rng, kind, shape), raw_dtype=kind)
+
+    def floats(name: str, *shape: int, mean: float = 0.0, spread: float = 0.05) -> None:
+        values: npt.NDArray[np.float32] = rng.normal(mean, spread, shape).astype(np.float32)
+        writer.add_tensor(name, values)
+
+    matrix("token_embd", VOCAB, hidden)
+    matrix("output", VOCAB, hidden)
+    floats("output_norm.weight", hidden, mean=1.0)
     for layer in range(layers):
         block = f"blk.{layer}."
-        for norm, width in (
-            ("attn_norm", HIDDEN), ("ffn_norm", HIDDEN),
-            ("attn_q_norm", HEADS.dim), ("attn_k_norm", HEADS.dim),
-        ):  # fmt: skip
-            ones(block + norm, width)
-        matrix(block + "attn_q", HEADS.query * HEADS.dim, HIDDEN)
-        matrix(block + "attn_k", HEADS.kv * HEADS.dim, HIDDEN)
-        matrix(block + "attn_v", HEADS.kv * HEADS.dim, HIDDEN)
-        matrix(block + "attn_output", HIDDEN, HEADS.query * HEADS.dim)
-        router: npt.NDArray[np.float32] = rng.normal(size=(EXPERTS, HIDDEN)).astype(np.float32)
-        writer.add_tensor(block + "ffn_gate_inp.weight", router / 20)
-        matrix(block + "ffn_gate_exps", EXPERTS, WIDE, HIDDEN)
-        matrix(block + "ffn_up_exps", EXPERTS, WIDE, HIDDEN)
-        matrix(block + "ffn_down_exps", EXPERTS, HIDDEN, WIDE)
+        projections = {
+            "attn_q": (heads.query * heads.dim, hidden),
+            "attn_k": (heads.kv * heads.dim, hidden),
+            "attn_v": (heads.kv * heads.dim, hidden),
+            "attn_output": (hidden, heads.query * heads.dim),
+        }
+        experts = {
+            "ffn_gate_exps": (count, wide, hidden),
+            "ffn_up_exps": (count, wide, hidden),
+            "ffn_down_exps": (count, hidden, wide),
+        }
+        for name, shape in projections.items():
+            matrix(block + name, *shape)
+        for name, stack in experts.items():
+            matrix(block + name, *stack, kind=sizes.kind)
+        floats(f"{block}ffn_gate_inp.weight", count, hidden)
+        if sizes.architecture == "gpt-oss":
+            for name, shape in {**projections, "ffn_gate_inp": (count, hidden)}.items():
+                floats(f"{block}{name}.bias", shape[0])
+            for name, stack in experts.items():
+                floats(f"{block}{name}.bias", *stack[:2])
+            floats(f"{block}attn_sinks.weight", heads.query)
+        norms = {"attn_norm": hidden, "ffn_norm": hidden}
+        if sizes.architecture == "gpt-oss":
+            norms = {"attn_norm": hidden, "post_attention_norm": hidden}
+        else:
+            norms |= {"attn_q_norm": heads.dim, "attn_k_norm": heads.dim}
+        for name, width in norms.items():
+            floats(f"{block}{name}.weight", width, mean=1.0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -138,7 +199,10 @@ app = App(name="perf.experts", help=__doc__, help_format="plaintext")
 @app.default
 def main(
     *,
-    layers: Annotated[int, Parameter(help="Layers; the real model has 48.")] = 4,
+    model: Annotated[Literal["qwen3-30b", "gpt-oss-20b"], Parameter(help="Whose sizes.")] = (
+        "qwen3-30b"
+    ),
+    layers: Annotated[int, Parameter(help="Layers; the real models have 48 and 24.")] = 4,
     decodes: Annotated[str, Parameter(help="Sequences a step, with commas.")] = "1,4,16,32",
     prompts: Annotated[str, Parameter(help="Tokens of a prompt, with commas.")] = "128,512",
     context: Annotated[int, Parameter(help="Tokens before a decode.")] = 48,
@@ -149,7 +213,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path = keep or Path(folder) / "model.gguf"
         if not path.exists():
-            write_model(path, layers)
+            write_model(path, SIZES[model], layers)
         rows = [int(count) for count in decodes.split(",")]
         program = program_of(path, threads or available_cores(), max(rows))
         table = Table("step", "ms", "tokens/s")

@@ -144,10 +144,11 @@ def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
     used = values.integer("num_experts_per_tok", None if qwen else 2)
     if used > count:
         raise ConfigError(f"num_experts_per_tok is {used}, but there are {count} experts")
+    width = "moe_intermediate_size"
     return ExpertsConfig(
         count,
         used,
-        values.integer("moe_intermediate_size" if qwen else "intermediate_size"),
+        values.integer(width if qwen or width in values.raw else "intermediate_size"),
         normalized=bool(values.raw.get("norm_topk_prob", False)) if qwen else True,
     )
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import ConfigError
-from engine.text.tokenizer import Tokenizer, ends_among
+from engine.text.tokenizer import HARMONY_ENDS, Tokenizer, ends_among
 
 Item = TypeVar("Item", str, int, float)
 
@@ -94,7 +94,10 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         )
     controls = {t: i for i, t in enumerate(tokens) if types[i] == CONTROL}
     ends = {controls[t] for t in ends_among(controls)}
-    ends |= {i for n in ("eos", "eot") if (i := _id(metadata, n, tokens, file)) is not None}
+    named = {i for n in ("eos", "eot") if (i := _id(metadata, n, tokens, file)) is not None}
+    # What ends a message may be called the end of a turn, though the answer goes on.
+    inner = {"<|end|>"} if controls.keys() >= set(HARMONY_ENDS) else set()
+    ends |= {i for i in named if tokens[i] not in inner}
     return Tokenizer(
         backend,
         bos_token=tokens[bos] if bos is not None else None,
