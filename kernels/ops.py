@@ -85,6 +85,9 @@ class Experts:
     """`count` feed-forward blocks of which each row goes through the `used` likeliest (arXiv
     2101.03961); `normalized` if their probabilities are then made to sum to 1.
 
+    Probabilities are the scores' softmax or, with `sigmoid`, each score's own; a row's shares are
+    these times `scale`. All rows also go through `shared` others, numbered behind those that are
+    chosen, with shares of 1 (DeepSeekMoE, arXiv 2401.06066).
     Experts `first` to `first + own` are held here, stacked in one weight for each projection.
     """
 
@@ -93,6 +96,19 @@ class Experts:
     normalized: bool
     first: int
     own: int
+    sigmoid: bool = False
+    scale: float = 1.0
+    shared: int = 0
+
+    @property
+    def total(self) -> int:
+        """Those that are chosen from, and the shared ones."""
+        return self.count + self.shared
+
+    @property
+    def places(self) -> int:
+        """Experts that a row goes through."""
+        return self.used + self.shared
 
 
 class Ops(Protocol[T]):
@@ -156,13 +172,15 @@ class Ops(Protocol[T]):
         down: Weight,
         experts: Experts,
         activation: Activation,
+        preference: Weight | None = None,
     ) -> T:
-        """What each row's used experts say, side by side, times their probabilities.
+        """What each row's experts say, side by side, times their probabilities.
 
         `x` is `[rows, n]`, `scores` `[rows, count]` logits; `gate_up` is `[own * 2 wide, n]`, each
         expert's gate and then its up projection, `down` `[own * n, wide]`; their biases are stacked
-        alike. The likeliest of a row comes first, of equals the lower number: `[rows, used * n]`,
-        zeros for experts that are not held here.
+        alike. The likeliest of a row comes first, of equals the lower number, then the shared ones:
+        `[rows, places * n]`, zeros for experts that are not held here. `preference`, `[count]`, is
+        added to probabilities where experts are chosen, and nowhere else (arXiv 2408.15664).
         """
         ...
 
@@ -310,6 +328,7 @@ class Recorder:
         down: Weight,
         experts: Experts,
         activation: Activation,
+        preference: Weight | None = None,
     ) -> Handle:
         own = experts.own
         fits = (
@@ -317,10 +336,11 @@ class Recorder:
             and gate_up.shape[1] == x.width
             and down.shape[0] == own * x.width
             and gate_up.shape[0] == 2 * own * down.shape[1]
+            and (preference is None or preference.shape == (experts.count,))
         )
         self._expect(fits, f"{gate_up.name} and its neighbours are not {own} experts")
-        arguments = (x, scores, gate_up, down, experts, activation)
-        return self._emit("experts", arguments, x.rows, experts.used * x.width)
+        arguments = (x, scores, gate_up, down, experts, activation, preference)
+        return self._emit("experts", arguments, x.rows, experts.places * x.width)
 
     def sum_parts(self, x: Handle, parts: int) -> Handle:
         self._expect(x.width % parts == 0, f"{x.width} values are not {parts} parts")

@@ -164,9 +164,11 @@ class ReferenceOps:
         down: Weight,
         experts: Experts,
         activation: Activation,
+        preference: Weight | None = None,
     ) -> torch.Tensor:
-        chosen, shares = route(scores, experts)
-        out = x.new_zeros(len(x), experts.used, x.shape[1])
+        liked = tensor_of(preference).tensor if preference is not None else None
+        chosen, shares = route(scores, experts, liked)
+        out = x.new_zeros(len(x), experts.places, x.shape[1])
         for number in range(experts.own):
             rows, places = (chosen == experts.first + number).nonzero(as_tuple=True)
             if len(rows):
@@ -210,11 +212,21 @@ class ReferenceOps:
         return self._rotations[rope]
 
 
-def route(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's experts and their shares, int64 and fp32 `[rows, used]`, the likeliest first."""
-    likely, chosen = scores.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    shares, chosen = likely[:, : experts.used], chosen[:, : experts.used]
-    return chosen, shares / shares.sum(-1, keepdim=True) if experts.normalized else shares
+def route(
+    scores: torch.Tensor, experts: Experts, preference: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's experts and their shares, int64 and fp32 `[rows, places]`, the likeliest first."""
+    scores = scores.float()
+    likely = scores.sigmoid() if experts.sigmoid else scores.softmax(-1)
+    liked = likely if preference is None else likely + preference
+    chosen = liked.sort(dim=-1, descending=True, stable=True).indices[:, : experts.used]
+    shares = likely.gather(1, chosen)
+    if experts.normalized:
+        shares = shares / shares.sum(-1, keepdim=True)
+    always = torch.arange(experts.count, experts.total, device=scores.device)
+    always = always.expand(len(scores), -1)
+    ones = torch.ones_like(always, dtype=shares.dtype)
+    return torch.cat((chosen, always), 1), torch.cat((shares * experts.scale, ones), 1)
 
 
 def part_of(weight: Weight, number: int, parts: int) -> TorchWeight:

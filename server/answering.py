@@ -93,16 +93,13 @@ async def prepare_answer(
     parts, offered = engine.parts, wishes.offered
     template = parts.tokenizer.chat_template
     dialect = dialect_of(template)
-    tools = None
+    tools: Sequence[Mapping[str, Any]] | None = None
     if offered is not None and offered.choice != "none":
         tools = [tool.as_template_input() for tool in offered.tools]
     variables = wishes.for_template
-    if dialect.style is MISTRAL:
-        messages = [_with_short_ids(message) for message in messages]
     if dialect.style is harmony.STYLE:
-        messages, variables = harmony.told(messages), harmony.variables(variables)
-    if not dialect.shows_tools and (tools or any(_speaks_of_tools(m) for m in messages)):
-        messages, tools = taught(dialect.style, messages, tools or []), None
+        variables = harmony.variables(variables)
+    messages, tools = for_template(dialect, messages, tools)
     prompt, ids = await encode_chat(
         engine, messages, name, tools=tools, variables=variables, **options
     )
@@ -139,6 +136,21 @@ async def prepare_answer(
     special = {parts.tokenizer.mark_id(text) for text in hidden} & parts.tokenizer.special_ids
     names = {"grammar": wishes.form[1] if wishes.form is not None else "tools"}
     return Answering(ids, grammar, parser, bool(special), names)
+
+
+def for_template(
+    dialect: Dialect,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[Sequence[dict[str, Any]], Sequence[Mapping[str, Any]] | None]:
+    """Messages and tools as the template of a dialect takes them."""
+    if dialect.style is MISTRAL:
+        messages = [_with_short_ids(message) for message in messages]
+    if dialect.style is harmony.STYLE:
+        messages = harmony.told(messages)
+    if not dialect.shows_tools and (tools or any(_speaks_of_tools(m) for m in messages)):
+        messages, tools = taught(dialect.style, messages, tools or []), None
+    return messages, tools
 
 
 async def encode_chat(

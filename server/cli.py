@@ -161,6 +161,8 @@ def chat(
     accept_terms: AcceptTerms = False,
 ) -> int:
     """Talk with a model in the terminal. An empty line or Ctrl-D ends it."""
+    from server.talk import answer_to
+
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95)
     params.validate(sys.maxsize)
     settings = _settings(config, set_, model, threads, dtype)
@@ -170,12 +172,7 @@ def chat(
         async with _engine(settings, accept_terms) as engine:
             while question := await _asked():
                 messages.append({"role": "user", "content": question})
-                answer = ""
-                async with aclosing(engine.chat(messages, params)) as deltas:
-                    async for delta in deltas:
-                        answer += delta.text
-                        print(delta.text, end="", flush=True)
-                print()
+                answer = await answer_to(engine, messages, params)
                 messages.append({"role": "assistant", "content": answer})
 
     anyio.run(run)

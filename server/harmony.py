@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from engine import Grammar
+from engine import Grammar, InvalidRequest
 from engine.text.grammar import embedded
 from engine.text.tokenizer import Tokenizer
 from server.answer_parser import (
@@ -54,7 +54,13 @@ class HarmonyParser:
         self._shown: set[type[Piece]] = set()  # what other messages had
         self._said = False  # whether this message has
         self._pieces: list[Piece] = []
+        self._opened = False  # whether there has been a message
         self.push(opening)
+        for char in self._held:
+            self._read(char)
+        self._held = ""
+        self._take()
+        self._shown.clear()
 
     def push(self, text: str) -> list[Piece]:
         """What more text decides."""
@@ -76,8 +82,10 @@ class HarmonyParser:
         self._held = ""
         if self._header is None:
             self._close()
-        elif (loose := self._header.removeprefix(ROLE).strip()) and not TITLE.search(loose):
-            self._pieces.append(Content(loose))  # a model that does without the format
+        elif (loose := self._header.removeprefix(ROLE)) and not (
+            self._opened or TITLE.search(loose)
+        ):
+            self._pieces.append(Content(loose.strip(BLANK)))  # a model without the format
         return self._take()
 
     def _take(self) -> list[Piece]:
@@ -108,7 +116,7 @@ class HarmonyParser:
 
     def _open(self, header: str) -> None:
         """A message begins whose header is this."""
-        self._header, self._said = None, False
+        self._header, self._said, self._opened = None, False, True
         channel, recipient = CHANNEL.search(header), RECIPIENT.search(header)
         self._channel = channel[1] if channel else ""
         name = recipient[1].removeprefix(FUNCTIONS) if recipient else ""
@@ -146,7 +154,7 @@ class HarmonyParser:
     def _say(self, char: str) -> None:
         kind: type[Reasoning | Content] = Reasoning if self._channel == "analysis" else Content
         if not self._said:
-            if char in BLANK:
+            if char in BLANK and self._channel != "final":
                 return
             char = "\n\n" + char if kind in self._shown else char
             self._said = True
@@ -160,7 +168,8 @@ def opening_of(prompt: str) -> str:
 
 def has_begun(prompt: str) -> bool:
     """Whether the prompt ends within the text of a message, which the answer goes on with."""
-    return MESSAGE in opening_of(prompt)
+    _, found, text = opening_of(prompt).rpartition(MESSAGE)
+    return bool(found) and not any(end in text for end in ENDS)
 
 
 def told(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -170,29 +179,33 @@ def told(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     if instructions:
         made.append({"role": "system", "content": "\n\n".join(instructions)})
-    results = {m.get("tool_call_id"): dict(m) for m in messages if m["role"] == "tool"}
-    for message in messages:
+    behind: set[int] = set()  # results that stand behind their call
+    for place, message in enumerate(messages):
         plain = {k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls")}
         calls = message.get("tool_calls") or ()
-        if message["role"] == "tool":
-            # Unless it stands behind its call already.
-            made += [found] if (found := results.pop(message.get("tool_call_id"), None)) else []
-        elif not calls and message["role"] != "system":
+        if not calls and message["role"] != "system" and place not in behind:
             made.append(plain)
         thoughts = (message.get("reasoning_content"), message.get("content"))
         for number, call in enumerate(calls):
             thinking = "\n\n".join(text for text in thoughts if text) if number == 0 else ""
             about = {"thinking": thinking} if thinking else {}
             made.append({**plain, "content": "", **about, "tool_calls": [call]})
-            if found := results.pop(call.get("id"), None):
-                made.append(found)
+            # Ids may come again in later turns.
+            for later in range(place + 1, len(messages)):
+                result = messages[later]
+                if result.get("tool_call_id") == call.get("id") and later not in behind:
+                    behind.add(later)
+                    made.append(dict(result))
+                    break
     return made
 
 
 def variables(given: Mapping[str, Any]) -> dict[str, Any]:
     """The template's variables, efforts among those that it knows."""
     effort = given.get("reasoning_effort")
-    return {**given, "reasoning_effort": EFFORTS.get(effort, effort)} if effort else dict(given)
+    if isinstance(effort, str) and effort in EFFORTS:
+        return {**given, "reasoning_effort": EFFORTS[effort]}
+    return dict(given)
 
 
 def answer_grammar(
@@ -205,10 +218,15 @@ def answer_grammar(
     budget: int | None,
 ) -> Grammar | None:
     """The grammar of an answer, as `constraints.constraint` has it of others, with `begun` of the
-    rest of its last message; None if it may be anything."""
+    rest of its last message; None if it may be anything. Raises InvalidRequest if a call is wanted
+    of the rest of a message."""
     calls = offered is not None and offered.enforced
+    if begun and offered is not None and offered.forced:
+        raise InvalidRequest(
+            "an answer that goes on with a message cannot begin with a call", param="tool_choice"
+        )
     if begun:
-        return form
+        return form or (Grammar("regex", "(.|\\n)*") if calls else None)
     if form is None and not calls and reasons and budget is None:
         return None
     channel, message, end = (mark(tokenizer, m) for m in ("<|channel|>", MESSAGE, "<|end|>"))

@@ -30,8 +30,8 @@ def form_rule(form: Grammar) -> str:
     if form.kind == "choice":
         return "(" + " | ".join(literal(text) for text in json.loads(form.text)) + ")"
     raise InvalidRequest(
-        "a grammar of one's own cannot be combined with tools or reasoning; use a JSON schema, a "
-        "regular expression or a choice",
+        "a grammar of one's own cannot be part of a larger one, which tools, reasoning and "
+        "gpt-oss's messages take; use a JSON schema, a regular expression or a choice",
         param="grammar",
     )
 

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream, Usage
-from server.answering import prepare_answer
+from server.answering import for_template, prepare_answer
+from server.dialect import dialect_of
 from server.errors import HTTPError, json_response
 from server.format import Envelope, envelope, usage_body
 from server.protocol import (
@@ -112,7 +113,9 @@ async def tokenize(request: Request) -> ASGIApp:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     special = body.add_special_tokens
     if body.messages is not None:
-        text, special = engine.render_chat(template_input(body.messages)), False
+        dialect = dialect_of(engine.parts.tokenizer.chat_template)
+        messages, _ = for_template(dialect, template_input(body.messages))
+        text, special = engine.render_chat(messages), False
     else:
         text = body.prompt or ""
     ids = await engine.encode(text, add_special_tokens=special)

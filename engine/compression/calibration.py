@@ -79,6 +79,12 @@ class Calibration:
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> None:
         backend = FloatBackend(_dtype(checkpoint))
         model = load_model(checkpoint, backend)
+        experts = model.config.experts
+        if experts is not None and experts.shared > 1:
+            raise ConfigError(
+                f"{checkpoint.path}: {experts.shared} shared experts in one cannot be fitted to a "
+                "text; leave the text out"
+            )
         longest = max(map(len, windows))
         self._pages = -(-longest // PAGE)
         layout = CacheLayout(model.config.layers, model.config.heads, PAGE, "float32", longest)
@@ -130,10 +136,11 @@ class Calibration:
     def _experts(self, instruction: Instruction) -> Iterator[Linear]:
         """The linears of a layer's experts, each with the rows that go through it. Where these are
         fewer than its inputs, whose relations they would show by chance, others fill them up."""
-        _, _, gate_up, down, experts, activation = instruction.arguments
+        _, _, gate_up, down, experts, activation, preference = instruction.arguments
         rows = torch.cat(list(self._given(instruction)))
         scores = torch.cat(list(self._given(instruction, 1)))
-        chosen, _ = route(scores, experts)
+        liked = tensor_of(preference).tensor if preference is not None else None
+        chosen, _ = route(scores, experts, liked)
         least = max(gate_up.shape[1], down.shape[1])
         first = self.names(gate_up)
         for number, name in enumerate(self.names(down)):

@@ -16,7 +16,13 @@ from engine.weights import blocks
 from engine.weights.safetensors import SafetensorsCheckpoint
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight")
+# What chooses experts is not rounded.
+ROUTERS = (
+    "mlp.gate.weight",
+    "mlp.router.weight",
+    "block_sparse_moe.gate.weight",
+    "e_score_correction_bias",
+)
 
 
 def quantize(

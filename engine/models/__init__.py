@@ -44,6 +44,9 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "ministral": Llama,
     "seed_oss": Llama,
     "gpt_oss": Llama,
+    "glm4_moe": Llama,
+    "dots1": Llama,
+    "ernie4_5_moe": Llama,
     "gemma3_text": Sandwich,
     "glm4": Sandwich,
 }

@@ -16,7 +16,9 @@ MAX_EXPERTS = 4096
 MAX_POSITIONS = 1 << 24
 
 # Families whose output matrix is the embedding's if their configuration does not say.
-TIED = ("gemma3_text", "smollm3", "ernie4_5")
+TIED = ("gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe")
+# Those that normalize each query and key head.
+HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "dots1")
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -24,17 +26,38 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 # Families of which every layer has sinks, and experts with OpenAI's gates.
 GPT_OSS = "gpt_oss"
+# Families with experts, and whether their probabilities are made to sum to 1 if their configuration
+# does not say; those whose probabilities are each score's own.
+EXPERTS = {
+    "mixtral": True,
+    "qwen3_moe": False,
+    GPT_OSS: True,
+    "glm4_moe": True,
+    "dots1": False,
+    "ernie4_5_moe": True,
+}
+SIGMOID = ("glm4_moe", "dots1")
+# What families, and versions of `transformers`, call the number of experts, of a token's, and of
+# those that every token goes through.
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+USED = ("num_experts_per_tok", "moe_k")
+SHARED = ("n_shared_experts", "moe_num_shared_experts")
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Layers of `count` experts, each `width` wide, of which a token goes through `used`;
-    `normalized` if the probabilities of these are made to sum to 1."""
+    """Layers of `count` experts, each `width` wide, of which a token goes through `used`, and
+    through `shared` others; `preferred` if some are chosen before they are likelier. The rest is as
+    in `kernels.ops.Experts`."""
 
     count: int
     used: int
     width: int
     normalized: bool
+    sigmoid: bool = False
+    scale: float = 1.0
+    shared: int = 0
+    preferred: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         logits_scale=1.0 / values.number("logits_scaling", 1.0),
         # What these say only if it is otherwise.
         tied_embeddings=bool(raw.get("tie_word_embeddings", model_type in TIED)),
-        head_norms=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
+        head_norms=model_type in HEAD_NORMS or bool(raw.get("use_qk_norm", False)),
         inner_norms=model_type == "bitnet",
         sinks=model_type == GPT_OSS,
         experts=experts,
@@ -134,30 +157,48 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
 
 
 def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
-    """Mixtral's, Qwen's and gpt-oss's experts; every other family has none."""
-    if model_type not in ("mixtral", "qwen3_moe", GPT_OSS):
+    """Those of families that have some."""
+    if model_type not in EXPERTS:
         return None
-    qwen = model_type == "qwen3_moe"
-    # What `transformers` 5 and GGUF files call Qwen's "num_experts".
-    newer = not qwen or "num_local_experts" in values.raw
-    count = values.integer("num_local_experts" if newer else "num_experts", most=MAX_EXPERTS)
-    used = values.integer("num_experts_per_tok", None if qwen else 2)
+    raw = values.raw
+    count = values.integer(_known(raw, COUNTS), most=MAX_EXPERTS)
+    used = values.integer(_known(raw, USED), 2 if model_type == "mixtral" else None)
     if used > count:
         raise ConfigError(f"num_experts_per_tok is {used}, but there are {count} experts")
+    if values.integer("n_group", 1) > 1:
+        raise ConfigError("n_group is above 1; experts in groups cannot be computed")
     width = "moe_intermediate_size"
+    own = model_type not in ("mixtral", GPT_OSS)
+    shared = _known(raw, SHARED)
     return ExpertsConfig(
         count,
         used,
-        values.integer(width if qwen or width in values.raw else "intermediate_size"),
-        normalized=bool(values.raw.get("norm_topk_prob", False)) if qwen else True,
+        values.integer(width if own or width in raw else "intermediate_size"),
+        normalized=bool(raw.get("norm_topk_prob", EXPERTS[model_type])),
+        sigmoid=model_type in SIGMOID,
+        scale=values.number("routed_scaling_factor", 1.0),
+        shared=values.integer(shared) if raw.get(shared) else 0,
+        preferred=model_type in (*SIGMOID, "ernie4_5_moe"),
     )
 
 
+def _known(raw: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The one of several names for a key that the configuration has; else the first."""
+    return next((name for name in names if raw.get(name) is not None), names[0])
+
+
 def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
-    """All layers, but for those that the configuration leaves dense."""
-    dense = values.raw.get("mlp_only_layers") or []
-    step = values.integer("decoder_sparse_step", 1)
-    return frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0)
+    """All layers, but for those that the configuration leaves dense: by number (Qwen), the first
+    ones (GLM), or those outside a range (ERNIE)."""
+    raw = values.raw
+    dense = raw.get("mlp_only_layers") or []
+    step = values.integer(_known(raw, ("decoder_sparse_step", "moe_layer_interval")), 1)
+    first, last = raw.get("moe_layer_start_index", 0), raw.get("moe_layer_end_index", -1)
+    first = raw.get("first_k_dense_replace", first)
+    if type(first) is not int or type(last) is not int:
+        raise ConfigError(f"layers {first!r} to {last!r} are no layers of experts")
+    last = layers - 1 if last < 0 else last
+    return frozenset(n for n in range(first, last + 1) if n not in dense and (n + 1) % step == 0)
 
 
 def _activation(values: _Values, model_type: str) -> Activation:
@@ -182,6 +223,8 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
     other one of gpt-oss."""
     raw = values.raw
     window = values.integer("sliding_window", 0) if raw.get("sliding_window") else 0
+    if model_type == GPT_OSS:
+        window = values.integer("sliding_window")
     if types := raw.get("layer_types"):
         if len(types) != layers:
             raise ConfigError(f"layer_types has {len(types)} entries for {layers} layers")

@@ -16,6 +16,7 @@ from kernels.ops import Experts, Ops, T, Weight
 
 # Experts' outputs begin at tiles of the CPU kernels.
 WIDTH_UNIT = 16
+ERNIE_PREFERENCE = "moe_statics.e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ExpertsFeedForward:
     router: Weight
     gate_up: Weight
     down: Weight
+    preference: Weight | None
     experts: Experts
     adds_parts: bool
     adds_sums: bool
@@ -36,11 +38,11 @@ class ExpertsFeedForward:
     def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
         """`[rows, hidden] -> [rows, hidden]`."""
         scores = ops.linear(x, self.router)
-        weights = (self.gate_up, self.down)
-        parts = ops.experts(x, scores, *weights, self.experts, config.activation)
+        weights, activation = (self.gate_up, self.down), config.activation
+        parts = ops.experts(x, scores, *weights, self.experts, activation, self.preference)
         if self.adds_parts:
             parts = ops.all_reduce(parts)
-        x = ops.sum_parts(parts, self.experts.used)
+        x = ops.sum_parts(parts, self.experts.places)
         return ops.all_reduce(x) if self.adds_sums else x
 
 
@@ -65,14 +67,42 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
     if any(load.has(f"{mixtral}.{tensor}.weight") for tensor in ("gate", "experts.0.w1")):
         block, (gate, up, down) = mixtral, ("w1", "w3", "w2")
     router = f"{block}.router" if load.has(f"{block}.router.weight") else f"{block}.gate"
-    own = load.spans(count, "the number of experts")[load.shard.rank]
+    given = config.experts
     names = [f"{block}.experts.{number}" for number in range(count)]
+    shared = f"{block}.shared_experts"
+    own = load.spans(count + given.shared, "the number of experts")[load.shard.rank]
+    preferences = (f"{block}.gate.e_score_correction_bias", f"{block}.{ERNIE_PREFERENCE}")
+    preferred = next((name for name in preferences if load.has(name)), preferences[0])
     several = load.shard.ranks > 1
     return ExpertsFeedForward(
         load.router(router, count, hidden),
-        load.experts([[f"{name}.{gate}", f"{name}.{up}"] for name in names], wide, hidden, own),
-        load.experts([[f"{name}.{down}"] for name in names], hidden, wide, own),
-        Experts(count, config.experts.used, config.experts.normalized, own.start, own.length),
+        load.experts(
+            [[f"{name}.{gate}", f"{name}.{up}"] for name in names],
+            wide,
+            hidden,
+            own,
+            [f"{shared}.{gate}", f"{shared}.{up}"],
+            (0, given.shared),
+        ),
+        load.experts(
+            [[f"{name}.{down}"] for name in names],
+            hidden,
+            wide,
+            own,
+            [f"{shared}.{down}"],
+            (1, given.shared),
+        ),
+        load.preference(preferred, count) if given.preferred else None,
+        Experts(
+            count,
+            given.used,
+            given.normalized,
+            own.start,
+            own.length,
+            given.sigmoid,
+            given.scale,
+            given.shared,
+        ),
         adds_parts=several and load.exact,
         adds_sums=several and not load.exact,
     )

@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.shard import Shard, Span
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.views import Adjusted, Reordered
+from engine.weights.views import Adjusted, Flat, Reordered
 from kernels.backend import HostTensor, WeightStore
 from kernels.ops import HeadNorms, Heads, Ops, T, Weight
 
@@ -199,13 +199,38 @@ class WeightLoader:
         bias = self._biases([name], rows)
         return self._weights.load([self._take(f"{name}.weight", (rows, columns))], bias, bits=16)
 
-    def experts(self, names: Sequence[Sequence[str]], rows: int, columns: int, own: Span) -> Weight:
+    def preference(self, name: str, count: int) -> Weight:
+        """What is added to experts' probabilities where they are chosen."""
+        stored = self.checkpoint.tensor(name).shape
+        shape = (1, count) if len(stored) > 1 else (count,)
+        return self._weights.load([Flat(self._take(name, shape))])
+
+    def experts(
+        self,
+        names: Sequence[Sequence[str]],
+        rows: int,
+        columns: int,
+        own: Span,
+        shared: Sequence[str] = (),
+        pieces: tuple[int, int] = (0, 0),
+    ) -> Weight:
         """One projection of all experts, or two of one input; the modules of each expert, `rows`
-        outputs each, stacked. Of experts that are not `own` nothing is read."""
+        outputs each, stacked. Behind them come `shared` modules, which hold a number of experts
+        side by side: `pieces` is the dimension, and how many. Of experts that are not `own` only
+        biases are read."""
         parts = [
             [self._take(f"{name}.weight", (rows, columns)) for name in modules] for modules in names
         ]
+        along, count = pieces
+        size = (rows, columns)[along]
+        whole = (rows * count, columns) if along == 0 else (rows, columns * count)
+        wide = [self._take(f"{name}.weight", whole) for name in shared if count]
+        parts += [[w.narrow(along, n * size, size) for w in wide] for n in range(count)]
         biases = self._biases([name for modules in names for name in modules], rows)
+        if biases and count:
+            raise ConfigError(
+                f"{names[0][0]!r} has a bias, which experts beside shared ones cannot"
+            )
         mine = parts[own.start : own.start + own.length]
         added = own.times(len(parts[0]))
         return self._weights.load(
@@ -231,6 +256,9 @@ class WeightLoader:
     def finish(self, *, tied: bool) -> None:
         """Refuse a file with tensors that the model has no place for: results would be wrong."""
         left = {n for n in self._unused if not n.endswith(IGNORED_SUFFIXES)}
+        # Layers that guess tokens further ahead, which not every model's configuration counts.
+        layers = self.checkpoint.config.get("num_hidden_layers")
+        left = {n for n in left if not n.startswith((f"model.layers.{layers}.", "model.mtp_"))}
         if tied:
             left.discard("lm_head.weight")
         if left:

@@ -19,7 +19,7 @@ ALIKE = {"su": "longrope", "mrope": "default"}
 GLM = ("glm", "glm4")
 GLM_SHARE = 0.5
 # Families that rotate neighbours, instead of values that lie half a head apart.
-NEIGHBOURS = (*GLM, "ernie4_5", "helium")
+NEIGHBOURS = (*GLM, "ernie4_5", "ernie4_5_moe", "helium")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def rotated_width(raw: dict[str, Any], dim: int) -> int:
     """How many of a head's first values are rotated; all, but in some of Phi's models and GLM's."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     share = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if share is None and raw.get("model_type") in GLM:
+    if share is None and raw.get("model_type") in (*GLM, "glm4_moe"):
         share = GLM_SHARE
     width = dim if share is None else int(dim * float(share))
     if not 0 < width <= dim or width % 2:

@@ -111,7 +111,8 @@ class StackedExperts:
     def __init__(self, names: Iterable[str], config: dict[str, Any]) -> None:
         self._stacks: set[str] = set()
         self._places: dict[str, tuple[str, int, int, int]] = {}
-        for name in names:
+        self._count = config.get("num_local_experts")
+        for name in names if config.get("model_type") == "gpt_oss" else ():
             found = STACK.fullmatch(name)
             if found is None:
                 continue
@@ -119,7 +120,7 @@ class StackedExperts:
             block, kind, suffix = found.groups()
             if suffix == "_scales":
                 continue
-            count = config.get("num_local_experts")
+            count = self._count
             if type(count) is not int or not 0 < count <= MAX_EXPERTS:
                 raise ConfigError(f"the model's configuration has num_local_experts = {count!r}")
             last, parts = "bias" if suffix == "_bias" else "weight", PARTS[kind]
@@ -147,9 +148,9 @@ class StackedExperts:
             scales = find(whole.removesuffix("_blocks") + "_scales")
             fits = dtype == "U8" and _belong_together(shape, scales)
         else:
-            outputs = shape[-1]
             fits = len(shape) == (2 if bias else 3)
-        if not fits or shape[0] <= expert or outputs % turns:
+            outputs = shape[-1] if fits else 0
+        if not fits or shape[0] != self._count or outputs % turns:
             raise ConfigError(f"tensor {whole!r} is {dtype} {shape}, which are no stacked experts")
         rows = (0, outputs // turns)
         if bias:

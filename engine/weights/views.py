@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +51,21 @@ class Renamed(View):
     @property
     def name(self) -> str:
         return self.own_name
+
+
+@dataclass(frozen=True, eq=False)
+class Flat(View):
+    """A tensor's values as a vector."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (math.prod(self.tensor.shape),)
+
+    def narrow(self, dimension: int, start: int, length: int) -> HostTensor:
+        raise ValueError(f"{self.name} stays whole")
+
+    def dense(self) -> torch.Tensor:
+        return self.tensor.dense().flatten()
 
 
 @dataclass(frozen=True, eq=False)

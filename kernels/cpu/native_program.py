@@ -240,6 +240,7 @@ class NativeProgram:
         down: NativeWeight,
         experts: Experts,
         activation: str,
+        preference: NativeWeight | None,
         out: int,
     ) -> None:
         self._program.add_experts(
@@ -250,13 +251,16 @@ class NativeProgram:
             down=down.packed,
             gate_up_bias=gate_up.bias_address,
             down_bias=down.bias_address,
-            sizes=(experts.count, experts.used, experts.first, experts.own),
+            preference=preference.address if preference is not None else 0,
+            sizes=(experts.count, experts.used, experts.first, experts.own, experts.shared),
             normalized=experts.normalized,
+            sigmoid=experts.sigmoid,
+            scale=experts.scale,
             activation=ACTIVATIONS[activation],
-            buffers=self._expert_buffers(gate_up, down, experts.used),
+            buffers=self._expert_buffers(gate_up, down, experts.places),
         )
 
-    def _expert_buffers(self, gate_up: NativeWeight, down: NativeWeight, used: int) -> list[int]:
+    def _expert_buffers(self, gate_up: NativeWeight, down: NativeWeight, places: int) -> list[int]:
         """Room for a row's copies and what becomes of them; layers of one shape share it."""
         hidden, wide = gate_up.shape[1], down.shape[1]
         kinds = (
@@ -265,13 +269,13 @@ class NativeProgram:
             (wide, down.reads),
             (hidden, "floats"),
         )
-        key = (kinds, used)
+        key = (kinds, places)
         if key not in self._experts:
             self._experts[key] = []
             for width, wanted in kinds:
                 forms = [form == wanted for form in FORMS]
-                self._experts[key].append(self._program.add_buffer(width, *forms, times=used))
-                self._row_bytes[RowCount.TOKENS] += used * width * FORM_BYTES[FORMS.index(wanted)]
+                self._experts[key].append(self._program.add_buffer(width, *forms, times=places))
+                self._row_bytes[RowCount.TOKENS] += places * width * FORM_BYTES[FORMS.index(wanted)]
         return self._experts[key]
 
     def _emit_sum_parts(self, x: int, parts: int, out: int) -> None:

@@ -252,7 +252,7 @@ def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
         **dict.fromkeys(integers, pointer(INT32)),
         **dict.fromkeys(("out", "x", "y", "scores"), pointer(BF16)),
         **dict.fromkeys(("choices", "first", "blocks"), "i32"),
-        "shares": pointer(F32),
+        **dict.fromkeys(("shares", "preference"), pointer(F32)),
     }
     for rows in (64, 2048):
         layout = Layout(experts, rows)

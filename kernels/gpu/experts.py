@@ -27,39 +27,56 @@ def route_kernel(
     chosen,
     shares,
     scores,
+    preference,
     live,
     COUNT: tl.constexpr,
     USED: tl.constexpr,
+    SHARED: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    PREFERENCE: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
     PLACES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A row's likeliest experts, of equals the lower number, and their shares. A row behind the
-    `live` ones chooses BLOCK, which is nobody's number: no weights are read for it."""
+    """A row's likeliest experts, of equals the lower number, and their shares, then the shared
+    ones. A row behind the `live` ones chooses BLOCK, which is nobody's number: no weights are read
+    for it."""
     enter(EARLY)
     row = tl.program_id(0).to(tl.int64)
     number, place = tl.arange(0, BLOCK), tl.arange(0, PLACES)
-    values = tl.load(scores + row * COUNT + number, mask=number < COUNT, other=-float("inf"))
+    known = number < COUNT
+    values = tl.load(scores + row * COUNT + number, mask=known, other=-float("inf"))
     inside = row < tl.load(live)
     # Padding may hold anything.
     values = tl.where(inside, values.to(tl.float32), 0.0)
-    weights = tl.exp(values - tl.max(values, 0))
-    total = tl.sum(weights, 0)
-    # Below every weight, so that what was taken is not taken again.
-    left = tl.where(number < COUNT, weights, -1.0)
+    if SIGMOID:
+        weights = 1.0 / (1.0 + tl.exp(-values))
+        total = 1.0
+    else:
+        weights = tl.exp(values - tl.max(values, 0))
+        total = tl.sum(weights, 0)
+    left = weights
+    if PREFERENCE:
+        left = weights / total + tl.load(preference + number, mask=known, other=0.0)
+    left = tl.where(known, left, -float("inf"))
     numbers, found = tl.zeros([PLACES], tl.int32), tl.zeros([PLACES], tl.float32)
     for k in tl.static_range(USED):
-        most = tl.max(left, 0)
-        best = tl.min(tl.where(left == most, number, BLOCK), 0)
+        best = tl.min(tl.where(left == tl.max(left, 0), number, BLOCK), 0)
         numbers = tl.where(place == k, best, numbers)
-        found = tl.where(place == k, most, found)
-        left = tl.where(number == best, -1.0, left)
+        found = tl.where(place == k, tl.sum(tl.where(number == best, weights, 0.0), 0), found)
+        left = tl.where(number == best, -float("inf"), left)
     if NORMALIZED:
         total = tl.sum(found, 0)
+    found = found / total * SCALE
+    if SHARED > 0:
+        numbers = tl.where(place < USED, numbers, COUNT + place - USED)
+        found = tl.where(place < USED, found, 1.0)
     numbers = tl.where(inside, numbers, BLOCK)
-    tl.store(chosen + row * USED + place, numbers, mask=place < USED)
-    tl.store(shares + row * USED + place, found / total, mask=place < USED)
+    at = row * (USED + SHARED) + place
+    tl.store(chosen + at, numbers, mask=place < USED + SHARED)
+    tl.store(shares + at, found, mask=place < USED + SHARED)
 
 
 @triton.jit(do_not_specialize=["choices", "first"])
@@ -183,12 +200,12 @@ class Layout:
     @property
     def choices(self) -> int:
         """Of all rows."""
-        return self.rows * self.experts.used
+        return self.rows * self.experts.places
 
     @property
     def block_rows(self) -> int:
         """Rows of a block, which all go through one expert."""
-        few = self.choices <= FEW * self.experts.count and not self.invariant
+        few = self.choices <= FEW * self.experts.total and not self.invariant
         return FEW if few else MANY
 
     @property
@@ -196,16 +213,20 @@ class Layout:
         """As many as can be wanted: one that is not full for each expert, and full ones."""
         return min(self.choices, self.experts.own) + self.choices // self.block_rows
 
-    def route_config(self) -> Config:
+    def route_config(self, *, preference: bool = False) -> Config:
         """The choice of a row's experts."""
         experts = self.experts
-        block = power_of_two(experts.count)
+        block = power_of_two(experts.total)
         constants = {
             "COUNT": experts.count,
             "USED": experts.used,
+            "SHARED": experts.shared,
             "NORMALIZED": experts.normalized,
+            "SIGMOID": experts.sigmoid,
+            "PREFERENCE": preference,
+            "SCALE": experts.scale,
             "BLOCK": block,
-            "PLACES": power_of_two(experts.used),
+            "PLACES": power_of_two(experts.places),
         }
         return Config(route_kernel, constants, 1)
 
@@ -217,7 +238,7 @@ class Layout:
         """Where an expert's rows go."""
         constants = {
             "OWN": self.experts.own,
-            "USED": self.experts.used,
+            "USED": self.experts.places,
             "ROWS": self.block_rows,
             "BLOCK": power_of_two(self.experts.own),
             "CHOICES": CHOICES,
@@ -236,9 +257,15 @@ class Sorted:
     experts: torch.Tensor
 
 
-def sort_rows(scores: torch.Tensor, layout: Layout, live: torch.Tensor) -> Sorted:
-    """Choose each row's experts from scores `[rows, count]`, and lay the rows out by expert; those
-    behind the first `live`, int32 `[1]`, are padding and go nowhere."""
+def sort_rows(
+    scores: torch.Tensor,
+    layout: Layout,
+    live: torch.Tensor,
+    preference: torch.Tensor | None = None,
+) -> Sorted:
+    """Choose each row's experts from scores `[rows, count]` and what is preferred, fp32 `[count]`,
+    and lay the rows out by expert; those behind the first `live`, int32 `[1]`, are padding and go
+    nowhere."""
     experts, device = layout.experts, scores.device
 
     def integers(size: int) -> torch.Tensor:
@@ -252,7 +279,9 @@ def sort_rows(scores: torch.Tensor, layout: Layout, live: torch.Tensor) -> Sorte
         integers(layout.blocks * layout.block_rows),
         integers(layout.blocks),
     )
-    layout.route_config().launch((layout.rows,), chosen, shares, scores, live)
+    liked = preference if preference is not None else scores
+    route = layout.route_config(preference=preference is not None)
+    route.launch((layout.rows,), chosen, shares, scores, liked, live)
     whole = (layout.choices, experts.first)
     layout.count_config().launch((experts.own,), counts, chosen, *whole)
     layout.place_config().launch(

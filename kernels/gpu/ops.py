@@ -153,10 +153,12 @@ class GpuOps:
         down: Weight,
         experts: Experts,
         activation: Activation,
+        preference: Weight | None = None,
     ) -> torch.Tensor:
         layout = Layout(experts, len(x), self._invariant)
         # The last start is the number of rows that are none of the padding.
-        order = sort_rows(scores, layout, self._staging.query_starts[-1:])
+        liked = gpu(preference).tensor if preference is not None else None
+        order = sort_rows(scores, layout, self._staging.query_starts[-1:], liked)
         places, hidden = len(order.sources), x.shape[1]
         config, blocks = gather_config(hidden)
         rows = self._rows(places, hidden)
@@ -168,7 +170,7 @@ class GpuOps:
             y = self._rows(places, outputs)
             self._multiply(y, rows, weight, shape, order.experts)
             rows = self.gated(y, activation) if stacked is gate_up else y
-        out = self._rows(len(x), experts.used * hidden)
+        out = self._rows(len(x), experts.places * hidden)
         config, blocks = scatter_config(hidden)
         config.launch((layout.choices, blocks), out, rows, order.places, order.shares)
         return out

@@ -274,7 +274,7 @@ def expert_bytes(instruction: Instruction, rows: int) -> int:
     gates leave; 0 for other ops."""
     if instruction.op != "experts":
         return 0
-    _, _, _, down, experts, _ = instruction.arguments
+    _, _, _, down, experts, *_ = instruction.arguments
     layout = Layout(experts, rows)
     width: int = down.shape[0] // experts.own + 3 * down.shape[1]
     return layout.blocks * layout.block_rows * width * 2

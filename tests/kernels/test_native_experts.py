@@ -36,6 +36,7 @@ class Block:
     down: Host
     gate_up_bias: Host | None = None
     down_bias: Host | None = None
+    preference: torch.Tensor | None = None
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -88,9 +89,10 @@ def run_experts(
     recorder = Recorder()
     hidden = recorder.embed(table, 1.0)
     scores = recorder.linear(hidden, router)
-    y = recorder.experts(hidden, scores, gate_up, down, experts, activation)
+    liked = None if block.preference is None else exact.load([Host(block.preference)])
+    y = recorder.experts(hidden, scores, gate_up, down, experts, activation, liked)
     if not parts:
-        y = recorder.sum_parts(y, experts.used)
+        y = recorder.sum_parts(y, experts.places)
     y = recorder.select_rows(y)
     unit = exact.load([Host(torch.eye(y.width))])
     program = backend.compile(recorder.finish(recorder.linear(y, unit)), len(x))
@@ -148,6 +150,35 @@ def test_every_format_computes_what_its_weights_say(
     total = run_experts(block, x, weights=weights, instructions=instructions)
     sums = parts.view(len(x), USED, HIDDEN)
     assert torch.equal(total, sums[:, 0] + sums[:, 1] + sums[:, 2])
+
+
+def preferring(block: Block) -> Block:
+    """The same with one more expert, which all rows go through, and some that are preferred."""
+    return replace(block, preference=random(COUNT - 1, seed=6) * 0.3)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_some_are_preferred_and_one_is_shared(kind: str, sigmoid: bool, normalized: bool) -> None:
+    whole = preferring(block_of(kind))
+    block = replace(whole, router=whole.router[: COUNT - 1])
+    x = random(33, HIDDEN, seed=3)
+    experts = Experts(COUNT - 1, USED, normalized, 0, COUNT, sigmoid, scale=1.7, shared=1)
+    options: Any = {"parts": True, "weights": "float32"}
+    found = run_experts(block, x, experts, **options)
+    stacks = [TorchWeight("w", h.shape, h.values) for h in (block.gate_up, block.down)]
+    assert block.preference is not None
+    liked = TorchWeight("p", (COUNT - 1,), block.preference)
+    scores = x @ block.router.T
+    expected = ReferenceOps([], 1).experts(x, scores, *stacks, experts, "silu", liked)
+    assert found.shape == (33, (USED + 1) * HIDDEN)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    likely = scores.sigmoid() if sigmoid else scores.softmax(-1)
+    taken = route(scores, experts, block.preference)[0][:, :USED]
+    assert not torch.equal(taken, likely.topk(USED).indices), "preferences change nothing here"
+    spans = [replace(experts, first=first, own=own) for first, own in ((0, 4), (4, 3))]
+    assert torch.equal(sum(run_experts(block, x, span, **options) for span in spans), found)
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS)

@@ -91,6 +91,8 @@ def parsed(cuts: list[str], opening: str = "assistant") -> list[Piece]:
         (THOUGHT + THOUGHT + FINAL + "A", "Hm, rain?\n\nHm, rain?", "A", []),
         (THOUGHT, "Hm, rain?", "", []),
         (THOUGHT[:32], "Hm", "", []),
+        (FINAL + "  if a:\n", "", "  if a:\n", []),
+        (FINAL + "Hi<|end|><|start|>assi", "", "Hi", []),
         ("<|channel|>fin", "", "", []),
         ("Plain words.", "", "Plain words.", []),
         (CALL + '{"city" Rome}', "", "Rome}", [("get_weather", '{"city" ')]),
@@ -117,6 +119,14 @@ def test_an_answer_goes_on_with_the_message_that_its_prompt_has_begun() -> None:
     assert harmony.has_begun(prompt)
     assert joined(parsed([" a time"], opening_of(prompt))) == ("", " a time", [])
     assert not harmony.has_begun("<|start|>user<|message|>Hi<|end|><|start|>assistant")
+    assert not harmony.has_begun("<|start|>user<|message|>Hi<|end|>")
+    assert joined(parsed(["<|start|>assistant" + FINAL + "Yes"], "user<|message|>Hi<|end|>")) == (
+        "",
+        "Yes",
+        [],
+    )
+    # What the prompt ends with is not said again, though it could have become a mark.
+    assert joined(parsed([" b"], "assistant" + FINAL + "a <")) == ("", " b", [])
 
 
 def test_any_text_and_any_marks_are_read_without_loss_of_order() -> None:
@@ -191,8 +201,37 @@ def test_without_wishes_there_is_no_grammar() -> None:
 
 
 def test_a_grammar_of_ones_own_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="cannot be combined"):
+    with pytest.raises(InvalidRequest, match="cannot be part of a larger one"):
         accepts("", None, Grammar("lark", 'start: "a"'))
+
+
+def test_the_rest_of_a_message_is_held_to_its_form_and_cannot_become_a_call() -> None:
+    assert accepts("any <text>", Offered([STRICT]), None, begun=True)
+    assert not accepts(CALL + "{}", Offered([STRICT]), None, begun=True)
+    with pytest.raises(InvalidRequest, match="cannot begin with a call"):
+        accepts("", Offered([WEATHER], "required"), None, begun=True)
+
+
+def test_results_stand_behind_their_calls_though_ids_come_again() -> None:
+    call = {"id": "c0", "function": {"name": "f", "arguments": {}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    results = [{"role": "tool", "tool_call_id": "c0", "content": text} for text in ("one", "two")]
+    lost = {"role": "tool", "tool_call_id": "c9", "content": "nobody's"}
+    made = told([turn, results[0], turn, results[1], lost])
+    assert [m["content"] for m in made] == ["", "one", "", "two", "nobody's"]
+    assert made == told(made), "told twice it is the same"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("none", "low"), ("xhigh", "high"), ("medium", "medium"), (["high"], ["high"])],
+)
+def test_efforts_are_those_that_the_template_knows(given: Any, shown: Any) -> None:
+    assert harmony.variables({"reasoning_effort": given, "a": 1}) == {
+        "reasoning_effort": shown,
+        "a": 1,
+    }
+    assert harmony.variables({}) == {}
 
 
 def test_messages_become_what_the_template_can_show() -> None:

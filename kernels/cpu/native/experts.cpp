@@ -27,18 +27,27 @@ std::vector<Weight> parts_of(const Weight& whole, int64_t count) {
   return parts;
 }
 
-// The likeliest experts of a row and their shares, the lower number first of equals.
-void choose(const float* scores, int64_t count, int64_t used, bool normalized, int32_t* chosen,
-            float* shares) {
-  float highest = scores[0];
-  for (int64_t n = 1; n < count; ++n) highest = std::max(highest, scores[n]);
+// The experts of a row and their shares, the likeliest first and the lower number first of equals.
+// `likely` is room for a row's probabilities.
+void choose(const float* scores, const float* preference, const ExpertSizes& sizes, float* likely,
+            int32_t* chosen, float* shares) {
+  const int64_t count = sizes.count, used = sizes.used;
+  const float highest = *std::max_element(scores, scores + count);
   float total = 0.0f;
+  for (int64_t n = 0; n < count; ++n) {
+    likely[n] = sizes.sigmoid ? 1.0f / (1.0f + std::exp(-scores[n])) : std::exp(scores[n] - highest);
+    total += likely[n];
+  }
+  // A softmax keeps the order of the scores, which tell apart what it rounds alike.
+  const auto liked = [&](int64_t n) {
+    if (!preference) return scores[n];
+    return (sizes.sigmoid ? likely[n] : likely[n] / total) + preference[n];
+  };
   int64_t kept = 0;
   for (int64_t n = 0; n < count; ++n) {
-    total += std::exp(scores[n] - highest);
     // Into its place among the best so far.
     int64_t place = kept;
-    while (place > 0 && scores[chosen[place - 1]] < scores[n]) --place;
+    while (place > 0 && liked(chosen[place - 1]) < liked(n)) --place;
     if (place >= used) continue;
     kept = std::min(kept + 1, used);
     std::copy_backward(chosen + place, chosen + kept - 1, chosen + kept);
@@ -46,17 +55,23 @@ void choose(const float* scores, int64_t count, int64_t used, bool normalized, i
   }
   float sum = 0.0f;
   for (int64_t k = 0; k < used; ++k) {
-    shares[k] = std::exp(scores[chosen[k]] - highest);
+    shares[k] = likely[chosen[k]];
     sum += shares[k];
   }
-  for (int64_t k = 0; k < used; ++k) shares[k] /= normalized ? sum : total;
+  const float whole = sizes.normalized ? sum : sizes.sigmoid ? 1.0f : total;
+  for (int64_t k = 0; k < used; ++k) shares[k] = shares[k] / whole * sizes.scale;
+  for (int64_t k = 0; k < sizes.shared; ++k) {
+    chosen[used + k] = static_cast<int32_t>(count + k);
+    shares[used + k] = 1.0f;
+  }
 }
 
 }  // namespace
 
 void Program::add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
-                          const float* gate_up_bias, const float* down_bias, ExpertSizes sizes,
-                          int activation, ExpertBuffers buffers) {
+                          const float* gate_up_bias, const float* down_bias,
+                          const float* preference, ExpertSizes sizes, int activation,
+                          ExpertBuffers buffers) {
   auto experts = std::make_shared<Experts>();
   experts->sizes = sizes;
   experts->buffers = buffers;
@@ -64,7 +79,8 @@ void Program::add_experts(int in, int scores, int out, const Weight& gate_up, co
   experts->down = parts_of(down, sizes.own);
   experts->gate_up_bias = gate_up_bias;
   experts->down_bias = down_bias;
-  const size_t places = static_cast<size_t>(max_rows_ * sizes.used);
+  experts->preference = preference;
+  const size_t places = static_cast<size_t>(max_rows_ * sizes.places());
   experts->chosen.resize(places);
   experts->shares.resize(places);
   experts->places.resize(places);
@@ -81,20 +97,21 @@ void Program::add_experts(int in, int scores, int out, const Weight& gate_up, co
 
 void Program::experts_step(const Instruction& i, int64_t rows) {
   Experts& e = *i.experts;
-  const int64_t used = e.sizes.used, count = e.sizes.count;
+  const int64_t places = e.sizes.places(), count = e.sizes.count;
   const Value &in = values_[i.in], &scores = values_[i.in2], &out = values_[i.out];
   pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
+    float* likely = scratch(count);
     for (int64_t row = first; row < last; ++row) {
-      choose(scores.floats.get() + row * count, count, used, e.sizes.normalized,
-             e.chosen.data() + row * used, e.shares.data() + row * used);
+      choose(scores.floats.get() + row * count, e.preference, e.sizes, likely,
+             e.chosen.data() + row * places, e.shares.data() + row * places);
     }
   });
   e.sort(rows);
   const Value &gathered = values_[e.buffers.gathered], &hidden = values_[e.buffers.hidden];
   const Value &gated = values_[e.buffers.gated], &results = values_[e.buffers.results];
   pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
-    for (int64_t n = first * used; n < last * used; ++n) {
-      if (e.places[n] >= 0) gathered.copy_row(in, n / used, e.places[n]);
+    for (int64_t n = first * places; n < last * places; ++n) {
+      if (e.places[n] >= 0) gathered.copy_row(in, n / places, e.places[n]);
     }
   });
   multiply_experts(e, e.gate_up, e.gate_up_bias, gathered, hidden.floats.get());
@@ -108,7 +125,7 @@ void Program::experts_step(const Instruction& i, int64_t rows) {
   multiply_experts(e, e.down, e.down_bias, gated, results.floats.get());
   const int64_t width = results.width;
   pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
-    for (int64_t n = first * used; n < last * used; ++n) {
+    for (int64_t n = first * places; n < last * places; ++n) {
       float* target = out.floats.get() + n * width;
       if (e.places[n] < 0) {
         std::fill_n(target, width, 0.0f);
@@ -124,7 +141,7 @@ void Program::experts_step(const Instruction& i, int64_t rows) {
 // are not here.
 void Experts::sort(int64_t rows) {
   std::fill(starts.begin(), starts.end(), 0);
-  const int64_t total = rows * sizes.used;
+  const int64_t total = rows * sizes.places();
   const auto own = [&](int64_t n) { return chosen[n] - sizes.first; };
   for (int64_t n = 0; n < total; ++n) {
     if (own(n) >= 0 && own(n) < sizes.own) ++starts[own(n) + 1];

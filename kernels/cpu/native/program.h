@@ -38,13 +38,18 @@ constexpr std::array<const char*, 12> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
     "select_rows", "all_reduce", "all_gather", "experts", "sum_parts"};
 
-// How many experts there are, how many a row goes through, and which are here: `own` from `first` on.
+// How many experts there are, how many a row goes through, and which are here: `own` from `first` on; `shared`
+// others, behind the `count` ones, all rows go through.
 struct ExpertSizes {
-  int64_t count, used, first, own;
-  bool normalized;  // a row's shares sum to 1
+  int64_t count, used, first, own, shared;
+  bool normalized;  // a row's shares sum to 1, before they are scaled
+  bool sigmoid;     // probabilities are each score's own; else their softmax
+  float scale;
+
+  int64_t places() const { return used + shared; }
 };
 
-// Buffers for `used` rows of each row, sorted by expert: copies of the input, what the first matmul
+// Buffers for a row in each of its places, sorted by expert: copies of the input, what the first matmul
 // makes of it, this gated, and what the second makes of that.
 struct ExpertBuffers {
   int gathered, hidden, gated, results;
@@ -56,9 +61,10 @@ struct Experts {
   ExpertBuffers buffers;
   std::vector<Weight> gate_up, down;  // one an expert, views of what is stacked
   const float *gate_up_bias, *down_bias;  // stacked alike, or null
-  std::vector<int32_t> chosen;        // [rows, used]
-  std::vector<float> shares;          // [rows, used]
-  std::vector<int64_t> places;        // [rows, used], rows of the buffers
+  const float* preference;                // [count], added where experts are chosen, or null
+  std::vector<int32_t> chosen;            // [rows, places]
+  std::vector<float> shares;              // [rows, places]
+  std::vector<int64_t> places;            // [rows, places], rows of the buffers
   std::vector<int64_t> starts;        // [own + 1], each expert's first row there
 
   void sort(int64_t rows);
@@ -97,8 +103,8 @@ class Program {
   void add(Instruction instruction);
   // `gate_up` and `down` stack what belongs to each expert that is here.
   void add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
-                   const float* gate_up_bias, const float* down_bias, ExpertSizes sizes,
-                   int activation, ExpertBuffers buffers);
+                   const float* gate_up_bias, const float* down_bias, const float* preference,
+                   ExpertSizes sizes, int activation, ExpertBuffers buffers);
 
   void run(const Batch& batch);
 

@@ -27,7 +27,7 @@ from tests.engine.models.test_parity import run
 from tests.engine.models.test_ranks import check_close, on_one_and, tiny
 from tests.engine.weights.test_gguf import write_gguf
 from tests.kernels.native import needs_native
-from tests.tiny import EXPERTS, write_llama
+from tests.tiny import EXPERTS, write_llama, write_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 WINDOWS = [
@@ -74,9 +74,35 @@ def test_linears_have_four_bits_tables_eight_and_the_rest_all(
     assert not kinds
     formats = {name: after.tensor(name).format for name in after.names()}
     assert formats["lm_head.weight"] == formats["model.embed_tokens.weight"] == "Q8_0"
-    assert all(formats[name] == "F32" for name in formats if name.endswith(".gate.weight"))
+    routers = [name for name in formats if name.endswith((".gate.weight", ".router.weight"))]
+    assert all(formats[name] == "F32" for name in routers)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (target / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_what_chooses_experts_is_not_rounded(tmp_path: Path) -> None:
+    """Nor are biases, though some lie in a matrix."""
+    for family, more in (
+        ("gpt_oss", {"num_local_experts": 32}),
+        ("ernie4_5_moe", {"moe_num_experts": 32}),
+    ):
+        source = tiny(tmp_path / family, family, hidden_size=64, **more)
+        write_tokenizer(source)
+        quantize(source, target := tmp_path / f"{family}-4", [], lambda *_: None)
+        before, after = open_checkpoint(source), open_checkpoint(target)
+        kinds = {name: after.tensor(name).format for name in after.names()}
+        exact = [n for n in kinds if "router" in n or ".gate." in n or "correction" in n]
+        assert len(exact) >= 4
+        for name in exact:
+            assert torch.equal(after.tensor(name).dense(), before.tensor(name).dense())
+        assert kinds["model.layers.1.mlp.experts.3.down_proj.weight"] == "Q4_1"
+        assert (logits(target) - logits(source)).norm() / logits(source).norm() < 0.6
+
+
+def test_shared_experts_in_one_are_not_fitted(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "source", "glm4_moe", hidden_size=64)
+    with pytest.raises(ConfigError, match="2 shared experts in one cannot be fitted"):
+        quantize(source, tmp_path / "target", WINDOWS, lambda *_: None)
 
 
 def test_it_computes_what_its_weights_say(tmp_path: Path) -> None:

@@ -112,16 +112,32 @@ def with_short_blocks(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> No
     tensors[name] = tensors[name][..., :8].contiguous()
 
 
+def with_a_number(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
+    tensors[f"{EXPERTS}.gate_up_proj_blocks"] = torch.tensor(1, dtype=torch.uint8)
+
+
+def with_more_experts(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["num_local_experts"] = 4
+
+
 def with_few_experts(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
     for kind in ("blocks", "scales"):
         name = f"{EXPERTS}.gate_up_proj_{kind}"
         tensors[name] = tensors[name][:2].contiguous()
 
 
-@pytest.mark.parametrize("change", [without_scales, with_short_blocks, with_few_experts])
+@pytest.mark.parametrize(
+    "change",
+    [without_scales, with_short_blocks, with_few_experts, with_more_experts, with_a_number],
+)
 def test_stacks_that_are_none_are_named(tmp_path: Path, change: Any) -> None:
     with pytest.raises(ConfigError, match=r"gate_up_proj_blocks' is U8 .* no stacked experts"):
-        changed(tmp_path, change).tensor(f"{EXPERTS}.4.gate_proj.weight")
+        changed(tmp_path, change).tensor(f"{EXPERTS}.1.gate_proj.weight")
+
+
+def test_other_families_stacks_are_not_taken_for_such(tmp_path: Path) -> None:
+    checkpoint = changed(tmp_path, lambda _, config: config.update(model_type="qwen3_moe"))
+    assert f"{EXPERTS}.gate_up_proj_blocks" in checkpoint.names()
 
 
 @pytest.mark.parametrize("count", [None, "many", 0, 1 << 20])

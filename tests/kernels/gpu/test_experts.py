@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.staging import Staging
 from kernels.ops import Activation, Experts
 from kernels.reference import ReferenceOps, TorchWeight, route
-from tests.kernels.gpu.filled import HOST
+from tests.kernels.gpu.filled import HOST, gpu_vector
 from tests.kernels.native import Host, quantized
 
 HIDDEN, WIDE, COUNT, USED = 64, 48, 5, 2
@@ -43,6 +44,7 @@ def run(
     invariant: bool = False,
     biases: Sequence[torch.Tensor] = (),
     activation: Activation = "silu",
+    preference: torch.Tensor | None = None,
 ) -> torch.Tensor:
     backend = GpuBackend(weights, "float32", HOST)
     span = slice(experts.first, experts.first + experts.own)
@@ -54,7 +56,8 @@ def run(
     ops = ops_for(len(x), invariant=invariant)
     added = [[own(Host(bias))] for bias in biases] or [[], []]
     placed = [backend.load([own(w)], b) for w, b in zip((gate_up, down), added, strict=True)]
-    return ops.experts(x, scores, placed[0], placed[1], experts, activation)
+    liked = None if preference is None else gpu_vector(preference)
+    return ops.experts(x, scores, placed[0], placed[1], experts, activation, liked)
 
 
 def wanted(
@@ -98,6 +101,27 @@ def test_experts_as_gpt_oss_has_them_add_their_own_biases_behind_held_gates(rows
     found = run(gate_up, down, x, scores, **options)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
     spans = [Experts(COUNT, USED, normalized=True, first=f, own=n) for f, n in ((0, 2), (2, 3))]
+    parts = [run(gate_up, down, x, scores, span, **options) for span in spans]
+    assert torch.equal(parts[0] + parts[1], found)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize(("rows", "normalized"), [(3, True), (50, False)])
+def test_some_are_preferred_and_some_are_shared(
+    rows: int, normalized: bool, *, sigmoid: bool
+) -> None:
+    gate_up, down = (Host(random(COUNT * n * HIDDEN, HIDDEN, seed=1) * 0.3) for n in (2, 1))
+    experts = Experts(COUNT - 2, USED, normalized, 0, COUNT, sigmoid, scale=1.7, shared=2)
+    x, scores = random(rows, HIDDEN, seed=2), random(rows, COUNT - 2, seed=3)
+    preference = torch.tensor([0.0, 0.9, -0.9])
+    options: Any = {"preference": preference, "weights": "float32"}
+    found = run(gate_up, down, x, scores, experts, **options)
+    weights = [TorchWeight("w", tuple(h.shape), h.values) for h in (gate_up, down)]
+    liked = TorchWeight("p", (COUNT - 2,), preference)
+    expected = ReferenceOps([], 16).experts(x, scores, *weights, experts, "silu", liked)
+    assert found.shape == (rows, 4 * HIDDEN)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    spans = [replace(experts, first=first, own=own) for first, own in ((0, 4), (4, 1))]
     parts = [run(gate_up, down, x, scores, span, **options) for span in spans]
     assert torch.equal(parts[0] + parts[1], found)
 
