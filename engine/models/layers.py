@@ -256,9 +256,7 @@ class WeightLoader:
     def finish(self, *, tied: bool) -> None:
         """Refuse a file with tensors that the model has no place for: results would be wrong."""
         left = {n for n in self._unused if not n.endswith(IGNORED_SUFFIXES)}
-        # Layers that guess tokens further ahead, which not every model's configuration counts.
-        layers = self.checkpoint.config.get("num_hidden_layers")
-        left = {n for n in left if not n.startswith((f"model.layers.{layers}.", "model.mtp_"))}
+        left = {n for n in left if not n.startswith(self._guessing_ahead())}
         if tied:
             left.discard("lm_head.weight")
         if left:
@@ -267,6 +265,15 @@ class WeightLoader:
                 f"{self.checkpoint.config.get('model_type')} model has no place for, "
                 f"such as {min(left)!r}"
             )
+
+    def _guessing_ahead(self) -> tuple[str, ...]:
+        """How names begin of what guesses tokens further ahead, which is not done: layers behind
+        the last one (GLM), or modules of their own (ERNIE)."""
+        config = self.checkpoint.config
+        layers, ahead = (config.get(k) for k in ("num_hidden_layers", "num_nextn_predict_layers"))
+        numbers = range(layers, layers + ahead) if type(layers) is type(ahead) is int else ()
+        behind = [f"{kind}.{n}." for n in numbers for kind in ("model.layers", "blk")]
+        return (*behind, "model.mtp_")
 
     def _take(self, name: str, shape: tuple[int, ...]) -> HostTensor:
         tensor = self.checkpoint.tensor(name)

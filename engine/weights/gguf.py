@@ -44,7 +44,13 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
 }
+# Tensors that Hugging Face does not call a weight or a bias.
+BARE = ("attn_sinks", "exp_probs_b")
 # Tensors of all experts, `[experts, out, in]`; older files have a tensor for each.
 EXPERT_NAMES = {
     "ffn_gate_exps": "gate_proj",
@@ -66,6 +72,7 @@ OWN_NAMES = {
         "ffn_up": "mlp.gate_up_proj",
     },
     "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
+    "glm4_moe": {"post_attention_norm": "post_attention_layernorm"},
     "gpt_oss": {
         "post_attention_norm": "post_attention_layernorm",
         "attn_sinks": "self_attn.sinks",
@@ -85,6 +92,12 @@ CONFIG_KEYS = {
     "expert_count": "num_local_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_weights_scale": "routed_scaling_factor",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "interleave_moe_layer_step": "moe_layer_interval",
+    "nextn_predict_layers": "num_nextn_predict_layers",
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
@@ -104,6 +117,8 @@ SCALING_KEYS = {
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 GEMMA_27B_LAYERS = 62
 EXPERT_DIMENSIONS = 3
+# llama.cpp's number for experts' probabilities that are each score's own.
+SIGMOID = 2
 MAX_EXPERTS = 4096
 # No name in a file holds it.
 EACH_EXPERT = "\0"
@@ -121,9 +136,11 @@ MODEL_TYPES = {
     "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss",
     "gpt-oss": "gpt_oss",
+    "glm4moe": "glm4_moe",
+    "ernie4_5-moe": "ernie4_5_moe",
 }
 # Whose heads may rotate in part.
-ROTATED_IN_PART = ("phi3", "glm4")
+ROTATED_IN_PART = ("phi3", "glm4", "glm4moe")
 # Whose query and key rows are stored for interleaved rotation.
 INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
 
@@ -299,7 +316,7 @@ class GGUFCheckpoint:
             names = LAYER_NAMES | OWN_NAMES.get(self.config["model_type"], {})
             if part in names:
                 own = f"model.layers.{layer}.{names[part]}"
-                return own if part == "attn_sinks" else f"{own}.{kind}"
+                return own if part in BARE else f"{own}.{kind}"
             if part in EXPERT_NAMES:
                 return f"model.layers.{layer}.mlp.experts.{EACH_EXPERT}.{EXPERT_NAMES[part]}.{kind}"
             if older := OLDER_EXPERTS.fullmatch(part):
@@ -323,6 +340,15 @@ class GGUFCheckpoint:
         if architecture == "qwen3moe":
             # Every model of the kind does, and the file does not say.
             config["norm_topk_prob"] = True
+        if architecture == "glm4moe":
+            # Blocks behind the last layer guess tokens further ahead.
+            ahead, blocks = config.get("num_nextn_predict_layers"), config.get("num_hidden_layers")
+            if isinstance(ahead, int) and isinstance(blocks, int):
+                config["num_hidden_layers"] = blocks - ahead
+            config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
+            kind = self.metadata.get("glm4moe.expert_gating_func", SIGMOID)
+            if kind != SIGMOID:
+                raise ConfigError(f"{self.path.name}: expert_gating_func is {kind}, not {SIGMOID}")
         if "token_embd.weight" not in tensors:
             raise ConfigError(f"{self.path.name} has no tensor 'token_embd.weight'")
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]

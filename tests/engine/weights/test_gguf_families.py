@@ -4,6 +4,7 @@ them: the logits are those of the folder that they were made from."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,14 @@ OWN_NORMS = {
         "self_attn.sinks": "attn_sinks",
         "mlp.router": "ffn_gate_inp",
     },
+    "glm4moe": {
+        "post_attention_layernorm": "post_attention_norm",
+        "mlp.gate.e_score_correction_bias": "exp_probs_b",
+    },
+    "ernie4_5-moe": {"mlp.moe_statics.e_score_correction_bias": "exp_probs_b"},
 }
+BARE = {"sinks": ".weight", "e_score_correction_bias": ".bias"}
+SHARED = {f"mlp.shared_experts.{p}_proj": f"ffn_{p}_shexp" for p in ("gate", "up", "down")}
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 TOKENS = list(range(3, 63))
 
@@ -93,6 +101,49 @@ def write_nothing(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     """The file says nothing of which layers rotate."""
 
 
+def write_experts(writer: gguf.GGUFWriter, config: dict[str, Any], names: tuple[str, str]) -> None:
+    writer.add_key_length(config["head_dim"])
+    writer.add_expert_count(config[names[0]])
+    writer.add_expert_used_count(config[names[1]])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def write_glm_experts(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    write_experts(writer, config, ("n_routed_experts", "num_experts_per_tok"))
+    writer.add_rope_dimension_count(config["head_dim"] // 2)
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_nextn_predict_layers(1)
+    # What guesses further ahead; it is passed over.
+    writer.add_tensor("blk.4.nextn.eh_proj.weight", np.ones((4, 4), np.float32))
+    writer.add_tensor("blk.4.attn_norm.weight", np.ones(64, np.float32))
+
+
+def write_ernie_experts(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    write_experts(writer, config, ("moe_num_experts", "moe_k"))
+    writer.add_expert_shared_count(config["moe_num_shared_experts"])
+    writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+    writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+
+
+def stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each layer's experts in one tensor for each projection, under a name for GGUF's table."""
+    found: dict[str, list[torch.Tensor]] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for name in sorted(tensors, key=lambda n: [int(p) if p.isdigit() else 0 for p in n.split(".")]):
+        if match := re.fullmatch(r"(.*\.mlp\.experts)\.\d+\.(\w+)_proj\.weight", name):
+            found.setdefault(f"{match[1]}_{match[2]}.weight", []).append(tensors[name])
+        else:
+            rest[name] = tensors[name]
+    return rest | {name: torch.stack(parts) for name, parts in found.items()}
+
+
+STACKS = {f"mlp.experts_{p}": f"ffn_{p}_exps" for p in ("gate", "up", "down")}
+
+
 def write_stack(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor) -> None:
     """Of all experts one tensor for each projection."""
     layer, kind = name.split(".")[2], name.rpartition(".")[2]
@@ -117,6 +168,8 @@ OWN_KEYS = {
     "ernie4_5": ("ernie4_5", write_nothing),
     "seed_oss": ("seed_oss", write_nothing),
     "gpt_oss": ("gpt-oss", write_gpt_oss),
+    "glm4_moe": ("glm4moe", write_glm_experts),
+    "ernie4_5_moe": ("ernie4_5-moe", write_ernie_experts),
 }
 
 
@@ -129,20 +182,22 @@ def test_a_family_gives_the_logits_of_its_folder(
     folder = tiny(tmp_path / "folder", family, hidden_size=64)
     config = json.loads((folder / "config.json").read_text())
     file = tmp_path / "model.gguf"
-    writer = writer_of(file, architecture, config)
+    # One block more for what guesses further ahead.
+    blocks = config["num_hidden_layers"] + (architecture == "glm4moe")
+    writer = writer_of(file, architecture, config | {"num_hidden_layers": blocks})
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     write_keys(writer, config)
     monkeypatch.setattr(
         "tests.engine.weights.test_gguf.GGUF_NAMES",
-        GGUF_NAMES | FUSED | OWN_NORMS.get(architecture, {}),
+        GGUF_NAMES | FUSED | STACKS | SHARED | OWN_NORMS.get(architecture, {}),
     )
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in stacked_experts(load_file(folder / "model.safetensors")).items():
         if ".experts." in name:
             write_stack(writer, name, tensor)
             continue
-        name += ".weight" if name.endswith(".sinks") else ""
+        name += BARE.get(name.rpartition(".")[2], "")
         array = tensor.numpy()
         for part, heads in HEADS.items():
             if part in name and architecture in ("mistral3", "smollm3", "granite"):
