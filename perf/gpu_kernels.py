@@ -18,8 +18,8 @@ from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, place
-from kernels.ops import Activation, Experts, Heads
-from kernels.reference import ReferenceOps, TorchWeight
+from kernels.ops import Activation, Experts, Heads, Weight
+from kernels.reference import ReferenceOps, TorchWeight, tensor_of
 from perf.gpu_tensors import Blocks, Matrix, dense_of
 
 PAGE = 16
@@ -244,6 +244,14 @@ def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool)
             check(f"odd {name} {rows} rows", lambda run=run: run().clone(), exact, 3e-2)
 
 
+class ExactOps(ReferenceOps):
+    """The reference in float64."""
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        placed = tensor_of(weight)
+        return torch.nn.functional.linear(x, placed.tensor, placed.bias)
+
+
 def _check_experts(device: torch.device, check: Callable[..., None], *, smoke: bool) -> None:
     """Mixtures of experts, few rows an expert and many, and a rank's half of them; MXFP4's as
     gpt-oss has them."""
@@ -260,7 +268,7 @@ def _check_experts(device: torch.device, check: Callable[..., None], *, smoke: b
                 x = torch.randn(rows, hidden, device=device).to(BF16)
                 scores = torch.randn(rows, count, device=device).to(BF16)
                 ops = ops_without_model(device, rows=rows)
-                exact = ReferenceOps([], 1).experts(
+                exact = ExactOps([], 1).experts(
                     x.double(), scores, _exact(gate_up), _exact(down), experts, activation
                 )
                 run = partial(ops.experts, x, scores, gate_up, down, experts, activation)
