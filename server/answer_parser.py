@@ -14,7 +14,8 @@ from typing import Protocol
 
 import msgspec
 
-from server.json_machine import BLANK, Broken, Machine, Sink, require, string, value
+from server.json_machine import BLANK, Broken, Machine, Sink, require, string, until, value
+from server.marked_calls import Schemas, marked_call
 
 ARGUMENTS = ("arguments", "parameters")
 
@@ -60,6 +61,8 @@ class Style:
     leading: bool = False
     named: bool = False
     parts: tuple[str, ...] = ()
+    marked: bool = False
+    """Whether arguments may be marked one by one; see `marked_calls`."""
     special: bool = False
     """Whether what announces calls is a special token, which text does not show otherwise."""
 
@@ -93,19 +96,22 @@ class Parser(Protocol):
 
 
 class AnswerParser:
-    """Reads one answer. With `style` and the `names` of tools it finds calls; with `thinking`, two
-    markers, it finds reasoning, which has begun already if `begun`."""
+    """Reads one answer. With `style` and the `names` of tools it finds calls, and by `schemas` of
+    their arguments what bare values mean; with `thinking`, two markers, it finds reasoning, which
+    has begun already if `begun`."""
 
     def __init__(
         self,
         *,
         style: Style | None = None,
         names: Collection[str] = (),
+        schemas: Schemas | None = None,
         thinking: tuple[str, str] | None = None,
         begun: bool = False,
     ) -> None:
         self._style = style
         self._names = names
+        self._schemas = {name: (schemas or {}).get(name, {}) for name in names}
         self._thinking = thinking
         self._begun = begun
         self._pieces: list[Piece] = []
@@ -151,7 +157,7 @@ class AnswerParser:
         if self._style.leading and char and char in "{[":
             char = yield from self._attempt(char, "")
         while char:
-            char, found = yield from self._until(char, begins, self._say)
+            char, found = yield from until(char, begins, self._say)
             if found:
                 char = yield from self._attempt(char, found)
         if self._blank:
@@ -180,7 +186,7 @@ class AnswerParser:
                 char = yield
             if seen and seen != begin:
                 self._think(seen)
-        char, found = yield from self._until(char, (end,), self._think)
+        char, found = yield from until(char, (end,), self._think)
         self._blank = ""
         # Blanks around the markers belong to neither.
         return (yield from self._skip(char)) if found else char
@@ -252,6 +258,8 @@ class AnswerParser:
                 char = yield from self._skip((yield))
             require(char, "]")
             char = yield
+        elif style.marked and char != "{":
+            char = yield from marked_call(char, self._schemas, self._announce, self._argue)
         elif char == "{" or not style.named:
             char = yield from self._call(char)
         else:
@@ -265,11 +273,12 @@ class AnswerParser:
         while char and end.startswith(seen + char) and seen != end:
             seen += char
             char = yield
-        if seen != end and char:
-            self._say(blank + seen)
-        elif not end:
+        if seen == end and end:
+            return char
+        if char or not end:
             self._say(blank)
-        return char
+        # What began like the mark may begin another; at the text's end it was the mark, cut off.
+        return seen + char if char else ""
 
     def _call(self, char: str) -> Machine:
         """One call: an object with a name and arguments."""
@@ -332,6 +341,9 @@ class AnswerParser:
         self._pieces.append(CallBegin(self._calls, name))
         self._calls += 1
 
+    def _argue(self, text: str) -> None:
+        self._pieces.append(CallArguments(self._calls - 1, text))
+
     def _arguments(self, char: str, argue: Sink) -> Machine:
         """An object; some models write it as a text that holds it."""
         if char == "{":
@@ -354,23 +366,6 @@ class AnswerParser:
         self._raw = ""
         if shown:
             self._pieces.append(Content(shown))
-
-    def _until(
-        self, char: str, marks: tuple[str, ...], show: Sink
-    ) -> Generator[None, str, tuple[str, str]]:
-        """Show text up to one of some marks; then what follows it, and which it was ("": none)."""
-        held = ""
-        while char:
-            held += char
-            while held and not any(mark.startswith(held) for mark in marks):
-                show(held[0])
-                held = held[1:]
-            char = yield
-            if held in marks:
-                return char, held
-        if held:
-            show(held)
-        return "", ""
 
     def _skip(self, char: str, show: Sink | None = None) -> Machine:
         while char and char in BLANK:

@@ -128,6 +128,7 @@ async def prepare_answer(
             AnswerParser,
             style=dialect.style if calls else None,
             names=offered.names if offered is not None else (),
+            schemas={} if offered is None else {t.name: t.parameters for t in offered.tools},
             thinking=dialect.thinking if reasons else None,
             begun=begun,
         )

@@ -11,8 +11,9 @@ from engine.text.chat import ChatTemplate
 from server import harmony
 from server.answer_parser import Style
 
-# Qwen 2.5 and 3, Hermes 2 and 3, and many after them.
-HERMES = Style("hermes", ("<tool_call>",), "</tool_call>")
+# Qwen 2.5 and 3, Hermes 2 and 3, and many after them; GLM from 4.5 on and Qwen3-Coder, which mark
+# arguments.
+HERMES = Style("hermes", ("<tool_call>",), "</tool_call>", marked=True)
 # Llama 3.1 to 3.3.
 LLAMA = Style("llama3", ("<|python_tag|>",), leading=True, special=True)
 # Mistral from 7B-v0.3 on: a list, or since v11 names and arguments.

@@ -12,7 +12,8 @@ ESCAPES = '"\\/bfnrtu'
 
 
 class Broken(Exception):
-    """What is read is not what it has to be; `char` is the first that does not fit."""
+    """What is read is not what it has to be; `char` is the first that does not fit, or what was
+    read up to it and belongs to what follows."""
 
     def __init__(self, char: str) -> None:
         self.char = char
@@ -132,3 +133,19 @@ def _number(char: str, sink: Sink) -> Machine:
             char = yield
         char = yield from digits(char)
     return char
+
+
+def until(char: str, marks: tuple[str, ...], show: Sink) -> Generator[None, str, tuple[str, str]]:
+    """Show text up to one of some marks; then what follows it, and which it was ("": none)."""
+    held = ""
+    while char:
+        held += char
+        while held and not any(mark.startswith(held) for mark in marks):
+            show(held[0])
+            held = held[1:]
+        char = yield
+        if held in marks:
+            return char, held
+    if held:
+        show(held)
+    return "", ""

@@ -205,3 +205,48 @@ def test_deep_nesting_is_no_call() -> None:
     _, content, calls = joined(parse([text]))
     assert calls[0][0] == "f"
     assert content
+
+
+SCHEMAS: dict[str, Any] = {
+    "get_weather": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+    "f": {"properties": {"a": {"type": ["string", "null"]}, "b": {"enum": ["5", 6]}}},
+}
+GLM = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>12</arg_value>\n"
+GLM += "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+QWEN = "<tool_call>\n<function=get_weather>\n<parameter=city>\n12\n</parameter>\n"
+QWEN += "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (GLM, "", [("get_weather", '{"city": "12", "days": 3}')]),
+        (GLM.replace("\n", ""), "", [("get_weather", '{"city": "12", "days": 3}')]),
+        (QWEN, "", [("get_weather", '{"city": "12", "days": 3}')]),
+        ("So: " + GLM + "\n" + QWEN, "So:", [("get_weather", '{"city": "12", "days": 3}')] * 2),
+        ("<tool_call>search\n</tool_call>", "", [("search", "{}")]),
+        ("<tool_call>\n<function=search>\n</function>\n</tool_call> ok", " ok", [("search", "{}")]),
+        (
+            QWEN.replace("12", "if a < b:\n  <b>\n"),
+            "",
+            [("get_weather", '{"city": "if a < b:\\n  <b>\\n", "days": 3}')],
+        ),
+        (
+            "<tool_call>f<arg_key>a</arg_key><arg_value>null</arg_value><arg_key>b</arg_key>"
+            "<arg_value>5</arg_value><arg_key>c</arg_key><arg_value>[1, {}]</arg_value>"
+            "<arg_key>d</arg_key><arg_value>x y</arg_value></tool_call>",
+            "",
+            [("f", '{"a": null, "b": "5", "c": [1, {}], "d": "x y"}')],
+        ),
+        (GLM.replace("get_weather", "other"), GLM.replace("get_weather", "other"), []),
+        (QWEN.replace("get_weather", "other"), QWEN.replace("get_weather", "other"), []),
+        ("<tool_call> is a mark.", "<tool_call> is a mark.", []),
+        ("<tool_call><b>bold</b>", "<tool_call><b>bold</b>", []),
+        (GLM[:70], "", [("get_weather", "")]),
+    ],
+)
+def test_arguments_may_be_marked_one_by_one(
+    text: str, content: str, calls: list[tuple[str, str]]
+) -> None:
+    assert joined(parse([text], schemas=SCHEMAS)) == ("", content, calls)
+    assert joined(parse(list(text), schemas=SCHEMAS)) == ("", content, calls)

@@ -181,7 +181,7 @@ def test_a_budget_needs_a_token_that_ends_reasoning() -> None:
 
 
 def test_a_grammar_of_ones_own_cannot_be_combined() -> None:
-    with pytest.raises(InvalidRequest, match="cannot be combined"):
+    with pytest.raises(InvalidRequest, match="cannot be part of a larger one"):
         of(HERMES, Offered([STRICT]), form=Grammar("lark", 'start: "a"'))
 
 
