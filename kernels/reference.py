@@ -222,7 +222,7 @@ def route(
     chosen = liked.sort(dim=-1, descending=True, stable=True).indices[:, : experts.used]
     shares = likely.gather(1, chosen)
     if experts.normalized:
-        shares = shares / shares.sum(-1, keepdim=True)
+        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-20)
     always = torch.arange(experts.count, experts.total, device=scores.device)
     always = always.expand(len(scores), -1)
     ones = torch.ones_like(always, dtype=shares.dtype)

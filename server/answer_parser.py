@@ -133,7 +133,8 @@ class AnswerParser:
     def finish(self) -> list[Piece]:
         """What is left at the text's end."""
         with contextlib.suppress(StopIteration):
-            self._machine.send("")
+            while True:
+                self._machine.send("")
         return self._take()
 
     def _take(self) -> list[Piece]:

@@ -54,7 +54,6 @@ class HarmonyParser:
         self._shown: set[type[Piece]] = set()  # what other messages had
         self._said = False  # whether this message has
         self._pieces: list[Piece] = []
-        self._opened = False  # whether there has been a message
         self.push(opening)
         for char in self._held:
             self._read(char)
@@ -82,10 +81,12 @@ class HarmonyParser:
         self._held = ""
         if self._header is None:
             self._close()
-        elif (loose := self._header.removeprefix(ROLE)) and not (
-            self._opened or TITLE.search(loose)
-        ):
-            self._pieces.append(Content(loose.strip(BLANK)))  # a model without the format
+        elif not TITLE.search(self._header) and not ROLE.startswith(self._header):
+            # A model that does without the format.
+            loose = self._header.removeprefix(ROLE)
+            self._header, self._channel = None, ""
+            for char in loose.rstrip(BLANK):
+                self._say(char)
         return self._take()
 
     def _take(self) -> list[Piece]:
@@ -116,7 +117,7 @@ class HarmonyParser:
 
     def _open(self, header: str) -> None:
         """A message begins whose header is this."""
-        self._header, self._said, self._opened = None, False, True
+        self._header, self._said = None, False
         channel, recipient = CHANNEL.search(header), RECIPIENT.search(header)
         self._channel = channel[1] if channel else ""
         name = recipient[1].removeprefix(FUNCTIONS) if recipient else ""
@@ -134,6 +135,7 @@ class HarmonyParser:
         self._arguments = None
         if self._said:
             self._shown.add(Reasoning if self._channel == "analysis" else Content)
+        self._said = False
 
     def _read_arguments(self, index: int) -> Machine:
         char = yield

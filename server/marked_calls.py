@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.json_machine import BLANK, Broken, Machine, Sink, require, until
+from server.json_machine import BLANK, MAX_DEPTH, Broken, Machine, Sink, require, until
 
 Schemas = Mapping[str, Mapping[str, Any]]
 Text = Generator[None, str, tuple[str, str, str]]
@@ -33,6 +33,8 @@ class Marks:
 GLM = Marks("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>")
 QWEN = Marks("<parameter=", ">", "", "</parameter>", "</function>")
 QWEN_NAME = "<function="
+# What ends a call of either kind, if what should have ended it before did not come.
+CLOSE = "</tool_call>"
 
 
 def marked_call(char: str, schemas: Schemas, begin: Callable[[str], None], argue: Sink) -> Machine:
@@ -50,7 +52,7 @@ def marked_call(char: str, schemas: Schemas, begin: Callable[[str], None], argue
     if marks is QWEN:
         char = yield from _literal(char, ">")
         begin(name)
-        _, char, found = yield from _text(char, (marks.key, marks.end))
+        _, char, found = yield from _text(char, (marks.key, marks.end, CLOSE))
     else:
         while char and char in BLANK:
             char = yield
@@ -67,6 +69,7 @@ def _arguments(
 ) -> Machine:
     """Reads arguments behind the mark `found`."""
     properties = schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
     separator = "{"
     while found == marks.key:
         key, char, _ = yield from _text(char, (marks.key_end,))
@@ -76,32 +79,63 @@ def _arguments(
         if not found:
             return char
         key = key.strip(BLANK)
-        kind = properties.get(key) if isinstance(properties, dict) else None
         # Without the lines' ends behind the mark and before the next.
         text = value.removeprefix("\n").removesuffix("\n") if marks is QWEN else value
-        argue(f"{separator}{json.dumps(key, ensure_ascii=False)}: {meaning(text, kind)}")
+        value = meaning(text, properties.get(key), schema)
+        argue(f"{separator}{json.dumps(key, ensure_ascii=False)}: {value}")
         separator = ", "
-        _, char, found = yield from _text(char, (marks.key, marks.end))
+        _, char, found = yield from _text(char, (marks.key, marks.end, CLOSE))
     if found:
         argue("{}" if separator == "{" else "}")
     return char
 
 
-def meaning(text: str, schema: Any) -> str:
-    """A bare value as JSON: text where the schema takes text, else what it is as JSON, if it is."""
-    schema = schema if isinstance(schema, dict) else {}
-    kinds = schema.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    choices = schema.get("enum")
-    if text in (choices if isinstance(choices, list) else ()):
-        return json.dumps(text, ensure_ascii=False)
-    if "string" in kinds and not (text == "null" and "null" in kinds):
-        return json.dumps(text, ensure_ascii=False)
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
-    return text.strip(BLANK)
+def meaning(text: str, schema: Any, root: Mapping[str, Any] | None = None) -> str:
+    """A bare value as JSON: what the schema takes, references in it to parts of `root`. Text where
+    it takes text; else what it is as JSON, if it is."""
+    kinds, choices = _taken(schema, root or {})
+    word = text.strip(BLANK).lower()
+    if text not in choices:
+        if "boolean" in kinds and word in ("true", "false"):
+            return word
+        if "null" in kinds and word in ("null", "none"):
+            return "null"
+        if "string" not in kinds:
+            try:
+                value = json.loads(text, parse_constant=_refuse)
+                return json.dumps(value, ensure_ascii=False, allow_nan=False)
+            except (ValueError, RecursionError):
+                return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _taken(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple[set[str], list[Any]]:
+    """The types that a schema names anywhere, and the values."""
+    kinds: set[str] = set()
+    choices: list[Any] = []
+    if not isinstance(schema, dict) or depth > MAX_DEPTH:
+        return kinds, choices
+    named = schema.get("type")
+    kinds |= {kind for kind in (named if isinstance(named, list) else [named]) if kind}
+    values = schema.get("enum")
+    choices += values if isinstance(values, list) else []
+    choices += [schema["const"]] if "const" in schema else []
+    inner = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or ()]
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        part: Any = root
+        for step in reference.removeprefix("#/").split("/"):
+            part = part.get(step) if isinstance(part, dict) else None
+        inner.append(part)
+    for each in inner:
+        more = _taken(each, root, depth + 1)
+        kinds |= more[0]
+        choices += more[1]
+    return kinds, choices
 
 
 def _text(char: str, marks: tuple[str, ...]) -> Text:

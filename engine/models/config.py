@@ -37,6 +37,10 @@ EXPERTS = {
     "ernie4_5_moe": True,
 }
 SIGMOID = ("glm4_moe", "dots1")
+# Whose first layer is dense if their configuration does not say, and how many experts all tokens
+# go through then.
+FIRST_DENSE = ("glm4_moe", "ernie4_5_moe")
+SHARED_UNSAID = {"glm4_moe": 1, "ernie4_5_moe": 2}
 # What families, and versions of `transformers`, call the number of experts, of a token's, and of
 # those that every token goes through.
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -161,7 +165,9 @@ def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
     if model_type not in EXPERTS:
         return None
     raw = values.raw
-    count = values.integer(_known(raw, COUNTS), most=MAX_EXPERTS)
+    qwen = model_type == "qwen3_moe"
+    counts = ("num_experts", *COUNTS) if qwen else COUNTS
+    count = values.integer(_known(raw, counts), most=MAX_EXPERTS)
     used = values.integer(_known(raw, USED), 2 if model_type == "mixtral" else None)
     if used > count:
         raise ConfigError(f"num_experts_per_tok is {used}, but there are {count} experts")
@@ -170,6 +176,7 @@ def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
     width = "moe_intermediate_size"
     own = model_type not in ("mixtral", GPT_OSS)
     shared = _known(raw, SHARED)
+    unsaid = 0 if any(name in raw for name in SHARED) else SHARED_UNSAID.get(model_type, 0)
     return ExpertsConfig(
         count,
         used,
@@ -177,14 +184,15 @@ def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
         normalized=bool(raw.get("norm_topk_prob", EXPERTS[model_type])),
         sigmoid=model_type in SIGMOID,
         scale=values.number("routed_scaling_factor", 1.0),
-        shared=values.integer(shared) if raw.get(shared) else 0,
+        shared=values.integer(shared) if raw.get(shared) else unsaid,
         preferred=model_type in (*SIGMOID, "ernie4_5_moe"),
     )
 
 
 def _known(raw: dict[str, Any], names: tuple[str, ...]) -> str:
     """The one of several names for a key that the configuration has; else the first."""
-    return next((name for name in names if raw.get(name) is not None), names[0])
+    there = [name for name in names if name in raw]
+    return next((name for name in there if raw[name] is not None), (*there, names[0])[0])
 
 
 def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
@@ -193,8 +201,11 @@ def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
     raw = values.raw
     dense = raw.get("mlp_only_layers") or []
     step = values.integer(_known(raw, ("decoder_sparse_step", "moe_layer_interval")), 1)
-    first, last = raw.get("moe_layer_start_index", 0), raw.get("moe_layer_end_index", -1)
-    first = raw.get("first_k_dense_replace", first)
+    first = raw.get(_known(raw, ("first_k_dense_replace", "moe_layer_start_index")))
+    if first is None:
+        first = int(raw.get("model_type") in FIRST_DENSE)
+    last = raw.get("moe_layer_end_index")
+    last = -1 if last is None else last
     if type(first) is not int or type(last) is not int:
         raise ConfigError(f"layers {first!r} to {last!r} are no layers of experts")
     last = layers - 1 if last < 0 else last
@@ -234,6 +245,9 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
     if model_type == GPT_OSS:
         return tuple(0 if layer % 2 else window for layer in range(layers))
+    if model_type == "dots1":
+        first = values.integer("max_window_layers", 62)
+        return tuple(window if layer >= first else 0 for layer in range(layers))
     if model_type in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
         first = (
             values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers

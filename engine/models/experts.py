@@ -73,6 +73,8 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
     own = load.spans(count + given.shared, "the number of experts")[load.shard.rank]
     preferences = (f"{block}.gate.e_score_correction_bias", f"{block}.{ERNIE_PREFERENCE}")
     preferred = next((name for name in preferences if load.has(name)), preferences[0])
+    # Some of ERNIE's files have none.
+    prefers = given.preferred and (load.has(preferred) or config.model_type != "ernie4_5_moe")
     several = load.shard.ranks > 1
     return ExpertsFeedForward(
         load.router(router, count, hidden),
@@ -92,7 +94,7 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
             [f"{shared}.{down}"],
             (1, given.shared),
         ),
-        load.preference(preferred, count) if given.preferred else None,
+        load.preference(preferred, count) if prefers else None,
         Experts(
             count,
             given.used,

@@ -225,6 +225,8 @@ class WeightLoader:
         size = (rows, columns)[along]
         whole = (rows * count, columns) if along == 0 else (rows, columns * count)
         wide = [self._take(f"{name}.weight", whole) for name in shared if count]
+        if count and any(self._biases([name], whole[0]) for name in shared):
+            raise ConfigError(f"{shared[0]!r} has a bias, which shared experts cannot")
         parts += [[w.narrow(along, n * size, size) for w in wide] for n in range(count)]
         biases = self._biases([name for modules in names for name in modules], rows)
         if biases and count:

@@ -94,7 +94,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         )
     controls = {t: i for i, t in enumerate(tokens) if types[i] == CONTROL}
     ends = {controls[t] for t in ends_among(controls)}
-    named = {i for n in ("eos", "eot") if (i := _id(metadata, n, tokens, file)) is not None}
+    named = {i for n in ("eos", "eot", "eom") if (i := _id(metadata, n, tokens, file)) is not None}
     # What ends a message may be called the end of a turn, though the answer goes on.
     inner = {"<|end|>"} if controls.keys() >= set(HARMONY_ENDS) else set()
     ends |= {i for i in named if tokens[i] not in inner}

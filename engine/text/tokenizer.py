@@ -23,6 +23,7 @@ END_TOKENS = frozenset(
         "<|eot_id|>",
         "<|end_of_text|>",
         "<|end|>",
+        "<|observation|>",
         "<end_of_turn>",
         "</s>",
         "<eos>",

@@ -117,6 +117,8 @@ SCALING_KEYS = {
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 GEMMA_27B_LAYERS = 62
 EXPERT_DIMENSIONS = 3
+# Keys that say nothing when they are 0.
+UNSET_AT_ZERO = ("routed_scaling_factor", "moe_layer_interval")
 # llama.cpp's number for experts' probabilities that are each score's own.
 SIGMOID = 2
 MAX_EXPERTS = 4096
@@ -333,8 +335,9 @@ class GGUFCheckpoint:
             )
         config: dict[str, Any] = {"model_type": MODEL_TYPES[architecture]}
         for key, name in CONFIG_KEYS.items():
-            if f"{architecture}.{key}" in self.metadata:
-                config[name] = self.metadata[f"{architecture}.{key}"]
+            value = self.metadata.get(f"{architecture}.{key}")
+            if value is not None and (value or name not in UNSET_AT_ZERO):
+                config[name] = value
         if architecture == "llama" and config.get("num_local_experts"):
             config["model_type"] = "mixtral"
         if architecture == "qwen3moe":
@@ -347,7 +350,7 @@ class GGUFCheckpoint:
                 config["num_hidden_layers"] = blocks - ahead
             config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
             kind = self.metadata.get("glm4moe.expert_gating_func", SIGMOID)
-            if kind != SIGMOID:
+            if kind not in (0, SIGMOID):
                 raise ConfigError(f"{self.path.name}: expert_gating_func is {kind}, not {SIGMOID}")
         if "token_embd.weight" not in tensors:
             raise ConfigError(f"{self.path.name} has no tensor 'token_embd.weight'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ class GpuWeights:
         """Place one weight; see `weights.place`."""
         kind = self._format if bits <= MOST_BITS else "bfloat16"
         weight = place(stacked_name(parts), parts, bias, kind, self._dtype, self._device)
+        weight = replace(weight, wide=bits > MOST_BITS)
         self._bytes += weight.bytes
         return weight
 

@@ -62,8 +62,9 @@ FOURS = ((32, False), (128, True))
 FORMATS: tuple[tuple[Format, int], ...] = (
     ("int8", 1), ("group8", 32), ("group4", 32), ("group4", INT4_GROUP), ("float", 1),
 )  # fmt: skip
-# Those of Qwen3-30B-A3B.
+# Those of Qwen3-30B-A3B, GLM-4.5-Air and gpt-oss-20b.
 QWEN_EXPERTS = Experts(128, 8, normalized=True, first=0, own=128)
+GLM_EXPERTS = Experts(128, 8, normalized=True, first=0, own=129, sigmoid=True, shared=1)
 GPT_OSS_EXPERTS = Experts(32, 4, normalized=True, first=0, own=32)
 MODELS = (LLAMA_1B, QWEN_06B, LLAMA_8B)
 PAGE = 16
@@ -250,15 +251,17 @@ def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
     integers = ("chosen", "counts", "places", "sources", "experts", "live")
     types = {
         **dict.fromkeys(integers, pointer(INT32)),
-        **dict.fromkeys(("out", "x", "y", "scores"), pointer(BF16)),
+        **dict.fromkeys(("out", "x", "y"), pointer(BF16)),
         **dict.fromkeys(("choices", "first", "blocks"), "i32"),
-        **dict.fromkeys(("shares", "preference"), pointer(F32)),
+        **dict.fromkeys(("scores", "shares", "preference"), pointer(F32)),
     }
     for rows in (64, 2048):
         layout = Layout(experts, rows)
         for config in (layout.route_config(), layout.count_config(), layout.place_config()):
             label = config.kernel.__name__.removesuffix("_kernel")
             yield _named(f"experts {label} {rows}", config, types)
+        preferring = Layout(GLM_EXPERTS, rows).route_config(preference=True)
+        yield _named(f"experts route preferring {rows}", preferring, types)
         for kind, group in FORMATS:
             for name, outputs, inputs in (("up", 2 * wide, hidden), ("down", hidden, wide)):
                 shape = MatmulShape(
@@ -284,12 +287,10 @@ def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
 def gpt_oss_launches(*, hopper: bool) -> Iterator[Compiled]:
     """What gpt-oss-20b has and no other model: sinks, and experts of MXFP4 with a bias."""
     heads, size = Heads(64, 8, 64), 2880
-    for decode in (True, False):
-        for rows in (1, 64) if decode else (64,):
-            shape = AttentionShape(
-                heads, PAGE, BF16, False, False, rows, rows, decode, False, hopper, sinks=True
-            )
-            yield from attention_launches(shape, f"{'decode' if decode else 'mixed'} sinks {rows}")
+    for kind, rows in (("decode", 1), ("decode", 64), ("mixed", 64)):
+        few = (False, False, rows, rows, kind == "decode", False)
+        shape = AttentionShape(heads, PAGE, BF16, *few, hopper, sinks=True)
+        yield from attention_launches(shape, f"{kind} sinks {rows}")
     for rows in (1, 64, 2048):
         layout = Layout(GPT_OSS_EXPERTS, rows)
         for name, outputs in (("up", 2 * size), ("down", size)):

@@ -68,7 +68,7 @@ def route_kernel(
         found = tl.where(place == k, tl.sum(tl.where(number == best, weights, 0.0), 0), found)
         left = tl.where(number == best, -float("inf"), left)
     if NORMALIZED:
-        total = tl.sum(found, 0)
+        total = tl.maximum(tl.sum(found, 0), 1e-20)
     found = found / total * SCALE
     if SHARED > 0:
         numbers = tl.where(place < USED, numbers, COUNT + place - USED)

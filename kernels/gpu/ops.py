@@ -134,10 +134,7 @@ class GpuOps:
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         placed = gpu(weight)
-        if self.target is not None:
-            out = self.target[: len(x)]
-        else:
-            out = self._rows(len(x), weight.shape[0])
+        out = self._result(len(x), weight.shape[0], wide=placed.wide)
         if not self._invariant and self._dense(out, x, placed):
             return out
         self._multiply(
@@ -277,7 +274,7 @@ class GpuOps:
             self._inline,
             self._workspace.hopper,
         )
-        out = self._rows(1, shape.outputs) if self.target is None else self.target[:1]
+        out = self._result(1, shape.outputs, wide=placed.wide)
         bias = placed.bias if placed.bias is not None else placed.tensor
         scale = gpu(norm).tensor if norm is not None else None
         added = residual if residual is not None else x
@@ -382,7 +379,7 @@ class GpuOps:
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         rows = self.bucket.samples
-        out = self._rows(rows, x.shape[1]) if self.target is None else self.target[:rows]
+        out = self._result(rows, x.shape[1])
         config, blocks = select_config(x.shape[1])
         config.launch((self.bucket.samples, blocks), out, x, self._staging.sample_rows)
         return out
@@ -416,8 +413,12 @@ class GpuOps:
             expert_rows,
         )
 
-    def _rows(self, rows: int, width: int) -> torch.Tensor:
-        return torch.empty(rows, width, dtype=self._dtype, device=self._workspace.device)
+    def _result(self, rows: int, width: int, *, wide: bool = False) -> torch.Tensor:
+        return self._rows(rows, width, wide=wide) if self.target is None else self.target[:rows]
+
+    def _rows(self, rows: int, width: int, *, wide: bool = False) -> torch.Tensor:
+        dtype = torch.float32 if wide else self._dtype
+        return torch.empty(rows, width, dtype=dtype, device=self._workspace.device)
 
     def _rotation(self, rope: Rope) -> Rotation:
         made, device = self._workspace.rotations, self._workspace.device

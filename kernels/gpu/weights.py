@@ -48,6 +48,8 @@ class GpuWeight(Weight):
     bias: torch.Tensor | None = None
     group: int = 0
     zeros: bool = False
+    wide: bool = False
+    """Whether what is multiplied with it stays in fp32, as routers' scores do."""
 
     @property
     def groups(self) -> int:

@@ -20,6 +20,7 @@ from server.answer_parser import (
     Style,
 )
 from server.dialect import GEMMA, GENERIC, HERMES, LLAMA, MISTRAL
+from server.marked_calls import meaning
 
 NAMES = ("get_weather", "search", "f")
 THINK = ("<think>", "</think>")
@@ -243,6 +244,19 @@ QWEN += "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
         ("<tool_call> is a mark.", "<tool_call> is a mark.", []),
         ("<tool_call><b>bold</b>", "<tool_call><b>bold</b>", []),
         (GLM[:70], "", [("get_weather", "")]),
+        # Marks that are missing cost no more than what they belong to.
+        (
+            "<tool_call>\n<function=search>\n</tool_call>\nSorry.",
+            "\nSorry.",
+            [("search", "{}")],
+        ),
+        (
+            QWEN.replace("\n</function>", "") + " Done.",
+            " Done.",
+            [("get_weather", '{"city": "12", "days": 3}')],
+        ),
+        ("<tool_call><", "<tool_call><", []),
+        ("<tool_call>get_weather\n<", "<tool_call>get_weather\n<", []),
     ],
 )
 def test_arguments_may_be_marked_one_by_one(
@@ -250,3 +264,37 @@ def test_arguments_may_be_marked_one_by_one(
 ) -> None:
     assert joined(parse([text], schemas=SCHEMAS)) == ("", content, calls)
     assert joined(parse(list(text), schemas=SCHEMAS)) == ("", content, calls)
+
+
+NULLABLE = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+ROOT = {"$defs": {"unit": {"enum": ["C", "12"]}, "loop": {"$ref": "#/$defs/loop"}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "wanted"),
+    [
+        ("12", {"type": "string"}, '"12"'),
+        ("12", {"type": "integer"}, "12"),
+        ("12", {}, "12"),
+        ("12", None, "12"),
+        ("12", NULLABLE, '"12"'),
+        ("null", NULLABLE, "null"),
+        ("None", NULLABLE, "null"),
+        ("None", {"type": ["integer", "null"]}, "null"),
+        ("True", {"type": "boolean"}, "true"),
+        ("\nfalse\n", {"type": "boolean"}, "false"),
+        ("True", {}, '"True"'),
+        ("12", {"$ref": "#/$defs/unit"}, '"12"'),
+        ("13", {"$ref": "#/$defs/unit"}, "13"),
+        ("13", {"$ref": "#/$defs/loop"}, "13"),
+        ("13", {"$ref": "#/$defs/missing"}, "13"),
+        ("NaN", {"type": "number"}, '"NaN"'),
+        ("1e999", {"type": "number"}, '"1e999"'),
+        ("a b", {"type": "integer"}, '"a b"'),
+        ('{"a": [1, "é"]}', {"type": "object"}, '{"a": [1, "é"]}'),
+        ("C", {"const": "C"}, '"C"'),
+    ],
+)
+def test_a_bare_value_is_what_its_schema_takes(text: str, schema: Any, wanted: str) -> None:
+    assert meaning(text, schema, ROOT) == wanted
+    json.loads(wanted)

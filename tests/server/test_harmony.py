@@ -95,6 +95,8 @@ def parsed(cuts: list[str], opening: str = "assistant") -> list[Piece]:
         (FINAL + "Hi<|end|><|start|>assi", "", "Hi", []),
         ("<|channel|>fin", "", "", []),
         ("Plain words.", "", "Plain words.", []),
+        (THOUGHT[:46] + "The answer is 4.", "Hm, rain?", "The answer is 4.", []),
+        (FINAL + "A<|end|> B ", "", "A\n\nB", []),
         (CALL + '{"city" Rome}', "", "Rome}", [("get_weather", '{"city" ')]),
         (CALL + "Rome", "", "Rome", [("get_weather", "")]),
     ],

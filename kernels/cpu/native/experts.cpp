@@ -58,7 +58,7 @@ void choose(const float* scores, const float* preference, const ExpertSizes& siz
     shares[k] = likely[chosen[k]];
     sum += shares[k];
   }
-  const float whole = sizes.normalized ? sum : sizes.sigmoid ? 1.0f : total;
+  const float whole = sizes.normalized ? std::max(sum, 1e-20f) : sizes.sigmoid ? 1.0f : total;
   for (int64_t k = 0; k < used; ++k) shares[k] = shares[k] / whole * sizes.scale;
   for (int64_t k = 0; k < sizes.shared; ++k) {
     chosen[used + k] = static_cast<int32_t>(count + k);

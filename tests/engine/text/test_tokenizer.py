@@ -141,6 +141,19 @@ def test_every_byte_level_kind_round_trips(pre: str) -> None:
     assert tokenizer.eos_token_ids == {258}
 
 
+def test_glm_ends_its_answer_where_a_tools_result_is_to_come() -> None:
+    letters = [c for c, _ in sorted(byte_alphabet().items(), key=lambda p: p[1])]
+    metadata = byte_level(
+        tokens=[*letters, "<|user|>", "<|observation|>", "<|endoftext|>", "<|x|>"],
+        token_type=[1] * 256 + [3] * 4,
+        merges=[],
+        eos_token_id=258,
+        eot_token_id=256,
+        eom_token_id=259,
+    )
+    assert tokenizer_from_gguf(metadata, "m.gguf").eos_token_ids == {256, 257, 258, 259}
+
+
 def test_gpt_oss_ends_messages_without_ending_its_answer(tmp_path: Path) -> None:
     letters = [c for c, _ in sorted(byte_alphabet().items(), key=lambda p: p[1])]
     marks = ["<|endoftext|>", "<|return|>", "<|call|>", "<|end|>"]

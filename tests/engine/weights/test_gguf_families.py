@@ -127,6 +127,7 @@ def write_ernie_experts(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None
     writer.add_expert_shared_count(config["moe_num_shared_experts"])
     writer.add_leading_dense_block_count(config["moe_layer_start_index"])
     writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+    writer.add_expert_weights_scale(0.0)  # which says nothing
 
 
 def stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -111,6 +111,22 @@ def test_a_model_of_experts_gives_the_references_logits(tmp_path: Path, invarian
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_scores_of_a_router_stay_in_fp32(bits: int, rows: int) -> None:
+    backend = GpuBackend("bfloat16", "bfloat16", HOST)
+    router = backend.load([Host(torch.randn(8, 64))], bits=bits)
+    staging = Staging(rows, rows, 1, 0, HOST)
+    ops = GpuOps([], SIZE, staging, Workspace(HOST), torch.bfloat16, 16, invariant=False)
+    x = torch.randn(rows, 64).bfloat16()
+    scores = ops.linear(x, router)
+    assert scores.dtype == (torch.float32 if bits == 16 else torch.bfloat16)
+    if rows == 1 and ops.fits_row(router):
+        row = ops.row_linear(x, router, None, 0.0, None, "")
+        assert row.dtype == scores.dtype
+        assert torch.allclose(row, scores, atol=1e-2)
+
+
 def test_gpt_oss_gives_the_references_logits_from_numbers_of_four_bits(tmp_path: Path) -> None:
     quantized, as_floats = in_mxfp4(tmp_path, num_hidden_layers=2, vocab_size=260)
     program, _ = program_of(quantized, weights="auto", page_size=SIZE)
