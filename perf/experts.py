@@ -139,10 +139,9 @@ def write_model(path: Path, sizes: Sizes, layers: int) -> None:
             for name, stack in experts.items():
                 floats(f"{block}{name}.bias", *stack[:2])
             floats(f"{block}attn_sinks.weight", heads.query)
-        norms = {"attn_norm": hidden, "ffn_norm": hidden}
-        if sizes.architecture == "gpt-oss":
-            norms = {"attn_norm": hidden, "post_attention_norm": hidden}
-        else:
+        second = "post_attention_norm" if sizes.architecture == "gpt-oss" else "ffn_norm"
+        norms = {"attn_norm": hidden, second: hidden}
+        if sizes.architecture == "qwen3moe":
             norms |= {"attn_q_norm": heads.dim, "attn_k_norm": heads.dim}
         for name, width in norms.items():
             floats(f"{block}{name}.weight", width, mean=1.0)

@@ -110,7 +110,6 @@ class AnswerParser:
         begun: bool = False,
     ) -> None:
         self._style = style
-        self._names = names
         self._schemas = {name: (schemas or {}).get(name, {}) for name in names}
         self._thinking = thinking
         self._begun = begun
@@ -287,7 +286,7 @@ class AnswerParser:
 
         def argue(text: str) -> None:
             if name:
-                self._pieces.append(CallArguments(self._calls - 1, text))
+                self._argue(text)
             else:
                 held.append(text)
 
@@ -300,7 +299,7 @@ class AnswerParser:
             char = yield from self._skip((yield))
             if key == "name" and not name:
                 found, char = yield from self._text(char)
-                if found not in self._names:
+                if found not in self._schemas:
                     raise Broken(char)
                 self._announce(found)
                 name = found
@@ -330,11 +329,10 @@ class AnswerParser:
             char = yield
         for part in self._style.parts:
             name = name.partition(part)[0]
-        if char != "{" or name.strip() not in self._names:
+        if char != "{" or name.strip() not in self._schemas:
             raise Broken(char)
         self._announce(name.strip())
-        index = self._calls - 1
-        return (yield from value(char, lambda c: self._pieces.append(CallArguments(index, c))))
+        return (yield from value(char, self._argue))
 
     def _announce(self, name: str) -> None:
         self._blank = ""

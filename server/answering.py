@@ -119,15 +119,15 @@ async def prepare_answer(
     held = offered is not None and offered.enforced
     grammar = await anyio.to_thread.run_sync(combine) if held else combine()
     calls = offered is not None and offered.choice != "none"
+    called = offered.names if offered is not None else ()
     parser: Callable[[], Parser] | None = None
     if dialect.style is harmony.STYLE:
-        known = offered.names if offered is not None else ()
-        parser = partial(HarmonyParser, names=known, opening=harmony.opening_of(prompt))
+        parser = partial(HarmonyParser, names=called, opening=harmony.opening_of(prompt))
     elif calls or reasons:
         parser = partial(
             AnswerParser,
             style=dialect.style if calls else None,
-            names=offered.names if offered is not None else (),
+            names=called,
             schemas={} if offered is None else {t.name: t.parameters for t in offered.tools},
             thinking=dialect.thinking if reasons else None,
             begun=begun,

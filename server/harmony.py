@@ -23,7 +23,7 @@ from server.answer_parser import (
     Style,
     neighbours_joined,
 )
-from server.json_machine import BLANK, Broken, Machine, value
+from server.json_machine import BLANK, Broken, Machine, until, value
 from server.lark import any_text, form_rule, literal, mark
 from server.tools import ANY_OBJECT, Offered
 
@@ -47,77 +47,77 @@ class HarmonyParser:
     def __init__(self, *, names: Collection[str], opening: str) -> None:
         self._names = names
         self._calls = 0
-        self._held = ""  # what may be, or become, a mark
-        self._header: str | None = ""  # of the message that begins; None within a message
         self._channel = ""
         self._arguments: Machine | None = None  # reads those of a call
         self._shown: set[type[Piece]] = set()  # what other messages had
         self._said = False  # whether this message has
         self._pieces: list[Piece] = []
-        self.push(opening)
-        for char in self._held:
-            self._read(char)
-        self._held = ""
-        self._take()
-        self._shown.clear()
+        self._machine = self._answer(opening)
+        next(self._machine)
 
     def push(self, text: str) -> list[Piece]:
         """What more text decides."""
         for char in text:
-            self._held += char
-            marks = ENDS if self._header is None else (START, MESSAGE)
-            while self._held and not any(mark.startswith(self._held) for mark in marks):
-                self._read(self._held[0])
-                self._held = self._held[1:]
-            if self._held in marks:
-                self._mark(self._held)
-                self._held = ""
+            self._machine.send(char)
         return self._take()
 
     def finish(self) -> list[Piece]:
         """What is left at the text's end."""
-        for char in self._held:
-            self._read(char)
-        self._held = ""
-        if self._header is None:
-            self._close()
-        elif not TITLE.search(self._header) and not ROLE.startswith(self._header):
-            # A model that does without the format.
-            loose = self._header.removeprefix(ROLE)
-            self._header, self._channel = None, ""
-            for char in loose.rstrip(BLANK):
-                self._say(char)
+        with contextlib.suppress(StopIteration):
+            while True:
+                self._machine.send("")
         return self._take()
 
     def _take(self) -> list[Piece]:
         pieces, self._pieces = self._pieces, []
         return neighbours_joined(pieces)
 
-    def _read(self, char: str) -> None:
-        if self._header is not None:
-            self._header += char
-        elif self._arguments is None:
-            self._say(char)
-        else:
-            try:
-                self._arguments.send(char)
-            except StopIteration:
-                self._arguments = None
-            except Broken:
-                self._arguments = None
-                self._say(char)
+    def _answer(self, opening: str) -> Machine:
+        """Messages, each behind its header."""
+        header, found, text = opening.rpartition(MESSAGE)
+        char = yield
+        if _is_open(opening):
+            char = yield from self._message(header, char, said=bool(text.strip(BLANK)))
+        title = [] if found else [opening]
+        while char:
+            char, mark = yield from until(char, (START, MESSAGE), title.append)
+            if mark == MESSAGE:
+                char = yield from self._message("".join(title), char)
+            elif not mark:
+                self._loose("".join(title))
+            title = []
+        return ""
 
-    def _mark(self, mark: str) -> None:
-        if mark == MESSAGE:
-            self._open(self._header or "")
+    def _message(self, header: str, char: str, *, said: bool = False) -> Machine:
+        self._open(header)
+        self._said = said
+        char, _ = yield from until(char, ENDS, self._read)
+        self._close()
+        return char
+
+    def _loose(self, text: str) -> None:
+        """What came last without a header, of a model that does without the format."""
+        if TITLE.search(text) or ROLE.startswith(text):
             return
-        if self._header is None:
-            self._close()
-        self._header = ""
+        self._channel = ""
+        for char in text.removeprefix(ROLE).rstrip(BLANK):
+            self._say(char)
+
+    def _read(self, char: str) -> None:
+        """A character of a message's text."""
+        if self._arguments is None:
+            self._say(char)
+            return
+        try:
+            self._arguments.send(char)
+        except StopIteration:
+            self._arguments = None
+        except Broken:
+            self._arguments = None
+            self._say(char)
 
     def _open(self, header: str) -> None:
         """A message begins whose header is this."""
-        self._header, self._said = None, False
         channel, recipient = CHANNEL.search(header), RECIPIENT.search(header)
         self._channel = channel[1] if channel else ""
         name = recipient[1].removeprefix(FUNCTIONS) if recipient else ""
@@ -170,7 +170,11 @@ def opening_of(prompt: str) -> str:
 
 def has_begun(prompt: str) -> bool:
     """Whether the prompt ends within the text of a message, which the answer goes on with."""
-    _, found, text = opening_of(prompt).rpartition(MESSAGE)
+    return _is_open(opening_of(prompt))
+
+
+def _is_open(opening: str) -> bool:
+    _, found, text = opening.rpartition(MESSAGE)
     return bool(found) and not any(end in text for end in ENDS)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.models.rope import NEIGHBOURS, Positions, context_reached, read_ropes, rotated_width
+from engine.weights.checkpoint import MAX_EXPERTS
 from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, Heads, Rope
 
 # No model comes near these; a damaged file that does would take all memory before it is noticed.
 MAX_LAYERS = 4096
-MAX_EXPERTS = 4096
 MAX_POSITIONS = 1 << 24
 
 # Families whose output matrix is the embedding's if their configuration does not say.

@@ -257,8 +257,9 @@ class WeightLoader:
 
     def finish(self, *, tied: bool) -> None:
         """Refuse a file with tensors that the model has no place for: results would be wrong."""
+        passed = self._guessing_ahead()
         left = {n for n in self._unused if not n.endswith(IGNORED_SUFFIXES)}
-        left = {n for n in left if not n.startswith(self._guessing_ahead())}
+        left = {n for n in left if not n.startswith(passed)}
         if tied:
             left.discard("lm_head.weight")
         if left:

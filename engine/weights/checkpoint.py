@@ -8,6 +8,9 @@ from typing import Any, Protocol
 from engine.errors import ConfigError
 from kernels.backend import HostTensor
 
+# No model comes near it; a damaged file that does would take all memory before it is noticed.
+MAX_EXPERTS = 4096
+
 
 class Checkpoint(Protocol):
     """A model on disk. Tensor names and configuration keys are Hugging Face's."""

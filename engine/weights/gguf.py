@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import ConfigError
+from engine.weights.checkpoint import MAX_EXPERTS
 from engine.weights.files import gguf_parts
 from engine.weights.fused import FusedTensors
 from engine.weights.gguf_header import TensorEntry, read_header
@@ -121,7 +122,6 @@ EXPERT_DIMENSIONS = 3
 UNSET_AT_ZERO = ("routed_scaling_factor", "moe_layer_interval")
 # llama.cpp's number for experts' probabilities that are each score's own.
 SIGMOID = 2
-MAX_EXPERTS = 4096
 # No name in a file holds it.
 EACH_EXPERT = "\0"
 MODEL_TYPES = {

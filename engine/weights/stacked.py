@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import ConfigError
+from engine.weights.blocks import Blocks
+from engine.weights.checkpoint import MAX_EXPERTS
 from kernels.backend import HostTensor
 
 METHOD = "mxfp4"
+FLOATS = ("F32", "F16", "BF16")
 BLOCK = 32
-MAX_EXPERTS = 4096
 STACK = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(|_bias|_blocks|_scales)")
 # What each stack holds, outputs of several in turns.
 PARTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
@@ -30,31 +32,13 @@ Find = Callable[[str], Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Stacked:
-    """One projection of one expert: of the outputs every `turns`-th from `turn` on, and of them
-    those within `rows`; of the inputs those within `columns`."""
+class Stacked(Blocks):
+    """One projection of one expert: of the outputs every `turns`-th from `turn` on."""
 
-    name: str
-    format: str
     stored: Any
     expert: int
     turn: int
     turns: int
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
-
-    @property
-    def block(self) -> int:
-        return 1
-
-    def narrow(self, dimension: int, start: int, length: int) -> HostTensor:
-        first = (self.columns if dimension else self.rows)[0] + start
-        span = (first, first + length)
-        return replace(self, columns=span) if dimension else replace(self, rows=span)
 
     def dense(self) -> torch.Tensor:
         part: torch.Tensor = self.stored[self.expert, slice(*self.columns), self._outputs()]
@@ -87,10 +71,6 @@ class StackedBlocks(Stacked):
     one of the first sixteen."""
 
     scales: Any
-
-    @property
-    def block(self) -> int:
-        return BLOCK
 
     def packed(self) -> torch.Tensor:
         groups = slice(self.columns[0] // BLOCK, self.columns[1] // BLOCK)
@@ -148,17 +128,17 @@ class StackedExperts:
             scales = find(whole.removesuffix("_blocks") + "_scales")
             fits = dtype == "U8" and _belong_together(shape, scales)
         else:
-            fits = len(shape) == (2 if bias else 3)
+            fits = dtype in FLOATS and len(shape) == (2 if bias else 3)
             outputs = shape[-1] if fits else 0
         if not fits or shape[0] != self._count or outputs % turns:
             raise ConfigError(f"tensor {whole!r} is {dtype} {shape}, which are no stacked experts")
         rows = (0, outputs // turns)
         if bias:
-            return StackedBias(name, dtype, stored, *place, rows, (0, 0))
+            return StackedBias(name, dtype, rows, (0, 0), stored, *place)
         if blocks:
             columns = (0, shape[2] * BLOCK)
-            return StackedBlocks(name, "MXFP4", stored, *place, rows, columns, scales)
-        return Stacked(name, dtype, stored, *place, rows, (0, shape[1]))
+            return StackedBlocks(name, "MXFP4", rows, columns, stored, *place, scales)
+        return Stacked(name, dtype, rows, (0, shape[1]), stored, *place)
 
 
 def _belong_together(blocks: list[int], scales: Any) -> bool:

@@ -226,10 +226,7 @@ def _stacked(
         lows = -(torch.cat(zeros) + BF16_ZERO).bfloat16()
     else:
         lows = torch.cat([g.lows for g in groups]).half()
-    # The kernel walks whole blocks of 128 inputs; it reads a scale for each group of them.
-    spare = -(-shape[1] // WORD_BLOCK) * WORD_BLOCK // group - scales.shape[1]
-    scales = torch.nn.functional.pad(scales, (0, spare)).contiguous()
-    lows = torch.nn.functional.pad(lows, (0, spare)).contiguous()
+    scales, lows = (_filled(each, shape[1], group) for each in (scales, lows))
     kind: Format = "group4" if bits == 4 else "group8"
     return GpuWeight(
         name,
@@ -242,6 +239,13 @@ def _stacked(
         group,
         bool(zeros),
     )
+
+
+def _filled(groups: torch.Tensor, inputs: int, group: int) -> torch.Tensor:
+    """Numbers of groups `[out, groups]` with zeros behind them: the kernel walks whole blocks of
+    128 inputs, and reads one for each group of them."""
+    spare = -(-inputs // WORD_BLOCK) * WORD_BLOCK // group - groups.shape[1]
+    return torch.nn.functional.pad(groups, (0, spare)).contiguous()
 
 
 def _floats4(
@@ -258,9 +262,7 @@ def _floats4(
         numbers.append(pack_nibbles(_nibbles(blocks[..., 1:]).view(part.shape)))
         exponents = blocks[..., 0].float() - 127
         scales.append(torch.ldexp(torch.ones_like(exponents), exponents).bfloat16())
-    stacked = torch.cat(scales)
-    spare = -(-shape[1] // WORD_BLOCK) * WORD_BLOCK // GGUF_GROUP - stacked.shape[1]
-    stacked = torch.nn.functional.pad(stacked, (0, spare)).contiguous()
+    stacked = _filled(torch.cat(scales), shape[1], GGUF_GROUP)
     return GpuWeight(
         name, shape, "float4", torch.cat(numbers), stacked, bias=bias, group=GGUF_GROUP
     )

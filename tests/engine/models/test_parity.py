@@ -171,6 +171,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def randomize(model: torch.nn.Module) -> None:
+    """All that a checkpoint holds; biases and norms start as constants otherwise."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
+
+
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -180,12 +190,7 @@ def pair(
     config = getattr(transformers, name)(**(COMMON | changes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms start as constants otherwise
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
-        for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * 0.2)
+    randomize(model)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return folder, model

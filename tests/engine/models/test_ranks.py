@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from kernels.collectives import Place
-from tests.engine.models.test_parity import COMMON, FAMILIES
+from tests.engine.models.test_parity import COMMON, FAMILIES, randomize
 from tests.kernels.native import needs_native
 from tests.ranks import logits_of, on_ranks, program_of
 from tests.real import smollm2_path
@@ -27,9 +27,7 @@ def tiny(folder: Path, family: str, **changes: Any) -> Path:
     config = getattr(transformers, name)(**(COMMON | more | changes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    randomize(model)
     model.save_pretrained(folder)
     return folder
 
