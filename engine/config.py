@@ -42,7 +42,9 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     An `adaptive` pool gives memory back when the machine runs short of it, and grows again.
     `cold_tokens` that were evicted are kept in a file in `cold_folder` (the cache folder if
     empty), as stored or rounded to `cold_dtype`. What a request has computed that was set aside, or
-    whose tools are being called, is forgotten after all else for `lease_seconds`.
+    whose tools are being called, is forgotten after all else for `lease_seconds`. Of models whose
+    layers keep a state instead, `snapshots` of it are kept beside those of who runs, for requests
+    that begin alike; `auto` are as many as may run, in up to half of the cache's memory.
     """
 
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
@@ -56,6 +58,7 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cold_folder: str = ""
     cold_dtype: Literal["auto", "int8", "int4"] = "auto"
     lease_seconds: Annotated[float, Meta(ge=0)] = 120.0
+    snapshots: Annotated[int, Meta(ge=0, le=65536)] | Literal["auto"] = "auto"
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

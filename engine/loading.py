@@ -31,6 +31,7 @@ from engine.scheduling.controller import CacheController
 from engine.scheduling.cost import CostModel
 from engine.scheduling.pages import PagePool
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.snapshots import Snapshots
 from engine.text.tokenizer import Tokenizer
 from engine.types import MonotonicClock
 from engine.upkeep import Upkeep
@@ -111,12 +112,13 @@ def _finish(
     page_bytes = sum(rank.page for rank in facts)
     left = sum(rank.free or 0 for rank in facts) or available_memory() or 4 << 30
     weights = sum(rank.weights for rank in facts)
+    states = config.scheduler.max_running + device.snapshots
     parts.budget = Budget(
         # One rank is this process, before it had weights; several have one each beside it.
         program=sum(rank.program for rank in facts) + (private_memory() if len(facts) > 1 else 0),
         weights=weights,
         activations=device.buffers,
-        cache=(shape.pages + 1) * page_bytes,
+        cache=(shape.pages + 1) * page_bytes + states * sum(rank.state for rank in facts),
         headroom=max(0, left - (shape.pages * page_bytes if on_host else 0)),
     )
     if config.cache.adaptive and on_host:
@@ -162,6 +164,8 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
         clock,
         cost,
         cold=ColdIndex(section.cold_tokens // section.page_size, page_seconds),
+        # Places of states follow those of who runs.
+        snapshots=Snapshots(batch.max_running, device.snapshots) if _recurrent(device) else None,
     )
     return Parts(
         model_name=served_name(config),
@@ -176,12 +180,22 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
     )
 
 
+def _recurrent(device: Device) -> bool:
+    """Whether the model's layers keep states."""
+    return device.facts[0].state > 0
+
+
 def _guesses(wanted: int | Literal["auto"], device: Device) -> int:
     """How many tokens are guessed at once. A GPU, which runs steps behind each other, would have to
-    wait for each: it guesses only if it is told to."""
+    wait for each: it guesses only if it is told to. A state cannot take back what was wrong."""
     if wanted != "auto":
+        if wanted and _recurrent(device):
+            raise ConfigError(
+                f"scheduler.speculative_tokens is {wanted}, but the model's layers keep a state, "
+                "which wrong guesses could not be taken out of; leave it at auto, or 0"
+            )
         return wanted
-    return CPU_GUESSES if device.facts[0].free is None else 0
+    return CPU_GUESSES if device.facts[0].free is None and not _recurrent(device) else 0
 
 
 def _profile_file(config: Config, fingerprint: bytes, shape: Shape, *, busy: bool) -> Path:

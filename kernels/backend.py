@@ -15,7 +15,8 @@ import torch
 
 from kernels.batch import Batch, Samples, Sampling
 from kernels.collectives import Collectives, Place, SharedMemory, join
-from kernels.ops import Heads, Rope, Tape, Weight
+from kernels.ops import DeltaHeads, Heads, Rope, Weight
+from kernels.tape import Tape
 
 DType = Literal["float32", "bfloat16"]
 WeightFormat = Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -94,6 +95,9 @@ class CacheLayout:
     dtype: CacheDType
     max_context: int = 0
     """Positions that a sequence may reach."""
+    delta: DeltaHeads | None = None
+    """Those of layers that keep a state instead of keys and values."""
+    delta_layers: int = 0
 
     @property
     def vector_bytes(self) -> int:
@@ -104,6 +108,11 @@ class CacheLayout:
     def scale_bytes(self) -> int:
         """Bytes of its scales: one fp32 with int8; two fp16 for each 32 values with int4."""
         return {"int8": 4, "int4": self.heads.dim // 8}.get(self.dtype, 0)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state in all layers; 0 if there are none that keep one."""
+        return self.delta_layers * self.delta.state_bytes if self.delta is not None else 0
 
     @property
     def bytes_per_page(self) -> int:
@@ -131,6 +140,14 @@ class Pages(Protocol):
 
     def discard(self, pages: Sequence[int]) -> None:
         """Give the memory of pages back to the system, where that can be done."""
+        ...
+
+
+class States(Protocol):
+    """The states of sequences, see `Batch`, as they are moved."""
+
+    def copy(self, source: int, target: int) -> None:
+        """One state to another's place."""
         ...
 
 
@@ -238,8 +255,13 @@ class Backend(WeightStore, Protocol):
         """Bytes of memory that the device has left; None if it is the host's memory."""
         ...
 
-    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
-        """Allocate the paged KV cache. On the host its memory is only taken as it is written."""
+    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
+        """Allocate the paged KV cache, and `states` if the layout has layers that keep some. On the
+        host its memory is only taken as it is written."""
+        ...
+
+    def states(self) -> States:
+        """The allocated states."""
         ...
 
     def pages(self) -> Pages:

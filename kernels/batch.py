@@ -28,6 +28,10 @@ class Batch:
     cache after this step's writes; `table_rows` int32 `[sequences]`, each chunk's row in
     `page_table` int32 `[slots, pages per sequence]`; `sample_rows` int64 `[samples]`, the token
     rows whose logits are wanted.
+
+    Models that keep a state have each sequence's at its `table_rows`. `kept_rows` int32
+    `[sequences]` says after how many of a chunk's rows it is also put at `kept_at` int32
+    `[sequences]`; -1 is never. They are None where no model keeps a state.
     """
 
     token_ids: Int64
@@ -38,6 +42,8 @@ class Batch:
     table_rows: Int32
     page_table: Int32
     sample_rows: Int64
+    kept_rows: Int32 | None = None
+    kept_at: Int32 | None = None
 
 
 @dataclass(slots=True)

@@ -5,29 +5,22 @@ row count. So the same model code runs eagerly (a backend's own ops), or is reco
 `Tape` of symbolic handles that a backend compiles and replays at any number of rows.
 
 Activations are matrices `[rows, width]`. The rows are either the step's tokens or its sampled
-positions (`Rows`); their number is known only when a step runs. The step's inputs (token ids,
+positions; their number is known only when a step runs. The step's inputs (token ids,
 positions, page tables) are one `Batch` that the backend holds, so no op takes them as arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 
 Activation = Literal["silu", "gelu_tanh", "relu2", "swiglu_oai"]
 # Of `swiglu_oai`: see `Ops.gated`.
 SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
-
-
-class Rows(Enum):
-    """Which of the step's two symbolic row counts an activation has."""
-
-    TOKENS = "tokens"
-    SAMPLES = "samples"
+# Added to a squared length before its root is taken: see `Ops.delta`.
+L2_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +74,44 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
+class DeltaHeads:
+    """Heads of a gated delta net (arXiv 2412.06464): `value` heads, of which `value // key` in a
+    row share one of the `key` heads of queries and keys; `tiled` ones take turns instead, as ggml
+    has them. Each channel is convolved over `taps` tokens.
+    """
+
+    key: int
+    value: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    tiled: bool = False
+
+    @property
+    def width(self) -> int:
+        """Channels: queries, then keys, then values."""
+        return 2 * self.key * self.key_dim + self.value * self.value_dim
+
+    @property
+    def memory(self) -> int:
+        """Numbers that a sequence's memory holds."""
+        return self.value * self.key_dim * self.value_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a sequence's state: its memory and the last inputs of every channel, fp32."""
+        return 4 * (self.memory + (self.taps - 1) * self.width)
+
+
+@dataclass(frozen=True)
 class Experts:
     """`count` feed-forward blocks of which each row goes through the `used` likeliest (arXiv
     2101.03961); `normalized` if their probabilities are then made to sum to 1.
 
     Probabilities are the scores' softmax or, with `sigmoid`, each score's own; a row's shares are
     these times `scale`. All rows also go through `shared` others, numbered behind those that are
-    chosen, with shares of 1 (DeepSeekMoE, arXiv 2401.06066).
+    chosen, with shares of 1 (DeepSeekMoE, arXiv 2401.06066) or, with `gated`, the sigmoid of a
+    score of their own, which stand behind the others.
     Experts `first` to `first + own` are held here, stacked in one weight for each projection.
     """
 
@@ -99,6 +123,12 @@ class Experts:
     sigmoid: bool = False
     scale: float = 1.0
     shared: int = 0
+    gated: bool = False
+
+    @property
+    def scores(self) -> int:
+        """Scores of a row."""
+        return self.total if self.gated else self.count
 
     @property
     def total(self) -> int:
@@ -176,16 +206,49 @@ class Ops(Protocol[T]):
     ) -> T:
         """What each row's experts say, side by side, times their probabilities.
 
-        `x` is `[rows, n]`, `scores` `[rows, count]` logits; `gate_up` is `[own * 2 wide, n]`, each
-        expert's gate and then its up projection, `down` `[own * n, wide]`; their biases are stacked
-        alike. The likeliest of a row comes first, of equals the lower number, then the shared ones:
-        `[rows, places * n]`, zeros for experts that are not held here. `preference`, `[count]`, is
-        added to probabilities where experts are chosen, and nowhere else (arXiv 2408.15664).
+        `x` is `[rows, n]`, `scores` `[rows, experts.scores]` logits; `gate_up` is `[own * 2 wide,
+        n]`, each expert's gate and then its up projection, `down` `[own * n, wide]`; their biases
+        are stacked alike. The likeliest of a row comes first, of equals the lower number, then the
+        shared ones: `[rows, places * n]`, zeros for experts that are not held here. `preference`,
+        `[count]`, is added to probabilities where experts are chosen, and nowhere else (arXiv
+        2408.15664).
         """
         ...
 
     def sum_parts(self, x: T, parts: int) -> T:
         """Each row's parts, added in order: `[rows, parts * n] -> [rows, n]`."""
+        ...
+
+    def delta(
+        self,
+        qkv: T,
+        gates: T,
+        layer: int,
+        heads: DeltaHeads,
+        taps: Weight,
+        decay: Weight,
+        offset: Weight,
+    ) -> T:
+        """The gated delta rule (arXiv 2412.06464) over each sequence's state of delta layer
+        `layer`; `[tokens, value * value_dim]`.
+
+        Each channel of `qkv`, `[tokens, heads.width]`, becomes the SiLU of its last inputs times
+        `taps`, `[heads.taps * heads.width]`, those of the oldest input first; queries and keys are
+        then made unit vectors (L2_EPSILON), queries divided by sqrt(key_dim). `gates` `[tokens, 2 *
+        value]` are b of every head, then a: its memory is multiplied by exp(-decay * softplus(a +
+        offset)), and takes sigmoid(b) of what a token's value differs from what its key finds;
+        `decay`, `offset` `[value]`. A state begins with zeros at position 0, and `Batch` says where
+        it is kept.
+        """
+        ...
+
+    def gated_norm(self, x: T, gate: T, weight: Weight, eps: float) -> T:
+        """Every part of `x` as wide as `weight` under a norm of its own, see `rms_norm`, times
+        SiLU(gate): both `[rows, parts * n]`."""
+        ...
+
+    def sigmoid_gate(self, x: T, gate: T) -> T:
+        """`x * sigmoid(gate)`, of one shape."""
         ...
 
     def select_rows(self, x: T) -> T:
@@ -199,177 +262,3 @@ class Ops(Protocol[T]):
     def all_gather(self, x: T, widths: tuple[int, ...]) -> T:
         """All ranks' `x` side by side, rank r's `widths[r]` wide: `[rows, sum(widths)]`."""
         ...
-
-
-@dataclass(frozen=True)
-class Handle:
-    """A symbolic activation on a tape: its number, which rows it has, and its width."""
-
-    index: int
-    rows: Rows
-    width: int
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One recorded op. `arguments` mixes handles with static values; `results` are handles."""
-
-    op: str
-    arguments: tuple[Any, ...]
-    results: tuple[Handle, ...]
-
-
-@dataclass(frozen=True)
-class Tape:
-    """A model's forward pass as data: instructions in order, and the handle of the logits."""
-
-    instructions: tuple[Instruction, ...]
-    logits: Handle
-    last_use: tuple[tuple[int, ...], ...] = field(repr=False, default=())
-
-    def replay(self, ops: Ops[T]) -> T:
-        """Run every instruction on `ops`, and return the logits."""
-        values: dict[int, T] = {}
-        self.run(ops, values)
-        return values[self.logits.index]
-
-    def run(
-        self, ops: Ops[T], values: dict[int, T], start: int = 0, end: int | None = None
-    ) -> None:
-        """Run the instructions from `start` up to `end` on `ops`: what they need is in `values`, by
-        handle, what they give goes there, and each activation leaves it after its last use."""
-        for instruction, dead in zip(
-            self.instructions[start:end], self.last_use[start:end], strict=True
-        ):
-            arguments = [
-                values[a.index] if isinstance(a, Handle) else a for a in instruction.arguments
-            ]
-            produced = getattr(ops, instruction.op)(*arguments)
-            if len(instruction.results) == 1:
-                produced = (produced,)
-            for handle, value in zip(instruction.results, produced, strict=True):
-                values[handle.index] = value
-            for index in dead:
-                del values[index]
-
-
-class Recorder:
-    """An `Ops[Handle]` that writes down what a model asks for, checking widths as it goes."""
-
-    def __init__(self) -> None:
-        self._instructions: list[Instruction] = []
-        self._count = 0
-
-    def finish(self, logits: Handle) -> Tape:
-        """The tape of everything recorded, ending in `logits`."""
-        last: dict[int, int] = {}
-        for number, instruction in enumerate(self._instructions):
-            for value in (*instruction.arguments, *instruction.results):
-                if isinstance(value, Handle):
-                    last[value.index] = number
-        last.pop(logits.index, None)
-        dead: list[list[int]] = [[] for _ in self._instructions]
-        for index, number in last.items():
-            dead[number].append(index)
-        return Tape(tuple(self._instructions), logits, tuple(tuple(d) for d in dead))
-
-    def embed(self, table: Weight, scale: float, first: int = 0) -> Handle:
-        return self._emit("embed", (table, scale, first), Rows.TOKENS, table.shape[1])
-
-    def rms_norm(self, x: Handle, weight: Weight, eps: float) -> Handle:
-        self._expect(weight.shape == (x.width,), f"{weight.name} does not fit width {x.width}")
-        return self._emit("rms_norm", (x, weight, eps), x.rows, x.width)
-
-    def add_rms_norm(
-        self, x: Handle, residual: Handle, weight: Weight, eps: float
-    ) -> tuple[Handle, Handle]:
-        self._expect(
-            weight.shape == (x.width,) and (x.rows, x.width) == (residual.rows, residual.width),
-            f"{weight.name}, x and residual differ in shape",
-        )
-        results = (self._handle(x.rows, x.width), self._handle(x.rows, x.width))
-        self._append("add_rms_norm", (x, residual, weight, eps), results)
-        return results
-
-    def linear(self, x: Handle, weight: Weight) -> Handle:
-        self._expect(weight.shape[1] == x.width, f"{weight.name} does not fit width {x.width}")
-        return self._emit("linear", (x, weight), x.rows, weight.shape[0])
-
-    def rope_write_kv(
-        self, qkv: Handle, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
-    ) -> Handle:
-        self._expect(qkv.width == heads.qkv_width, f"layer {layer}: qkv is {qkv.width} wide")
-        width = heads.query * heads.dim
-        return self._emit("rope_write_kv", (qkv, layer, heads, rope, norms), qkv.rows, width)
-
-    def attention(
-        self,
-        q: Handle,
-        layer: int,
-        heads: Heads,
-        scale: float,
-        window: int,
-        sinks: Weight | None = None,
-    ) -> Handle:
-        fits = sinks is None or sinks.shape == (heads.query,)
-        self._expect(fits, f"layer {layer}: sinks are not one a head")
-        self._expect(q.width == heads.query * heads.dim, f"layer {layer}: q is {q.width} wide")
-        return self._emit("attention", (q, layer, heads, scale, window, sinks), q.rows, q.width)
-
-    def gated(self, x: Handle, activation: Activation) -> Handle:
-        self._expect(x.width % 2 == 0, f"gated input is {x.width} wide")
-        return self._emit("gated", (x, activation), x.rows, x.width // 2)
-
-    def experts(
-        self,
-        x: Handle,
-        scores: Handle,
-        gate_up: Weight,
-        down: Weight,
-        experts: Experts,
-        activation: Activation,
-        preference: Weight | None = None,
-    ) -> Handle:
-        own = experts.own
-        fits = (
-            (scores.rows, scores.width) == (x.rows, experts.count)
-            and gate_up.shape[1] == x.width
-            and down.shape[0] == own * x.width
-            and gate_up.shape[0] == 2 * own * down.shape[1]
-            and (preference is None or preference.shape == (experts.count,))
-        )
-        self._expect(fits, f"{gate_up.name} and its neighbours are not {own} experts")
-        arguments = (x, scores, gate_up, down, experts, activation, preference)
-        return self._emit("experts", arguments, x.rows, experts.places * x.width)
-
-    def sum_parts(self, x: Handle, parts: int) -> Handle:
-        self._expect(x.width % parts == 0, f"{x.width} values are not {parts} parts")
-        return self._emit("sum_parts", (x, parts), x.rows, x.width // parts)
-
-    def select_rows(self, x: Handle) -> Handle:
-        self._expect(x.rows is Rows.TOKENS, "rows are selected from token rows, once")
-        return self._emit("select_rows", (x,), Rows.SAMPLES, x.width)
-
-    def all_reduce(self, x: Handle) -> Handle:
-        return self._emit("all_reduce", (x,), x.rows, x.width)
-
-    def all_gather(self, x: Handle, widths: tuple[int, ...]) -> Handle:
-        self._expect(x.width in widths, f"no rank's part is {x.width} wide")
-        return self._emit("all_gather", (x, widths), x.rows, sum(widths))
-
-    def _emit(self, op: str, arguments: tuple[Any, ...], rows: Rows, width: int) -> Handle:
-        result = self._handle(rows, width)
-        self._append(op, arguments, (result,))
-        return result
-
-    def _append(self, op: str, arguments: tuple[Any, ...], results: Sequence[Handle]) -> None:
-        self._instructions.append(Instruction(op, arguments, tuple(results)))
-
-    def _handle(self, rows: Rows, width: int) -> Handle:
-        self._count += 1
-        return Handle(self._count - 1, rows, width)
-
-    @staticmethod
-    def _expect(condition: bool, message: str) -> None:
-        if not condition:
-            raise ValueError(f"the model does not fit its weights: {message}")

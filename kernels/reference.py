@@ -9,9 +9,11 @@ import torch
 from kernels.batch import Batch
 from kernels.collectives import Collectives
 from kernels.ops import (
+    L2_EPSILON,
     SWIGLU_LIMIT,
     SWIGLU_SLOPE,
     Activation,
+    DeltaHeads,
     Experts,
     HeadNorms,
     Heads,
@@ -40,6 +42,15 @@ class LayerCache:
     values: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class LayerStates:
+    """One layer's states: the last inputs of every channel, the oldest first, `[states, taps - 1,
+    width]`, and each head's memory, `[states, value heads, key_dim, value_dim]`, fp32."""
+
+    inputs: torch.Tensor
+    memory: torch.Tensor
+
+
 def tensor_of(weight: Weight) -> TorchWeight:
     """The torch form of a weight that a torch backend placed."""
     assert isinstance(weight, TorchWeight)
@@ -50,9 +61,14 @@ class ReferenceOps:
     """An `Ops[torch.Tensor]`: activations in fp32, weights and cache as they are stored."""
 
     def __init__(
-        self, caches: list[LayerCache], page_size: int, collectives: Collectives | None = None
+        self,
+        caches: list[LayerCache],
+        page_size: int,
+        collectives: Collectives | None = None,
+        states: list[LayerStates] | None = None,
     ) -> None:
         self.caches = caches
+        self.states = states or []
         self.page_size = page_size
         self._collectives = collectives
         self.batch: Batch
@@ -180,6 +196,57 @@ class ReferenceOps:
     def sum_parts(self, x: torch.Tensor, parts: int) -> torch.Tensor:
         return x.view(len(x), parts, x.shape[1] // parts).sum(1)
 
+    def delta(
+        self,
+        qkv: torch.Tensor,
+        gates: torch.Tensor,
+        layer: int,
+        heads: DeltaHeads,
+        taps: Weight,
+        decay: Weight,
+        offset: Weight,
+    ) -> torch.Tensor:
+        b, a = gates.float().chunk(2, dim=-1)
+        grown = torch.nn.functional.softplus(a + tensor_of(offset).tensor)
+        shares, decays = b.sigmoid(), torch.exp(-tensor_of(decay).tensor * grown)
+        out = qkv.new_empty(len(qkv), heads.value, heads.value_dim)
+        weights = tensor_of(taps).tensor.view(heads.taps, heads.width)
+        states, batch = self.states[layer], self.batch
+        for chunk, place in enumerate(batch.table_rows.tolist()):
+            first, last = (int(x) for x in batch.query_starts[chunk : chunk + 2])
+            inputs, memory = states.inputs[place], states.memory[place]
+            if int(batch.positions[first]) == 0:
+                inputs, memory = torch.zeros_like(inputs), torch.zeros_like(memory)
+            kept = -1 if batch.kept_rows is None else int(batch.kept_rows[chunk])
+            history = torch.cat((inputs, qkv[first:last].float()))
+            windows = history.unfold(0, heads.taps, 1)  # [rows, width, taps]
+            convolved = (windows * weights.t()).sum(-1)
+            q, k, v = _delta_inputs(torch.nn.functional.silu(convolved), heads)
+            for row in range(last - first + 1):
+                if row == kept:
+                    assert batch.kept_at is not None
+                    target = int(batch.kept_at[chunk])
+                    states.inputs[target] = history[row : row + heads.taps - 1]
+                    states.memory[target] = memory
+                if row < last - first:
+                    memory = memory * decays[first + row, :, None, None]
+                    found = (memory * k[row, :, :, None]).sum(-2)
+                    change = (v[row] - found) * shares[first + row, :, None]
+                    memory = memory + k[row, :, :, None] * change[:, None]
+                    out[first + row] = (memory * q[row, :, :, None]).sum(-2)
+            states.inputs[place] = history[last - first :]
+            states.memory[place] = memory
+        return out.flatten(1)
+
+    def gated_norm(
+        self, x: torch.Tensor, gate: torch.Tensor, weight: Weight, eps: float
+    ) -> torch.Tensor:
+        parts = self.rms_norm(x.view(len(x), -1, weight.shape[0]), weight, eps)
+        return parts.flatten(1) * torch.nn.functional.silu(gate)
+
+    def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return x * gate.sigmoid()
+
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.sample_rows]
 
@@ -212,11 +279,27 @@ class ReferenceOps:
         return self._rotations[rope]
 
 
+def _delta_inputs(
+    x: torch.Tensor, heads: DeltaHeads
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of every value head, `[rows, value, dim]`."""
+    wide = heads.key * heads.key_dim
+    q, k, v = torch.split(x, [wide, wide, heads.value * heads.value_dim], dim=-1)
+    q, k = (part.view(len(x), heads.key, heads.key_dim) for part in (q, k))
+    q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + L2_EPSILON) for part in (q, k))
+    share = heads.value // heads.key
+    order = torch.arange(heads.value)
+    order = order % heads.key if heads.tiled else order // share
+    q, k = (q * heads.key_dim**-0.5)[:, order], k[:, order]
+    return q, k, v.view(len(x), heads.value, heads.value_dim)
+
+
 def route(
     scores: torch.Tensor, experts: Experts, preference: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's experts and their shares, int64 and fp32 `[rows, places]`, the likeliest first."""
     scores = scores.float()
+    scores, gates = scores[:, : experts.count], scores[:, experts.count :]
     likely = scores.sigmoid() if experts.sigmoid else scores.softmax(-1)
     liked = likely if preference is None else likely + preference
     chosen = liked.sort(dim=-1, descending=True, stable=True).indices[:, : experts.used]
@@ -225,8 +308,8 @@ def route(
         shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-20)
     always = torch.arange(experts.count, experts.total, device=scores.device)
     always = always.expand(len(scores), -1)
-    ones = torch.ones_like(always, dtype=shares.dtype)
-    return torch.cat((chosen, always), 1), torch.cat((shares * experts.scale, ones), 1)
+    whole = gates.sigmoid() if experts.gated else torch.ones_like(always, dtype=shares.dtype)
+    return torch.cat((chosen, always), 1), torch.cat((shares * experts.scale, whole), 1)
 
 
 def part_of(weight: Weight, number: int, parts: int) -> TorchWeight:

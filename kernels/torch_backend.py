@@ -25,9 +25,10 @@ from kernels.backend import (
 from kernels.batch import Batch, Samples, Sampling
 from kernels.collectives import Collectives
 from kernels.host_pages import HostPages
-from kernels.ops import Tape, Weight
-from kernels.reference import LayerCache, ReferenceOps, TorchWeight
+from kernels.ops import Weight
+from kernels.reference import LayerCache, LayerStates, ReferenceOps, TorchWeight
 from kernels.sampling import sample
+from kernels.tape import Tape
 
 
 class TorchBackend:
@@ -47,6 +48,7 @@ class TorchBackend:
         self._dtype = TORCH_DTYPES[dtype]
         self._bytes = 0
         self._caches: list[LayerCache] = []
+        self._states: list[LayerStates] = []
         self._page_size = self._pages = 0
 
     def describe(self) -> str:
@@ -86,14 +88,18 @@ class TorchBackend:
             "kernels or a GPU take it"
         )
 
-    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
+    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
         shape = (pages * layout.page_size, layout.heads.kv, layout.heads.dim)
         dtype = TORCH_DTYPES[layout.dtype]
         self._page_size, self._pages = layout.page_size, pages
         self._caches = [
-            LayerCache(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype))
+            LayerCache(lazy_zeros(shape, dtype), lazy_zeros(shape, dtype))
             for _ in range(layout.layers)
         ]
+        self._states = host_states(layout, states)
+
+    def states(self) -> HostPages:
+        return states_of(self._states)
 
     def free_bytes(self) -> int | None:
         return None
@@ -115,10 +121,10 @@ class TorchBackend:
 
     def ops(self) -> ReferenceOps:
         """Ops on the allocated cache."""
-        return self._ops_class(self._caches, self._page_size, self.collectives)
+        return self._ops_class(self._caches, self._page_size, self.collectives, self._states)
 
     def close(self) -> None:
-        self._caches = []
+        self._caches, self._states = [], []
 
     def _stack(self, parts: Sequence[HostTensor]) -> torch.Tensor:
         dense = [part.dense() for part in parts]
@@ -128,7 +134,26 @@ class TorchBackend:
         return torch.cat([d.to(dtype) for d in dense])
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def host_states(layout: CacheLayout, states: int) -> list[LayerStates]:
+    """Room for so many states in every layer that keeps them."""
+    heads = layout.delta
+    if heads is None:
+        return []
+    inputs = (states, heads.taps - 1, heads.width)
+    memory = (states, heads.value, heads.key_dim, heads.value_dim)
+    return [
+        LayerStates(lazy_zeros(inputs, torch.float32), lazy_zeros(memory, torch.float32))
+        for _ in range(layout.delta_layers)
+    ]
+
+
+def states_of(layers: Sequence[LayerStates]) -> HostPages:
+    """States in host memory, as they are moved."""
+    tensors = [tensor for layer in layers for tensor in (layer.inputs, layer.memory)]
+    return HostPages([t.flatten(1).view(torch.uint8).numpy() for t in tensors])
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose memory the system hands out page by page as it is first written.
 
     Zeros, since padded attention reads slot 0 and 0 * NaN would spread.

@@ -25,12 +25,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
-from engine.models import load_model
+from engine.models import cache_layout, load_model
 from engine.weights.checkpoint import open_checkpoint
-from kernels.backend import CacheLayout, Program, available_cores
+from kernels.backend import Program, available_cores
 from kernels.batch import Batch
 from kernels.cpu.native_backend import NativeBackend
-from kernels.ops import Heads, Recorder
+from kernels.ops import Heads
+from kernels.tape import Recorder
 
 VOCAB = 32768
 PAGE, CONTEXT, MOST_ROWS = 16, 1024, 512
@@ -155,7 +156,7 @@ def program_of(path: Path, threads: int, sequences: int) -> Program:
     """The model on the native kernels, with pages for so many sequences."""
     backend = NativeBackend("auto", threads)
     model = load_model(open_checkpoint(path), backend)
-    layout = CacheLayout(model.config.layers, model.config.heads, PAGE, "bfloat16", CONTEXT)
+    layout = cache_layout(model, PAGE, "bfloat16", CONTEXT)
     backend.allocate_cache(layout, sequences * CONTEXT // PAGE)
     recorder = Recorder()
     return backend.compile(recorder.finish(model.forward(recorder)), MOST_ROWS)

@@ -25,15 +25,16 @@ import numpy as np
 import torch
 
 from engine.models.config import read_config
-from engine.models.layers import WeightLoader
 from engine.models.llama import Llama
+from engine.models.loader import WeightLoader
 from kernels.backend import CacheLayout, WeightFormat
 from kernels.batch import Batch, Sampling
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.catalogue import LLAMA_1B, LLAMA_8B, QWEN_06B, Dimensions
 from kernels.gpu.program import GpuProgram
 from kernels.gpu.roofline import card_of, step_seconds
-from kernels.ops import Heads, Recorder
+from kernels.ops import Heads
+from kernels.tape import Recorder
 from perf.gpu_kernels import check_kernels, time_kernels
 
 TOY = Dimensions("toy", 64, 96, 2, Heads(4, 2, 16), 300, norms=True)

@@ -34,7 +34,7 @@ from kernels.backend import TORCH_DTYPES, select_backend
 from kernels.collectives import Place, ProcessGroup, join, shared_memory
 from kernels.gpu.catalogue import MODELS
 from kernels.gpu.roofline import H100, step_seconds
-from kernels.ops import Recorder, Tape
+from kernels.tape import Recorder, Tape
 
 # Of an H100: NVLink's bytes a second in one direction, and what a small all-reduce takes inside a
 # captured graph (NCCL's, as others have published it; not measured here).

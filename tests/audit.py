@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.scheduling.recurrent import RecurrentPrefixes
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import State
 
@@ -18,6 +19,13 @@ def audit(scheduler: Scheduler) -> None:
     assert all(s.state is State.WAITING and not s.pages for s in scheduler.queue)
     assert sum(1 for _ in scheduler.queue) == len(scheduler.queue)
     assert sum(len(s.tokens) for s in scheduler.queue) == scheduler.queue.tokens
+    if isinstance(scheduler.prefixes, RecurrentPrefixes):
+        kept = [kept.place for plan in scheduler.in_flight for _, kept in plan.kept]
+        scheduler.prefixes.snapshots.audit(kept)
+        holders = set(scheduler.prefixes._goals) | set(scheduler.prefixes._last)
+        assert holders <= set(running), "somebody who has gone keeps states"
+        promising = set(scheduler.prefixes._promised.values())
+        assert promising <= set(running), "somebody who has gone has promised a state"
     for account in scheduler.queue.accounts.values():
         held = sum(s.account is account for s in running)
         assert account.running == held, "a tenant's count is off"

@@ -24,6 +24,7 @@ from engine.scheduling.cost import FLAT, CostModel, Profile
 from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.snapshots import Snapshots
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer, byte_alphabet
 from engine.types import Clock, MonotonicClock
@@ -199,15 +200,18 @@ def mock_scheduler(
     eviction: PolicyName = "lru",
     profile: Profile = FLAT,
     busy_profile: Profile | None = None,
+    snapshots: int | None = None,
     **limits: Any,
 ) -> Scheduler:
-    """The real scheduler over a small pool."""
+    """The real scheduler over a small pool, for a model that keeps states if there are places for
+    `snapshots` of them."""
     return Scheduler(
         PagePool(pages, page_size, eviction),
         SchedulerLimits(step_tokens, running, **limits),
         clock,
         CostModel(profile, busy_profile),
         cold=ColdIndex(cold_slots, 1.0),
+        snapshots=None if snapshots is None else Snapshots(running, snapshots),
     )
 
 

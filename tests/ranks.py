@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.models import load_model
+from engine.models import cache_layout, load_model
 from engine.models.shard import Shard
 from engine.weights.checkpoint import open_checkpoint
-from kernels.backend import CacheLayout, Program, select_backend
+from kernels.backend import Program, select_backend
 from kernels.collectives import Place, shared_memory
-from kernels.ops import Recorder, Tape
+from kernels.tape import Recorder, Tape
 from tests.kernels.native import chunks_batch
 
 PAGE, PAGES = 16, 40
@@ -54,7 +54,7 @@ def program_of(
     )
     shard = Shard() if place is None else Shard(place.rank, place.ranks)
     model = load_model(open_checkpoint(path), backend, shard=shard, exact=exact)
-    backend.allocate_cache(CacheLayout(model.config.layers, model.heads, PAGE, cache, 512), PAGES)
+    backend.allocate_cache(cache_layout(model, PAGE, cache, 512), PAGES, states=8)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
     return backend.compile(tape, 512), tape

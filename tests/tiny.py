@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ EXPERTS: dict[str, Any] = {
 }
 
 
+# What makes it a Qwen 3.5: delta nets, with two value heads a key head, and one layer of attention.
+DELTA: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+
+
 def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights of a Llama-family model, large enough to make varied text."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,11 +69,19 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
         tensors |= {
             f"{name}.input_layernorm.weight": 1 + random(hidden),
             f"{name}.post_attention_layernorm.weight": 1 + random(hidden),
-            f"{name}.self_attn.q_proj.weight": random(q, hidden),
-            f"{name}.self_attn.k_proj.weight": random(kv, hidden),
-            f"{name}.self_attn.v_proj.weight": random(kv, hidden),
-            f"{name}.self_attn.o_proj.weight": random(hidden, q),
         }
+        if config.get("layer_types", [""] * 9)[layer] == "linear_attention":
+            tensors |= delta_tensors(config, f"{name}.linear_attn", random)
+        else:
+            gates = 2 if "linear_num_key_heads" in config else 1
+            tensors |= {
+                f"{name}.self_attn.q_proj.weight": random(gates * q, hidden),
+                f"{name}.self_attn.k_proj.weight": random(kv, hidden),
+                f"{name}.self_attn.v_proj.weight": random(kv, hidden),
+                f"{name}.self_attn.o_proj.weight": random(hidden, q),
+            }
+            if gates == 2:
+                tensors |= {f"{name}.self_attn.{n}_norm.weight": random(dim) for n in "qk"}
         blocks = {f"{name}.mlp": ("gate_proj", "up_proj", "down_proj")}
         if count := config.get("num_local_experts"):
             block = f"{name}.block_sparse_moe"
@@ -72,6 +94,26 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
                 f"{block}.{down}.weight": random(hidden, wide),
             }
     return tensors
+
+
+def delta_tensors(
+    config: dict[str, Any], name: str, random: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Those of a gated delta net."""
+    heads, hidden = config["linear_num_value_heads"], config["hidden_size"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    return {
+        f"{name}.in_proj_qkv.weight": random(2 * keys + values, hidden),
+        f"{name}.in_proj_z.weight": random(values, hidden),
+        f"{name}.in_proj_b.weight": random(heads, hidden),
+        f"{name}.in_proj_a.weight": random(heads, hidden),
+        f"{name}.conv1d.weight": random(2 * keys + values, 1, config["linear_conv_kernel_dim"]),
+        f"{name}.A_log": random(heads) - 1,
+        f"{name}.dt_bias": random(heads),
+        f"{name}.norm.weight": 1 + random(config["linear_value_head_dim"]),
+        f"{name}.out_proj.weight": random(hidden, values),
+    }
 
 
 def write_tokenizer(folder: Path, chat_template: str | None = CHAT) -> None:

@@ -19,14 +19,15 @@ from engine.compression.fit import Inputs
 from engine.compression.folder import SHARD_BYTES
 from engine.errors import ConfigError
 from engine.execution.memory import available_memory
-from engine.models import load_model
+from engine.models import cache_layout, load_model
 from engine.models.config import read_config
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import TORCH_DTYPES, CacheLayout, DType, HostTensor
+from kernels.backend import TORCH_DTYPES, DType, HostTensor
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
-from kernels.ops import Handle, Instruction, Recorder, Tape, Weight
+from kernels.ops import Weight
 from kernels.reference import part_of, route, tensor_of
+from kernels.tape import Handle, Instruction, Recorder, Tape
 from kernels.torch_backend import TorchBackend
 
 PAGE = 16
@@ -87,9 +88,9 @@ class Calibration:
             )
         longest = max(map(len, windows))
         self._pages = -(-longest // PAGE)
-        layout = CacheLayout(model.config.layers, model.config.heads, PAGE, "float32", longest)
+        layout = cache_layout(model, PAGE, "float32", longest)
         # One for all windows: what a layer's attention reads has been written just before.
-        backend.allocate_cache(layout, self._pages)
+        backend.allocate_cache(layout, self._pages, states=1)
         recorder = Recorder()
         self._tape: Tape = recorder.finish(model.forward(recorder))
         self._ops = backend.ops()

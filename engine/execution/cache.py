@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.scheduling.plan import Move
-from kernels.backend import PageCodec, Pages
+from kernels.backend import PageCodec, Pages, States
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -34,12 +34,17 @@ class ColdFile:
 
 class Cache:
     """All that holds KV pages: those of the device, and the cold tier behind them, where pages lie
-    byte for byte, or as a `codec` makes them."""
+    byte for byte, or as a `codec` makes them; and `states`, where layers keep some."""
 
     def __init__(
-        self, pages: Pages, cold: ColdFile | None = None, codec: PageCodec | None = None
+        self,
+        pages: Pages,
+        cold: ColdFile | None = None,
+        codec: PageCodec | None = None,
+        states: States | None = None,
     ) -> None:
         self._pages = pages
+        self._states = states
         self._cold = cold
         self._codec = codec
 
@@ -57,6 +62,9 @@ class Cache:
                 discarded = []
             if kind is Move.COPY:
                 self._pages.copy(source, target)
+            elif kind is Move.RESUME:
+                assert self._states is not None
+                self._states.copy(source, target)
             elif kind is Move.DISCARD:
                 discarded.append(source)
             elif kind is Move.DEMOTE:

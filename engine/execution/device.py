@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from engine.config import Config
-from engine.execution.memory import cache_pages
+from engine.execution.memory import CacheSize, cache_size
 from engine.execution.parallel import RankStepper
 from engine.execution.profile import Shape
 from engine.execution.rank import Rank, RankFacts
@@ -25,7 +25,8 @@ Timeline = list[tuple[str, float]]
 @dataclass(frozen=True)
 class Device:
     """What a scheduler drives. `run` runs one step while nothing else does; `facts` are those of
-    each rank; `buffers` are bytes of activations; `compiler` is for its grammars."""
+    each rank; `buffers` are bytes of activations; `compiler` is for its grammars; `snapshots` are
+    places for states."""
 
     stepper: Stepper
     run: Callable[[Plan], StepResult]
@@ -33,6 +34,7 @@ class Device:
     shape: Shape
     buffers: int
     compiler: GrammarCompiler
+    snapshots: int
 
 
 def place_model(
@@ -48,26 +50,31 @@ def place_model(
     with stage(timeline, "weights"):
         rank = Rank(config, checkpoint, None, progress)
     with stage(timeline, "cache"):
-        pages = pages_for(config, [rank.facts])
+        size = size_for(config, [rank.facts])
         compiler = GrammarCompiler(lambda: tokenizer, rank.facts.vocab_size)
-        runner = rank.allocate(pages, compiler)
+        runner = rank.allocate(size, compiler)
     return Device(
         stepper_for(runner),
         lambda plan: runner.run(runner.fill(plan)),
         [rank.facts],
-        step_shape(config, rank.facts, pages),
+        step_shape(config, rank.facts, size.pages),
         runner.buffer_bytes(),
         compiler,
+        size.snapshots,
     )
 
 
-def pages_for(config: Config, facts: Sequence[RankFacts]) -> int:
-    """Pages of the cache, which all ranks have a part of. Raises ConfigError if none fits."""
+def size_for(config: Config, facts: Sequence[RankFacts]) -> CacheSize:
+    """The size of the cache, which all ranks have a part of. Raises ConfigError if no page fits."""
     section, running, first = config.cache, config.scheduler.max_running, facts[0]
     if first.free is None:
-        page = sum(rank.page for rank in facts)
-        return cache_pages(section, page, first.context, running)
-    return min(cache_pages(section, rank.page, rank.context, running, rank.free) for rank in facts)
+        page, state = sum(rank.page for rank in facts), sum(rank.state for rank in facts)
+        return cache_size(section, page, first.context, running, state_bytes=state)
+    sizes = [
+        cache_size(section, rank.page, rank.context, running, rank.free, rank.state)
+        for rank in facts
+    ]
+    return CacheSize(min(s.pages for s in sizes), min(s.snapshots for s in sizes))
 
 
 def step_shape(config: Config, facts: RankFacts, pages: int) -> Shape:
@@ -89,14 +96,15 @@ def _place_on_ranks(
         stepper = RankStepper(
             config,
             str(checkpoint.path),
-            partial(pages_for, config),
+            partial(size_for, config),
             progress,
         )
     facts = stepper.facts
     timeline.append(("weights, slowest rank", max(rank.seconds for rank in facts)))
-    shape = step_shape(config, facts[0], stepper.pages)
+    size = stepper.size
+    shape = step_shape(config, facts[0], size.pages)
     compiler = GrammarCompiler(lambda: tokenizer, facts[0].vocab_size)
-    return Device(stepper, stepper.run, facts, shape, stepper.buffers, compiler)
+    return Device(stepper, stepper.run, facts, shape, stepper.buffers, compiler, size.snapshots)
 
 
 @contextmanager

@@ -131,26 +131,47 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def cache_pages(
+@dataclass(frozen=True)
+class CacheSize:
+    """Pages of the pool, and states that are kept beside those of who runs."""
+
+    pages: int
+    snapshots: int = 0
+
+
+def cache_size(
     section: CacheSection,
     page_bytes: int,
     max_context: int,
     max_running: int,
     device_bytes: int | None = None,
-) -> int:
-    """Pages of the pool, each of `page_bytes`: as configured, or a fraction of the free memory (the
-    device's, if it has its own), and no more than every slot at full context could use.
+    state_bytes: int = 0,
+) -> CacheSize:
+    """How large a cache of pages of `page_bytes` is: as configured, or in a fraction of the free
+    memory (the device's, if it has its own), and no more than every slot at full context could use.
+    A sequence's state, if it has one, takes `state_bytes`.
 
     Raises ConfigError if not even one page fits.
     """
-    if section.tokens:
-        return -(-section.tokens // section.page_size)
     free = available_memory() if device_bytes is None else device_bytes
     budget = int((free or 4 << 30) * section.memory_fraction)
+    snapshots = 0
+    if state_bytes:
+        # States of who runs are taken as they are needed on the host, at once on a device.
+        held = max_running * state_bytes
+        budget -= min(held, budget // 4) if device_bytes is None else held
+        wanted = section.snapshots
+        snapshots = (
+            min(max_running, max(0, budget) // 2 // state_bytes) if wanted == "auto" else wanted
+        )
+        budget -= snapshots * state_bytes
+    if section.tokens:
+        return CacheSize(-(-section.tokens // section.page_size), snapshots)
     pages = min(budget // page_bytes, max_running * -(-max_context // section.page_size))
     if pages < 1:
+        states = f" beside {max_running} states of {state_bytes} bytes" if state_bytes else ""
         raise ConfigError(
-            f"cache.memory_fraction leaves {budget} bytes for the KV cache, "
+            f"cache.memory_fraction leaves {budget} bytes for the KV cache{states}, "
             f"but one page needs {page_bytes}; free memory or raise the fraction"
         )
-    return pages
+    return CacheSize(pages, snapshots)

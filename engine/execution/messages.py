@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from engine.config import Config
+from engine.execution.memory import CacheSize
 from engine.execution.rank import RankFacts
 from engine.scheduling.plan import Move
 from engine.types import SamplingParams
@@ -31,9 +32,9 @@ class Setup(msgspec.Struct, tag=True):
 
 
 class Allocate(msgspec.Struct, tag=True):
-    """To a rank: make a cache of so many pages."""
+    """To a rank: make a cache of this size."""
 
-    pages: int
+    size: CacheSize
 
 
 class Entered(msgspec.Struct, array_like=True):
@@ -61,7 +62,7 @@ class Part(msgspec.Struct, array_like=True):
 
 class Step(msgspec.Struct, tag=True):
     """To a rank: a step, and what has changed since the last: who entered, (slot, pages) that were
-    added. `decodes` are (slot, positions scheduled)."""
+    added. `decodes` are (slot, positions scheduled), `kept` (slot, pages, place) of states."""
 
     number: int
     entered: list[Entered]
@@ -70,6 +71,7 @@ class Step(msgspec.Struct, tag=True):
     parts: list[Part]
     moves: list[tuple[Move, int, int]]
     busy: bool = False
+    kept: list[tuple[int, int, int]] = []
 
 
 class Stop(msgspec.Struct, tag=True):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from engine.execution.messages import Entered, Part, Step
 from engine.scheduling.plan import Chunk, Plan
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.snapshots import Kept
 from engine.types import Request, SamplingParams
 
 
@@ -42,6 +43,7 @@ class PlanWriter:
             ],
             moves=plan.moves,
             busy=plan.busy,
+            kept=[(s.slot, kept.pages, kept.place) for s, kept in plan.kept],
         )
 
     def _added(self, sequences: Iterable[Sequence]) -> Iterable[tuple[int, list[int]]]:
@@ -79,7 +81,11 @@ class PlanReader:
             )
             for p in step.parts
         ]
-        return Plan(step.number, decodes, chunks, admitted, grown, step.moves, step.busy)
+        kept = [
+            (self._sequences[slot], Kept(pages, place, wanted=False))
+            for slot, pages, place in step.kept
+        ]
+        return Plan(step.number, decodes, chunks, admitted, grown, step.moves, step.busy, kept)
 
 
 def _drawing(sampling: SamplingParams) -> SamplingParams:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from engine.config import Config
 from engine.errors import ConfigError, DeviceLost, EngineFailed
 from engine.execution.crew import Crew, RankLost
+from engine.execution.memory import CacheSize
 from engine.execution.messages import (
     PULSE_SECONDS,
     Allocate,
@@ -93,22 +94,22 @@ class Flight:
 
 
 class RankStepper:
-    """Runs plans on `ranks` processes. `pages` says how many pages the cache has, given what the
-    ranks are. Raises ConfigError if they cannot be started."""
+    """Runs plans on `ranks` processes. `choose` says how large the cache is, given what the ranks
+    are. Raises ConfigError if they cannot be started."""
 
     def __init__(
         self,
         config: Config,
         path: str,
-        pages: Callable[[Sequence[RankFacts]], int],
+        choose: Callable[[Sequence[RankFacts]], CacheSize],
         progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         self._config = config
         self._path = path
-        self._choose = pages
+        self._choose = choose
         self._progress = progress
-        self.pages = 0
-        """Pages of the cache."""
+        self.size = CacheSize(0)
+        """That of the cache."""
         self.facts: list[RankFacts] = []
         self.buffers = 0
         """Bytes of all ranks' activations."""
@@ -241,7 +242,7 @@ class RankStepper:
                 if rank not in ready and time.monotonic() - heard > SILENT_SECONDS:
                     raise RankLost(f"rank {rank} said nothing for {SILENT_SECONDS:.0f} s")
             for rank, message in messages or ():
-                if isinstance(message, Loading) and rank == 0 and not self.pages:
+                if isinstance(message, Loading) and rank == 0 and not self.size.pages:
                     self._progress(message.done, message.total)
                 elif isinstance(message, Loaded):
                     loaded[rank] = message.facts
@@ -253,8 +254,9 @@ class RankStepper:
                     raise ConfigError("the model's files have changed; restart the server")
                 self.facts = facts
                 # Those that take others' places have the cache that they had.
-                self.pages = self.pages or self._choose(self.facts)
-                crew.send(encode(Allocate(self.pages)))
+                if not self.size.pages:
+                    self.size = self._choose(self.facts)
+                crew.send(encode(Allocate(self.size)))
                 sized = True
         self.buffers = sum(ready.values())
         crew.started = True

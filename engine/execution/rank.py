@@ -14,9 +14,9 @@ from engine.config import CacheSection, Config
 from engine.errors import ConfigError
 from engine.execution.cache import Cache, ColdFile
 from engine.execution.masks import Masks
-from engine.execution.memory import private_memory
+from engine.execution.memory import CacheSize, private_memory
 from engine.execution.runner import Runner, StagingShape
-from engine.models import Model, load_model
+from engine.models import Model, cache_layout, load_model
 from engine.models.shard import Shard
 from engine.text.grammar import GrammarCompiler
 from engine.weights.checkpoint import Checkpoint
@@ -26,19 +26,19 @@ from engine.weights.sources import cache_folder
 from kernels.backend import (
     Backend,
     CacheDType,
-    CacheLayout,
     WeightFormat,
     available_cores,
     select_backend,
 )
 from kernels.collectives import Place
-from kernels.ops import Recorder
+from kernels.tape import Recorder
 
 
 class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank is, once its weights are in place; sizes are bytes. The same `description` means
     the same numbers. `free` is None where the cache lies in the host's memory; `program` is the
-    interpreter's and its libraries' memory; `files` names the model's, with sizes and times."""
+    interpreter's and its libraries' memory; `files` names the model's, with sizes and times. A
+    sequence has a `state` of so many bytes beside its pages."""
 
     description: str
     hardware: str
@@ -46,6 +46,7 @@ class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     context: int
     page: int
+    state: int
     weights: int
     program: int
     free: int | None
@@ -55,7 +56,7 @@ class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def identity(self) -> tuple[object, ...]:
         """What another has to share to take this one's place."""
-        return (self.description, self.kv_dtype, self.context, self.page, self.files)
+        return (self.description, self.kv_dtype, self.context, self.page, self.state, self.files)
 
 
 class Rank:
@@ -98,7 +99,7 @@ class Rank:
                 "model.max_context is 1; a prompt and its answer need at least 2 tokens"
             )
         size = config.cache.page_size
-        self._layout = CacheLayout(shape.layers, self._models[0].heads, size, kv_dtype, context)
+        self._layout = cache_layout(self._models[0], size, kv_dtype, context)
         description = self._backend.describe()
         if place is not None and not (exact and self._backend.name == "native"):
             description += f" on {place.ranks} ranks"
@@ -111,6 +112,7 @@ class Rank:
             vocab_size=shape.vocab_size,
             context=context,
             page=self._layout.bytes_per_page,
+            state=self._layout.state_bytes,
             weights=weights,
             program=before,
             free=self._backend.free_bytes(),
@@ -123,13 +125,14 @@ class Rank:
         if self._backend.collectives is not None:
             self._backend.collectives.abort()
 
-    def allocate(self, pages: int, compiler: GrammarCompiler) -> Runner:
-        """A runner with a cache of so many pages. Raises ConfigError if the kernels have no such
+    def allocate(self, size: CacheSize, compiler: GrammarCompiler) -> Runner:
+        """A runner with a cache of this size. Raises ConfigError if the kernels have no such
         cache."""
+        pages = size.pages
         batch, backend, layout = self._config.scheduler, self._backend, self._layout
         try:
             # One page more, for what is written for nobody.
-            backend.allocate_cache(layout, pages + 1)
+            backend.allocate_cache(layout, pages + 1, batch.max_running + size.snapshots)
         except ValueError as error:
             raise ConfigError(f"{error}; execution.backend=torch takes any") from error
         programs = []
@@ -144,6 +147,7 @@ class Rank:
             pages_per_sequence=-(-context // layout.page_size),
             page_size=layout.page_size,
             vocab_size=self.facts.vocab_size,
+            states=layout.delta is not None,
         )
         cache = _cache(self._config.cache, backend, layout.dtype)
         return Runner(backend, programs, cache, staging, Masks(compiler))
@@ -191,9 +195,10 @@ def weights_identity(path: Path) -> list[tuple[str, int, int]]:
 
 def _cache(section: CacheSection, backend: Backend, kv_dtype: str) -> Cache:
     """The cache, and where its evicted pages go."""
-    pages, cold_slots = backend.pages(), section.cold_tokens // section.page_size
+    pages, states = backend.pages(), backend.states()
+    cold_slots = section.cold_tokens // section.page_size
     if not cold_slots:
-        return Cache(pages)
+        return Cache(pages, states=states)
     codec, page_bytes = None, pages.page_bytes
     if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
         try:
@@ -202,7 +207,7 @@ def _cache(section: CacheSection, backend: Backend, kv_dtype: str) -> Cache:
             raise ConfigError(str(error)) from error
         page_bytes = codec.page_bytes
     folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
-    return Cache(pages, ColdFile(folder, cold_slots, page_bytes), codec)
+    return Cache(pages, ColdFile(folder, cold_slots, page_bytes), codec, states)
 
 
 def _packed_file(

@@ -196,7 +196,7 @@ def run(server: Server) -> None:
         compiler = GrammarCompiler(
             lambda: open_tokenizer(open_checkpoint(Path(setup.path))), rank.facts.vocab_size
         )
-        runner = rank.allocate(allocate.pages, compiler)
+        runner = rank.allocate(allocate.size, compiler)
     # A later collection that looked at all of it would hold up every rank.
     gc.collect()
     gc.freeze()

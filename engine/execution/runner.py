@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from engine.scheduling.budget import MAX_SCORED_ROWS
 from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from kernels.backend import AheadProgram, Backend, Program
-from kernels.batch import Batch, Sampling, counter_uniform
+from kernels.batch import Batch, Int32, Sampling, counter_uniform
 
 LOWEST_TEMPERATURE = 1e-5
 # Sampling parameters by their place in the staging matrices.
@@ -34,13 +34,14 @@ INTS = ("top_k", "logprobs", "prompt_logprobs")
 @dataclass(frozen=True)
 class StagingShape:
     """What the staging buffers hold at most. The page behind the pool's last one takes what is
-    written for nobody."""
+    written for nobody. `states` says whether the model keeps some."""
 
     slots: int
     pages: int
     pages_per_sequence: int
     page_size: int
     vocab_size: int
+    states: bool = False
 
 
 @dataclass(slots=True)
@@ -99,11 +100,12 @@ class Runner:
         for sequence in plan.grown:
             self._write_pages(sequence)
         decodes = plan.decodes
-        if self._last is not None and not plan.chunks and decodes == self._decoding:
+        same = not plan.chunks and not plan.kept and decodes == self._decoding
+        if self._last is not None and same:
             filled = self._advance(self._last, plan)
         else:
             filled = self._fill(plan)
-        plain = not plan.chunks and not any(self._edits[s.slot] for s in decodes)
+        plain = not plan.chunks and not plan.kept and not any(self._edits[s.slot] for s in decodes)
         self._last, self._decoding = (filled, decodes) if plain else (None, [])
         return filled
 
@@ -207,6 +209,8 @@ class Runner:
             table_rows=before.table_rows,
             page_table=self._page_table,
             sample_rows=before.sample_rows,
+            kept_rows=before.kept_rows,
+            kept_at=before.kept_at,
         )
         sampling = last.sampling
         if sampling.drawn:
@@ -257,7 +261,21 @@ class Runner:
             page_table=self._page_table,
             sample_rows=np.array(sample_rows, np.int64),
         )
+        if self._shape.states:
+            after, places = self._kept(batch, plan)
+            batch = replace(batch, kept_rows=after, kept_at=places)
         return self._with_sampling(batch, plan)
+
+    def _kept(self, batch: Batch, plan: Plan) -> tuple[Int32, Int32]:
+        """After how many of a chunk's rows its state is kept, and where."""
+        rows = np.full(len(batch.table_rows), -1, np.int32)
+        places = np.zeros(len(batch.table_rows), np.int32)
+        for sequence, kept in plan.kept:
+            chunk = int(np.flatnonzero(batch.table_rows == sequence.slot)[0])
+            start = batch.positions[batch.query_starts[chunk]]
+            rows[chunk] = kept.pages * self._shape.page_size - start
+            places[chunk] = kept.place
+        return rows, places
 
     def _rows_apart(self, plan: Plan) -> bool:
         """Whether rows that are given should be sequences of one token, as decodes are: each reads

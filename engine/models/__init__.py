@@ -7,13 +7,13 @@ from typing import Protocol
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig, read_config
-from engine.models.layers import ALONE, WeightLoader
 from engine.models.llama import Llama
+from engine.models.loader import ALONE, WeightLoader
 from engine.models.sandwich import Sandwich
 from engine.models.shard import Shard
 from engine.weights.checkpoint import Checkpoint
-from kernels.backend import WeightStore
-from kernels.ops import Heads, Ops, T
+from kernels.backend import CacheDType, CacheLayout, WeightStore
+from kernels.ops import DeltaHeads, Heads, Ops, T
 
 
 class Model(Protocol):
@@ -22,6 +22,8 @@ class Model(Protocol):
     config: ModelConfig
     heads: Heads
     """Those of this rank."""
+    delta: DeltaHeads | None
+    """This rank's of layers that keep a state, if there are some."""
 
     def forward(self, ops: Ops[T]) -> T: ...
 
@@ -47,6 +49,9 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "glm4_moe": Llama,
     "dots1": Llama,
     "ernie4_5_moe": Llama,
+    "qwen3_5_text": Llama,
+    "qwen3_5_moe_text": Llama,
+    "qwen3_next": Llama,
     "gemma3_text": Sandwich,
     "glm4": Sandwich,
 }
@@ -58,6 +63,22 @@ def check_family(checkpoint: Checkpoint) -> str:
     if model_type not in MODELS:
         raise ConfigError(f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}")
     return str(model_type)
+
+
+def cache_layout(
+    model: Model, page_size: int, dtype: CacheDType, max_context: int = 0
+) -> CacheLayout:
+    """The cache that a model's forward pass needs."""
+    config = model.config
+    return CacheLayout(
+        config.cached_layers,
+        model.heads,
+        page_size,
+        dtype,
+        max_context,
+        model.delta,
+        len(config.delta_layers),
+    )
 
 
 def load_model(

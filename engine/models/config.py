@@ -9,16 +9,23 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.models.rope import NEIGHBOURS, Positions, context_reached, read_ropes, rotated_width
 from engine.weights.checkpoint import MAX_EXPERTS
-from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, Heads, Rope
+from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, DeltaHeads, Heads, Rope
 
 # No model comes near these; a damaged file that does would take all memory before it is noticed.
 MAX_LAYERS = 4096
 MAX_POSITIONS = 1 << 24
+MAX_TAPS = 16
+LINEAR = "linear_attention"
+# Set for files that have value heads in ggml's order.
+TILED = "linear_tiled_value_heads"
 
+# Families most of whose layers are gated delta nets, and whose attention is gated.
+QWEN35, QWEN35_MOE, QWEN3_NEXT = "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"
+DELTA = (QWEN35, QWEN35_MOE, QWEN3_NEXT)
 # Families whose output matrix is the embedding's if their configuration does not say.
 TIED = ("gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe")
 # Those that normalize each query and key head.
-HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "dots1")
+HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "dots1", *DELTA)
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -35,10 +42,13 @@ EXPERTS = {
     "glm4_moe": True,
     "dots1": False,
     "ernie4_5_moe": True,
+    QWEN35_MOE: True,
+    QWEN3_NEXT: True,
 }
 SIGMOID = ("glm4_moe", "dots1")
 # Whose first layer is dense if their configuration does not say, and how many experts all tokens
 # go through then.
+GATED_SHARED = (QWEN35_MOE, QWEN3_NEXT)
 FIRST_DENSE = ("glm4_moe", "ernie4_5_moe")
 SHARED_UNSAID = {"glm4_moe": 1, "ernie4_5_moe": 2}
 # What families, and versions of `transformers`, call the number of experts, of a token's, and of
@@ -62,6 +72,7 @@ class ExpertsConfig:
     scale: float = 1.0
     shared: int = 0
     preferred: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,16 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     expert_layers: frozenset[int] = frozenset()
     """Layers whose feed-forward part is experts."""
+    delta: DeltaHeads | None = None
+    delta_layers: tuple[int, ...] = ()
+    """Layers that keep a state instead of keys and values."""
+    gated_attention: bool = False
+    """Whether what attention gives is multiplied by a sigmoid, which queries' projection has."""
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.layers - len(self.delta_layers)
 
 
 def read_config(
@@ -118,7 +139,8 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
     kv = values.integer("num_key_value_heads", query)
     if query % kv:
         raise ConfigError(f"num_attention_heads {query} is no multiple of key/value heads {kv}")
-    heads = Heads(query, kv, values.integer("head_dim", hidden // query))
+    recurrent = model_type in DELTA
+    heads = Heads(query, kv, values.integer("head_dim", 256 if recurrent else hidden // query))
     if heads.dim % 2:
         raise ConfigError(f"head_dim is {heads.dim}; rotary embedding needs an even one")
     gemma = model_type == "gemma3_text"
@@ -135,7 +157,9 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         model_type=model_type,
         vocab_size=values.integer("vocab_size"),
         hidden=hidden,
-        intermediate=values.integer("intermediate_size"),
+        intermediate=values.integer(
+            "intermediate_size", experts.width if recurrent and experts else None
+        ),
         layers=layers,
         heads=heads,
         norm_eps=values.number("rms_norm_eps", 1e-6) / share**2,
@@ -157,7 +181,41 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         sinks=model_type == GPT_OSS,
         experts=experts,
         expert_layers=_expert_layers(values, layers) if experts is not None else frozenset(),
+        delta=_delta(values) if recurrent else None,
+        delta_layers=_delta_layers(values, layers) if recurrent else (),
+        gated_attention=recurrent,
     )
+
+
+def _delta(values: _Values) -> DeltaHeads:
+    """Qwen's files leave out what is the same in most sizes."""
+    heads = DeltaHeads(
+        values.integer("linear_num_key_heads", 16),
+        values.integer("linear_num_value_heads", 32),
+        values.integer("linear_key_head_dim", 128),
+        values.integer("linear_value_head_dim", 128),
+        values.integer("linear_conv_kernel_dim", 4, most=MAX_TAPS),
+        tiled=bool(values.raw.get(TILED)),
+    )
+    if heads.value % heads.key:
+        raise ConfigError(
+            f"linear_num_value_heads {heads.value} is no multiple of key heads {heads.key}"
+        )
+    if heads.taps < 2:
+        raise ConfigError("linear_conv_kernel_dim is 1; 2 or more can be computed")
+    return heads
+
+
+def _delta_layers(values: _Values, layers: int) -> tuple[int, ...]:
+    """All but every fourth, if the configuration does not say; the last is attention."""
+    types = values.raw.get("layer_types")
+    if types is None:
+        step = values.integer("full_attention_interval", 4)
+        types = ["full_attention" if (n + 1) % step == 0 else LINEAR for n in range(layers)]
+    found = tuple(n for n, kind in enumerate(types) if kind == LINEAR)
+    if len(found) == layers:
+        raise ConfigError("no layer is of type full_attention, which some have to be")
+    return found
 
 
 def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
@@ -175,18 +233,34 @@ def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
         raise ConfigError("n_group is above 1; experts in groups cannot be computed")
     width = "moe_intermediate_size"
     own = model_type not in ("mixtral", GPT_OSS)
+    expert = values.integer(width if own or width in raw else "intermediate_size")
+    if model_type in GATED_SHARED:
+        return _gated_shared(values, count, used, expert, model_type)
     shared = _known(raw, SHARED)
     unsaid = 0 if any(name in raw for name in SHARED) else SHARED_UNSAID.get(model_type, 0)
     return ExpertsConfig(
         count,
         used,
-        values.integer(width if own or width in raw else "intermediate_size"),
+        expert,
         normalized=bool(raw.get("norm_topk_prob", EXPERTS[model_type])),
         sigmoid=model_type in SIGMOID,
         scale=values.number("routed_scaling_factor", 1.0),
         shared=values.integer(shared) if raw.get(shared) else unsaid,
         preferred=model_type in (*SIGMOID, "ernie4_5_moe"),
     )
+
+
+def _gated_shared(
+    values: _Values, count: int, used: int, width: int, model_type: str
+) -> ExpertsConfig:
+    """Experts of families with a shared one of a width and a gate of its own."""
+    wide = values.integer("shared_expert_intermediate_size", width)
+    if wide % width:
+        raise ConfigError(
+            f"shared_expert_intermediate_size {wide} is no multiple of the experts' {width}"
+        )
+    normalized = bool(values.raw.get("norm_topk_prob", EXPERTS[model_type]))
+    return ExpertsConfig(count, used, width, normalized, shared=wide // width, gated=True)
 
 
 def _known(raw: dict[str, Any], names: tuple[str, ...]) -> str:

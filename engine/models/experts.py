@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
-from engine.models.layers import GatedFeedForward, WeightLoader, load_feed_forward
+from engine.models.layers import GatedFeedForward, load_feed_forward
+from engine.models.loader import WeightLoader
 from kernels.ops import Experts, Ops, T, Weight
 
 # Experts' outputs begin at tiles of the CPU kernels.
@@ -69,7 +70,9 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
     router = f"{block}.router" if load.has(f"{block}.router.weight") else f"{block}.gate"
     given = config.experts
     names = [f"{block}.experts.{number}" for number in range(count)]
-    shared = f"{block}.shared_experts"
+    # One for all shared ones, or one with a gate.
+    shared = f"{block}.shared_expert{'' if given.gated else 's'}"
+    gates = (f"{block}.shared_expert_gate", given.shared) if given.gated else None
     own = load.spans(count + given.shared, "the number of experts")[load.shard.rank]
     preferences = (f"{block}.gate.e_score_correction_bias", f"{block}.{ERNIE_PREFERENCE}")
     preferred = next((name for name in preferences if load.has(name)), preferences[0])
@@ -77,7 +80,7 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
     prefers = given.preferred and (load.has(preferred) or config.model_type != "ernie4_5_moe")
     several = load.shard.ranks > 1
     return ExpertsFeedForward(
-        load.router(router, count, hidden),
+        load.router(router, count, hidden, gates),
         load.experts(
             [[f"{name}.{gate}", f"{name}.{up}"] for name in names],
             wide,
@@ -104,6 +107,7 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
             given.sigmoid,
             given.scale,
             given.shared,
+            given.gated,
         ),
         adds_parts=several and load.exact,
         adds_sums=several and not load.exact,

@@ -1,9 +1,11 @@
 """The Llama family: Llama 2 and 3, SmolLM2 and 3, Mistral, Mixtral, Qwen2, Qwen3 (also with
-experts), Phi-3 and 4, Granite, GLM, ERNIE 4.5, Seed-OSS, Helium, gpt-oss and BitNet b1.58.
+experts), Qwen3-Next and Qwen 3.5, Phi-3 and 4, Granite, GLM, ERNIE 4.5, Seed-OSS, Helium, gpt-oss
+and BitNet b1.58.
 
 They are one model with switches: rope scaling, heads that rotate in part or by neighbours, layers
 that do not, sliding windows, projection biases (taken when the file has them), query/key norms,
-norms in front of the last projections, scales, attention sinks, and layers of experts.
+norms in front of the last projections, scales, attention sinks, gates, and layers of experts or
+delta nets.
 """
 
 from __future__ import annotations
@@ -11,14 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.models.config import ModelConfig
+from engine.models.delta import DeltaNet, load_delta
 from engine.models.experts import ExpertsFeedForward, load_block
-from engine.models.layers import (
-    Attention,
-    GatedFeedForward,
-    WeightLoader,
-    load_attention,
-    load_head,
-)
+from engine.models.layers import Attention, GatedFeedForward, load_attention, load_head
+from engine.models.loader import WeightLoader
 from kernels.ops import Ops, T, Weight
 
 
@@ -27,7 +25,7 @@ class Layer:
     """One pre-norm transformer layer."""
 
     attention_norm: Weight
-    attention: Attention
+    mixer: Attention | DeltaNet
     feed_forward_norm: Weight
     feed_forward: GatedFeedForward | ExpertsFeedForward
 
@@ -38,12 +36,13 @@ class Llama:
     def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
         self.config = config
         self.heads = load.shard.own_heads(config.heads)
+        self.delta = None if config.delta is None else load.shard.own_delta(config.delta)
         hidden = config.hidden
         self.embedding = load.vocabulary("model.embed_tokens.weight", config.vocab_size, hidden)
         self.layers = [
             Layer(
                 load.vector(f"model.layers.{n}.input_layernorm.weight", hidden),
-                load_attention(load, config, n),
+                (load_delta if n in config.delta_layers else load_attention)(load, config, n),
                 load.vector(f"model.layers.{n}.post_attention_layernorm.weight", hidden),
                 load_block(load, config, n),
             )
@@ -60,7 +59,7 @@ class Llama:
         x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
             last = following is None
-            x, residual = layer.attention.forward(ops, x, residual, config, last=last)
+            x, residual = layer.mixer.forward(ops, x, residual, config, last=last)
             x, residual = ops.add_rms_norm(x, residual, layer.feed_forward_norm, eps)
             x = layer.feed_forward.forward(ops, x, config)
             if following is not None:

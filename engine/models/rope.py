@@ -18,6 +18,9 @@ ALIKE = {"su": "longrope", "mrope": "default"}
 # Families of whose heads half rotates, whether the configuration says so or not.
 GLM = ("glm", "glm4")
 GLM_SHARE = 0.5
+# And a quarter.
+QWEN = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+QWEN_SHARE = 0.25
 # Families that rotate neighbours, instead of values that lie half a head apart.
 NEIGHBOURS = (*GLM, "ernie4_5", "ernie4_5_moe", "helium")
 
@@ -79,6 +82,8 @@ def rotated_width(raw: dict[str, Any], dim: int) -> int:
     share = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if share is None and raw.get("model_type") in (*GLM, "glm4_moe"):
         share = GLM_SHARE
+    if share is None and raw.get("model_type") in QWEN:
+        share = QWEN_SHARE
     width = dim if share is None else int(dim * float(share))
     if not 0 < width <= dim or width % 2:
         raise ConfigError(f"partial_rotary_factor is {share}, of heads of {dim}")

@@ -9,12 +9,12 @@ from engine.models.config import ModelConfig
 from engine.models.layers import (
     Attention,
     GatedFeedForward,
-    WeightLoader,
     load_attention,
     load_feed_forward,
     load_head,
 )
-from kernels.ops import Ops, T, Weight
+from engine.models.loader import WeightLoader
+from kernels.ops import DeltaHeads, Ops, T, Weight
 
 # What a layer's norms are called: before and after attention, then the feed-forward part.
 GEMMA_NORMS = (
@@ -49,6 +49,7 @@ class Sandwich:
     def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
         self.config = config
         self.heads = load.shard.own_heads(config.heads)
+        self.delta: DeltaHeads | None = None
         hidden = config.hidden
         self.embedding = load.vocabulary("model.embed_tokens.weight", config.vocab_size, hidden)
         names = GLM_NORMS if config.model_type == "glm4" else GEMMA_NORMS

@@ -8,11 +8,11 @@ layers are split by width, tables and output heads by vocabulary. Nothing has to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from engine.errors import ConfigError
-from kernels.ops import Heads
+from kernels.ops import DeltaHeads, Heads
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,16 @@ class Shard:
     def own_heads(self, heads: Heads) -> Heads:
         """This rank's attention heads."""
         return self.head_spans(heads)[self.rank].of(heads)
+
+    def own_delta(self, heads: DeltaHeads) -> DeltaHeads:
+        """This rank's heads of delta nets, shared out by key heads."""
+        spans = self.spans(heads.key)
+        if spans is None:
+            raise ConfigError(
+                f"linear_num_key_heads is {heads.key}, too little for {self.ranks} ranks"
+            )
+        own = spans[self.rank].length
+        return replace(heads, key=own, value=own * (heads.value // heads.key))
 
     def head_spans(self, heads: Heads) -> list[HeadSpan]:
         """Every rank's heads. Raises ConfigError if there are fewer than ranks."""

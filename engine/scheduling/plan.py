@@ -7,6 +7,7 @@ from enum import IntEnum
 
 from engine.scheduling.cost import Work
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.snapshots import Kept
 from engine.types import Decision, TokenLogprob
 
 
@@ -17,6 +18,7 @@ class Move(IntEnum):
     DEMOTE = 1  # page -> cold slot
     RESTORE = 2  # cold slot -> page
     DISCARD = 3  # page: its memory is given back
+    RESUME = 4  # a state's place -> slot
 
 
 @dataclass(slots=True)
@@ -46,9 +48,9 @@ class Plan:
 
     `admitted` (re)entered their slots, `grown` are decodes with new pages. `moves` are (kind, from,
     to), done in order before anything is computed. `busy` steps take the model's weights for busy
-    times. The rest is the scheduler's own: the number of
-    guesses that were `accepted`, who has been `dropped` since, and what is given back when the step
-    has retired.
+    times; `kept` are states that it keeps on the way. The rest is the scheduler's own: the number
+    of guesses that were `accepted`, who has been `dropped` since, and what is given back when the
+    step has retired.
     """
 
     step: int
@@ -58,6 +60,7 @@ class Plan:
     grown: list[Sequence] = field(default_factory=list)
     moves: list[tuple[Move, int, int]] = field(default_factory=list)
     busy: bool = False
+    kept: list[tuple[Sequence, Kept]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     predicted: float = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from engine.scheduling.cold import ColdIndex
 from engine.scheduling.pages import PagePool
-from engine.scheduling.plan import Chunk, Move
+from engine.scheduling.plan import Chunk, Move, Plan
 from engine.scheduling.sequence import Sequence
 
 
@@ -96,8 +96,8 @@ class Prefixes:
         self.pool.forget()
         self.cold.clear()
 
-    def claim(self, chunk: Chunk) -> None:
-        """Let others wait for the pages that a chunk computes."""
+    def claim(self, chunk: Chunk, plan: Plan) -> None:
+        """Let others wait for the pages that a chunk of a plan computes."""
         sequence, size = chunk.sequence, self.pool.page_size
         if not self.shares(sequence) or not chunk.write:
             return
@@ -107,9 +107,22 @@ class Prefixes:
         chunk.claims = tuple(name for name in names if not self.pool.holds(name))
         self._claims.update(chunk.claims)
 
-    def unclaim(self, chunk: Chunk) -> None:
-        """The step has ended, one way or another."""
-        self._claims.difference_update(chunk.claims)
+    def retire(self, plan: Plan, *, done: bool) -> None:
+        """A step has ended; it is `done`, or has failed."""
+        for chunk in plan.chunks:
+            if chunk.claims:
+                self._claims.difference_update(chunk.claims)
+
+    def cut(self, sequence: Sequence, count: int) -> int:
+        """How many of the next `count` tokens a step should take, so that what is to be kept of a
+        state can be."""
+        return count
+
+    def grew(self, sequence: Sequence, plan: Plan) -> None:
+        """A sequence that decodes is about to begin a page."""
+
+    def left(self, sequence: Sequence) -> None:
+        """A sequence has given up its slot."""
 
     def publish(self, sequence: Sequence) -> None:
         """Make pages findable whose every token has now been computed."""

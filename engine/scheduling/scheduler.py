@@ -21,9 +21,10 @@ from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
 from engine.scheduling.precision import Precision
-from engine.scheduling.prefixes import Prefixes
+from engine.scheduling.recurrent import prefixes_of
 from engine.scheduling.room import BESIDE, BUSY, FULL, NO_PAGES, OUT_OF_TURN, Room
 from engine.scheduling.sequence import Sequence, State, by_order, take_out
+from engine.scheduling.snapshots import Snapshots
 from engine.scheduling.speculate import Speculator
 from engine.scheduling.tenants import Account, FairQueue, order_key
 from engine.types import Clock
@@ -40,6 +41,7 @@ class Scheduler:
         cost: CostModel,
         *,
         cold: ColdIndex | None = None,
+        snapshots: Snapshots | None = None,
     ) -> None:
         if limits.max_batch_tokens < limits.max_running + pool.page_size:
             raise ConfigError(
@@ -58,7 +60,7 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.in_flight: deque[Plan] = deque()
         self.preemptions = 0
-        self.prefixes = Prefixes(pool, self.cold, enabled=limits.prefix_caching)
+        self.prefixes = prefixes_of(pool, self.cold, snapshots, limits.prefix_caching)
         self.leases = Leases(self.prefixes, clock, limits.lease)
         self.speculator = Speculator(cost, pool.page_size, limits)
         self._precision = Precision(cost, limits, pool.page_size)
@@ -87,11 +89,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        now = self._clock.now()
         rows, size = self.limits.max_batch_tokens, self.pool.page_size
         seconds = self.cost.prefill_seconds(sequence.prompt_length, rows, size)
         sequence.order = order_key(sequence, seconds, self.limits.patience)
-        self.queue.add(sequence, now)
+        self.queue.add(sequence, self._clock.now())
         self.deadlines.add(sequence)
 
     def plan(self) -> Plan:
@@ -109,12 +110,11 @@ class Scheduler:
         )
         if self.prefilling:
             self._plan_prefills(plan)
-        prefixes = self.prefixes
-        if plan.is_empty and not prefixes.urgent:
+        if plan.is_empty and not self.prefixes.urgent:
             return plan
         self._steps += 1
-        if prefixes.moves:
-            plan.moves, sources = prefixes.take_moves()
+        if self.prefixes.moves:
+            plan.moves, sources = self.prefixes.take_moves()
             plan.retired_pages += sources
         plan.predicted = self.cost.predict(plan.work)
         self.in_flight.append(plan)
@@ -139,7 +139,7 @@ class Scheduler:
             elif self._committer.prompt(chunk, result, first):
                 self.leases.came_back(sequence)
                 moved.append(sequence)
-        self._retire(plan)
+        self._retire(plan, done=True)
         return moved
 
     def observe(self, plan: Plan, result: StepResult, seconds: float) -> None:
@@ -162,7 +162,7 @@ class Scheduler:
             for later in self.in_flight:
                 lost.update(later.live_sequences())
         self.cold.clear()
-        self._retire(plan)
+        self._retire(plan, done=False)
         return sorted(lost, key=by_order)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | None = None) -> None:
@@ -290,7 +290,7 @@ class Scheduler:
                 continue  # made room for an earlier one
             if not self.prefixes.catch_up(sequence):
                 continue
-            count = budget.chunk(sequence)
+            count = self.prefixes.cut(sequence, budget.chunk(sequence))
             if count > 0 and self._grow(sequence, count, plan):
                 self._take(plan, budget, sequence, count)
 
@@ -303,7 +303,7 @@ class Scheduler:
             rows = count
         write = start >= sequence.shared * self.pool.page_size
         chunk = Chunk(sequence, start, count, rows, sample, write)
-        self.prefixes.claim(chunk)
+        self.prefixes.claim(chunk, plan)
         plan.chunks.append(chunk)
         budget.take(chunk)
         sequence.scheduled = start + count
@@ -405,6 +405,7 @@ class Scheduler:
             sequence.pages += fresh
             if sequence.decoding:
                 plan.grown.append(sequence)
+                self.prefixes.grew(sequence, plan)
         sequence.horizon = min(len(sequence.pages) * size, sequence.final_length - 1)
         return True
 
@@ -435,14 +436,13 @@ class Scheduler:
         self._entered.discard(sequence)
         self._guessed.discard(sequence)
         self.speculator.set_aside(sequence)
+        self.prefixes.left(sequence)
         sequence.account.running -= 1
         sequence.leave()
 
-    def _retire(self, plan: Plan) -> None:
+    def _retire(self, plan: Plan, *, done: bool) -> None:
         """Give back what only this step still named."""
-        for chunk in plan.chunks:
-            if chunk.claims:
-                self.prefixes.unclaim(chunk)
+        self.prefixes.retire(plan, done=done)
         if plan.retired_pages or plan.retired_slots:
             for pages in plan.retired_pages:
                 self.pool.release(pages)

@@ -12,6 +12,9 @@ TEXT_TYPES = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen3_5_text": "qwen3_5_text",
+    "qwen3_5_moe_text": "qwen3_5_moe_text",
 }
 # Whose configuration has the text part's keys beside its own.
 FLAT_TYPES = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
@@ -26,6 +29,11 @@ GEMMA3 = {
     "max_position_embeddings": 131072,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+}
+UNSAID: dict[str, dict[str, Any]] = {
+    "gemma3_text": GEMMA3,
+    # Every model of the kind does.
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
 }
 # Where the text part's tensors are, and where they would be in a model of their own.
 PREFIXES = {
@@ -49,7 +57,7 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any] | None:
     if kind not in TEXT_TYPES:
         return None
     shared = {key: raw[key] for key in SHARED if raw.get(key) is not None}
-    defaults = GEMMA3 if kind == "gemma3_text" else {}
+    defaults = UNSAID.get(kind, {})
     given = {key: value for key, value in part.items() if value is not None}
     return defaults | shared | given | {"model_type": TEXT_TYPES[kind]}
 

@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import ConfigError
+from engine.weights import gguf_recurrent
 from engine.weights.checkpoint import MAX_EXPERTS
 from engine.weights.files import gguf_parts
 from engine.weights.fused import FusedTensors
@@ -57,6 +58,7 @@ EXPERT_NAMES = {
     "ffn_gate_exps": "gate_proj",
     "ffn_up_exps": "up_proj",
     "ffn_down_exps": "down_proj",
+    "ffn_gate_up_exps": "gate_up_proj",
 }
 OLDER_EXPERTS = re.compile(r"ffn_(gate|up|down)\.(\d+)")
 # Of some families, by their `model_type`; Phi's projections lie in one tensor each.
@@ -79,6 +81,7 @@ OWN_NAMES = {
         "attn_sinks": "self_attn.sinks",
         "ffn_gate_inp": "mlp.router",
     },
+    **dict.fromkeys(gguf_recurrent.MODEL_TYPES.values(), gguf_recurrent.NAMES),
 }
 # GGUF key under the architecture's prefix -> Hugging Face configuration key.
 CONFIG_KEYS = {
@@ -140,9 +143,12 @@ MODEL_TYPES = {
     "gpt-oss": "gpt_oss",
     "glm4moe": "glm4_moe",
     "ernie4_5-moe": "ernie4_5_moe",
+    **gguf_recurrent.MODEL_TYPES,
 }
 # Whose heads may rotate in part.
-ROTATED_IN_PART = ("phi3", "glm4", "glm4moe")
+ROTATED_IN_PART = ("phi3", "glm4", "glm4moe", *gguf_recurrent.MODEL_TYPES)
+# Whose blocks behind the last layer guess tokens further ahead.
+GUESSING_AHEAD = ("glm4moe", *gguf_recurrent.MODEL_TYPES)
 # Whose query and key rows are stored for interleaved rotation.
 INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
 
@@ -313,6 +319,8 @@ class GGUFCheckpoint:
         base, _, kind = name.rpartition(".")
         if base in TOP_NAMES:
             return f"{TOP_NAMES[base]}.{kind}"
+        if (whole := gguf_recurrent.whole_name(name)) is not None:
+            return whole
         if base.startswith("blk."):
             _, layer, part = (*base.split(".", 2), "")[:3]
             names = LAYER_NAMES | OWN_NAMES.get(self.config["model_type"], {})
@@ -343,11 +351,13 @@ class GGUFCheckpoint:
         if architecture == "qwen3moe":
             # Every model of the kind does, and the file does not say.
             config["norm_topk_prob"] = True
-        if architecture == "glm4moe":
-            # Blocks behind the last layer guess tokens further ahead.
+        if architecture in gguf_recurrent.MODEL_TYPES:
+            config |= gguf_recurrent.read_keys(self.metadata, self.path.name)
+        if architecture in GUESSING_AHEAD:
             ahead, blocks = config.get("num_nextn_predict_layers"), config.get("num_hidden_layers")
             if isinstance(ahead, int) and isinstance(blocks, int):
                 config["num_hidden_layers"] = blocks - ahead
+        if architecture == "glm4moe":
             config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
             kind = self.metadata.get("glm4moe.expert_gating_func", SIGMOID)
             if kind not in (0, SIGMOID):

@@ -1,8 +1,10 @@
-"""Experts that a file holds in one tensor for all of them, as gpt-oss's, under each one's names.
+"""Experts that a file holds in one tensor for all of them, under each one's names.
 
-Floats lie as `gate_up_proj` `[experts, hidden, 2 wide]` and `down_proj` `[experts, wide, hidden]`,
-gate and up outputs in turns. MXFP4 (OCP's microscaling formats, arXiv 2310.10537) has `_blocks`,
-uint8 `[experts, out, groups, 16]` of two numbers each, and uint8 `_scales`, one of each group.
+gpt-oss's floats lie as `gate_up_proj` `[experts, hidden, 2 wide]` and `down_proj` `[experts, wide,
+hidden]`, gate and up outputs in turns; Qwen's with gates in front of ups, as outputs x inputs
+(Qwen 3.5) or as inputs x outputs (Qwen3-VL). gpt-oss's MXFP4 (OCP's microscaling formats, arXiv
+2310.10537) has `_blocks`, uint8 `[experts, out, groups, 16]` of two numbers each, and uint8
+`_scales`, one of each group.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from engine.weights.checkpoint import MAX_EXPERTS
 from kernels.backend import HostTensor
 
 METHOD = "mxfp4"
+GPT_OSS = "gpt_oss"
+# Families whose files may have stacks.
+STACKING = (GPT_OSS, "qwen3_moe", "qwen3_5_moe_text")
+STACK_DIMENSIONS = 3
 FLOATS = ("F32", "F16", "BF16")
 BLOCK = 32
 STACK = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(|_bias|_blocks|_scales)")
@@ -85,16 +91,42 @@ class StackedBlocks(Stacked):
         return torch.from_numpy(dequantize(self.packed().numpy(), GGMLQuantizationType.MXFP4))
 
 
+@dataclass(frozen=True, eq=False)
+class StackedHalf(Blocks):
+    """One projection of one expert, whose outputs follow the first `first`; `turned` if the file
+    has inputs x outputs."""
+
+    stored: Any
+    expert: int
+    first: int
+    turned: bool
+
+    def dense(self) -> torch.Tensor:
+        rows = slice(self.first + self.rows[0], self.first + self.rows[1])
+        columns = slice(*self.columns)
+        place = (self.expert, columns, rows) if self.turned else (self.expert, rows, columns)
+        part: torch.Tensor = self.stored[place]
+        return part.T if self.turned else part
+
+    def packed(self) -> torch.Tensor:
+        raise ValueError(f"{self.name} is stored as {self.format}, not in blocks")
+
+
 class StackedExperts:
     """The experts of a file's stacks. Raises ConfigError if there is no saying how many."""
 
     def __init__(self, names: Iterable[str], config: dict[str, Any]) -> None:
         self._stacks: set[str] = set()
         self._places: dict[str, tuple[str, int, int, int]] = {}
-        self._count = config.get("num_local_experts")
-        for name in names if config.get("model_type") == "gpt_oss" else ():
+        self._gpt_oss = config.get("model_type") == GPT_OSS
+        self._hidden = config.get("hidden_size")
+        # Versions of `transformers` call it either.
+        keys = ("num_local_experts", "num_experts")
+        key = next((key for key in keys if config.get(key) is not None), keys[0])
+        self._count = config.get(key)
+        for name in names if config.get("model_type") in STACKING else ():
             found = STACK.fullmatch(name)
-            if found is None:
+            if found is None or (found[3] and not self._gpt_oss):
                 continue
             self._stacks.add(name)
             block, kind, suffix = found.groups()
@@ -102,7 +134,7 @@ class StackedExperts:
                 continue
             count = self._count
             if type(count) is not int or not 0 < count <= MAX_EXPERTS:
-                raise ConfigError(f"the model's configuration has num_local_experts = {count!r}")
+                raise ConfigError(f"the model's configuration has {key} = {count!r}")
             last, parts = "bias" if suffix == "_bias" else "weight", PARTS[kind]
             for expert in range(count):
                 for turn, part in enumerate(parts):
@@ -121,6 +153,8 @@ class StackedExperts:
         whole, expert, turn, turns = self._places[name]
         stored = find(whole)
         shape, dtype = stored.get_shape(), stored.get_dtype()
+        if not self._gpt_oss:
+            return self._half(name, whole, stored, expert, turn, turns)
         bias, blocks = whole.endswith("_bias"), whole.endswith("_blocks")
         place = (expert, turn, turns)
         if blocks:
@@ -139,6 +173,20 @@ class StackedExperts:
             columns = (0, shape[2] * BLOCK)
             return StackedBlocks(name, "MXFP4", rows, columns, stored, *place, scales)
         return Stacked(name, dtype, rows, (0, shape[1]), stored, *place)
+
+    def _half(
+        self, name: str, whole: str, stored: Any, expert: int, turn: int, turns: int
+    ) -> HostTensor:
+        """A projection that lies behind others of its expert."""
+        shape, dtype = stored.get_shape(), stored.get_dtype()
+        if dtype not in FLOATS or len(shape) != STACK_DIMENSIONS or shape[0] != self._count:
+            raise ConfigError(f"tensor {whole!r} is {dtype} {shape}, which are no stacked experts")
+        # Of gate and up the inputs are the model's width, of down the outputs.
+        turned = shape[2 if turns > 1 else 1] != self._hidden
+        inputs, outputs = shape[1:] if turned else reversed(shape[1:])
+        size = outputs // turns
+        columns = (0, inputs)
+        return StackedHalf(name, dtype, (0, size), columns, stored, expert, turn * size, turned)
 
 
 def _belong_together(blocks: list[int], scales: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,43 @@ class Flat(View):
 
     def dense(self) -> torch.Tensor:
         return self.tensor.dense().flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Row(View):
+    """A vector as a matrix of one row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, *self.tensor.shape
+
+    def narrow(self, dimension: int, start: int, length: int) -> HostTensor:
+        raise ValueError(f"{self.name} stays whole")
+
+    def dense(self) -> torch.Tensor:
+        return self.tensor.dense()[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Computed(View):
+    """A vector of `length` numbers that are a function of a tensor's."""
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    @property
+    def format(self) -> str:
+        return "F32"
+
+    def narrow(self, dimension: int, start: int, length: int) -> HostTensor:
+        raise ValueError(f"{self.name} stays whole")
+
+    def dense(self) -> torch.Tensor:
+        return self.function(self.tensor.dense().float())
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,10 @@ from kernels.cpu.native_program import NativeProgram
 from kernels.cpu.native_weights import GROUP, NativeWeights
 from kernels.cpu.packed_file import PackedFile
 from kernels.host_pages import HostPages
-from kernels.ops import Tape, Weight
+from kernels.ops import Weight
+from kernels.reference import LayerStates
+from kernels.tape import Tape
+from kernels.torch_backend import host_states, states_of
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
@@ -108,6 +111,7 @@ class NativeBackend:
         self._exchange = collectives.exchange if collectives is not None else None
         self._layout: CacheLayout
         self._cache: list[LayerMemory] = []
+        self._states: list[LayerStates] = []
 
     def describe(self) -> str:
         return f"{self.name} {self.instructions} kernels"
@@ -133,7 +137,7 @@ class NativeBackend:
         packed = PackedFile(*packed_file) if packed_file is not None else None
         return self._place(dtype, packed)
 
-    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
+    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
         if layout.page_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
             raise ValueError(f"cache.page_size is {layout.page_size}; native kernels take {sizes}")
@@ -159,6 +163,10 @@ class NativeBackend:
             )
             for _ in range(layout.layers)
         ]
+        self._states = host_states(layout, states)
+
+    def states(self) -> HostPages:
+        return states_of(self._states)
 
     def free_bytes(self) -> int | None:
         return None
@@ -203,6 +211,8 @@ class NativeBackend:
         )
         for layer in self._cache:
             program.add_cache(layer, self._native_cache(layer))
+        for states in self._states:
+            program.add_states(states, self._native_states(states))
         return program
 
     def _place(self, dtype: WeightFormat, packed_file: PackedFile | None) -> NativeWeights:
@@ -228,8 +238,22 @@ class NativeBackend:
             layout.heads.dim,
         )
 
+    def _native_states(self, states: LayerStates) -> Any:
+        heads = self._layout.delta
+        assert heads is not None
+        return self._native.LayerStates(
+            states.inputs.data_ptr(),
+            states.memory.data_ptr(),
+            heads.taps,
+            heads.key,
+            heads.value,
+            heads.key_dim,
+            heads.value_dim,
+            heads.tiled,
+        )
+
     def close(self) -> None:
-        self._cache = []
+        self._cache, self._states = [], []
 
 
 def _lazy_zeros(size: int) -> torch.Tensor:

@@ -11,18 +11,28 @@ import torch
 
 from kernels.backend import Rotation, rotation_tables
 from kernels.batch import Batch, Samples, Sampling
-from kernels.ops import Experts, Handle, HeadNorms, Heads, Instruction, Rope, Tape
-from kernels.ops import Rows as RowCount
+from kernels.ops import DeltaHeads, Experts, HeadNorms, Heads, Rope
 from kernels.sampling import Rows, sample
+from kernels.tape import Handle, Instruction, Tape
+from kernels.tape import Rows as RowCount
 
 if TYPE_CHECKING:
     from kernels.cpu.native_backend import LayerMemory
     from kernels.cpu.native_weights import NativeWeight
+    from kernels.reference import LayerStates
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu_oai": 3}
 # The forms in which a buffer can hold its rows, in the order of `add_buffer`'s flags.
 FORMS = ("floats", "groups", "whole", "bf16")
-FLOAT_WRITERS = ("linear", "attention", "rope_write_kv", "all_reduce", "all_gather", "experts")
+FLOAT_WRITERS = (
+    "linear",
+    "attention",
+    "rope_write_kv",
+    "all_reduce",
+    "all_gather",
+    "experts",
+    "delta",
+)
 # Bytes a value: groups of 32 have a scale, a sum and an offset.
 FORM_BYTES = (4.0, 1.0 + 12 / 32, 1.0, 2.0)
 
@@ -70,8 +80,10 @@ class NativeProgram:
         self._rotations: dict[Rope, Rotation] = {}
         self._logits = _lazy_floats(max_rows, tape.logits.width)
         self.memory: list[LayerMemory] = []
+        self.states: list[LayerStates] = []
         self._rows = 0
         self._experts: dict[Any, list[int]] = {}
+        self._deltas: dict[DeltaHeads, tuple[int, int]] = {}
         # Of all buffers; memory is taken for the rows that are ever written.
         self._row_bytes = dict.fromkeys(RowCount, 0.0)
         self._max_rows = max_rows
@@ -82,6 +94,11 @@ class NativeProgram:
         """The next layer's cache, and the memory that it has addresses into."""
         self.memory.append(memory)
         self._program.add_cache(cache)
+
+    def add_states(self, memory: LayerStates, states: Any) -> None:
+        """The next delta layer's states, and the memory that they have addresses into."""
+        self.states.append(memory)
+        self._program.add_states(states)
 
     def forward(self, batch: Batch) -> None:
         self._rows = len(batch.sample_rows)
@@ -98,6 +115,8 @@ class NativeProgram:
             len(batch.context_lengths),
             self._rows,
             batch.page_table.shape[1],
+            _address(batch.kept_rows) if batch.kept_rows is not None else 0,
+            _address(batch.kept_at) if batch.kept_at is not None else 0,
         )
 
     @torch.inference_mode()
@@ -255,6 +274,7 @@ class NativeProgram:
             sizes=(experts.count, experts.used, experts.first, experts.own, experts.shared),
             normalized=experts.normalized,
             sigmoid=experts.sigmoid,
+            gated=experts.gated,
             scale=experts.scale,
             activation=ACTIVATIONS[activation],
             buffers=self._expert_buffers(gate_up, down, experts.places),
@@ -277,6 +297,54 @@ class NativeProgram:
                 self._experts[key].append(self._program.add_buffer(width, *forms, times=places))
                 self._row_bytes[RowCount.TOKENS] += places * width * FORM_BYTES[FORMS.index(wanted)]
         return self._experts[key]
+
+    def _emit_delta(
+        self,
+        qkv: int,
+        gates: int,
+        layer: int,
+        heads: DeltaHeads,
+        taps: NativeWeight,
+        decay: NativeWeight,
+        offset: NativeWeight,
+        out: int,
+    ) -> None:
+        if heads not in self._deltas:
+            self._deltas[heads] = (self._floats(heads.width), self._floats(2 * heads.value))
+        channels, shares = self._deltas[heads]
+        self._program.add_delta(
+            in_=qkv,
+            gates=gates,
+            out=out,
+            layer=layer,
+            taps=taps.address,
+            decay=decay.address,
+            offset=offset.address,
+            channels=channels,
+            shares=shares,
+        )
+
+    def _floats(self, width: int) -> int:
+        """A buffer of plain floats for every token."""
+        self._row_bytes[RowCount.TOKENS] += width * FORM_BYTES[0]
+        buffer: int = self._program.add_buffer(width, *(form == FORMS[0] for form in FORMS))
+        return buffer
+
+    def _emit_gated_norm(
+        self, x: int, gate: int, weight: NativeWeight, eps: float, out: int
+    ) -> None:
+        self._program.add(
+            "gated_norm",
+            in_=x,
+            in2=gate,
+            out=out,
+            vector=weight.address,
+            scalar=eps,
+            window=weight.shape[0],
+        )
+
+    def _emit_sigmoid_gate(self, x: int, gate: int, out: int) -> None:
+        self._program.add("sigmoid_gate", in_=x, in2=gate, out=out)
 
     def _emit_sum_parts(self, x: int, parts: int, out: int) -> None:
         self._program.add("sum_parts", in_=x, out=out)

@@ -22,9 +22,11 @@ from kernels.collectives import Collectives
 from kernels.gpu.ops import GpuCache, GpuOps, Workspace
 from kernels.gpu.pages import GpuCodec, GpuPages
 from kernels.gpu.program import GpuProgram, Limits
+from kernels.gpu.recurrence import GpuStateMoves, GpuStates
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import column_unit, place
-from kernels.ops import Tape, Weight
+from kernels.ops import Weight
+from kernels.tape import Tape
 
 # Rows of a prompt that may be scored in one step beside those that draw (at least a page).
 SCORED_ROWS = 64
@@ -104,6 +106,7 @@ class GpuBackend:
         self._pages = 0
         self._tensors: list[torch.Tensor] = []
         self._caches: list[GpuCache] = []
+        self._states: list[GpuStates] = []
 
     def describe(self) -> str:
         """The device's name and the mode."""
@@ -140,8 +143,8 @@ class GpuBackend:
         torch.cuda.empty_cache()  # what packing weights took for a moment
         return torch.cuda.mem_get_info(self._device)[0]
 
-    def allocate_cache(self, layout: CacheLayout, pages: int) -> None:
-        """Allocate pages of keys and values, and their scales, for each layer."""
+    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
+        """Allocate pages of keys and values, and their scales, for each layer, and states."""
         if layout.dtype == "int4":
             raise ValueError("cache.dtype=int4 takes the native kernels; a GPU serves int8")
         if layout.dtype != "int8" and TORCH_DTYPES[layout.dtype] != self._dtype:
@@ -167,6 +170,19 @@ class GpuBackend:
             GpuCache(*(half[layer] for pair in parts for half in pair))
             for layer in range(layout.layers)
         ]
+
+        self._states = []
+        if (heads := layout.delta) is not None:
+            inputs = (states, heads.taps - 1, heads.width)
+            memory = (states, heads.value, heads.key_dim, heads.value_dim)
+            self._states = [
+                GpuStates(*(torch.zeros(s, device=self._device) for s in (inputs, memory)))
+                for _ in range(layout.delta_layers)
+            ]
+
+    def states(self) -> GpuStateMoves:
+        """The states, to be copied."""
+        return GpuStateMoves(self._states)
 
     def pages(self) -> GpuPages:
         """The cache's pages, to be copied and read."""
@@ -199,6 +215,7 @@ class GpuBackend:
             layout.max_context,
             self._invariant,
             self.collectives,
+            self._states,
         )
         samples = min(max_rows, max_sequences + max(SCORED_ROWS, layout.page_size))
         limits = Limits(max_rows, max_sequences, samples)

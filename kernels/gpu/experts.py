@@ -32,6 +32,7 @@ def route_kernel(
     COUNT: tl.constexpr,
     USED: tl.constexpr,
     SHARED: tl.constexpr,
+    SCORES: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SIGMOID: tl.constexpr,
     PREFERENCE: tl.constexpr,
@@ -47,7 +48,7 @@ def route_kernel(
     row = tl.program_id(0).to(tl.int64)
     number, place = tl.arange(0, BLOCK), tl.arange(0, PLACES)
     known = number < COUNT
-    values = tl.load(scores + row * COUNT + number, mask=known, other=-float("inf"))
+    values = tl.load(scores + row * SCORES + number, mask=known, other=-float("inf"))
     inside = row < tl.load(live)
     # Padding may hold anything.
     values = tl.where(inside, values.to(tl.float32), 0.0)
@@ -72,7 +73,12 @@ def route_kernel(
     found = found / total * SCALE
     if SHARED > 0:
         numbers = tl.where(place < USED, numbers, COUNT + place - USED)
-        found = tl.where(place < USED, found, 1.0)
+        whole = place * 0 + 1.0
+        if SCORES > COUNT:
+            shared = inside & (place >= USED) & (place < USED + SHARED)
+            gate = tl.load(scores + row * SCORES + COUNT + place - USED, mask=shared, other=0.0)
+            whole = 1.0 / (1.0 + tl.exp(-gate.to(tl.float32)))
+        found = tl.where(place < USED, found, whole)
     numbers = tl.where(inside, numbers, BLOCK)
     at = row * (USED + SHARED) + place
     tl.store(chosen + at, numbers, mask=place < USED + SHARED)
@@ -221,6 +227,7 @@ class Layout:
             "COUNT": experts.count,
             "USED": experts.used,
             "SHARED": experts.shared,
+            "SCORES": experts.scores,
             "NORMALIZED": experts.normalized,
             "SIGMOID": experts.sigmoid,
             "PREFERENCE": preference,
@@ -263,9 +270,9 @@ def sort_rows(
     live: torch.Tensor,
     preference: torch.Tensor | None = None,
 ) -> Sorted:
-    """Choose each row's experts from scores `[rows, count]` and what is preferred, fp32 `[count]`,
-    and lay the rows out by expert; those behind the first `live`, int32 `[1]`, are padding and go
-    nowhere."""
+    """Choose each row's experts from scores `[rows, experts.scores]` and what is preferred, fp32
+    `[count]`, and lay the rows out by expert; those behind the first `live`, int32 `[1]`, are
+    padding and go nowhere."""
     experts, device = layout.experts, scores.device
 
     def integers(size: int) -> torch.Tensor:

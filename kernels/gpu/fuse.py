@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kernels.ops import Handle, Instruction, Weight
+from kernels.ops import Weight
+from kernels.tape import Handle, Instruction
 
 Step = tuple[Instruction, tuple[int, ...]]
 

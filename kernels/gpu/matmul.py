@@ -427,3 +427,18 @@ def values_kernel(
         low = tl.load(lows + place, mask=inside, other=0.0).to(tl.float32)
         result = value_of(number, factor, low, ZEROS).to(out.dtype.element_ty)
     tl.store(out + row * INPUTS + column, result, mask=inside)
+
+
+def dense_linear(
+    out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """A float matmul through cuBLAS, summed in fp32 and rounded once."""
+    matrix = values.t()
+    if out.dtype == x.dtype:
+        torch.mm(x, matrix, out=out)
+    elif x.is_cuda:
+        torch.mm(x, matrix, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(x.to(out.dtype), matrix.to(out.dtype), out=out)
+    if bias is not None:
+        out.add_(bias)

@@ -23,10 +23,12 @@ from kernels.gpu.configs import (
 )
 from kernels.gpu.experts import Layout, sort_rows
 from kernels.gpu.launch import power_of_two
-from kernels.gpu.matmul import MAX_FEW, MatmulShape
+from kernels.gpu.matmul import MAX_FEW, MatmulShape, dense_linear
+from kernels.gpu.recurrence import GpuStates
 from kernels.gpu.single import RowShape, digits_of
 from kernels.gpu.staging import Staging
-from kernels.gpu.weights import GpuWeight
+from kernels.gpu.state_ops import StateOps
+from kernels.gpu.weights import GpuWeight, gpu
 from kernels.ops import Activation, Experts, HeadNorms, Heads, Rope, Weight
 
 # Above so many rows, weights in groups are made floats for cuBLAS, so many elements at a time.
@@ -74,7 +76,7 @@ class Workspace:
         return self.counters[size]
 
 
-class GpuOps:
+class GpuOps(StateOps):
     """An `Ops[torch.Tensor]`: activations in `dtype`, logits in fp32."""
 
     def __init__(
@@ -87,8 +89,10 @@ class GpuOps:
         context: int,
         invariant: bool,
         collectives: Collectives | None = None,
+        states: list[GpuStates] | None = None,
     ) -> None:
         self._caches = caches
+        self._states = states or []
         self._page = page_size
         self._staging = staging
         self._workspace = workspace
@@ -427,24 +431,3 @@ class GpuOps:
             placed = growth.to(device) if growth is not None else None
             made[rope] = (cosine.to(device), sine.to(device), placed)
         return made[rope]
-
-
-def gpu(weight: Weight) -> GpuWeight:
-    """The form of a weight that this backend placed."""
-    assert isinstance(weight, GpuWeight)
-    return weight
-
-
-def dense_linear(
-    out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """A float matmul through cuBLAS, summed in fp32 and rounded once."""
-    matrix = values.t()
-    if out.dtype == x.dtype:
-        torch.mm(x, matrix, out=out)
-    elif x.is_cuda:
-        torch.mm(x, matrix, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(x.to(out.dtype), matrix.to(out.dtype), out=out)
-    if bias is not None:
-        out.add_(bias)

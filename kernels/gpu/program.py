@@ -22,8 +22,8 @@ from kernels.gpu.fuse import Step, fuse, handles
 from kernels.gpu.launch import compile_all
 from kernels.gpu.ops import Bucket, GpuOps
 from kernels.gpu.staging import Staging
-from kernels.ops import Handle, Instruction, Rows, Tape
 from kernels.sampling import score
+from kernels.tape import Handle, Instruction, Rows, Tape
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Staging:
 
     What a batch does not fill is harmless: rows behind it write to `trash`, the cache's last slot,
     and chunks behind it are empty. `last_ids` int64 `[slots]` is each slot's last token; the first
-    `fed` rows of a step read theirs from there, at `slots`.
+    `fed` rows of a step read theirs from there, at `slots`. `states` are the chunks' table rows.
     """
 
     def __init__(
@@ -51,6 +51,9 @@ class Staging:
             "query_starts": sequences + 1,
             "context_lengths": sequences,
             "fed": 1,
+            "states": sequences,
+            "kept_rows": sequences,
+            "kept_at": sequences,
             "page_table": sequences * table_width,
         }
         # Every array starts at 16 bytes, as the kernels are compiled for.
@@ -60,6 +63,7 @@ class Staging:
             total += -(-size // 4) * 4
         host = torch.zeros(total, dtype=torch.int32)
         host[starts["kv_slots"] : starts["kv_slots"] + rows] = trash
+        host[starts["kept_rows"] : starts["kept_rows"] + sequences] = -1
         self._mirror = Mirror(host, device)
         places = {name: slice(starts[name], starts[name] + size) for name, size in sizes.items()}
         self._arrays = {name: self._mirror.numbers[place] for name, place in places.items()}
@@ -78,6 +82,9 @@ class Staging:
     query_starts: torch.Tensor
     context_lengths: torch.Tensor
     fed: torch.Tensor
+    states: torch.Tensor
+    kept_rows: torch.Tensor
+    kept_at: torch.Tensor
     page_table: torch.Tensor
 
     def copy(self, batch: Batch, fed: int = 0) -> None:
@@ -102,6 +109,9 @@ class Staging:
         arrays["context_lengths"][sequences:] = 0
         arrays["fed"][0] = fed
         arrays["slots"][:fed] = batch.table_rows[:fed]
+        arrays["states"][:sequences] = batch.table_rows
+        arrays["kept_rows"][:sequences] = -1 if batch.kept_rows is None else batch.kept_rows
+        arrays["kept_at"][:sequences] = 0 if batch.kept_at is None else batch.kept_at
         width = min(self.page_table.shape[1], batch.page_table.shape[1])
         table = arrays["page_table"].reshape(self.page_table.shape)
         np.take(batch.page_table[:, :width], batch.table_rows, 0, table[:sequences, :width])

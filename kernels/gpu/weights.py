@@ -315,3 +315,9 @@ def _read_q4_k(raw: torch.Tensor, columns: int) -> Groups:
 
 READERS = {"Q4_0": _read_q4_0, "Q4_1": _read_q4_1, "Q8_0": _read_q8_0, "Q4_K": _read_q4_k}
 NIBBLES = {"Q4_0", "Q4_1", "Q4_K"}
+
+
+def gpu(weight: Weight) -> GpuWeight:
+    """The form of a weight that this backend placed."""
+    assert isinstance(weight, GpuWeight)
+    return weight

@@ -13,13 +13,14 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from engine.models import load_model
+from engine.models import cache_layout, load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout
 from kernels.batch import Batch
 from kernels.cpu.native_backend import NativeBackend, native_module, unavailable_reason
 from kernels.cpu.native_program import NativeProgram
-from kernels.ops import Heads, Recorder, Tape
+from kernels.ops import Heads
+from kernels.tape import Recorder, Tape
 
 reason = unavailable_reason()
 needs_native = pytest.mark.skipif(reason is not None, reason=f"native kernels: {reason}")
@@ -133,10 +134,8 @@ def program_of(
 ) -> tuple[NativeProgram, Tape]:
     backend = NativeBackend(weights, threads, instructions)
     model = load_model(open_checkpoint(path), backend)
-    layout = CacheLayout(
-        model.config.layers, model.config.heads, page_size, cache, model.config.max_context
-    )
-    backend.allocate_cache(layout, pages)
+    layout = cache_layout(model, page_size, cache, model.config.max_context)
+    backend.allocate_cache(layout, pages, states=8)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
     return backend.compile(tape, 512), tape

@@ -14,8 +14,9 @@ from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheDType, CacheLayout
 from kernels.cpu.native_backend import NativeBackend
 from kernels.cpu.native_program import NativeProgram
-from kernels.ops import Heads, Recorder, Rope
+from kernels.ops import Heads, Rope
 from kernels.reference import ReferenceOps
+from kernels.tape import Recorder
 from kernels.torch_backend import TorchBackend
 from tests.kernels.native import INSTRUCTION_SETS, Host, chunks_batch, needs_native
 from tests.tiny import write_llama

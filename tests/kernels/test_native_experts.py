@@ -11,8 +11,9 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from kernels.backend import CacheLayout
 from kernels.cpu.native_backend import NativeBackend
-from kernels.ops import SWIGLU_LIMIT, Activation, Experts, Heads, Recorder
+from kernels.ops import SWIGLU_LIMIT, Activation, Experts, Heads
 from kernels.reference import ReferenceOps, TorchWeight, route
+from kernels.tape import Recorder
 from tests.kernels.native import (
     INSTRUCTION_SETS,
     Host,

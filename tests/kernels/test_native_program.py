@@ -15,7 +15,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from kernels.backend import CacheLayout
 from kernels.cpu.native_backend import NativeBackend, native_module
 from kernels.cpu.native_program import NativeChooser
-from kernels.ops import Heads, Recorder
+from kernels.ops import Heads
+from kernels.tape import Recorder
 from tests.engine.models.test_parity import pair
 from tests.engine.weights.test_gguf import write_gguf
 from tests.kernels.native import (
@@ -53,11 +54,15 @@ def test_every_family_is_close_to_transformers(
     tokens = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(tokens[None]).logits[0]
-    program, _ = program_of(folder, page_size=size, cache=cache)
+    experts = hasattr(model.config, "num_local_experts")
+    # States of random weights make much of any rounding (these weights in bfloat16 move the logits
+    # of `transformers` by 9%); there only the cache may round.
+    weights = "float32" if hasattr(model.config, "linear_num_key_heads") else "auto"
+    program, _ = program_of(folder, page_size=size, cache=cache, weights=weights)
     logits = logits_in_chunks(program, tokens.tolist(), [33, 1, 1, 25], size)
     errors = (logits - expected).abs().amax(1) / expected.abs().max()
     # Experts whose scores are nearly equal change places when activations are rounded.
-    changed = 2 if hasattr(model.config, "num_local_experts") else 0
+    changed = 2 if experts else 0
     assert int((~(errors <= bound)).sum()) <= changed, errors.sort(descending=True).values[:4]
     assert bool((errors < 0.5).all())
 

@@ -14,8 +14,9 @@ from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, resolve_dtype, select_backend, supports_bfloat16
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
-from kernels.ops import Handle, Heads, Recorder, Rope, Rows, Tape, Weight
+from kernels.ops import Heads, Rope, Weight
 from kernels.reference import LayerCache, ReferenceOps, TorchWeight
+from kernels.tape import Handle, Recorder, Rows, Tape
 from tests.tiny import write_llama
 
 SIZE = 4

@@ -9,9 +9,11 @@ from collections import deque
 from engine.errors import DeviceLost
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.snapshots import Kept
 from tests.simulation.clock import VirtualLoop
 
 BASE = 26
+State = tuple[bytes, int, int]
 
 
 def fold(digest: int, token: int) -> int:
@@ -44,7 +46,14 @@ class FakeStepper:
     """
 
     def __init__(
-        self, loop: VirtualLoop, chance: random.Random, pages: int, page_size: int, failures: float
+        self,
+        loop: VirtualLoop,
+        chance: random.Random,
+        pages: int,
+        page_size: int,
+        failures: float,
+        *,
+        recurrent: bool = False,
     ) -> None:
         self._loop = loop
         self._chance = chance
@@ -53,12 +62,15 @@ class FakeStepper:
         self._kv: list[tuple[bytes, int] | None] = [None] * (pages * page_size)
         self._cold: dict[int, list[tuple[bytes, int] | None]] = {}
         self._last: dict[int, int] = {}
+        # By place: whose it is, how many tokens it has seen, and their digest.
+        self._states: dict[int, State] | None = {} if recurrent else None
         self._ready: deque[StepResult | Exception] = deque()
         self._life = 0
         self._away = False
         self._told = True
         self._read, self._write = os.pipe()
         self._free_at = 0.0
+        self._keeping: dict[Sequence, Kept] = {}
         # Of failed steps: what they should have written is not there.
         self._lost: set[Sequence] = set()
 
@@ -82,6 +94,7 @@ class FakeStepper:
         self._away, self._told = True, False
         self._kv = [None] * len(self._kv)
         self._cold, self._last, self._lost = {}, {}, set()
+        self._states = None if self._states is None else {}
         self._free_at = self._loop.time()
         self._finish(DeviceLost("gone"), self._life)
         self._loop.call_later(self._chance.uniform(0.1, 3.0), self._return)
@@ -135,6 +148,7 @@ class FakeStepper:
         for move in plan.moves:
             self._move(*move)
         ids = []
+        self._keeping = dict(plan.kept)
         for sequence in plan.decodes:
             at = sequence.scheduled - 1
             ids.append(self._compute(sequence, at, [self._last[sequence.slot]], write=True))
@@ -176,15 +190,29 @@ class FakeStepper:
             assert held is not None, "a position is read that nobody wrote"
             assert held[0] == mine, "a page of another namespace is seen"
             digest = held[1]
+        if self._states is not None:
+            state = self._states.get(sequence.slot) if start else (mine, 0, 0)
+            assert state == (mine, start, digest), "a state is not that of the tokens so far"
+        self._keep(sequence, start, digest)
         for position, token in enumerate(tokens, start=start):
             digest = fold(digest, token)
+            self._keep(sequence, position + 1, digest)
             if write:
                 self._kv[self._slot(sequence, position)] = (mine, digest)
             else:
                 assert self._kv[self._slot(sequence, position)] == (mine, digest), "not the same"
         if keep:
             self._last[sequence.slot] = token_after(digest)
+        if self._states is not None:
+            self._states[sequence.slot] = (mine, start + len(tokens), digest)
         return token_after(digest)
+
+    def _keep(self, sequence: Sequence, count: int, digest: int) -> None:
+        """Put a state where it is to be kept, if it is this one."""
+        kept = self._keeping.get(sequence)
+        if kept is not None and kept.pages * self._size == count:
+            assert self._states is not None
+            self._states[kept.place] = (sequence.request.namespace, count, digest)
 
     def _check_all(self, sequence: Sequence, count: int) -> None:
         """Every position that will be read is what the sequence's own tokens made."""
@@ -208,5 +236,10 @@ class FakeStepper:
             self._cold[target] = self._kv[page]
         elif kind is Move.RESTORE:
             self._kv[into] = self._cold.get(source, [None] * size)
+        elif kind is Move.RESUME:
+            assert self._states is not None
+            self._states.pop(target, None)
+            if source in self._states:
+                self._states[target] = self._states[source]
         else:
             self._kv[page] = [None] * size

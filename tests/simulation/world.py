@@ -34,6 +34,8 @@ from tests.simulation.model import FakeStepper, expected
 # Virtual seconds within which everybody has to be served once nobody comes any more.
 PATIENCE = 3600.0
 PAGE = 4
+# In houses of so many tenants the model keeps states.
+RECURRENT = 2
 PROFILE = Profile((1, 1001), (0.0024, 0.4024), 0.0, 0.0, 0.0)
 POLICIES: list[PolicyName] = ["lru", "lfu", "sieve", "cost", "adaptive"]
 
@@ -50,6 +52,8 @@ class World:
     capped: bool = False
     failures: float = 0.0
     losses: float = 0.0
+    # Places for states, if the model keeps some.
+    snapshots: int | None = None
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -67,6 +71,8 @@ class World:
                 max_running=chance.choice([0, 1, 3]) if self.capped else 0,
                 page_share=chance.choice([1.0, 0.7]) if self.capped else 1.0,
             )
+        if len(self.tenants) == RECURRENT:
+            self.snapshots = chance.choice([0, 1, 3, 8])
         # Beginnings that many prompts share.
         self.beginnings = [
             [chance.randrange(97) for _ in range(chance.choice([3, 8, 13, 20]))] for _ in range(4)
@@ -90,7 +96,8 @@ class World:
                 max_prefilling=chance.choice([1, 3, 8]),
                 prefix_caching=chance.random() < 0.85,
                 lease=chance.choice([0.0, 0.5, 120.0]),
-                speculative_tokens=chance.choice([0, 1, 5]),
+                speculative_tokens=chance.choice([0, 1, 5]) * (self.snapshots is None),
+                snapshots=self.snapshots,
             )
             guesser = Guesser(scheduler.cost, PAGE, scheduler.limits)
             guesser.rows = scheduler.limits.max_batch_tokens
@@ -104,7 +111,14 @@ class World:
                 tokenizer=tokenizer,
                 vocab_size=VOCAB,
                 scheduler=scheduler,
-                stepper=FakeStepper(loop, chance, self.pages, PAGE, self.failures),
+                stepper=FakeStepper(
+                    loop,
+                    chance,
+                    self.pages,
+                    PAGE,
+                    self.failures,
+                    recurrent=self.snapshots is not None,
+                ),
                 limits=Limits(self.context, 60, 1500),
                 fingerprint=b"simulated",
                 compiler=GrammarCompiler(lambda: tokenizer, VOCAB),

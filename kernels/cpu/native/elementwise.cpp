@@ -53,11 +53,6 @@ float squared_norm(const float* x, int64_t width) {
   return sum_lanes(squares);
 }
 
-inline Floats sigmoid(Floats x) {
-  const Floats one = set1(1.0f);
-  return div(one, add(one, exp(sub(zero(), x))));
-}
-
 template <int kActivation>
 inline Floats activate(Floats gate) {
   if constexpr (kActivation == 0) {

@@ -62,7 +62,7 @@ void choose(const float* scores, const float* preference, const ExpertSizes& siz
   for (int64_t k = 0; k < used; ++k) shares[k] = shares[k] / whole * sizes.scale;
   for (int64_t k = 0; k < sizes.shared; ++k) {
     chosen[used + k] = static_cast<int32_t>(count + k);
-    shares[used + k] = 1.0f;
+    shares[used + k] = sizes.gated ? 1.0f / (1.0f + std::exp(-scores[count + k])) : 1.0f;
   }
 }
 
@@ -102,7 +102,7 @@ void Program::experts_step(const Instruction& i, int64_t rows) {
   pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
     float* likely = scratch(count);
     for (int64_t row = first; row < last; ++row) {
-      choose(scores.floats.get() + row * count, e.preference, e.sizes, likely,
+      choose(scores.floats.get() + row * e.sizes.scores(), e.preference, e.sizes, likely,
              e.chosen.data() + row * places, e.shares.data() + row * places);
     }
   });

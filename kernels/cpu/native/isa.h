@@ -20,6 +20,10 @@ void write_value(const LayerCache&, int64_t, int64_t, const float*);
 void copy_page(const LayerCache&, int64_t, const LayerCache&, int64_t);
 void attend(const LayerCache&, const int32_t*, int64_t, int, const float* const*, const int64_t*,
             const float*, float, int64_t, float* const*);
+void delta_head(const DeltaRun&);
+void convolve_row(const float* const*, const float*, int, int64_t, float*);
+void unit_row(float*, int64_t, float);
+void gate_row(const float*, const float*, int64_t, bool, float*);
 void penalize(float*, int64_t, const Penalty&);
 void forbid(const uint32_t*, const float*, int64_t, float*);
 int64_t argmax(const float*, int64_t);

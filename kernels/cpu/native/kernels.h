@@ -88,6 +88,38 @@ struct LayerCache {
 
 constexpr int kQueryRows = 24;
 
+// The states of one layer of delta nets, fp32: `inputs` [states, taps - 1, width], the oldest first, and
+// `memory` [states, value heads, key_dim, value_dim].
+struct LayerStates {
+  float* inputs;
+  float* memory;
+  int64_t taps, key_heads, value_heads, key_dim, value_dim;
+  bool tiled;  // value heads take turns with the key heads; else several in a row share one
+
+  int64_t input_size() const {
+    return (taps - 1) * (2 * key_heads * key_dim + value_heads * value_dim);
+  }
+};
+
+// Added to a squared length before its root is taken.
+constexpr float kUnitEpsilon = 1e-6f;
+
+// One head of delta nets over `tokens` tokens: rows of queries, keys and values are `stride` apart, those of
+// gates, what the memory is multiplied by and `share_at` further how much of a value it takes,
+// `gate_stride`. After `kept` tokens the memory goes to `kept_memory`, too, if that is not null.
+struct DeltaRun {
+  float* memory;  // [key_dim, value_dim]
+  int64_t key_dim, value_dim, tokens;
+  const float *queries, *keys, *values;
+  int64_t stride;
+  const float* gates;
+  int64_t gate_stride, share_at;
+  float* out;
+  int64_t out_stride;
+  int64_t kept;
+  float* kept_memory;
+};
+
 // How one row's distribution is narrowed; see kernels/sampling.py.
 struct Filters {
   float temperature;
@@ -139,6 +171,15 @@ struct Kernels {
   void (*attend)(const LayerCache& cache, const int32_t* pages, int64_t head, int rows,
                  const float* const* queries, const int64_t* positions, const float* sinks,
                  float scale, int64_t window, float* const* out);
+
+  void (*delta_head)(const DeltaRun& run);
+  // out = SiLU(the sum of inputs[t] * weights[t]), `weights` [taps, width].
+  void (*convolve_row)(const float* const* inputs, const float* weights, int taps, int64_t width,
+                       float* out);
+  // x = scale * x / |x|, `dim` a multiple of 16.
+  void (*unit_row)(float* x, int64_t dim, float scale);
+  // out = x * sigmoid(gate), and times the gate `itself`; `out` may be `x`.
+  void (*gate_row)(const float* x, const float* gate, int64_t width, bool itself, float* out);
 
   // Penalties on one row in place, as kernels/sampling.py defines them.
   void (*penalize)(float* logits, int64_t vocab, const Penalty& penalty);

@@ -220,6 +220,13 @@ NB_MODULE(_native, m) {
                                 at<uint8_t>(values), at<void>(key_scales), at<void>(value_scales),
                                 page_size, heads, dim};
            });
+  nb::class_<LayerStates>(m, "LayerStates")
+      .def("__init__",
+           [](LayerStates* s, uintptr_t inputs, uintptr_t memory, int64_t taps, int64_t key_heads,
+              int64_t value_heads, int64_t key_dim, int64_t value_dim, bool tiled) {
+             new (s) LayerStates{at<float>(inputs), at<float>(memory), taps,      key_heads,
+                                 value_heads,       key_dim,           value_dim, tiled};
+           });
   nb::class_<PageCodec>(m, "PageCodec")
       .def("__init__",
            [](PageCodec* c, const Device& device, std::vector<LayerCache> layers, int format) {
@@ -269,19 +276,28 @@ NB_MODULE(_native, m) {
       .def("add_experts",
            [](Program& p, int in, int scores, int out, const Weight& gate_up, const Weight& down,
               uintptr_t gate_up_bias, uintptr_t down_bias, uintptr_t preference,
-              const std::array<int64_t, 5>& sizes, bool normalized, bool sigmoid, float scale,
+              const std::array<int64_t, 5>& sizes, bool normalized, bool sigmoid, bool gated, float scale,
               int activation, const std::array<int, 4>& buffers) {
              p.add_experts(in, scores, out, gate_up, down, at<const float>(gate_up_bias),
                            at<const float>(down_bias), at<const float>(preference),
                            {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], normalized, sigmoid,
-                            scale},
+                            gated, scale},
                            activation,
                            {buffers[0], buffers[1], buffers[2], buffers[3]});
            },
            nb::kw_only(), "in_"_a, "scores"_a, "out"_a, "gate_up"_a, "down"_a,
            "gate_up_bias"_a = 0, "down_bias"_a = 0, "preference"_a = 0, "sizes"_a,
-           "normalized"_a, "sigmoid"_a = false, "scale"_a = 1.0f, "activation"_a, "buffers"_a)
+           "normalized"_a, "sigmoid"_a = false, "gated"_a = false, "scale"_a = 1.0f, "activation"_a, "buffers"_a)
       .def("add_cache", &Program::add_cache, "cache"_a)
+      .def("add_states", &Program::add_states, "states"_a)
+      .def("add_delta",
+           [](Program& p, int in, int gates, int out, int layer, uintptr_t taps, uintptr_t decay,
+              uintptr_t offset, int channels, int shares) {
+             p.add_delta(in, gates, out, layer, at<const float>(taps), at<const float>(decay),
+                         at<const float>(offset), channels, shares);
+           },
+           nb::kw_only(), "in_"_a, "gates"_a, "out"_a, "layer"_a, "taps"_a, "decay"_a, "offset"_a,
+           "channels"_a, "shares"_a)
       .def(
           "add",
           [](Program& p, const std::string& op, int in, int in2, int out, int out2,
@@ -307,12 +323,13 @@ NB_MODULE(_native, m) {
       .def("run", [](Program& p, uintptr_t token_ids, uintptr_t positions, uintptr_t kv_slots,
                      uintptr_t query_starts, uintptr_t context_lengths, uintptr_t table_rows,
                      uintptr_t page_table, uintptr_t sample_rows, int64_t tokens,
-                     int64_t sequences, int64_t samples, int64_t table_width) {
+                     int64_t sequences, int64_t samples, int64_t table_width,
+                     uintptr_t kept_rows, uintptr_t kept_at) {
         nb::gil_scoped_release release;
         p.run({at<const int64_t>(token_ids), at<const int64_t>(positions),
                at<const int64_t>(kv_slots), at<const int32_t>(query_starts),
                at<const int32_t>(context_lengths), at<const int32_t>(table_rows),
                at<const int32_t>(page_table), at<const int64_t>(sample_rows), tokens, sequences,
-               samples, table_width});
+               samples, table_width, at<const int32_t>(kept_rows), at<const int32_t>(kept_at)});
       });
 }

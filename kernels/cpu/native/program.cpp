@@ -21,6 +21,12 @@ float* scratch(int64_t width) {
   return buffer.data();
 }
 
+const float* zeros(int64_t width) {
+  static thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < width) buffer.resize(static_cast<size_t>(width));
+  return buffer.data();
+}
+
 Activations Program::Value::activations() const {
   return {floats.get(),  bf16.get(),       values.get(),     scales.get(),     sums.get(),
           offsets.get(), row_values.get(), row_scales.get(), row_offsets.get()};
@@ -111,6 +117,7 @@ void Program::step(const Instruction& i, const Batch& batch) {
     case Op::kLinear: return linear_step(i, rows_of(i.in, batch));
     case Op::kRopeWriteKv: return rope_step(i, batch);
     case Op::kAttention: return attention_step(i, batch);
+    case Op::kDelta: return delta_step(i, batch);
     case Op::kExperts: return experts_step(i, rows_of(i.in, batch));
     case Op::kAllReduce:
     case Op::kAllGather: return collective_step(i, rows_of(i.in, batch));
@@ -148,6 +155,16 @@ void Program::step(const Instruction& i, const Batch& batch) {
           for (int64_t part = width; part < in->width; part += width) {
             kernels_.add_row(row_values, x + part, width, row_values);
           }
+          break;
+        case Op::kGatedNorm:
+          for (int64_t part = 0; part < width; part += i.window) {
+            kernels_.rms_norm_row(x + part, i.vector, i.scalar, i.window, row_values + part);
+          }
+          kernels_.gate_row(row_values, values_[i.in2].floats.get() + row * width, width, true,
+                            row_values);
+          break;
+        case Op::kSigmoidGate:
+          kernels_.gate_row(x, values_[i.in2].floats.get() + row * width, width, false, row_values);
           break;
         case Op::kGated: kernels_.gated_row(x, width, i.activation, row_values); break;
         default:

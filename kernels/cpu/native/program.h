@@ -14,8 +14,9 @@ namespace ryzanstein {
 
 // Rows of cheap work that one thread takes at a time.
 constexpr int64_t kRowGrain = 4;
-// A thread's room for a row of `width` values.
+// A thread's room for a row of `width` values, and a row of zeros.
 float* scratch(int64_t width);
+const float* zeros(int64_t width);
 
 // The step's inputs; arrays as in kernels/batch.py.
 struct Batch {
@@ -28,15 +29,18 @@ struct Batch {
   const int32_t* page_table;
   const int64_t* sample_rows;
   int64_t tokens, sequences, samples, table_width;
+  const int32_t* kept_rows;  // null where no layer keeps a state
+  const int32_t* kept_at;
 };
 
 enum class Op {
   kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
-  kAllReduce, kAllGather, kExperts, kSumParts
+  kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kSigmoidGate
 };
-constexpr std::array<const char*, 12> kOpNames = {
+constexpr std::array<const char*, 15> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
-    "select_rows", "all_reduce", "all_gather", "experts", "sum_parts"};
+    "select_rows", "all_reduce", "all_gather", "experts", "sum_parts", "delta",
+    "gated_norm", "sigmoid_gate"};
 
 // How many experts there are, how many a row goes through, and which are here: `own` from `first` on; `shared`
 // others, behind the `count` ones, all rows go through.
@@ -44,9 +48,11 @@ struct ExpertSizes {
   int64_t count, used, first, own, shared;
   bool normalized;  // a row's shares sum to 1, before they are scaled
   bool sigmoid;     // probabilities are each score's own; else their softmax
+  bool gated;       // shared ones' shares are sigmoids of scores behind the others; else 1
   float scale;
 
   int64_t places() const { return used + shared; }
+  int64_t scores() const { return gated ? count + shared : count; }
 };
 
 // Buffers for a row in each of its places, sorted by expert: copies of the input, what the first matmul
@@ -70,6 +76,12 @@ struct Experts {
   void sort(int64_t rows);
 };
 
+// A layer of delta nets: its weights, and the buffers of a step's channels and gates.
+struct Delta {
+  const float *taps, *decay, *offset;
+  int channels, shares;
+};
+
 // One op; fields that it does not have keep their defaults. Values are numbers of buffers.
 struct Instruction {
   Op op = Op::kEmbed;
@@ -86,6 +98,7 @@ struct Instruction {
   int64_t first = 0;            // token of an embedding table's first row
   std::vector<int64_t> widths;  // of the ranks' parts
   std::shared_ptr<Experts> experts;
+  std::shared_ptr<Delta> delta;
 };
 
 class Program {
@@ -100,11 +113,17 @@ class Program {
   int add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16, int64_t times = 1);
   // The paged cache of the next layer; memory stays with the caller.
   void add_cache(const LayerCache& cache);
+  // The states of the next layer that keeps some; memory stays with the caller.
+  void add_states(const LayerStates& states);
   void add(Instruction instruction);
   // `gate_up` and `down` stack what belongs to each expert that is here.
   void add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
                    const float* gate_up_bias, const float* down_bias, const float* preference,
                    ExpertSizes sizes, int activation, ExpertBuffers buffers);
+
+  // `channels` and `shares` are buffers as wide as `in` and `gates`.
+  void add_delta(int in, int gates, int out, int layer, const float* taps, const float* decay,
+                 const float* offset, int channels, int shares);
 
   void run(const Batch& batch);
 
@@ -137,6 +156,10 @@ class Program {
   void rope_step(const Instruction& i, const Batch& batch);
   void attention_step(const Instruction& i, const Batch& batch);
   void collective_step(const Instruction& i, int64_t rows);
+  void delta_step(const Instruction& i, const Batch& batch);
+  void prepare_delta(const Instruction& i, const Batch& batch, int64_t sequence, int64_t row);
+  void delta_head(const Instruction& i, const Batch& batch, int64_t sequence, int64_t head);
+  void keep_inputs(const Instruction& i, const Batch& batch, int64_t sequence);
   void experts_step(const Instruction& i, int64_t rows);
   void multiply_experts(const Experts& e, const std::vector<Weight>& weights, const float* bias,
                         const Value& value, float* y);
@@ -152,6 +175,7 @@ class Program {
   std::shared_ptr<Exchange> exchange_;
   std::vector<Value> values_;
   std::vector<LayerCache> caches_;
+  std::vector<LayerStates> states_;
   std::vector<Instruction> instructions_;
   bool profiling_ = false;
   std::array<int64_t, kOpNames.size()> nanoseconds_{};

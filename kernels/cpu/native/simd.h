@@ -55,5 +55,10 @@ inline Floats exp(Floats x) {
   return scale_by_power(p, n);
 }
 
+inline Floats sigmoid(Floats x) {
+  const Floats one = set1(1.0f);
+  return div(one, add(one, exp(sub(zero(), x))));
+}
+
 }  // namespace RYZANSTEIN_ISA
 }  // namespace ryzanstein

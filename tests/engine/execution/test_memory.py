@@ -9,7 +9,7 @@ import pytest
 from engine.config import CacheSection
 from engine.errors import ConfigError
 from engine.execution import memory
-from engine.execution.memory import available_memory, cache_pages
+from engine.execution.memory import available_memory, cache_size
 from kernels.backend import CacheLayout
 from kernels.ops import Heads
 
@@ -21,18 +21,18 @@ def test_a_page_holds_keys_and_values_of_every_layer() -> None:
 
 
 def test_configured_tokens_are_rounded_up_to_pages() -> None:
-    assert cache_pages(CacheSection(tokens=33), LAYOUT.bytes_per_page, 1000, 4) == 3
+    assert cache_size(CacheSection(tokens=33), LAYOUT.bytes_per_page, 1000, 4).pages == 3
 
 
 def test_otherwise_a_fraction_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: LAYOUT.bytes_per_page * 40)
     section = CacheSection(memory_fraction=0.5)
-    assert cache_pages(section, LAYOUT.bytes_per_page, 10_000, 64) == 20
+    assert cache_size(section, LAYOUT.bytes_per_page, 10_000, 64).pages == 20
     assert (
-        cache_pages(section, LAYOUT.bytes_per_page, 17, 3) == 6
+        cache_size(section, LAYOUT.bytes_per_page, 17, 3).pages == 6
     )  # three slots of two pages are all there is use for
     with pytest.raises(ConfigError, match="one page needs"):
-        cache_pages(CacheSection(memory_fraction=0.01), LAYOUT.bytes_per_page, 10_000, 64)
+        cache_size(CacheSection(memory_fraction=0.01), LAYOUT.bytes_per_page, 10_000, 64)
 
 
 def test_free_memory_respects_a_cgroup_limit(
@@ -56,5 +56,5 @@ def test_free_memory_respects_a_cgroup_limit(
 def test_systems_that_do_not_say_get_a_modest_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda _: False)
     assert available_memory() is None
-    pages = cache_pages(CacheSection(memory_fraction=0.5), LAYOUT.bytes_per_page, 1 << 30, 64)
+    pages = cache_size(CacheSection(memory_fraction=0.5), LAYOUT.bytes_per_page, 1 << 30, 64).pages
     assert pages == (2 << 30) // LAYOUT.bytes_per_page

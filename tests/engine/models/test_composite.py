@@ -16,7 +16,7 @@ from engine.models import load_model
 from engine.models.config import read_config
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import select_backend
-from tests.engine.models.test_parity import COMMON, run
+from tests.engine.models.test_parity import COMMON, DELTA, GATED_EXPERTS, run
 
 SEES = {
     "hidden_size": 32,
@@ -59,6 +59,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {"rope_parameters": MROPE | {"mrope_interleaved": True}},
             "vision_config": QWEN_SEES | {"out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "qwen3-vl-experts": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": GATED_EXPERTS | {"rope_parameters": MROPE | {"mrope_interleaved": True}},
+            "vision_config": QWEN_SEES | {"out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "qwen3.5": (
+        "Qwen3_5Config",
+        {"text_config": DELTA, "vision_config": QWEN_SEES | {"out_hidden_size": 64}},
+    ),
+    "qwen3.5-experts": (
+        "Qwen3_5MoeConfig",
+        {
+            "text_config": DELTA | GATED_EXPERTS,
+            "vision_config": QWEN_SEES | {"out_hidden_size": 64},
         },
     ),
 }

@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 
-from engine.models import MODELS, load_model
+from engine.models import MODELS, cache_layout, load_model
 from engine.weights.checkpoint import open_checkpoint
-from kernels.backend import CacheLayout, select_backend
+from kernels.backend import select_backend
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
-from kernels.ops import Recorder
 from kernels.reference import LayerCache, ReferenceOps
+from kernels.tape import Recorder
+from kernels.torch_backend import host_states
 
 COMMON: dict[str, Any] = {
     "vocab_size": 120,
@@ -54,6 +55,19 @@ LONGROPE = {
     "short_factor": [1.0 + n / 10 for n in range(6)],
     "long_factor": [1.0 + n for n in range(6)],
     "original_max_position_embeddings": 32,
+}
+DELTA = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "head_dim": 32,
+}
+GATED_EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -162,6 +176,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_layer_interval": 2,
         },
     ),
+    "qwen3_5": ("Qwen3_5TextConfig", DELTA),
+    "qwen3_5-equal-heads": (
+        "Qwen3_5TextConfig",
+        DELTA | {"linear_num_value_heads": 4, "linear_conv_kernel_dim": 3},
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", DELTA | GATED_EXPERTS),
+    "qwen3_next": ("Qwen3NextConfig", DELTA | GATED_EXPERTS | {"mlp_only_layers": [1]}),
     "seed_oss": ("SeedOssConfig", {"attention_out_bias": True}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (
@@ -204,9 +225,7 @@ def run(
     backend, _ = select_backend(backend_name, dtype="float32", cache_dtype="auto", threads=2)
     model = load_model(open_checkpoint(folder), backend)
     size, pages = 4, -(-len(tokens) // 4)
-    backend.allocate_cache(
-        CacheLayout(model.config.layers, model.config.heads, size, "float32"), 64
-    )
+    backend.allocate_cache(cache_layout(model, size, "float32"), 64, states=1)
     recorder = Recorder()
     program = backend.compile(recorder.finish(model.forward(recorder)), 512)
     table = np.random.default_rng(0).permutation(64)[:pages].astype(np.int32)[None]
@@ -266,7 +285,7 @@ def test_a_recorded_tape_equals_eager_at_every_row_count(
     def ops() -> ReferenceOps:
         shape = (64, heads.kv, heads.dim)
         caches = [LayerCache(torch.zeros(shape), torch.zeros(shape)) for _ in range(8)]
-        return kind(caches, page_size=4)
+        return kind(caches, 4, None, host_states(cache_layout(model, 4, "float32"), 1))
 
     recorded, eager = ops(), ops()
     generator = np.random.default_rng(0)

@@ -1,4 +1,5 @@
-"""Experts that lie in one tensor for all of them: MXFP4 as gpt-oss's checkpoints have it."""
+"""Experts that lie in one tensor for all of them: as gpt-oss's checkpoints have them, with MXFP4,
+and as Qwen's do."""
 
 from __future__ import annotations
 
@@ -136,7 +137,7 @@ def test_stacks_that_are_none_are_named(tmp_path: Path, change: Any) -> None:
 
 
 def test_other_families_stacks_are_not_taken_for_such(tmp_path: Path) -> None:
-    checkpoint = changed(tmp_path, lambda _, config: config.update(model_type="qwen3_moe"))
+    checkpoint = changed(tmp_path, lambda _, config: config.update(model_type="llama"))
     assert f"{EXPERTS}.gate_up_proj_blocks" in checkpoint.names()
 
 
@@ -144,3 +145,48 @@ def test_other_families_stacks_are_not_taken_for_such(tmp_path: Path) -> None:
 def test_a_number_of_experts_that_is_none_is_named(tmp_path: Path, count: Any) -> None:
     with pytest.raises(ConfigError, match="num_local_experts = "):
         changed(tmp_path, lambda _, config: config.update(num_local_experts=count))
+
+
+def stack(folder: Path, *, turned: bool) -> None:
+    """Rewrite a folder's experts as one tensor for gates and ups and one for downs."""
+    tensors = load_file(folder / "model.safetensors")
+    found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        block, _, rest = name.partition(".experts.")
+        number, projection, _ = rest.split(".")
+        found.setdefault(f"{block}.experts", {}).setdefault(int(number), {})[projection] = (
+            tensors.pop(name)
+        )
+    for block, experts in found.items():
+        each = [experts[number] for number in range(len(experts))]
+        gate_up = torch.stack([torch.cat((e["gate_proj"], e["up_proj"])) for e in each])
+        for kind, whole in (
+            ("gate_up", gate_up),
+            ("down", torch.stack([e["down_proj"] for e in each])),
+        ):
+            tensors[f"{block}.{kind}_proj"] = (
+                whole.transpose(1, 2) if turned else whole
+            ).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("family", ["qwen3-experts", "qwen3_5_moe"])
+def test_experts_of_qwen_may_lie_in_one_tensor(
+    tmp_path: Path, family: str, *, turned: bool
+) -> None:
+    folder = tiny(tmp_path, family)
+    apart = run(folder, "torch", [60], TOKENS)
+    stack(folder, turned=turned)
+    assert torch.equal(run(folder, "torch", [60], TOKENS), apart)
+    weight = open_checkpoint(folder).tensor("model.layers.0.mlp.experts.2.up_proj.weight")
+    assert torch.equal(weight.narrow(0, 3, 9).narrow(1, 5, 7).dense(), weight.dense()[3:12, 5:12])
+
+
+def test_what_is_no_stack_of_qwens_is_named(tmp_path: Path) -> None:
+    folder = tiny(tmp_path, "qwen3-experts")
+    stack(folder, turned=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 4}))
+    with pytest.raises(ConfigError, match=r"gate_up_proj' is F32 .* no stacked experts"):
+        open_checkpoint(folder).tensor("model.layers.0.mlp.experts.1.up_proj.weight")

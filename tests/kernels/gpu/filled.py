@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.models import load_model
+from engine.models import cache_layout, load_model
 from engine.models.shard import Shard
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout
@@ -15,7 +15,8 @@ from kernels.collectives import Collectives
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.program import GpuProgram
 from kernels.gpu.weights import GpuWeight
-from kernels.ops import Heads, Recorder
+from kernels.ops import Heads
+from kernels.tape import Recorder
 from tests.kernels.native import Host, batch_of
 
 HOST = torch.device("cpu")
@@ -51,9 +52,7 @@ def program_of(
     model = load_model(open_checkpoint(path), backend, shard=shard)
     config = model.config
     context = min(config.max_context, 256)
-    backend.allocate_cache(
-        CacheLayout(config.layers, model.heads, page_size, cache, context), pages
-    )
+    backend.allocate_cache(cache_layout(model, page_size, cache, context), pages, states=8)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
     return backend.compile(tape, rows, sequences), backend

@@ -11,15 +11,16 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from engine.models import load_model
+from engine.models import cache_layout, load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.program import GpuProgram, buckets, expert_bytes
 from kernels.gpu.staging import Staging
-from kernels.ops import Activation, Heads, Recorder
+from kernels.ops import Activation, Heads
 from kernels.reference import ReferenceOps
+from kernels.tape import Recorder
 from tests.engine.weights.test_stacked import in_mxfp4
 from tests.kernels.gpu.filled import HOST, program_of
 from tests.kernels.native import Host, batch_of, chunks_batch, quantized
@@ -69,7 +70,7 @@ def reference_logits(folder: Path) -> list[torch.Tensor]:
     """The reference's logits of every row of STEPS."""
     backend, _ = select_backend("reference", dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(folder), backend)
-    backend.allocate_cache(CacheLayout(2, model.config.heads, SIZE, "float32"), 128)
+    backend.allocate_cache(cache_layout(model, SIZE, "float32"), 128, states=8)
     recorder = Recorder()
     return logits_of(backend.compile(recorder.finish(model.forward(recorder)), 512))
 

@@ -19,7 +19,7 @@ from kernels.gpu.ops import GpuOps, Workspace
 from kernels.gpu.program import split
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, place
-from kernels.ops import Handle, Recorder
+from kernels.tape import Handle, Recorder
 from perf.gpu_tensors import dense_of
 from tests.kernels.gpu.filled import HOST, gpu_vector, program_of
 from tests.kernels.native import Host, chunks_batch, quantized

@@ -1,0 +1,183 @@
+"""Sharing of what recurrent layers have computed: pages up to a snapshot of their state.
+
+Nobody computes what another is about to keep: a prompt waits for a state that somebody on the same
+way has promised, and begins from it. Promises are made, all at once, when a prompt begins, and a
+prompt that has begun waits for nobody, so no two wait for each other.
+"""
+
+from __future__ import annotations
+
+from engine.scheduling.cold import ColdIndex
+from engine.scheduling.pages import PagePool
+from engine.scheduling.plan import Chunk, Move, Plan
+from engine.scheduling.prefixes import Prefixes
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.snapshots import Kept, Snapshots
+
+# Tokens that a sequence draws between two states that are kept, at least.
+STRIDE = 64
+
+
+def prefixes_of(
+    pool: PagePool, cold: ColdIndex, snapshots: Snapshots | None, enabled: bool
+) -> Prefixes:
+    """What a model's sequences can share; `snapshots` are None where no layer keeps a state."""
+    if snapshots is None:
+        return Prefixes(pool, cold, enabled=enabled)
+    return RecurrentPrefixes(pool, cold, snapshots, enabled=enabled)
+
+
+class RecurrentPrefixes(Prefixes):
+    """Prefixes of models whose layers keep states; see `Prefixes`."""
+
+    def __init__(
+        self, pool: PagePool, cold: ColdIndex, snapshots: Snapshots, *, enabled: bool
+    ) -> None:
+        super().__init__(pool, cold, enabled=enabled and snapshots.total > 0)
+        self.snapshots = snapshots
+        # Pages behind which those that have begun are going to keep their states, ascending.
+        self._goals: dict[Sequence, list[int]] = {}
+        self._promised: dict[bytes, Sequence] = {}
+        # The name of the last state that each has kept.
+        self._last: dict[Sequence, bytes] = {}
+
+    def known_pages(self, sequence: Sequence, *, held: bool = False, cold: bool = False) -> int:
+        if not self.shares(sequence):
+            return 0
+        count = self._deepest(sequence, 0)
+        names = (sequence.page_hash(number, self.pool.page_size) for number in range(count))
+        if not held:
+            return count
+        return next((n for n, name in enumerate(names) if not self.pool.is_held(name)), count)
+
+    def catch_up(self, sequence: Sequence) -> bool:
+        size = self.pool.page_size
+        begun = sequence in self._goals or sequence.scheduled % size
+        if begun or not self.shares(sequence):
+            return True
+        here, most = sequence.scheduled // size, (len(sequence.tokens) - 1) // size
+        best = self._deepest(sequence, here)
+        names = (sequence.page_hash(number, size) for number in range(best, most))
+        if self._promised and any(name in self._promised for name in names):
+            return False
+        if best > here:
+            self._resume(sequence, here, best)
+        return True
+
+    def cut(self, sequence: Sequence, count: int) -> int:
+        if count <= 0 or not self.shares(sequence):
+            return count
+        size, start = self.pool.page_size, sequence.scheduled
+        if sequence not in self._goals:
+            self._begin(sequence)
+        # In its last piece a prompt keeps a state on the way; others end where they do.
+        for goal in self._goals[sequence][:-1]:
+            if start < goal * size < start + count:
+                return goal * size - start
+        return count
+
+    def claim(self, chunk: Chunk, plan: Plan) -> None:
+        super().claim(chunk, plan)
+        sequence, size = chunk.sequence, self.pool.page_size
+        if self.shares(sequence):
+            pages = min(chunk.start + chunk.count, len(sequence.tokens) - 1) // size
+            if pages * size > chunk.start:
+                self._keep(sequence, pages, plan)
+
+    def grew(self, sequence: Sequence, plan: Plan) -> None:
+        size = self.pool.page_size
+        pages = sequence.scheduled // size
+        if self.shares(sequence) and pages % max(1, STRIDE // size) == 0:
+            self._keep(sequence, pages, plan)
+
+    def retire(self, plan: Plan, *, done: bool) -> None:
+        super().retire(plan, done=done)
+        for sequence, kept in plan.kept:
+            name = sequence.page_hash(kept.pages - 1, self.pool.page_size)
+            if self._promised.get(name) is sequence:
+                del self._promised[name]
+            if done and sequence not in plan.dropped and self.pool.holds(name):
+                self._put(sequence, name, kept)
+            else:
+                self.snapshots.give_back(kept.place)
+
+    def left(self, sequence: Sequence) -> None:
+        self._last.pop(sequence, None)
+        if self._goals.pop(sequence, None) is not None:
+            self._promised = {n: s for n, s in self._promised.items() if s is not sequence}
+
+    def publish_tail(self, sequence: Sequence) -> None:
+        """Nothing: no state lies within a page."""
+
+    def forget(self) -> None:
+        super().forget()
+        self.snapshots.clear()
+
+    def _deepest(self, sequence: Sequence, here: int) -> int:
+        """How many leading pages can be taken over with a state behind them, at least `here`."""
+        size, best = self.pool.page_size, here
+        if not len(self.snapshots):
+            return best
+        for number in range(here, (len(sequence.tokens) - 1) // size):
+            name = sequence.page_hash(number, size)
+            if not self.pool.holds(name) and not self.cold.worth_restoring(name):
+                break
+            if name in self.snapshots:
+                best = number + 1
+        return best
+
+    def _resume(self, sequence: Sequence, here: int, count: int) -> None:
+        """Go on behind the first `count` pages, of which it has `here`."""
+        size, pages = self.pool.page_size, list[int]()
+        for number in range(here, count):
+            name = sequence.page_hash(number, size)
+            page = self.pool.acquire(name)
+            if page is None:
+                page = self._restore(name)
+            if page is None:  # there is no room to restore it to
+                self.pool.release(pages)
+                return
+            pages.append(page)
+        place = self.snapshots.use(sequence.page_hash(count - 1, size))
+        self.moves.append((Move.RESUME, place, sequence.slot))
+        sequence.pages += pages
+        sequence.shared = count
+        if not sequence.preemptions:
+            sequence.cached += count * size - sequence.scheduled
+        sequence.scheduled = count * size
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Decide where its states are to be kept for others, and let them wait for those."""
+        size = self.pool.page_size
+        here, most = sequence.scheduled // size, (len(sequence.tokens) - 1) // size
+        leaves = here
+        while leaves < most:
+            name = sequence.page_hash(leaves, size)
+            if not self.pool.holds(name) and name not in self._claims:
+                break
+            leaves += 1
+        goals = sorted({pages for pages in (leaves, most) if pages > here})
+        self._goals[sequence] = goals
+        for pages in goals:
+            self._promised.setdefault(sequence.page_hash(pages - 1, size), sequence)
+
+    def _keep(self, sequence: Sequence, pages: int, plan: Plan) -> None:
+        """Have the state behind so many pages kept, if there is a place for it."""
+        wanted = pages in self._goals.get(sequence, ())
+        place = self.snapshots.place()
+        if place is not None:
+            plan.kept.append((sequence, Kept(pages, place, wanted)))
+        elif wanted:
+            self._promised.pop(sequence.page_hash(pages - 1, self.pool.page_size), None)
+
+    def _put(self, sequence: Sequence, name: bytes, kept: Kept) -> None:
+        """Let a state be found; the one before it goes, if it was only on the way."""
+        self.snapshots.put(name, kept.place, wanted=kept.wanted)
+        if (before := self._last.pop(sequence, name)) != name:
+            self.snapshots.pass_by(before)
+        if sequence.pages:
+            self._last[sequence] = name
+
+    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> None:
+        super()._evicted(page, names, depth)
+        self.snapshots.drop(n for n in names if not self.cold.worth_restoring(n))

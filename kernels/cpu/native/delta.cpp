@@ -1,0 +1,107 @@
+// The gated delta rule (arXiv 2412.06464) for one head of one sequence, token by token: whatever pieces a
+// prompt comes in, a column's sums run in one order.
+#include <cmath>
+
+#include "isa.h"
+
+namespace ryzanstein {
+namespace RYZANSTEIN_ISA {
+namespace {
+
+// Columns of the memory, in sixteens, that are worked on together: their sums stay in registers, and
+// they in the first cache.
+constexpr int kBlocks = kWide ? 4 : 2;
+
+template <int kCount>
+void keep(const DeltaRun& run, int64_t column) {
+  if (!run.kept_memory) return;
+  for (int64_t i = 0; i < run.key_dim; ++i) {
+    UNROLL for (int b = 0; b < kCount; ++b) {
+      const int64_t at = i * run.value_dim + column + 16 * b;
+      store(run.kept_memory + at, load(run.memory + at));
+    }
+  }
+}
+
+template <int kCount>
+void remember(const DeltaRun& run, int64_t column) {
+  float* memory = run.memory + column;
+  const int64_t rows = run.key_dim, stride = run.value_dim;
+  for (int64_t t = 0; t < run.tokens; ++t) {
+    if (t == run.kept) keep<kCount>(run, column);
+    const float *query = run.queries + t * run.stride, *key = run.keys + t * run.stride;
+    const float *value = run.values + t * run.stride + column, *gates = run.gates + t * run.gate_stride;
+    const Floats decay = set1(gates[0]), share = set1(gates[run.share_at]);
+    Floats found[2][kCount], change[kCount], out[kCount];
+    UNROLL for (int b = 0; b < kCount; ++b) found[0][b] = found[1][b] = out[b] = zero();
+    for (int64_t i = 0; i < rows; i += 2) {
+      UNROLL for (int half = 0; half < 2; ++half) {
+        const Floats k = set1(key[i + half]);
+        const float* row = memory + (i + half) * stride;
+        UNROLL for (int b = 0; b < kCount; ++b) {
+          found[half][b] = fma(load(row + 16 * b), k, found[half][b]);
+        }
+      }
+    }
+    UNROLL for (int b = 0; b < kCount; ++b) {
+      const Floats known = mul(add(found[0][b], found[1][b]), decay);
+      change[b] = mul(sub(load(value + 16 * b), known), share);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const Floats k = set1(key[i]), q = set1(query[i]);
+      float* row = memory + i * stride;
+      UNROLL for (int b = 0; b < kCount; ++b) {
+        const Floats now = fma(k, change[b], mul(load(row + 16 * b), decay));
+        store(row + 16 * b, now);
+        out[b] = fma(now, q, out[b]);
+      }
+    }
+    UNROLL for (int b = 0; b < kCount; ++b) {
+      store(run.out + t * run.out_stride + column + 16 * b, out[b]);
+    }
+  }
+  if (run.kept == run.tokens) keep<kCount>(run, column);
+}
+
+}  // namespace
+
+void delta_head(const DeltaRun& run) {
+  int64_t column = 0;
+  for (; column + 16 * kBlocks <= run.value_dim; column += 16 * kBlocks) {
+    remember<kBlocks>(run, column);
+  }
+  for (; column < run.value_dim; column += 16) remember<1>(run, column);
+}
+
+void convolve_row(const float* const* inputs, const float* weights, int taps, int64_t width,
+                  float* out) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const int64_t left = width - i;
+    Floats sum = zero();
+    for (int t = 0; t < taps; ++t) {
+      sum = fma(load(inputs[t] + i, left), load(weights + t * width + i, left), sum);
+    }
+    store(out + i, mul(sum, sigmoid(sum)), left);
+  }
+}
+
+void unit_row(float* x, int64_t dim, float scale) {
+  Floats squares = zero();
+  for (int64_t i = 0; i < dim; i += 16) {
+    const Floats v = load(x + i);
+    squares = fma(v, v, squares);
+  }
+  const Floats factor = set1(scale / std::sqrt(sum_lanes(squares) + kUnitEpsilon));
+  for (int64_t i = 0; i < dim; i += 16) store(x + i, mul(load(x + i), factor));
+}
+
+void gate_row(const float* x, const float* gate, int64_t width, bool itself, float* out) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const int64_t left = width - i;
+    const Floats g = load(gate + i, left), share = sigmoid(g);
+    store(out + i, mul(load(x + i, left), itself ? mul(g, share) : share), left);
+  }
+}
+
+}  // namespace RYZANSTEIN_ISA
+}  // namespace ryzanstein
