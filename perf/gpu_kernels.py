@@ -18,8 +18,9 @@ from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, place
-from kernels.ops import Activation, Experts, Heads, Weight
+from kernels.ops import Activation, DeltaHeads, Experts, Heads, Weight
 from kernels.reference import ReferenceOps, TorchWeight, tensor_of
+from perf.gpu_delta import Delta
 from perf.gpu_tensors import Blocks, Matrix, dense_of
 
 PAGE = 16
@@ -185,6 +186,10 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
     _check_rows(device, matrix, check, formats[-1:] if smoke else ("bfloat16", "int4"))
     _check_odd(device, check, smoke=smoke)
     _check_experts(device, check, smoke=smoke)
+    delta = DeltaHeads(2, 4, 16, 32, 4) if smoke else DeltaHeads(16, 32, 128, 128, 4)
+    for counts, before in (([1, 1, 1], [5, 0, 130]), ([7, 1, 40], [0, 9, 33])):
+        layer = Delta(device, delta, counts, before)
+        check(f"delta net {counts}", layer.run, layer.exact(), 2e-2)
     found.append(_check_draws(device, 300 if smoke else 128256, repeats // 2))
     return found
 

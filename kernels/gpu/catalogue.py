@@ -9,32 +9,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from kernels.gpu.attention import AttentionShape
+from kernels.gpu.catalogue_families import delta_launches, expert_launches, gpt_oss_launches
 from kernels.gpu.configs import (
     embed_config,
     gated_config,
-    gather_config,
     norm_config,
     quantize_config,
     rope_config,
-    scatter_config,
     select_config,
-    sum_parts_config,
     values_config,
 )
-from kernels.gpu.experts import Layout
 from kernels.gpu.launch import Compiled, Config, pointer
-from kernels.gpu.matmul import FOUR_BITS, Form, Format, MatmulShape
+from kernels.gpu.matmul import Form, MatmulShape
 from kernels.gpu.pages import compress_kernel, restore_kernel
 from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
+from kernels.gpu.signatures import (
+    BF16,
+    F16,
+    F32,
+    FORMATS,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    PAGE,
+    arguments_of,
+    attention_launches,
+    matmul_launch,
+    named,
+)
 from kernels.gpu.single import RowShape
 from kernels.gpu.weights import INT4_GROUP
-from kernels.ops import Experts, Heads
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-INT8, INT16, INT32, INT64 = torch.int8, torch.int16, torch.int32, torch.int64
+from kernels.ops import Heads
 
 
 @dataclass(frozen=True)
@@ -58,80 +65,7 @@ QWEN_06B = Dimensions(
 LLAMA_8B = Dimensions("Llama-3.1-8B", 4096, 14336, 32, Heads(32, 8, 128), 128256)
 # Groups of 4-bit weights, and whether they have zeros: of GGUF files, and of our own.
 FOURS = ((32, False), (128, True))
-# Formats of matrices, and inputs of a scale.
-FORMATS: tuple[tuple[Format, int], ...] = (
-    ("int8", 1), ("group8", 32), ("group4", 32), ("group4", INT4_GROUP), ("float", 1),
-)  # fmt: skip
-# Those of Qwen3-30B-A3B, GLM-4.5-Air and gpt-oss-20b.
-QWEN_EXPERTS = Experts(128, 8, normalized=True, first=0, own=128)
-GLM_EXPERTS = Experts(128, 8, normalized=True, first=0, own=129, sigmoid=True, shared=1)
-GPT_OSS_EXPERTS = Experts(32, 4, normalized=True, first=0, own=32)
 MODELS = (LLAMA_1B, QWEN_06B, LLAMA_8B)
-PAGE = 16
-
-
-def attention_launches(shape: AttentionShape, label: str) -> Iterator[Compiled]:
-    """The attention kernel of a shape, and its merging one."""
-    main, merge = shape.configs()
-    dtype, cache = shape.dtype, INT8 if shape.quantized else shape.dtype
-    scales = pointer(F32 if shape.quantized else cache)
-    signature = {
-        "out": pointer(dtype),
-        "partial": pointer(F32),
-        "partial_sums": pointer(F32),
-        "queries": pointer(dtype),
-        "keys": pointer(cache),
-        "values": pointer(cache),
-        "key_scales": scales,
-        "value_scales": scales,
-        "query_starts": pointer(INT32),
-        "context_lengths": pointer(INT32),
-        "page_table": pointer(INT32),
-        "sinks": pointer(F32 if shape.sinks else dtype),
-        "scale": "fp32",
-        "window": "i32",
-        "sequences": "i32",
-        "table_width": "i32",
-    }
-    yield Compiled(f"attention {label}", main, signature)
-    if merge is not None:
-        signature = {
-            "out": pointer(dtype),
-            "partial": pointer(F32),
-            "partial_sums": pointer(F32),
-            "query_starts": pointer(INT32),
-            "sinks": pointer(F32 if shape.sinks else dtype),
-            "sequences": "i32",
-        }
-        yield Compiled(f"merge {label}", merge, signature)
-
-
-def matmul_launch(shape: MatmulShape, label: str, out: torch.dtype = BF16) -> Compiled:
-    """A matmul of a shape."""
-    # Of 4 bits it takes halves of words.
-    eight = ("int8", "group8")
-    stored = INT16 if shape.format in FOUR_BITS else INT8 if shape.format in eight else shape.dtype
-    scales = {"float": shape.dtype, "float4": BF16, "int8": F32}.get(shape.format, F16)
-    lows = BF16 if shape.zeros else F16 if shape.format in ("group8", "group4") else stored
-    x = INT8 if shape.format == "int8" else shape.dtype
-    signature = {
-        "out": pointer(out),
-        "x": pointer(x),
-        "x_scales": pointer(F32 if shape.format == "int8" else x),
-        "weight": pointer(stored),
-        "scales": pointer(scales),
-        "lows": pointer(lows),
-        "bias": pointer(F32 if shape.bias else stored),
-        "partial": pointer(F32),
-        "arrived": pointer(INT32),
-        "experts": pointer(INT32),
-        "rows": "i32",
-        "outputs": "i32",
-        "inputs": "i32",
-        "stride": "i32",
-        "groups": "i32",
-    }
-    return Compiled(f"matmul {label}", shape.config(), signature, ("outputs", "inputs", "stride"))
 
 
 def row_launches(model: Dimensions, *, hopper: bool) -> Iterator[Compiled]:
@@ -167,13 +101,13 @@ def row_launches(model: Dimensions, *, hopper: bool) -> Iterator[Compiled]:
                 lows = pointer(BF16 if form.zeros else F16)
                 digits = shape.digits_config()[0]
                 types = {**signature, "digits": pointer(INT8)}
-                yield _named(f"digits {name}", digits, types, ("inputs",))
+                yield named(f"digits {name}", digits, types, ("inputs",))
             types = {**signature, "weight": pointer(BF16)}
             if form.format == "group4":
                 types |= {"weight": pointer(INT32), "bias": pointer(INT32), "lows": lows}
             if name == "head":
                 types["out"] = pointer(F32)
-            yield _named(f"row {kind} {name}", config, types, ("outputs",))
+            yield named(f"row {kind} {name}", config, types, ("outputs",))
 
 
 def values_launches(model: Dimensions) -> Iterator[Compiled]:
@@ -189,22 +123,7 @@ def values_launches(model: Dimensions) -> Iterator[Compiled]:
             "lows": pointer(BF16 if zeros else F16),
             "first": "i32",
         }
-        yield _named(f"values {kind}/{group}", values_config(model.hidden, form)[0], types)
-
-
-def _named(
-    label: str, config: Config, types: dict[str, str], aligned: tuple[str, ...] = ()
-) -> Compiled:
-    """A launch whose arguments are among `types`."""
-    names = _arguments(config)
-    return Compiled(
-        label, config, {n: types[n] for n in names}, tuple(n for n in aligned if n in names)
-    )
-
-
-def _arguments(config: Config) -> list[str]:
-    """A kernel's arguments but those that are fixed when it is compiled."""
-    return [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
+        yield named(f"values {kind}/{group}", values_config(model.hidden, form)[0], types)
 
 
 def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
@@ -242,73 +161,6 @@ def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
     for width in {model.hidden, model.heads.query * model.heads.dim}:
         config = select_config(width)[0]
         yield Compiled(f"select_rows {width}", config, {**pair, "sample_rows": pointer(INT32)})
-
-
-def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
-    """A layer of experts: the order of its rows, and their matmuls, few rows an expert and many."""
-    hidden, wide = 2048, 768
-    experts = QWEN_EXPERTS
-    integers = ("chosen", "counts", "places", "sources", "experts", "live")
-    types = {
-        **dict.fromkeys(integers, pointer(INT32)),
-        **dict.fromkeys(("out", "x", "y"), pointer(BF16)),
-        **dict.fromkeys(("choices", "first", "blocks"), "i32"),
-        **dict.fromkeys(("scores", "shares", "preference"), pointer(F32)),
-    }
-    for rows in (64, 2048):
-        layout = Layout(experts, rows)
-        for config in (layout.route_config(), layout.count_config(), layout.place_config()):
-            label = config.kernel.__name__.removesuffix("_kernel")
-            yield _named(f"experts {label} {rows}", config, types)
-        preferring = Layout(GLM_EXPERTS, rows).route_config(preference=True)
-        yield _named(f"experts route preferring {rows}", preferring, types)
-        for kind, group in FORMATS:
-            for name, outputs, inputs in (("up", 2 * wide, hidden), ("down", hidden, wide)):
-                shape = MatmulShape(
-                    layout.blocks * layout.block_rows,
-                    outputs,
-                    inputs,
-                    kind,
-                    group,
-                    BF16,
-                    bias=False,
-                    hopper=hopper,
-                    zeros=group == INT4_GROUP,
-                    inline=True,
-                    expert_rows=layout.block_rows,
-                )
-                size = f"/{group}" if group > 1 else ""
-                yield matmul_launch(shape, f"experts {kind}{size} {name} {rows}")
-    yield _named("experts gather", gather_config(hidden)[0], types)
-    yield _named("experts scatter", scatter_config(hidden)[0], types)
-    yield _named("experts sum", sum_parts_config(hidden, experts.used)[0], types)
-
-
-def gpt_oss_launches(*, hopper: bool) -> Iterator[Compiled]:
-    """What gpt-oss-20b has and no other model: sinks, and experts of MXFP4 with a bias."""
-    heads, size = Heads(64, 8, 64), 2880
-    for kind, rows in (("decode", 1), ("decode", 64), ("mixed", 64)):
-        few = (False, False, rows, rows, kind == "decode", False)
-        shape = AttentionShape(heads, PAGE, BF16, *few, hopper, sinks=True)
-        yield from attention_launches(shape, f"{kind} sinks {rows}")
-    for rows in (1, 64, 2048):
-        layout = Layout(GPT_OSS_EXPERTS, rows)
-        for name, outputs in (("up", 2 * size), ("down", size)):
-            matmul = MatmulShape(
-                layout.blocks * layout.block_rows,
-                outputs,
-                size,
-                "float4",
-                32,
-                BF16,
-                bias=True,
-                hopper=hopper,
-                inline=True,
-                expert_rows=layout.block_rows,
-            )
-            yield matmul_launch(matmul, f"experts float4/32 {name} {rows}")
-    types = {"out": pointer(BF16), "x": pointer(BF16)}
-    yield Compiled("gated swiglu_oai", gated_config(size, "swiglu_oai")[0], types)
 
 
 def embed_launches(model: Dimensions) -> Iterator[Compiled]:
@@ -365,7 +217,7 @@ def _typed(config: Config, types: dict[str, str]) -> Compiled:
     level = config.constants.get("LEVEL")
     label = config.kernel.__name__.removesuffix("_kernel")
     label = label if level is None else f"{label} {level}"
-    return Compiled(label, config, {n: types.get(n, pointer(F32)) for n in _arguments(config)})
+    return Compiled(label, config, {n: types.get(n, pointer(F32)) for n in arguments_of(config)})
 
 
 def launches(
@@ -427,6 +279,7 @@ def launches(
     made += values_launches(model)
     made += expert_launches(hopper=hopper)
     made += gpt_oss_launches(hopper=hopper)
+    made += delta_launches()
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches(model)

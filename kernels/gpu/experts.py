@@ -42,8 +42,7 @@ def route_kernel(
     EARLY: tl.constexpr,
 ):
     """A row's likeliest experts, of equals the lower number, and their shares, then the shared
-    ones. A row behind the `live` ones chooses BLOCK, which is nobody's number: no weights are read
-    for it."""
+    ones. A row behind the `live` ones chooses the number behind all: no weights are read for it."""
     enter(EARLY)
     row = tl.program_id(0).to(tl.int64)
     number, place = tl.arange(0, BLOCK), tl.arange(0, PLACES)
@@ -79,7 +78,7 @@ def route_kernel(
             gate = tl.load(scores + row * SCORES + COUNT + place - USED, mask=shared, other=0.0)
             whole = 1.0 / (1.0 + tl.exp(-gate.to(tl.float32)))
         found = tl.where(place < USED, found, whole)
-    numbers = tl.where(inside, numbers, BLOCK)
+    numbers = tl.where(inside, numbers, COUNT + SHARED)
     at = row * (USED + SHARED) + place
     tl.store(chosen + at, numbers, mask=place < USED + SHARED)
     tl.store(shares + at, found, mask=place < USED + SHARED)
@@ -222,7 +221,7 @@ class Layout:
     def route_config(self, *, preference: bool = False) -> Config:
         """The choice of a row's experts."""
         experts = self.experts
-        block = power_of_two(experts.total)
+        block = power_of_two(experts.count)
         constants = {
             "COUNT": experts.count,
             "USED": experts.used,
@@ -235,7 +234,7 @@ class Layout:
             "BLOCK": block,
             "PLACES": power_of_two(experts.places),
         }
-        return Config(route_kernel, constants, 1)
+        return Config(route_kernel, constants, max(1, block // 128))
 
     def count_config(self) -> Config:
         """The number of an expert's rows."""

@@ -1,0 +1,127 @@
+"""Launches that only some families of models have: mixtures of experts, and layers with states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernels.gpu.attention import AttentionShape
+from kernels.gpu.configs import gated_config, gather_config, scatter_config, sum_parts_config
+from kernels.gpu.experts import Layout
+from kernels.gpu.launch import Compiled, pointer
+from kernels.gpu.matmul import MatmulShape
+from kernels.gpu.recurrence import DeltaShape, gated_norm_config, sigmoid_gate_config
+from kernels.gpu.signatures import (
+    BF16,
+    F32,
+    FORMATS,
+    INT32,
+    PAGE,
+    attention_launches,
+    matmul_launch,
+    named,
+)
+from kernels.gpu.weights import INT4_GROUP
+from kernels.ops import DeltaHeads, Experts, Heads
+
+# Those of Qwen3-30B-A3B, GLM-4.5-Air and gpt-oss-20b.
+QWEN_EXPERTS = Experts(128, 8, normalized=True, first=0, own=128)
+GLM_EXPERTS = Experts(128, 8, normalized=True, first=0, own=129, sigmoid=True, shared=1)
+GPT_OSS_EXPERTS = Experts(32, 4, normalized=True, first=0, own=32)
+# And of Qwen3-Next-80B-A3B, whose shared expert has a gate.
+NEXT_EXPERTS = Experts(512, 10, normalized=True, first=0, own=513, shared=1, gated=True)
+# Heads of delta nets of Qwen 3.5, with 0.8 and with 9 billion weights.
+DELTA_HEADS = (DeltaHeads(16, 16, 128, 128, 4), DeltaHeads(16, 32, 128, 128, 4))
+
+
+def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
+    """A layer of experts: the order of its rows, and their matmuls, few rows an expert and many."""
+    hidden, wide = 2048, 768
+    experts = QWEN_EXPERTS
+    integers = ("chosen", "counts", "places", "sources", "experts", "live")
+    types = {
+        **dict.fromkeys(integers, pointer(INT32)),
+        **dict.fromkeys(("out", "x", "y"), pointer(BF16)),
+        **dict.fromkeys(("choices", "first", "blocks"), "i32"),
+        **dict.fromkeys(("scores", "shares", "preference"), pointer(F32)),
+    }
+    for rows in (64, 2048):
+        layout = Layout(experts, rows)
+        for config in (layout.route_config(), layout.count_config(), layout.place_config()):
+            label = config.kernel.__name__.removesuffix("_kernel")
+            yield named(f"experts {label} {rows}", config, types)
+        preferring = Layout(GLM_EXPERTS, rows).route_config(preference=True)
+        yield named(f"experts route preferring {rows}", preferring, types)
+        for kind, group in FORMATS:
+            for name, outputs, inputs in (("up", 2 * wide, hidden), ("down", hidden, wide)):
+                shape = MatmulShape(
+                    layout.blocks * layout.block_rows,
+                    outputs,
+                    inputs,
+                    kind,
+                    group,
+                    BF16,
+                    bias=False,
+                    hopper=hopper,
+                    zeros=group == INT4_GROUP,
+                    inline=True,
+                    expert_rows=layout.block_rows,
+                )
+                size = f"/{group}" if group > 1 else ""
+                yield matmul_launch(shape, f"experts {kind}{size} {name} {rows}")
+    yield named("experts gather", gather_config(hidden)[0], types)
+    yield named("experts scatter", scatter_config(hidden)[0], types)
+    yield named("experts sum", sum_parts_config(hidden, experts.used)[0], types)
+
+
+def gpt_oss_launches(*, hopper: bool) -> Iterator[Compiled]:
+    """What gpt-oss-20b has and no other model: sinks, and experts of MXFP4 with a bias."""
+    heads, size = Heads(64, 8, 64), 2880
+    for kind, rows in (("decode", 1), ("decode", 64), ("mixed", 64)):
+        few = (False, False, rows, rows, kind == "decode", False)
+        shape = AttentionShape(heads, PAGE, BF16, *few, hopper, sinks=True)
+        yield from attention_launches(shape, f"{kind} sinks {rows}")
+    for rows in (1, 64, 2048):
+        layout = Layout(GPT_OSS_EXPERTS, rows)
+        for name, outputs in (("up", 2 * size), ("down", size)):
+            matmul = MatmulShape(
+                layout.blocks * layout.block_rows,
+                outputs,
+                size,
+                "float4",
+                32,
+                BF16,
+                bias=True,
+                hopper=hopper,
+                inline=True,
+                expert_rows=layout.block_rows,
+            )
+            yield matmul_launch(matmul, f"experts float4/32 {name} {rows}")
+    types = {"out": pointer(BF16), "x": pointer(BF16)}
+    yield Compiled("gated swiglu_oai", gated_config(size, "swiglu_oai")[0], types)
+
+
+def delta_launches() -> Iterator[Compiled]:
+    """Delta nets, and gates of attention."""
+    integers = ("positions", "query_starts", "states", "kept_rows", "kept_at")
+    floats = ("inputs", "memory", "channels", "gates", "decay", "offset", "taps", "weight")
+    types = {
+        **dict.fromkeys(integers, pointer(INT32)),
+        **dict.fromkeys(floats, pointer(F32)),
+        **dict.fromkeys(("out", "x", "gate", "qkv"), pointer(BF16)),
+        "sequences": "i32",
+        "eps": "fp32",
+    }
+    for heads in DELTA_HEADS:
+        for sequences in (1, 64):
+            shape, size = DeltaShape(heads, sequences), f"{heads.value} {sequences}"
+            made = types | {"out": pointer(F32)}
+            yield named(f"delta channels {size}", shape.channels_config(), made)
+        yield named(f"delta {heads.value}", shape.delta_config(), types)
+        yield named(f"delta inputs {heads.value}", shape.inputs_config(), types)
+    yield named("gated norm", gated_norm_config(128), types)
+    yield named("sigmoid gate", sigmoid_gate_config(4096)[0], types)
+    routing = {
+        **dict.fromkeys(("chosen", "live"), pointer(INT32)),
+        **dict.fromkeys(("shares", "scores", "preference"), pointer(F32)),
+    }
+    yield named("experts route gated", Layout(NEXT_EXPERTS, 64).route_config(), routing)
