@@ -185,8 +185,8 @@ class MockExecutor:
             self.cold[target] = self.kv[source].copy()
         elif kind is Move.RESTORE:
             self.kv[target] = self.cold[source]
-        else:
-            self.kv[source] = -1
+        elif kind is Move.DISCARD:
+            self.kv[source] = -1  # and it has no states that could be resumed
 
 
 def mock_scheduler(

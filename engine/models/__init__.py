@@ -34,6 +34,7 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "ministral3": Llama,
     "mixtral": Llama,
     "qwen2": Llama,
+    "qwen2_moe": Llama,
     "qwen3": Llama,
     "qwen3_moe": Llama,
     "smollm3": Llama,

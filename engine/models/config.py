@@ -42,13 +42,15 @@ EXPERTS = {
     "glm4_moe": True,
     "dots1": False,
     "ernie4_5_moe": True,
+    "qwen2_moe": False,
     QWEN35_MOE: True,
     QWEN3_NEXT: True,
 }
 SIGMOID = ("glm4_moe", "dots1")
 # Whose first layer is dense if their configuration does not say, and how many experts all tokens
 # go through then.
-GATED_SHARED = (QWEN35_MOE, QWEN3_NEXT)
+# Whose shared expert has a gate.
+GATED_SHARED = ("qwen2_moe", QWEN35_MOE, QWEN3_NEXT)
 FIRST_DENSE = ("glm4_moe", "ernie4_5_moe")
 SHARED_UNSAID = {"glm4_moe": 1, "ernie4_5_moe": 2}
 # What families, and versions of `transformers`, call the number of experts, of a token's, and of
@@ -322,7 +324,7 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
     if model_type == "dots1":
         first = values.integer("max_window_layers", 62)
         return tuple(window if layer >= first else 0 for layer in range(layers))
-    if model_type in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
+    if model_type in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"):
         first = (
             values.integer("max_window_layers", layers) if raw.get("use_sliding_window") else layers
         )

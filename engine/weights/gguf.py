@@ -81,6 +81,7 @@ OWN_NAMES = {
         "attn_sinks": "self_attn.sinks",
         "ffn_gate_inp": "mlp.router",
     },
+    "qwen2_moe": gguf_recurrent.SHARED_NAMES,
     **dict.fromkeys(gguf_recurrent.MODEL_TYPES.values(), gguf_recurrent.NAMES),
 }
 # GGUF key under the architecture's prefix -> Hugging Face configuration key.
@@ -97,6 +98,7 @@ CONFIG_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_count": "n_shared_experts",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "expert_weights_norm": "norm_topk_prob",
     "expert_weights_scale": "routed_scaling_factor",
     "leading_dense_block_count": "first_k_dense_replace",
@@ -131,6 +133,7 @@ MODEL_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
     "mistral3": "ministral3",
     "gemma3": "gemma3_text",

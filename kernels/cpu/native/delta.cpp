@@ -8,27 +8,19 @@ namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 namespace {
 
-// Columns of the memory, in sixteens, that are worked on together: their sums stay in registers, and
-// they in the first cache.
-constexpr int kBlocks = kWide ? 4 : 2;
-
-template <int kCount>
-void keep(const DeltaRun& run, int64_t column) {
-  if (!run.kept_memory) return;
-  for (int64_t i = 0; i < run.key_dim; ++i) {
-    UNROLL for (int b = 0; b < kCount; ++b) {
-      const int64_t at = i * run.value_dim + column + 16 * b;
-      store(run.kept_memory + at, load(run.memory + at));
-    }
-  }
-}
-
+// Some columns of the memory, a tile of `kCount` sixteens: it stays in the first cache, and their sums in
+// registers.
 template <int kCount>
 void remember(const DeltaRun& run, int64_t column) {
-  float* memory = run.memory + column;
-  const int64_t rows = run.key_dim, stride = run.value_dim;
+  constexpr int64_t stride = 16 * kCount;
+  const int64_t rows = run.key_dim, size = rows * stride;
+  float* memory = run.memory + column * rows;
+  const auto keep = [&] {
+    float* kept = run.kept_memory + column * rows;
+    for (int64_t i = 0; i < size; i += 16) store(kept + i, load(memory + i));
+  };
   for (int64_t t = 0; t < run.tokens; ++t) {
-    if (t == run.kept) keep<kCount>(run, column);
+    if (t == run.kept) keep();
     const float *query = run.queries + t * run.stride, *key = run.keys + t * run.stride;
     const float *value = run.values + t * run.stride + column, *gates = run.gates + t * run.gate_stride;
     const Floats decay = set1(gates[0]), share = set1(gates[run.share_at]);
@@ -60,17 +52,21 @@ void remember(const DeltaRun& run, int64_t column) {
       store(run.out + t * run.out_stride + column + 16 * b, out[b]);
     }
   }
-  if (run.kept == run.tokens) keep<kCount>(run, column);
+  if (run.kept == run.tokens) keep();
 }
 
 }  // namespace
 
 void delta_head(const DeltaRun& run) {
-  int64_t column = 0;
-  for (; column + 16 * kBlocks <= run.value_dim; column += 16 * kBlocks) {
-    remember<kBlocks>(run, column);
+  const bool wide = run.value_dim % kDeltaTile == 0;
+  const int64_t tile = wide ? kDeltaTile : 16;
+  for (int64_t column = 0; column < run.value_dim; column += tile) {
+    if (wide) {
+      remember<kDeltaTile / 16>(run, column);
+    } else {
+      remember<1>(run, column);
+    }
   }
-  for (; column < run.value_dim; column += 16) remember<1>(run, column);
 }
 
 void convolve_row(const float* const* inputs, const float* weights, int taps, int64_t width,

@@ -88,8 +88,12 @@ struct LayerCache {
 
 constexpr int kQueryRows = 24;
 
+// Columns of a memory that lie together, or 16 where they are no multiple of it: a row's whole width apart
+// they would fall on few sets of the first cache.
+constexpr int64_t kDeltaTile = 32;
+
 // The states of one layer of delta nets, fp32: `inputs` [states, taps - 1, width], the oldest first, and
-// `memory` [states, value heads, key_dim, value_dim].
+// `memory` [states, value heads, value_dim / tile, key_dim, tile].
 struct LayerStates {
   float* inputs;
   float* memory;
@@ -108,7 +112,7 @@ constexpr float kUnitEpsilon = 1e-6f;
 // gates, what the memory is multiplied by and `share_at` further how much of a value it takes,
 // `gate_stride`. After `kept` tokens the memory goes to `kept_memory`, too, if that is not null.
 struct DeltaRun {
-  float* memory;  // [key_dim, value_dim]
+  float* memory;  // [value_dim / tile, key_dim, tile]
   int64_t key_dim, value_dim, tokens;
   const float *queries, *keys, *values;
   int64_t stride;

@@ -58,3 +58,21 @@ def test_systems_that_do_not_say_get_a_modest_default(monkeypatch: pytest.Monkey
     assert available_memory() is None
     pages = cache_size(CacheSection(memory_fraction=0.5), LAYOUT.bytes_per_page, 1 << 30, 64).pages
     assert pages == (2 << 30) // LAYOUT.bytes_per_page
+
+
+def test_states_come_out_of_the_same_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most half of what is left beside those of who runs."""
+    monkeypatch.setattr(memory, "available_memory", lambda: 200_000)
+    section, page, state = CacheSection(memory_fraction=0.5), 100, 1000
+
+    def size(section: CacheSection, device: int | None = None) -> tuple[int, int]:
+        found = cache_size(section, page, 10_000, 16, device, state)
+        return found.pages, found.snapshots
+
+    assert size(section) == ((100_000 - 16_000 - 16_000) // page, 16)
+    assert size(section, 60_000) == ((30_000 - 16_000 - 7_000) // page, 7)
+    few = CacheSection(memory_fraction=0.5, snapshots=3)
+    assert size(few) == ((100_000 - 16_000 - 3_000) // page, 3)
+    assert size(CacheSection(tokens=32)) == (2, 16)
+    with pytest.raises(ConfigError, match="beside 16 states of 1000 bytes"):
+        size(section, 20_000)

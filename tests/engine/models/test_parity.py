@@ -83,6 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Config",
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     ),
+    "qwen2_moe": ("Qwen2MoeConfig", GATED_EXPERTS | {"mlp_only_layers": [2]}),
     "qwen3": ("Qwen3Config", {}),
     "qwen3-experts": (
         "Qwen3MoeConfig",
