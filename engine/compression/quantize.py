@@ -16,12 +16,16 @@ from engine.weights import blocks
 from engine.weights.safetensors import SafetensorsCheckpoint
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-# What chooses experts is not rounded.
-ROUTERS = (
+# What chooses experts, or says how much of them or of a state counts, is not rounded.
+UNROUNDED = (
     "mlp.gate.weight",
     "mlp.router.weight",
     "block_sparse_moe.gate.weight",
     "e_score_correction_bias",
+    "shared_expert_gate.weight",
+    "linear_attn.in_proj_a.weight",
+    "linear_attn.in_proj_b.weight",
+    "linear_attn.in_proj_ba.weight",
 )
 
 
@@ -45,7 +49,8 @@ def _tensors(
     total = len(left)
     fitted = calibrated(checkpoint, windows, _is_fitted, progress) if windows else iter(())
     for linear in fitted:
-        for name in linear.names:
+        # Some tensors hold rows of several linears of one input.
+        for name in [name for name in dict.fromkeys(linear.names) if name in left]:
             left.discard(name)
             yield f"{name}.q4_1", gptq(finite(checkpoint, name).float(), linear.inputs).blocks()
         progress("quantize", total - len(left), total)
@@ -53,7 +58,7 @@ def _tensors(
         left.discard(name)
         tensor = finite(checkpoint, name)
         matrix = tensor.dim() == 2 and tensor.shape[1] % GROUP == 0
-        if not matrix or name.endswith(ROUTERS):
+        if not matrix or name.endswith(UNROUNDED):
             yield name, tensor
         elif name in VOCABULARY:
             rows = to_blocks(tensor.float().numpy(), GGMLQuantizationType.Q8_0)
@@ -64,4 +69,4 @@ def _tensors(
 
 
 def _is_fitted(name: str, inputs: int) -> bool:
-    return inputs % GROUP == 0 and name not in VOCABULARY and not name.endswith(ROUTERS)
+    return inputs % GROUP == 0 and name not in VOCABULARY and not name.endswith(UNROUNDED)

@@ -131,7 +131,9 @@ class NativeWeights:
         self, parts: Sequence[HostTensor], bias: Sequence[HostTensor], target: int
     ) -> NativeWeight:
         shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-        packed = self._find_or_pack(stacked_name(parts), parts, shape, target)
+        # Several weights may be made of rows of one tensor.
+        name = f"{stacked_name(parts)}:{shape[0]}"
+        packed = self._find_or_pack(name, parts, shape, target)
         added = torch.cat([b.dense().float() for b in bias]) if bias else None
         reads = {F32: "floats", BF16: self._pairs, TERNARY: "whole"}.get(target, "groups")
         return NativeWeight(stacked_name(parts), shape, packed=packed, reads=reads, bias=added)

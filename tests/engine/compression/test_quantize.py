@@ -99,6 +99,30 @@ def test_what_chooses_experts_is_not_rounded(tmp_path: Path) -> None:
         assert (logits(target) - logits(source)).norm() / logits(source).norm() < 0.6
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "qwen3_5_moe"])
+def test_layers_with_states_are_fitted_but_for_what_says_how_much_counts(
+    tmp_path: Path, family: str
+) -> None:
+    wide = {"shared_expert_intermediate_size": 32, "mlp_only_layers": []}
+    source = tiny(
+        tmp_path / "source", family, hidden_size=64, **(wide if family != "qwen3_5" else {})
+    )
+    write_tokenizer(source)
+    quantize(source, target := tmp_path / "target", WINDOWS, lambda *_: None)
+    before, after = open_checkpoint(source), open_checkpoint(target)
+    assert after.names() == before.names()
+    kinds = {name: after.tensor(name).format for name in after.names()}
+    gates = ("in_proj_a.", "in_proj_b.", "in_proj_ba.", "shared_expert_gate.", "conv1d.", "A_log")
+    exact = [name for name in kinds if any(gate in name for gate in gates)]
+    assert len(exact) >= 9
+    for name in exact:
+        assert torch.equal(after.tensor(name).dense(), before.tensor(name).dense())
+    attention = "model.layers.3.self_attn.q_proj.weight"
+    assert {kinds[attention], kinds["model.layers.0.linear_attn.out_proj.weight"]} == {"Q4_1"}
+    error = after.tensor(attention).dense() - before.tensor(attention).dense()
+    assert error.norm() / before.tensor(attention).dense().norm() < 0.2
+
+
 def test_shared_experts_in_one_are_not_fitted(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source", "glm4_moe", hidden_size=64)
     with pytest.raises(ConfigError, match="2 shared experts in one cannot be fitted"):
