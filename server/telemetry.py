@@ -268,6 +268,7 @@ class Metrics(Collector):
         """What the scheduler and its pool hold, and have counted."""
         scheduler = self._engine.parts.scheduler
         pool, cold = scheduler.pool, scheduler.cold
+        kept, places = scheduler.prefixes.states
         for name, text, value in (
             ("requests_running", "Sequences in the batch", len(scheduler.running)),
             ("requests_waiting", "Sequences in the queue", len(scheduler.queue)),
@@ -277,6 +278,8 @@ class Metrics(Collector):
             ("kv_pages_kept", "Those of them that are kept for who is to go on", pool.kept),
             ("kv_pages", "KV pages of the pool", pool.total),
             ("kv_pages_parked", "Pages given back to the system", pool.total - pool.available),
+            ("states_kept", "States of recurrent layers that can be gone on from", kept),
+            ("states_places", "Places for them", places),
             ("kv_pages_cold", "Pages in the cold tier", len(cold)),
             ("kv_usage_ratio", "Share of the pages that sequences hold", pool.used / pool.total),
             ("step_prediction_error", "Median error of recent steps", scheduler.cost.median_error),

@@ -113,6 +113,11 @@ class Prefixes:
             if chunk.claims:
                 self._claims.difference_update(chunk.claims)
 
+    @property
+    def states(self) -> tuple[int, int]:
+        """States that are kept to be gone on from, and places for them."""
+        return 0, 0
+
     def cut(self, sequence: Sequence, count: int) -> int:
         """How many of the next `count` tokens a step should take, so that what is to be kept of a
         state can be."""

@@ -41,6 +41,10 @@ class RecurrentPrefixes(Prefixes):
         # The name of the last state that each has kept.
         self._last: dict[Sequence, bytes] = {}
 
+    @property
+    def states(self) -> tuple[int, int]:
+        return len(self.snapshots), self.snapshots.total
+
     def known_pages(self, sequence: Sequence, *, held: bool = False, cold: bool = False) -> int:
         if not self.shares(sequence):
             return 0
