@@ -48,6 +48,11 @@ PATTERNS = {
         CASELESS_CONTRACTIONS + r"\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
     "qwen2": CASELESS_CONTRACTIONS + r"\p{N}" + TAIL,
+    # Qwen 3.5's: marks are parts of words.
+    "qwen35": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     # Mistral's: a capital begins a word.
     "tekken": (
         rf"[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}*{CASED[1]}+|[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}+{CASED[1]}*|"
@@ -135,7 +140,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backe
     else:
         known = ", ".join(["smollm", "gpt-2", *PATTERNS])
         raise ConfigError(f"{file}: key 'tokenizer.ggml.pre' is {pre!r}; these work: {known}")
-    if pre == "qwen2":
+    if pre in ("qwen2", "qwen35"):
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     return backend

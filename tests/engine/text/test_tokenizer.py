@@ -184,6 +184,8 @@ def test_gpt_oss_ends_messages_without_ending_its_answer(tmp_path: Path) -> None
         ("dbrx", ["He", "'s", " a", " MacOS", "-User", ",", " ", "123", "4", "!", "  \n"]),
         ("glm4", ["He", "'s", " a", " MacOS", "-User", ",", " ", "123", "4", "!", "  \n"]),
         ("seed-coder", ["He", "'s", " a", " MacOS", "-User", ",", " ", "1", "2", "!", "\n"]),
+        # A word in Devanagari, whose vowels are marks.
+        ("qwen35", ["He", "'s", " हिन्दी", " MacOS", "-User", ",", " ", "1", "2", "!", "  \n"]),
         ("refact", ["He", "'s", " a", " MacOS", "-", "User", ",", " ", "1", "2", "!", "  \n"]),
     ],
 )
