@@ -113,13 +113,14 @@ def _finish(
     left = sum(rank.free or 0 for rank in facts) or available_memory() or 4 << 30
     weights = sum(rank.weights for rank in facts)
     states = config.scheduler.max_running + device.snapshots
+    held = states * sum(rank.state for rank in facts)
     parts.budget = Budget(
         # One rank is this process, before it had weights; several have one each beside it.
         program=sum(rank.program for rank in facts) + (private_memory() if len(facts) > 1 else 0),
         weights=weights,
         activations=device.buffers,
-        cache=(shape.pages + 1) * page_bytes + states * sum(rank.state for rank in facts),
-        headroom=max(0, left - (shape.pages * page_bytes if on_host else 0)),
+        cache=(shape.pages + 1) * page_bytes + held,
+        headroom=max(0, left - (shape.pages * page_bytes + held if on_host else 0)),
     )
     if config.cache.adaptive and on_host:
         floor = -(-shape.context // shape.page_size)

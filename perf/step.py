@@ -45,7 +45,8 @@ class StepRecorder:
             self.loop_seconds.append(time.thread_time())
             # Copied, since the runner reuses its arrays.
             now = self._runner._last.batch
-            self.batch = Batch(**{f.name: getattr(now, f.name).copy() for f in fields(Batch)})
+            arrays = {f.name: getattr(now, f.name) for f in fields(Batch)}
+            self.batch = Batch(**{n: a.copy() for n, a in arrays.items() if a is not None})
 
     def on_request(self, stats: RequestStats) -> None:
         pass

@@ -16,6 +16,8 @@ from engine.weights import blocks
 from engine.weights.safetensors import SafetensorsCheckpoint
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+# What guesses tokens further ahead, which nobody loads.
+AHEAD = "mtp."
 # What chooses experts, or says how much of them or of a state counts, is not rounded.
 UNROUNDED = (
     "mlp.gate.weight",
@@ -45,7 +47,7 @@ def _tensors(
     checkpoint: SafetensorsCheckpoint, windows: Sequence[Sequence[int]], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors as they are stored, the calibrated linears first."""
-    left = checkpoint.names()
+    left = {name for name in checkpoint.names() if not name.startswith(AHEAD)}
     total = len(left)
     fitted = calibrated(checkpoint, windows, _is_fitted, progress) if windows else iter(())
     for linear in fitted:

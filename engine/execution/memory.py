@@ -154,24 +154,35 @@ def cache_size(
     Raises ConfigError if not even one page fits.
     """
     free = available_memory() if device_bytes is None else device_bytes
-    budget = int((free or 4 << 30) * section.memory_fraction)
+    budget = whole = int((free or 4 << 30) * section.memory_fraction)
     snapshots = 0
     if state_bytes:
         # States of who runs are taken as they are needed on the host, at once on a device.
         held = max_running * state_bytes
         budget -= min(held, budget // 4) if device_bytes is None else held
-        wanted = section.snapshots
-        snapshots = (
-            min(max_running, max(0, budget) // 2 // state_bytes) if wanted == "auto" else wanted
-        )
+        snapshots = _snapshots(section, max_running, budget // 2 // state_bytes)
         budget -= snapshots * state_bytes
+        if budget < page_bytes and not (section.tokens and device_bytes is None):
+            raise ConfigError(
+                f"cache.memory_fraction leaves {whole} bytes, too little for {max_running} states "
+                f"of {state_bytes} bytes (scheduler.max_running) and {snapshots} more "
+                "(cache.snapshots) beside the KV cache; lower these, or raise the fraction"
+            )
     if section.tokens:
         return CacheSize(-(-section.tokens // section.page_size), snapshots)
     pages = min(budget // page_bytes, max_running * -(-max_context // section.page_size))
     if pages < 1:
-        states = f" beside {max_running} states of {state_bytes} bytes" if state_bytes else ""
         raise ConfigError(
-            f"cache.memory_fraction leaves {budget} bytes for the KV cache{states}, "
+            f"cache.memory_fraction leaves {budget} bytes for the KV cache, "
             f"but one page needs {page_bytes}; free memory or raise the fraction"
         )
     return CacheSize(pages, snapshots)
+
+
+def _snapshots(section: CacheSection, max_running: int, fitting: int) -> int:
+    """States that are kept beside those of who runs, of which so many would fit."""
+    if not section.prefix_caching:
+        return 0
+    if section.snapshots != "auto":
+        return section.snapshots
+    return min(max_running, max(0, fitting))

@@ -88,6 +88,15 @@ class Prefixes:
         self.moves, self.sources, self.urgent = [], [], False
         return moves, sources
 
+    def moved(self, plan: Plan, seconds: float) -> float:
+        """Learn from what a step's moves took; how many of the seconds do not belong to what it
+        computed."""
+        pages = sum(kind in (Move.RESTORE, Move.DEMOTE) for kind, _, _ in plan.moves)
+        if not pages:
+            return 0.0
+        self.cold.observe(seconds, pages)
+        return seconds
+
     def forget(self) -> None:
         """Whatever was computed is gone, with the moves that were to come."""
         for pages in self.sources:

@@ -38,6 +38,8 @@ class RecurrentPrefixes(Prefixes):
         # Pages behind which those that have begun are going to keep their states, ascending.
         self._goals: dict[Sequence, list[int]] = {}
         self._promised: dict[bytes, Sequence] = {}
+        # What a prompt waits for that has not begun.
+        self._awaited: dict[Sequence, bytes] = {}
         # The name of the last state that each has kept.
         self._last: dict[Sequence, bytes] = {}
 
@@ -59,11 +61,16 @@ class RecurrentPrefixes(Prefixes):
         begun = sequence in self._goals or sequence.scheduled % size
         if begun or not self.shares(sequence):
             return True
+        if self._awaited.get(sequence) in self._promised:
+            return False
         here, most = sequence.scheduled // size, (len(sequence.tokens) - 1) // size
         best = self._deepest(sequence, here)
         names = (sequence.page_hash(number, size) for number in range(best, most))
-        if self._promised and any(name in self._promised for name in names):
+        awaited = next((name for name in names if name in self._promised), None)
+        if awaited is not None:
+            self._awaited[sequence] = awaited
             return False
+        self._awaited.pop(sequence, None)
         if best > here:
             self._resume(sequence, here, best)
         return True
@@ -97,21 +104,30 @@ class RecurrentPrefixes(Prefixes):
     def retire(self, plan: Plan, *, done: bool) -> None:
         super().retire(plan, done=done)
         for sequence, kept in plan.kept:
+            if not done or sequence in plan.dropped:
+                self.snapshots.give_back(kept.place)
+                continue
             name = sequence.page_hash(kept.pages - 1, self.pool.page_size)
             if self._promised.get(name) is sequence:
                 del self._promised[name]
-            if done and sequence not in plan.dropped and self.pool.holds(name):
+            if self.pool.holds(name):
                 self._put(sequence, name, kept)
             else:
                 self.snapshots.give_back(kept.place)
 
     def left(self, sequence: Sequence) -> None:
         self._last.pop(sequence, None)
+        self._awaited.pop(sequence, None)
         if self._goals.pop(sequence, None) is not None:
             self._promised = {n: s for n, s in self._promised.items() if s is not sequence}
 
     def publish_tail(self, sequence: Sequence) -> None:
         """Nothing: no state lies within a page."""
+
+    def moved(self, plan: Plan, seconds: float) -> float:
+        if any(kind is Move.RESUME for kind, _, _ in plan.moves):
+            return seconds  # a state is large, and says nothing about a page
+        return super().moved(plan, seconds)
 
     def forget(self) -> None:
         super().forget()

@@ -18,7 +18,7 @@ from engine.scheduling.cost import CostModel
 from engine.scheduling.deadlines import Deadlines
 from engine.scheduling.leases import Leases
 from engine.scheduling.pages import PagePool
-from engine.scheduling.plan import Chunk, Move, Plan, StepResult
+from engine.scheduling.plan import Chunk, Plan, StepResult
 from engine.scheduling.policy import OutputLengths, prefill_key, victim_key
 from engine.scheduling.precision import Precision
 from engine.scheduling.recurrent import prefixes_of
@@ -110,6 +110,8 @@ class Scheduler:
         )
         if self.prefilling:
             self._plan_prefills(plan)
+        if self.prefilling and plan.is_empty and not self.in_flight:
+            self._plan_prefills(plan)  # whoever was waited for has made way
         if plan.is_empty and not self.prefixes.urgent:
             return plan
         self._steps += 1
@@ -144,10 +146,8 @@ class Scheduler:
 
     def observe(self, plan: Plan, result: StepResult, seconds: float) -> None:
         """Learn from what a step took."""
-        moves = sum(kind in (Move.RESTORE, Move.DEMOTE) for kind, _, _ in plan.moves)
-        if moves:
-            self.cold.observe(result.seconds["move"], moves)
-            seconds -= result.seconds["move"]
+        if plan.moves:
+            seconds -= self.prefixes.moved(plan, result.seconds.get("move", 0.0))
         self.cost.observe(plan.work, seconds, busy=plan.busy)
 
     def discard(self, plan: Plan) -> list[Sequence]:

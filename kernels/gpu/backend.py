@@ -223,5 +223,6 @@ class GpuBackend:
 
     def close(self) -> None:
         """Release the cache."""
+        self._states.clear()
         self._tensors.clear()
         self._caches.clear()  # the program's own list, too

@@ -194,8 +194,8 @@ class GpuProgram:
     def buffer_bytes(self, sampled_rows: int) -> int:
         """Bytes of activations, at their most, and of logits."""
         widest = sum(sorted(h.width for i in self._tape.instructions for h in i.results)[-3:])
-        experts = (expert_bytes(i, self._limits.rows) for i in self._tape.instructions)
-        return self._limits.rows * widest * 2 + max(experts, default=0) + self._logits.nbytes
+        beside = (bytes_beside(i, self._limits.rows) for i in self._tape.instructions)
+        return self._limits.rows * widest * 2 + max(beside, default=0) + self._logits.nbytes
 
     def logits(self) -> torch.Tensor:
         """The kept logits, fp32 `[samples, vocab]`, on the host."""
@@ -269,9 +269,12 @@ def split(tape: Tape) -> tuple[list[Step], list[Step]]:
     return layers, head
 
 
-def expert_bytes(instruction: Instruction, rows: int) -> int:
-    """What experts take beside their input and output: rows laid out, their gates, and what the
-    gates leave; 0 for other ops."""
+def bytes_beside(instruction: Instruction, rows: int) -> int:
+    """What an op takes beside its input and output: a delta net its channels in fp32, experts rows
+    laid out, their gates, and what the gates leave; 0 for others."""
+    if instruction.op == "delta":
+        channels: int = instruction.arguments[3].width
+        return rows * channels * 4
     if instruction.op != "experts":
         return 0
     _, _, _, down, experts, *_ = instruction.arguments

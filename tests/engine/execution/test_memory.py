@@ -74,5 +74,9 @@ def test_states_come_out_of_the_same_budget(monkeypatch: pytest.MonkeyPatch) -> 
     few = CacheSection(memory_fraction=0.5, snapshots=3)
     assert size(few) == ((100_000 - 16_000 - 3_000) // page, 3)
     assert size(CacheSection(tokens=32)) == (2, 16)
-    with pytest.raises(ConfigError, match="beside 16 states of 1000 bytes"):
-        size(section, 20_000)
+    assert size(CacheSection(memory_fraction=0.5, prefix_caching=False))[1] == 0
+    for short in (section, CacheSection(tokens=32, memory_fraction=0.5)):
+        with pytest.raises(ConfigError, match=r"16 states of 1000 bytes \(scheduler.max_running"):
+            size(short, 20_000)
+    with pytest.raises(ConfigError, match=r"and 90 more \(cache.snapshots\)"):
+        size(CacheSection(memory_fraction=0.5, snapshots=90))

@@ -70,7 +70,10 @@ def unmixed(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[st
     return found
 
 
-def convert(folder: Path, file: Path, architecture: str, **changes: Any) -> None:
+def convert(
+    folder: Path, file: Path, architecture: str, *, older: bool = False, **changes: Any
+) -> None:
+    """Write the file, as `older` converters wrote Qwen3-Next's if that is asked for."""
     config = json.loads((folder / "config.json").read_text()) | changes
     blocks = config["num_hidden_layers"] + 1  # one that guesses further ahead
     width = config.get("intermediate_size") or config["moe_intermediate_size"]
@@ -95,7 +98,8 @@ def convert(folder: Path, file: Path, architecture: str, **changes: Any) -> None
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    tensors = unmixed(load_file(folder / "model.safetensors"), config)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = tensors if older else unmixed(tensors, config)
     for name, tensor in stacked_experts(tensors).items():
         turns = architecture != "qwen3next"
         array = as_ggml(name, tensor, config, turns).numpy()
@@ -122,6 +126,14 @@ def test_a_family_gives_the_logits_of_its_folder(tmp_path: Path, family: str) ->
     results = [run(path, "torch", [17, len(TOKENS) - 17], TOKENS) for path in (file, folder)]
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
     assert float(results[0].std()) > 0.03
+
+
+def test_older_files_have_projections_as_the_folder_does(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "folder", "qwen3_next", mlp_only_layers=[])
+    file = tmp_path / "model.gguf"
+    convert(folder, file, "qwen3next", older=True)
+    results = [run(path, "torch", [len(TOKENS)], TOKENS) for path in (file, folder)]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
 def test_heads_in_ggmls_order_stay_on_one_rank(tmp_path: Path) -> None:

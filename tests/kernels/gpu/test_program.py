@@ -16,7 +16,7 @@ from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.ops import GpuOps, Workspace
-from kernels.gpu.program import GpuProgram, buckets, expert_bytes
+from kernels.gpu.program import GpuProgram, buckets, bytes_beside
 from kernels.gpu.staging import Staging
 from kernels.ops import Activation, Heads
 from kernels.reference import ReferenceOps
@@ -264,5 +264,5 @@ def test_room_for_experts_is_counted(tmp_path: Path) -> None:
     program = program_of(write_llama(tmp_path, **EXPERTS))[0]
     # 32 rows of 2 experts in 4 + 4 blocks of 16; hidden 32, gates and what they leave 48 each.
     room = 8 * 16 * (32 + 3 * 48) * 2
-    assert {expert_bytes(i, 32) for i in program._tape.instructions} == {0, room}
+    assert {bytes_beside(i, 32) for i in program._tape.instructions} == {0, room}
     assert program.buffer_bytes(4) > room
