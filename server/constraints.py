@@ -14,6 +14,8 @@ from server import harmony
 from server.answer_parser import Style
 from server.dialect import Dialect
 from server.lark import any_text, form_rule, literal, mark
+from server.marked_calls import GLM
+from server.marked_grammar import MarkedCalls
 from server.tools import ANY_OBJECT, Offered
 
 # An answer that begins otherwise than calls do.
@@ -48,7 +50,7 @@ def constraint(
     rules: list[str] = []
     body = any_text(rules) if form is None else form_rule(form)
     if offered is not None and calls:
-        parts = _calls(tokenizer, dialect.style, offered, rules)
+        parts = _calls(tokenizer, dialect, offered, rules)
         if offered.forced:
             body = "calls"
         elif form is not None:
@@ -97,16 +99,27 @@ class Calls:
     separator: str
 
 
-def _calls(tokenizer: Tokenizer, style: Style, offered: Offered, rules: list[str]) -> Calls:
+def _calls(tokenizer: Tokenizer, dialect: Dialect, offered: Offered, rules: list[str]) -> Calls:
     """Adds the rule `calls`: one call or, if that is allowed, several."""
-    names = []
+    names, style = [], dialect.style
+    # Of a kind that has no lines around them.
+    inline = dialect.marks is GLM
     for number, tool in enumerate(offered.callable_tools):
         names.append(f"call_{number}")
         schema = tool.arguments if tool.strict or offered.forced else ANY_OBJECT
-        rules.append(f"call_{number}: {_call(style, tool.name, schema)}")
+        call = None
+        if dialect.marks is not None:
+            marked = MarkedCalls(tokenizer, dialect.marks, rules)
+            call = marked.call(names[-1], tool.name, schema)
+        if call is None:
+            call = _call(style, tool.name, schema)
+            call = rf'"\n" {call} "\n"' if inline else call
+        rules.append(f"{names[-1]}: {call}")
     one = f"({' | '.join(names)})"
     begin = mark(tokenizer, style.begins[0])
-    if style.name == "mistral":
+    if inline:
+        parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", r'"\n"')
+    elif style.name == "mistral":
         parts = Calls(begin, one, "")
     elif style.name == "llama3":
         parts = Calls("", one, '"; "')

@@ -10,6 +10,7 @@ from typing import Any
 from engine.text.chat import ChatTemplate
 from server import harmony
 from server.answer_parser import Style
+from server.marked_calls import GLM, QWEN, Marks
 
 # Qwen 2.5 and 3, Hermes 2 and 3, and many after them; GLM from 4.5 on and Qwen3-Coder, which mark
 # arguments.
@@ -38,12 +39,13 @@ MORE = "For several calls write one after the other. "
 
 @dataclass(frozen=True)
 class Dialect:
-    """What is known of a template: the style of its calls, whether it shows tools itself, and the
-    markers around its reasoning, if it has any."""
+    """What is known of a template: the style of its calls, whether it shows tools itself, the
+    markers around its reasoning, if it has any, and those of arguments that are no JSON."""
 
     style: Style
     shows_tools: bool
     thinking: tuple[str, str] | None
+    marks: Marks | None = None
 
 
 def dialect_of(template: ChatTemplate | None) -> Dialect:
@@ -53,7 +55,8 @@ def dialect_of(template: ChatTemplate | None) -> Dialect:
     # Its reasoning has a channel instead of markers.
     known = () if style is harmony.STYLE else THINKING
     thinking = next((marks for marks in known if marks[1] in source), None)
-    return Dialect(style, "tools" in source, thinking)
+    marks = next((marks for marks in (QWEN, GLM) if marks.key in source), None)
+    return Dialect(style, "tools" in source, thinking, marks if style is HERMES else None)
 
 
 def _style(source: str) -> Style:

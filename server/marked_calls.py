@@ -93,7 +93,7 @@ def _arguments(
 def meaning(text: str, schema: Any, root: Mapping[str, Any] | None = None) -> str:
     """A bare value as JSON: what the schema takes, references in it to parts of `root`. Text where
     it takes text; else what it is as JSON, if it is."""
-    kinds, choices = _taken(schema, root or {})
+    kinds, choices = taken(schema, root or {})
     word = text.strip(BLANK).lower()
     if text not in choices:
         if "boolean" in kinds and word in ("true", "false"):
@@ -113,8 +113,8 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _taken(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple[set[str], list[Any]]:
-    """The types that a schema names anywhere, and the values."""
+def taken(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple[set[str], list[Any]]:
+    """The types that a schema, a part of `root`, names anywhere, and the values."""
     kinds: set[str] = set()
     choices: list[Any] = []
     if not isinstance(schema, dict) or depth > MAX_DEPTH:
@@ -132,7 +132,7 @@ def _taken(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple[set[st
             part = part.get(step) if isinstance(part, dict) else None
         inner.append(part)
     for each in inner:
-        more = _taken(each, root, depth + 1)
+        more = taken(each, root, depth + 1)
         kinds |= more[0]
         choices += more[1]
     return kinds, choices
