@@ -131,6 +131,8 @@ def _finish(
         f"{facts[0].hardware}, {facts[0].description}, {weights / 1e6:.0f} MB of weights, "
         f"{facts[0].kv_dtype} KV cache"
     )
+    if state := sum(rank.state for rank in facts):
+        parts.device += f", states of {state / 1e6:.1f} MB, {device.snapshots} kept for others"
     return parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 # Seconds assumed for restoring a page until it has been measured.
 ASSUMED_SECONDS = 0.001
@@ -16,6 +17,8 @@ class ColdIndex:
 
     def __init__(self, slots: int = 0, recompute_seconds: float = float("inf")) -> None:
         self.slots = slots
+        # Called with the names of a content that has gone.
+        self.on_drop: Callable[[tuple[bytes, ...]], None] = lambda _: None
         self.hits = 0
         self.stored = 0
         self._recompute_seconds = recompute_seconds
@@ -65,6 +68,8 @@ class ColdIndex:
             self._drop(slot)
 
     def _drop(self, slot: int) -> None:
-        for name in self._names.pop(slot):
+        names = self._names.pop(slot)
+        for name in names:
             del self._by_name[name]
         self._free.append(slot)
+        self.on_drop(names)

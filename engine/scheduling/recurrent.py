@@ -35,6 +35,7 @@ class RecurrentPrefixes(Prefixes):
     ) -> None:
         super().__init__(pool, cold, enabled=enabled and snapshots.total > 0)
         self.snapshots = snapshots
+        cold.on_drop = self._dropped
         # Pages behind which those that have begun are going to keep their states, ascending.
         self._goals: dict[Sequence, list[int]] = {}
         self._promised: dict[bytes, Sequence] = {}
@@ -201,3 +202,7 @@ class RecurrentPrefixes(Prefixes):
     def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> None:
         super()._evicted(page, names, depth)
         self.snapshots.drop(n for n in names if not self.cold.worth_restoring(n))
+
+    def _dropped(self, names: tuple[bytes, ...]) -> None:
+        """The cold tier has forgotten a page."""
+        self.snapshots.drop(name for name in names if not self.pool.holds(name))

@@ -156,6 +156,18 @@ def test_pages_of_the_cold_tier_are_taken_up_to_a_state() -> None:
     assert generated(third) == continuation(PROMPT, 4)
 
 
+def test_states_go_when_the_cold_tier_forgets_their_pages() -> None:
+    house = bench(pages=8, running=2, cold_slots=3)
+    for number in range(3):
+        house.add([50 * number + n for n in range(24)])
+        house.drain()
+    names = house.scheduler.prefixes
+    kept, _ = names.states
+    assert kept == 1, "those of the first two prompts lie behind pages that are gone"
+    house.scheduler.prefixes.forget()
+    assert names.states == (0, 8)
+
+
 def test_a_long_prompt_that_makes_way_goes_on_from_its_last_piece() -> None:
     house = bench(budget=16)
     (sequence,) = house.add(list(range(60)))
