@@ -78,6 +78,9 @@ class DeltaHeads:
     """Heads of a gated delta net (arXiv 2412.06464): `value` heads, of which `value // key` in a
     row share one of the `key` heads of queries and keys; `tiled` ones take turns instead, as ggml
     has them. Each channel is convolved over `taps` tokens.
+
+    Without keys (`key` and `key_dim` 0) they are channels of a short convolution, and the state of
+    a sequence is their last inputs alone.
     """
 
     key: int
@@ -239,6 +242,15 @@ class Ops(Protocol[T]):
         offset)), and takes sigmoid(b) of what a token's value differs from what its key finds;
         `decay`, `offset` `[value]`. A state begins with zeros at position 0, and `Batch` says where
         it is kept.
+        """
+        ...
+
+    def short_conv(self, x: T, layer: int, heads: DeltaHeads, taps: Weight) -> T:
+        """A gated short convolution (Liquid AI's LFM2) over each sequence's state of layer `layer`
+        among those that keep one; `[tokens, heads.width]`.
+
+        `x`, `[tokens, 3 * heads.width]`, are gates b, gates c and values; each channel of b times
+        values is convolved over its last inputs with `taps`, as in `delta`, and multiplied by c.
         """
         ...
 

@@ -238,6 +238,29 @@ class ReferenceOps:
             states.memory[place] = memory
         return out.flatten(1)
 
+    def short_conv(
+        self, x: torch.Tensor, layer: int, heads: DeltaHeads, taps: Weight
+    ) -> torch.Tensor:
+        b, c, values = x.float().chunk(3, dim=-1)
+        fresh, out = b * values, torch.empty_like(c)
+        weights = tensor_of(taps).tensor.view(heads.taps, heads.width)
+        states, batch = self.states[layer], self.batch
+        for chunk, place in enumerate(batch.table_rows.tolist()):
+            first, last = (int(x) for x in batch.query_starts[chunk : chunk + 2])
+            inputs = states.inputs[place]
+            if int(batch.positions[first]) == 0:
+                inputs = torch.zeros_like(inputs)
+            history = torch.cat((inputs, fresh[first:last]))
+            windows = history.unfold(0, heads.taps, 1)  # [rows, width, taps]
+            out[first:last] = (windows * weights.t()).sum(-1) * c[first:last]
+            kept = -1 if batch.kept_rows is None else int(batch.kept_rows[chunk])
+            if kept >= 0:
+                assert batch.kept_at is not None
+                target = int(batch.kept_at[chunk])
+                states.inputs[target] = history[kept : kept + heads.taps - 1]
+            states.inputs[place] = history[last - first :]
+        return out
+
     def gated_norm(
         self, x: torch.Tensor, gate: torch.Tensor, weight: Weight, eps: float
     ) -> torch.Tensor:

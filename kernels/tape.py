@@ -181,6 +181,11 @@ class Recorder:
         arguments = (qkv, gates, layer, heads, taps, decay, offset)
         return self._emit("delta", arguments, qkv.rows, heads.value * heads.value_dim)
 
+    def short_conv(self, x: Handle, layer: int, heads: DeltaHeads, taps: Weight) -> Handle:
+        fits = x.width == 3 * heads.width and taps.shape == (heads.taps * heads.width,)
+        self._expect(fits, f"convolution {layer}: its input is {x.width} wide")
+        return self._emit("short_conv", (x, layer, heads, taps), x.rows, heads.width)
+
     def gated_norm(self, x: Handle, gate: Handle, weight: Weight, eps: float) -> Handle:
         fits = x.width == gate.width and x.width % weight.shape[0] == 0
         self._expect(fits, f"{weight.name} does not fit width {x.width}")

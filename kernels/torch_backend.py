@@ -150,7 +150,7 @@ def host_states(layout: CacheLayout, states: int) -> list[LayerStates]:
 def states_of(layers: Sequence[LayerStates]) -> HostPages:
     """States in host memory, as they are moved."""
     tensors = [tensor for layer in layers for tensor in (layer.inputs, layer.memory)]
-    return HostPages([t.flatten(1).view(torch.uint8).numpy() for t in tensors])
+    return HostPages([t.flatten(1).view(torch.uint8).numpy() for t in tensors if t.numel()])
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -158,6 +158,8 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
     Zeros, since padded attention reads slot 0 and 0 * NaN would spread.
     """
+    if not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype)
     raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 

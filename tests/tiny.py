@@ -50,6 +50,15 @@ DELTA: dict[str, Any] = {
 }
 
 
+# What makes it an LFM2: short convolutions, and one layer of attention.
+CONV: dict[str, Any] = {
+    "model_type": "lfm2",
+    "layer_types": ["conv", "full_attention"],
+    "conv_L_cache": 3,
+    "block_auto_adjust_ff_dim": False,
+}
+
+
 def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights of a Llama-family model, large enough to make varied text."""
     generator = torch.Generator().manual_seed(seed)
@@ -70,8 +79,15 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
             f"{name}.input_layernorm.weight": 1 + random(hidden),
             f"{name}.post_attention_layernorm.weight": 1 + random(hidden),
         }
-        if config.get("layer_types", [""] * 9)[layer] == "linear_attention":
+        kind = config.get("layer_types", [""] * 9)[layer]
+        if kind == "linear_attention":
             tensors |= delta_tensors(config, f"{name}.linear_attn", random)
+        elif kind == "conv":
+            tensors |= {
+                f"{name}.conv.in_proj.weight": random(3 * hidden, hidden),
+                f"{name}.conv.conv.weight": random(hidden, 1, config["conv_L_cache"]),
+                f"{name}.conv.out_proj.weight": random(hidden, hidden),
+            }
         else:
             gates = 2 if "linear_num_key_heads" in config else 1
             tensors |= {
@@ -80,7 +96,7 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
                 f"{name}.self_attn.v_proj.weight": random(kv, hidden),
                 f"{name}.self_attn.o_proj.weight": random(hidden, q),
             }
-            if gates == 2:
+            if kind:
                 tensors |= {f"{name}.self_attn.{n}_norm.weight": random(dim) for n in "qk"}
         blocks = {f"{name}.mlp": ("gate_proj", "up_proj", "down_proj")}
         if count := config.get("num_local_experts"):

@@ -53,6 +53,8 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "qwen3_5_text": Llama,
     "qwen3_5_moe_text": Llama,
     "qwen3_next": Llama,
+    "lfm2": Llama,
+    "lfm2_moe": Llama,
     "gemma3_text": Sandwich,
     "glm4": Sandwich,
 }

@@ -15,17 +15,23 @@ from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, DeltaHeads, Head
 MAX_LAYERS = 4096
 MAX_POSITIONS = 1 << 24
 MAX_TAPS = 16
-LINEAR = "linear_attention"
+LINEAR, CONVOLVING = "linear_attention", "conv"
+# Channels of short convolutions that stay together.
+CHANNELS = 16
+NORM_EPSILONS = ("rms_norm_eps", "norm_eps")
 # Set for files that have value heads in ggml's order.
 TILED = "linear_tiled_value_heads"
 
 # Families most of whose layers are gated delta nets, and whose attention is gated.
 QWEN35, QWEN35_MOE, QWEN3_NEXT = "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"
 DELTA = (QWEN35, QWEN35_MOE, QWEN3_NEXT)
+# Families most of whose layers are short convolutions.
+LFM2, LFM2_MOE = "lfm2", "lfm2_moe"
+CONV = (LFM2, LFM2_MOE)
 # Families whose output matrix is the embedding's if their configuration does not say.
-TIED = ("gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe")
+TIED = ("gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe", *CONV)
 # Those that normalize each query and key head.
-HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "dots1", *DELTA)
+HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "dots1", *DELTA, *CONV)
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -43,10 +49,11 @@ EXPERTS = {
     "dots1": False,
     "ernie4_5_moe": True,
     "qwen2_moe": False,
+    LFM2_MOE: True,
     QWEN35_MOE: True,
     QWEN3_NEXT: True,
 }
-SIGMOID = ("glm4_moe", "dots1")
+SIGMOID = ("glm4_moe", "dots1", LFM2_MOE)
 # Whose first layer is dense if their configuration does not say, and how many experts all tokens
 # go through then.
 # Whose shared expert has a gate.
@@ -141,7 +148,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
     kv = values.integer("num_key_value_heads", query)
     if query % kv:
         raise ConfigError(f"num_attention_heads {query} is no multiple of key/value heads {kv}")
-    recurrent = model_type in DELTA
+    recurrent, convolving = model_type in DELTA, model_type in CONV
     heads = Heads(query, kv, values.integer("head_dim", 256 if recurrent else hidden // query))
     if heads.dim % 2:
         raise ConfigError(f"head_dim is {heads.dim}; rotary embedding needs an even one")
@@ -159,12 +166,10 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         model_type=model_type,
         vocab_size=values.integer("vocab_size"),
         hidden=hidden,
-        intermediate=values.integer(
-            "intermediate_size", experts.width if recurrent and experts else None
-        ),
+        intermediate=_intermediate(values, model_type, experts),
         layers=layers,
         heads=heads,
-        norm_eps=values.number("rms_norm_eps", 1e-6) / share**2,
+        norm_eps=values.number(_known(raw, NORM_EPSILONS), 1e-6) / share**2,
         max_context=reached,
         activation=_activation(values, model_type),
         windows=windows,
@@ -183,10 +188,33 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         sinks=model_type == GPT_OSS,
         experts=experts,
         expert_layers=_expert_layers(values, layers) if experts is not None else frozenset(),
-        delta=_delta(values) if recurrent else None,
-        delta_layers=_delta_layers(values, layers) if recurrent else (),
+        delta=_delta(values) if recurrent else _conv(values, hidden) if convolving else None,
+        delta_layers=_delta_layers(values, layers) if recurrent or convolving else (),
         gated_attention=recurrent,
     )
+
+
+def _intermediate(values: _Values, model_type: str, experts: ExpertsConfig | None) -> int:
+    """The width of dense feed-forward layers; LFM2's may be said as another, to be adjusted."""
+    raw = values.raw
+    if model_type != LFM2:
+        unsaid = experts.width if model_type in DELTA and experts else None
+        return values.integer("intermediate_size", unsaid)
+    width = values.integer(_known(raw, ("block_ff_dim", "intermediate_size")))
+    if not raw.get("block_auto_adjust_ff_dim", True):
+        return width
+    unit = values.integer("block_multiple_of", 256)
+    width = int(values.number("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
+    return -(-width // unit) * unit
+
+
+def _conv(values: _Values, hidden: int) -> DeltaHeads:
+    if hidden % CHANNELS:
+        raise ConfigError(f"hidden_size is {hidden}; convolutions take multiples of {CHANNELS}")
+    taps = values.integer("conv_L_cache", 3, most=MAX_TAPS)
+    if taps < 2:
+        raise ConfigError("conv_L_cache is 1; 2 or more can be computed")
+    return DeltaHeads(0, hidden // CHANNELS, 0, CHANNELS, taps)
 
 
 def _delta(values: _Values) -> DeltaHeads:
@@ -211,10 +239,12 @@ def _delta(values: _Values) -> DeltaHeads:
 def _delta_layers(values: _Values, layers: int) -> tuple[int, ...]:
     """All but every fourth, if the configuration does not say; the last is attention."""
     types = values.raw.get("layer_types")
+    if types is None and (attending := values.raw.get("full_attn_idxs")) is not None:
+        types = ["full_attention" if n in attending else CONVOLVING for n in range(layers)]
     if types is None:
         step = values.integer("full_attention_interval", 4)
         types = ["full_attention" if (n + 1) % step == 0 else LINEAR for n in range(layers)]
-    found = tuple(n for n, kind in enumerate(types) if kind == LINEAR)
+    found = tuple(n for n, kind in enumerate(types) if kind in (LINEAR, CONVOLVING))
     if len(found) == layers:
         raise ConfigError("no layer is of type full_attention, which some have to be")
     return found
@@ -277,9 +307,12 @@ def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
     raw = values.raw
     dense = raw.get("mlp_only_layers") or []
     step = values.integer(_known(raw, ("decoder_sparse_step", "moe_layer_interval")), 1)
-    first = raw.get(_known(raw, ("first_k_dense_replace", "moe_layer_start_index")))
+    first = raw.get(
+        _known(raw, ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"))
+    )
     if first is None:
-        first = int(raw.get("model_type") in FIRST_DENSE)
+        kind = raw.get("model_type")
+        first = 2 if kind == LFM2_MOE else int(kind in FIRST_DENSE)
     last = raw.get("moe_layer_end_index")
     last = -1 if last is None else last
     if type(first) is not int or type(last) is not int:

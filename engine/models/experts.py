@@ -76,8 +76,9 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
     own = load.spans(count + given.shared, "the number of experts")[load.shard.rank]
     preferences = (f"{block}.gate.e_score_correction_bias", f"{block}.{ERNIE_PREFERENCE}")
     preferred = next((name for name in preferences if load.has(name)), preferences[0])
-    # Some of ERNIE's files have none.
-    prefers = given.preferred and (load.has(preferred) or config.model_type != "ernie4_5_moe")
+    # Some of ERNIE's and LFM2's files have none.
+    unsure = config.model_type in ("ernie4_5_moe", "lfm2_moe")
+    prefers = given.preferred and (load.has(preferred) or not unsure)
     several = load.shard.ranks > 1
     return ExpertsFeedForward(
         load.router(router, count, hidden, gates),

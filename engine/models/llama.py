@@ -1,11 +1,11 @@
 """The Llama family: Llama 2 and 3, SmolLM2 and 3, Mistral, Mixtral, Qwen2, Qwen3 (also with
-experts), Qwen3-Next and Qwen 3.5, Phi-3 and 4, Granite, GLM, ERNIE 4.5, Seed-OSS, Helium, gpt-oss
-and BitNet b1.58.
+experts), Qwen3-Next and Qwen 3.5, LFM2, Phi-3 and 4, Granite, GLM, ERNIE 4.5, Seed-OSS, Helium,
+gpt-oss and BitNet b1.58.
 
 They are one model with switches: rope scaling, heads that rotate in part or by neighbours, layers
 that do not, sliding windows, projection biases (taken when the file has them), query/key norms,
 norms in front of the last projections, scales, attention sinks, gates, and layers of experts or
-delta nets.
+delta nets, or of short convolutions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.models.config import ModelConfig
+from engine.models.conv import ShortConv, load_conv
 from engine.models.delta import DeltaNet, load_delta
 from engine.models.experts import ExpertsFeedForward, load_block
 from engine.models.layers import Attention, GatedFeedForward, load_attention, load_head
@@ -25,9 +26,19 @@ class Layer:
     """One pre-norm transformer layer."""
 
     attention_norm: Weight
-    mixer: Attention | DeltaNet
+    mixer: Attention | DeltaNet | ShortConv
     feed_forward_norm: Weight
     feed_forward: GatedFeedForward | ExpertsFeedForward
+
+
+def load_mixer(
+    load: WeightLoader, config: ModelConfig, layer: int
+) -> Attention | DeltaNet | ShortConv:
+    """What lets the tokens of a sequence know of each other in one layer."""
+    if layer not in config.delta_layers:
+        return load_attention(load, config, layer)
+    assert config.delta is not None
+    return (load_delta if config.delta.key else load_conv)(load, config, layer)
 
 
 class Llama:
@@ -42,7 +53,7 @@ class Llama:
         self.layers = [
             Layer(
                 load.vector(f"model.layers.{n}.input_layernorm.weight", hidden),
-                (load_delta if n in config.delta_layers else load_attention)(load, config, n),
+                load_mixer(load, config, n),
                 load.vector(f"model.layers.{n}.post_attention_layernorm.weight", hidden),
                 load_block(load, config, n),
             )

@@ -59,14 +59,14 @@ class Shard:
         return self.head_spans(heads)[self.rank].of(heads)
 
     def own_delta(self, heads: DeltaHeads) -> DeltaHeads:
-        """This rank's heads of delta nets, shared out by key heads."""
-        spans = self.spans(heads.key)
+        """This rank's heads of delta nets, shared out by key heads, or channels of short
+        convolutions."""
+        shared = heads.key or heads.value
+        spans = self.spans(shared)
         if spans is None:
-            raise ConfigError(
-                f"linear_num_key_heads is {heads.key}, too little for {self.ranks} ranks"
-            )
+            raise ConfigError(f"layers that keep states have {shared} heads for {self.ranks} ranks")
         own = spans[self.rank].length
-        return replace(heads, key=own, value=own * (heads.value // heads.key))
+        return replace(heads, key=own if heads.key else 0, value=own * (heads.value // shared))
 
     def head_spans(self, heads: Heads) -> list[HeadSpan]:
         """Every rank's heads. Raises ConfigError if there are fewer than ranks."""

@@ -24,6 +24,7 @@ PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 KINDS = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
+    "lfm2": "llama-bpe",
     "deepseek-r1-qwen": "qwen2",
     "refact": "smollm",  # Granite's
 }

@@ -31,6 +31,7 @@ FLOATS = {
 TOP_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
+    "token_embd_norm": "model.norm",  # LFM2's
     "output": "lm_head",
 }
 LAYER_NAMES = {
@@ -83,6 +84,7 @@ OWN_NAMES = {
     },
     "qwen2_moe": gguf_recurrent.SHARED_NAMES,
     **dict.fromkeys(gguf_recurrent.MODEL_TYPES.values(), gguf_recurrent.NAMES),
+    **dict.fromkeys(gguf_recurrent.CONV_TYPES.values(), gguf_recurrent.CONV_NAMES),
 }
 # GGUF key under the architecture's prefix -> Hugging Face configuration key.
 CONFIG_KEYS = {
@@ -147,6 +149,7 @@ MODEL_TYPES = {
     "glm4moe": "glm4_moe",
     "ernie4_5-moe": "ernie4_5_moe",
     **gguf_recurrent.MODEL_TYPES,
+    **gguf_recurrent.CONV_TYPES,
 }
 # Whose heads may rotate in part.
 ROTATED_IN_PART = ("phi3", "glm4", "glm4moe", *gguf_recurrent.MODEL_TYPES)
@@ -356,6 +359,8 @@ class GGUFCheckpoint:
             config["norm_topk_prob"] = True
         if architecture in gguf_recurrent.MODEL_TYPES:
             config |= gguf_recurrent.read_keys(self.metadata, self.path.name)
+        if architecture in gguf_recurrent.CONV_TYPES:
+            config |= gguf_recurrent.read_conv_keys(self.metadata, self.path.name)
         if architecture in GUESSING_AHEAD:
             ahead, blocks = config.get("num_nextn_predict_layers"), config.get("num_hidden_layers")
             if isinstance(ahead, int) and isinstance(blocks, int):

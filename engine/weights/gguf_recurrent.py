@@ -1,4 +1,4 @@
-"""How GGUF files hold Qwen3-Next and Qwen 3.5: names and sizes of layers that keep states.
+"""How GGUF files hold Qwen3-Next, Qwen 3.5 and LFM2: names and sizes of layers that keep states.
 
 llama.cpp's converter writes value heads of Qwen 3.5 so that they take turns with the key heads.
 """
@@ -14,6 +14,8 @@ MODEL_TYPES = {
     "qwen35": "qwen3_5_text",
     "qwen35moe": "qwen3_5_moe_text",
 }
+CONV_TYPES = {"lfm2": "lfm2", "lfm2moe": "lfm2_moe"}
+CONV_NAMES = {f"shortconv.{part}": f"conv.{part}" for part in ("in_proj", "conv", "out_proj")}
 # Of a shared expert with a gate, as Qwen's mixtures have one.
 SHARED_NAMES = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
@@ -49,6 +51,20 @@ def whole_name(name: str) -> str | None:
     """The Hugging Face name of one of WHOLE_NAMES in any layer; None of other tensors."""
     _, layer, part = (*name.split(".", 2), "", "")[:3]
     return f"model.layers.{layer}.{WHOLE_NAMES[part]}" if part in WHOLE_NAMES else None
+
+
+def read_conv_keys(metadata: dict[str, Any], file: str) -> dict[str, Any]:
+    """The same of LFM2's files: layers without key and value heads are convolutions."""
+    architecture = metadata["general.architecture"]
+    heads = metadata.get(f"{architecture}.attention.head_count_kv")
+    if not isinstance(heads, list) or not any(heads):
+        raise ConfigError(f"{file}: attention.head_count_kv is {heads!r}, not one for each layer")
+    return {
+        "conv_L_cache": metadata.get(f"{architecture}.shortconv.l_cache"),
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "block_auto_adjust_ff_dim": False,  # done already
+    }
 
 
 def read_keys(metadata: dict[str, Any], file: str) -> dict[str, Any]:

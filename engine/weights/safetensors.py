@@ -15,6 +15,7 @@ from engine.weights import bitnet, blocks, stacked
 from engine.weights.composite import text_config, text_name
 from engine.weights.fused import FusedTensors
 from engine.weights.quantized import Quantized
+from engine.weights.renamed import usual_name
 from engine.weights.stacked import StackedExperts
 from kernels.backend import HostTensor
 
@@ -82,7 +83,7 @@ class SafetensorsCheckpoint:
         for stored, file in files.items():
             name = stored if text is None else text_name(stored)
             if name is not None:
-                self._places[name] = file, stored
+                self._places[usual_name(self.config.get("model_type"), name)] = file, stored
         self._stacked = StackedExperts(self._places, self.config)
         self._fused = FusedTensors(self._stored_names(), self.config)
 

@@ -324,6 +324,16 @@ class NativeProgram:
             shares=shares,
         )
 
+    def _emit_short_conv(
+        self, x: int, layer: int, heads: DeltaHeads, taps: NativeWeight, out: int
+    ) -> None:
+        if heads not in self._deltas:
+            self._deltas[heads] = (self._floats(heads.width), -1)
+        channels, _ = self._deltas[heads]
+        self._program.add_short_conv(
+            in_=x, out=out, layer=layer, taps=taps.address, channels=channels
+        )
+
     def _floats(self, width: int) -> int:
         """A buffer of plain floats for every token."""
         self._row_bytes[RowCount.TOKENS] += width * FORM_BYTES[0]

@@ -32,6 +32,9 @@ NEXT_EXPERTS = Experts(512, 10, normalized=True, first=0, own=513, shared=1, gat
 # Heads of delta nets of Qwen 3.5, with 0.8 and with 9 billion weights.
 DELTA_HEADS = (DeltaHeads(16, 16, 128, 128, 4), DeltaHeads(16, 32, 128, 128, 4))
 
+# Channels of LFM2-1.2B's short convolutions.
+SHORT_CONV = DeltaHeads(0, 32, 0, 64, 3)
+
 
 def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
     """A layer of experts: the order of its rows, and their matmuls, few rows an expert and many."""
@@ -118,6 +121,10 @@ def delta_launches() -> Iterator[Compiled]:
             yield named(f"delta channels {size}", shape.channels_config(), made)
         yield named(f"delta {heads.value}", shape.delta_config(), types)
         yield named(f"delta inputs {heads.value}", shape.inputs_config(), types)
+    for sequences in (1, 64):
+        shape = DeltaShape(SHORT_CONV, sequences)
+        yield named(f"short conv {sequences}", shape.short_conv_config(), types)
+    yield named("short conv inputs", shape.inputs_config(gated=True), types)
     yield named("gated norm", gated_norm_config(128), types)
     yield named("sigmoid gate", sigmoid_gate_config(4096)[0], types)
     routing = {

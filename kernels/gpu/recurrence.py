@@ -143,6 +143,58 @@ def delta_kernel(
 
 
 @triton.jit
+def input_of(x, row, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr):
+    """A row's inputs of some channels; GATED ones are products of the first and the last third."""
+    if GATED:
+        place = row.to(tl.int64) * (3 * WIDTH) + column
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        value *= tl.load(x + place + 2 * WIDTH, mask=inside, other=0.0).to(tl.float32)
+    else:
+        place = row.to(tl.int64) * WIDTH + column
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def short_conv_kernel(
+    out,
+    x,
+    inputs,
+    taps,
+    positions,
+    query_starts,
+    states,
+    sequences,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Some channels of a row, convolved and gated."""
+    enter(EARLY)
+    row, number = tl.program_id(0), tl.arange(0, SEQUENCES)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    starts = tl.load(query_starts + number, mask=number < sequences, other=2147483647)
+    sequence = tl.maximum(tl.sum((starts <= row).to(tl.int32), 0) - 1, 0)
+    live = (column < WIDTH) & (row < tl.load(query_starts + sequences))
+    start = tl.load(query_starts + sequence)
+    before = tl.load(states + sequence).to(tl.int64) * (TAPS - 1) + TAPS - 1
+    known = live & (tl.load(positions + start) > 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for tap in tl.static_range(TAPS):
+        at = row - (TAPS - 1 - tap)
+        value = input_of(x, at, column, live & (at >= start), WIDTH, True)
+        place = (before + at - start) * WIDTH + column
+        value += tl.load(inputs + place, mask=known & (at < start), other=0.0)
+        total += value * tl.load(taps + tap * WIDTH + column, mask=column < WIDTH, other=0.0)
+    place = row.to(tl.int64) * (3 * WIDTH) + WIDTH + column
+    total *= tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+    place = row.to(tl.int64) * WIDTH + column
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def inputs_kernel(
     inputs,
     qkv,
@@ -153,6 +205,7 @@ def inputs_kernel(
     kept_at,
     WIDTH: tl.constexpr,
     HELD: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -166,18 +219,17 @@ def inputs_kernel(
         inside = column < WIDTH
         known = inside & (tl.load(positions + start) > 0)
         state = inputs + tl.load(states + sequence).to(tl.int64) * (HELD * WIDTH) + column
-        fresh = qkv + start.to(tl.int64) * WIDTH + column
         kept = tl.load(kept_rows + sequence)
         keep = inputs + tl.load(kept_at + sequence).to(tl.int64) * (HELD * WIDTH) + column
         for n in tl.static_range(HELD):
             at = kept - HELD + n
-            value = tl.load(fresh + at * WIDTH, mask=inside & (at >= 0), other=0.0).to(tl.float32)
+            value = input_of(qkv, start + at, column, inside & (at >= 0), WIDTH, GATED)
             then = known & (at < 0) & (kept >= 0)
             value += tl.load(state + (HELD + at) * WIDTH, mask=then, other=0.0)
             tl.store(keep + n * WIDTH, value, mask=inside & (kept >= 0))
         for n in tl.static_range(HELD):
             at = end - start - HELD + n
-            value = tl.load(fresh + at * WIDTH, mask=inside & (at >= 0), other=0.0).to(tl.float32)
+            value = input_of(qkv, start + at, column, inside & (at >= 0), WIDTH, GATED)
             value += tl.load(state + (HELD + at) * WIDTH, mask=known & (at < 0), other=0.0)
             tl.store(state + n * WIDTH, value, mask=inside)
 
@@ -233,7 +285,8 @@ class GpuStateMoves:
     """States as they are moved: `tensors` are `[states, ...]`."""
 
     def __init__(self, layers: Sequence[GpuStates]) -> None:
-        self._tensors = [tensor for layer in layers for tensor in (layer.inputs, layer.memory)]
+        tensors = [tensor for layer in layers for tensor in (layer.inputs, layer.memory)]
+        self._tensors = [tensor for tensor in tensors if tensor.numel()]
 
     def copy(self, source: int, target: int) -> None:
         """One state to another's place, in every layer."""
@@ -286,10 +339,20 @@ class DeltaShape:
         }
         return Config(delta_kernel, constants, 4)
 
-    def inputs_config(self) -> Config:
+    def inputs_config(self, *, gated: bool = False) -> Config:
         """What is kept of the channels' inputs."""
         sizes = {"WIDTH": self.heads.width, "HELD": self.heads.taps - 1, "BLOCK": CHANNELS}
-        return Config(inputs_kernel, sizes, 4)
+        return Config(inputs_kernel, {**sizes, "GATED": gated}, 4)
+
+    def short_conv_config(self) -> Config:
+        """A short convolution of some channels."""
+        constants = {
+            "WIDTH": self.heads.width,
+            "TAPS": self.heads.taps,
+            "BLOCK": CHANNELS,
+            "SEQUENCES": power_of_two(self.sequences),
+        }
+        return Config(short_conv_kernel, constants, 4)
 
     def _sizes(self) -> dict[str, int]:
         heads = self.heads

@@ -52,6 +52,23 @@ class StateOps:
         )
         return out
 
+    def short_conv(
+        self, x: torch.Tensor, layer: int, heads: DeltaHeads, taps: Weight
+    ) -> torch.Tensor:
+        states, s, rows = self._states[layer], self._staging, len(x)
+        sequences = min(rows, len(s.context_lengths))
+        shape = DeltaShape(heads, sequences)
+        out = torch.empty(rows, heads.width, dtype=x.dtype, device=x.device)
+        starts = (s.positions, s.query_starts, s.states)
+        shape.short_conv_config().launch(
+            (rows, shape.input_blocks),
+            out, x, states.inputs, gpu(taps).tensor, *starts, sequences,
+        )  # fmt: skip
+        shape.inputs_config(gated=True).launch(
+            (sequences, shape.input_blocks), states.inputs, x, *starts, s.kept_rows, s.kept_at
+        )
+        return out
+
     def gated_norm(
         self, x: torch.Tensor, gate: torch.Tensor, weight: Weight, eps: float
     ) -> torch.Tensor:

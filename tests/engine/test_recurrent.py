@@ -10,7 +10,7 @@ import pytest
 
 from engine import AsyncEngine, SamplingParams
 from engine.errors import ConfigError
-from tests.tiny import DELTA, write_llama
+from tests.tiny import CONV, DELTA, write_llama
 
 SETTINGS: dict[str, Any] = {
     "cache__page_size": 16,
@@ -32,9 +32,9 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("delta"), **DELTA)
+@pytest.fixture(scope="module", params=[DELTA, CONV], ids=["delta nets", "convolutions"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("states"), **request.param)
 
 
 async def answers(

@@ -18,7 +18,7 @@ from kernels.cpu.native_backend import NativeBackend
 from kernels.ops import DeltaHeads, Heads
 from kernels.tape import Recorder
 from tests.kernels.native import INSTRUCTION_SETS, chunks_batch, needs_native, program_of
-from tests.tiny import DELTA, write_llama
+from tests.tiny import CONV, DELTA, write_llama
 
 pytestmark = needs_native
 SIZE = 16
@@ -36,7 +36,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "many taps": {"linear_conv_kernel_dim": 11},
     "a key head each": {"linear_num_value_heads": 2},
     "in turns": {"linear_tiled_value_heads": True},
+    "convolutions": CONV,
+    "convolutions of many taps": CONV | {"conv_L_cache": 7},
+    "narrow convolutions": CONV | {"hidden_size": 48, "head_dim": 16},
 }
+both = pytest.mark.parametrize("kind", [DELTA, CONV], ids=["delta nets", "convolutions"])
 
 
 def steps() -> list[Batch]:
@@ -70,16 +74,20 @@ def reference_logits(folder: Path) -> torch.Tensor:
 def test_every_shape_gives_the_references_logits(
     tmp_path: Path, shape: str, instructions: str
 ) -> None:
-    folder = write_llama(tmp_path, **(DELTA | SHAPES[shape]))
+    changes = SHAPES[shape]
+    folder = write_llama(tmp_path, **(changes if "model_type" in changes else DELTA | changes))
     wanted = reference_logits(folder)
     program, _ = program_of(folder, weights="float32", cache="float32", instructions=instructions)
     found = logits_of(program, steps())
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
+@both
 @pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_neither_company_nor_threads_nor_pieces_change_a_bit(tmp_path: Path, weights: str) -> None:
-    folder = write_llama(tmp_path, **DELTA)
+def test_neither_company_nor_threads_nor_pieces_change_a_bit(
+    tmp_path: Path, kind: dict[str, Any], weights: str
+) -> None:
+    folder = write_llama(tmp_path, **kind)
     tokens = np.random.default_rng(2).integers(0, 260, 70).tolist()
     programs = [program_of(folder, threads=n, weights=weights)[0] for n in (1, 2)]
     alone = logits_of(programs[0], [chunks_batch([tokens], [0], TABLES[:1], SIZE)])
@@ -96,9 +104,12 @@ def test_neither_company_nor_threads_nor_pieces_change_a_bit(tmp_path: Path, wei
         assert torch.equal(torch.cat(found), alone), pieces
 
 
+@both
 @pytest.mark.parametrize("kept", [0, 1, 2, 3, 20])
-def test_a_state_that_was_kept_is_gone_on_from(tmp_path: Path, kept: int) -> None:
-    folder = write_llama(tmp_path, **DELTA)
+def test_a_state_that_was_kept_is_gone_on_from(
+    tmp_path: Path, kind: dict[str, Any], kept: int
+) -> None:
+    folder = write_llama(tmp_path, **kind)
     backend = NativeBackend("float32", 2)
     model = load_model(open_checkpoint(folder), backend)
     backend.allocate_cache(cache_layout(model, SIZE, "float32", 512), 40, states=3)

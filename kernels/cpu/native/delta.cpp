@@ -70,14 +70,21 @@ void delta_head(const DeltaRun& run) {
 }
 
 void convolve_row(const float* const* inputs, const float* weights, int taps, int64_t width,
-                  float* out) {
+                  bool activated, float* out) {
   for (int64_t i = 0; i < width; i += 16) {
     const int64_t left = width - i;
     Floats sum = zero();
     for (int t = 0; t < taps; ++t) {
       sum = fma(load(inputs[t] + i, left), load(weights + t * width + i, left), sum);
     }
-    store(out + i, mul(sum, sigmoid(sum)), left);
+    store(out + i, activated ? mul(sum, sigmoid(sum)) : sum, left);
+  }
+}
+
+void multiply_row(const float* a, const float* b, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const int64_t left = width - i;
+    store(out + i, mul(load(a + i, left), load(b + i, left)), left);
   }
 }
 

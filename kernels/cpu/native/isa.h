@@ -21,7 +21,8 @@ void copy_page(const LayerCache&, int64_t, const LayerCache&, int64_t);
 void attend(const LayerCache&, const int32_t*, int64_t, int, const float* const*, const int64_t*,
             const float*, float, int64_t, float* const*);
 void delta_head(const DeltaRun&);
-void convolve_row(const float* const*, const float*, int, int64_t, float*);
+void convolve_row(const float* const*, const float*, int, int64_t, bool, float*);
+void multiply_row(const float*, const float*, int64_t, float*);
 void unit_row(float*, int64_t, float);
 void gate_row(const float*, const float*, int64_t, bool, float*);
 void penalize(float*, int64_t, const Penalty&);

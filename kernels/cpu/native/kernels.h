@@ -177,9 +177,11 @@ struct Kernels {
                  float scale, int64_t window, float* const* out);
 
   void (*delta_head)(const DeltaRun& run);
-  // out = SiLU(the sum of inputs[t] * weights[t]), `weights` [taps, width].
+  // out = the sum of inputs[t] * weights[t], or if `activated` its SiLU; `weights` [taps, width].
   void (*convolve_row)(const float* const* inputs, const float* weights, int taps, int64_t width,
-                       float* out);
+                       bool activated, float* out);
+  // out = a * b; `out` may be either.
+  void (*multiply_row)(const float* a, const float* b, int64_t width, float* out);
   // x = scale * x / |x|, `dim` a multiple of 16.
   void (*unit_row)(float* x, int64_t dim, float scale);
   // out = x * sigmoid(gate), and times the gate `itself`; `out` may be `x`.

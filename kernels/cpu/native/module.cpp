@@ -290,6 +290,11 @@ NB_MODULE(_native, m) {
            "normalized"_a, "sigmoid"_a = false, "gated"_a = false, "scale"_a = 1.0f, "activation"_a, "buffers"_a)
       .def("add_cache", &Program::add_cache, "cache"_a)
       .def("add_states", &Program::add_states, "states"_a)
+      .def("add_short_conv",
+           [](Program& p, int in, int out, int layer, uintptr_t taps, int channels) {
+             p.add_short_conv(in, out, layer, at<const float>(taps), channels);
+           },
+           nb::kw_only(), "in_"_a, "out"_a, "layer"_a, "taps"_a, "channels"_a)
       .def("add_delta",
            [](Program& p, int in, int gates, int out, int layer, uintptr_t taps, uintptr_t decay,
               uintptr_t offset, int channels, int shares) {

@@ -118,6 +118,7 @@ void Program::step(const Instruction& i, const Batch& batch) {
     case Op::kRopeWriteKv: return rope_step(i, batch);
     case Op::kAttention: return attention_step(i, batch);
     case Op::kDelta: return delta_step(i, batch);
+    case Op::kShortConv: return short_conv_step(i, batch);
     case Op::kExperts: return experts_step(i, rows_of(i.in, batch));
     case Op::kAllReduce:
     case Op::kAllGather: return collective_step(i, rows_of(i.in, batch));

@@ -35,12 +35,13 @@ struct Batch {
 
 enum class Op {
   kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
-  kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kSigmoidGate
+  kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kSigmoidGate,
+  kShortConv
 };
-constexpr std::array<const char*, 15> kOpNames = {
+constexpr std::array<const char*, 16> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
     "select_rows", "all_reduce", "all_gather", "experts", "sum_parts", "delta",
-    "gated_norm", "sigmoid_gate"};
+    "gated_norm", "sigmoid_gate", "short_conv"};
 
 // How many experts there are, how many a row goes through, and which are here: `own` from `first` on; `shared`
 // others, behind the `count` ones, all rows go through.
@@ -76,7 +77,8 @@ struct Experts {
   void sort(int64_t rows);
 };
 
-// A layer of delta nets: its weights, and the buffers of a step's channels and gates.
+// A layer of delta nets: its weights, and the buffers of a step's channels and gates. A short
+// convolution has taps, and channels for its inputs.
 struct Delta {
   const float *taps, *decay, *offset;
   int channels, shares;
@@ -125,6 +127,9 @@ class Program {
   void add_delta(int in, int gates, int out, int layer, const float* taps, const float* decay,
                  const float* offset, int channels, int shares);
 
+  // `channels` is a buffer of a third of the width of `in`.
+  void add_short_conv(int in, int out, int layer, const float* taps, int channels);
+
   void run(const Batch& batch);
 
   // Nanoseconds spent in each kind of instruction since profiling began.
@@ -159,7 +164,14 @@ class Program {
   void delta_step(const Instruction& i, const Batch& batch);
   void prepare_delta(const Instruction& i, const Batch& batch, int64_t sequence, int64_t row);
   void delta_head(const Instruction& i, const Batch& batch, int64_t sequence, int64_t head);
-  void keep_inputs(const Instruction& i, const Batch& batch, int64_t sequence);
+  void short_conv_step(const Instruction& i, const Batch& batch);
+  // Convolves a row of `from`, behind a sequence's state.
+  void convolve(const Instruction& i, const Batch& batch, int64_t sequence, int64_t row,
+                const Value& from, bool activated, float* out) const;
+  void keep_inputs(const LayerStates& states, const Value& from, const Batch& batch,
+                   int64_t sequence) const;
+  // Which chunk each row belongs to.
+  static const std::vector<int64_t>& sequences_of(const Batch& batch);
   void experts_step(const Instruction& i, int64_t rows);
   void multiply_experts(const Experts& e, const std::vector<Weight>& weights, const float* bias,
                         const Value& value, float* y);

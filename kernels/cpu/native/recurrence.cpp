@@ -35,6 +35,41 @@ void Program::add_delta(int in, int gates, int out, int layer, const float* taps
   add(std::move(i));
 }
 
+void Program::add_short_conv(int in, int out, int layer, const float* taps, int channels) {
+  Instruction i;
+  i.op = Op::kShortConv;
+  i.in = in;
+  i.out = out;
+  i.layer = layer;
+  i.delta = std::make_shared<Delta>(Delta{taps, nullptr, nullptr, channels, -1});
+  add(std::move(i));
+}
+
+const std::vector<int64_t>& Program::sequences_of(const Batch& batch) {
+  static thread_local std::vector<int64_t> found;
+  found.resize(static_cast<size_t>(batch.tokens));
+  for (int64_t n = 0; n < batch.sequences; ++n) {
+    std::fill(found.begin() + batch.query_starts[n], found.begin() + batch.query_starts[n + 1], n);
+  }
+  return found;
+}
+
+void Program::convolve(const Instruction& i, const Batch& batch, int64_t sequence, int64_t row,
+                       const Value& from, bool activated, float* out) const {
+  const LayerStates& s = states_[static_cast<size_t>(i.layer)];
+  const int64_t width = from.width, start = batch.query_starts[sequence];
+  const float* before = s.inputs + batch.table_rows[sequence] * s.input_size();
+  const float* inputs[kMostTaps];
+  for (int64_t t = 0; t < s.taps; ++t) {
+    const int64_t at = row - (s.taps - 1 - t);
+    inputs[t] = at >= start ? from.floats.get() + at * width
+                : batch.positions[start] == 0
+                    ? zeros(width)
+                    : before + (s.taps - 1 + at - start) * width;
+  }
+  kernels_.convolve_row(inputs, i.delta->taps, static_cast<int>(s.taps), width, activated, out);
+}
+
 // A row's channels and gates: what the rule takes, from the row's inputs and those before it.
 void Program::prepare_delta(const Instruction& i, const Batch& batch, int64_t sequence,
                             int64_t row) {
@@ -42,18 +77,8 @@ void Program::prepare_delta(const Instruction& i, const Batch& batch, int64_t se
   const LayerStates& s = states_[static_cast<size_t>(i.layer)];
   const Value &in = values_[i.in], &gates = values_[i.in2];
   const Value &channels = values_[d.channels], &shares = values_[d.shares];
-  const int64_t width = in.width, start = batch.query_starts[sequence];
-  const float* before = s.inputs + batch.table_rows[sequence] * s.input_size();
-  const float* inputs[kMostTaps];
-  for (int64_t t = 0; t < s.taps; ++t) {
-    const int64_t at = row - (s.taps - 1 - t);
-    inputs[t] = at >= start ? in.floats.get() + at * width
-                : batch.positions[start] == 0
-                    ? zeros(width)
-                    : before + (s.taps - 1 + at - start) * width;
-  }
-  float* x = channels.floats.get() + row * width;
-  kernels_.convolve_row(inputs, d.taps, static_cast<int>(s.taps), width, x);
+  float* x = channels.floats.get() + row * channels.width;
+  convolve(i, batch, sequence, row, in, true, x);
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.key_dim));
   for (int64_t h = 0; h < 2 * s.key_heads; ++h) {
     kernels_.unit_row(x + h * s.key_dim, s.key_dim, h < s.key_heads ? scale : 1.0f);
@@ -98,9 +123,8 @@ void Program::delta_head(const Instruction& i, const Batch& batch, int64_t seque
 }
 
 // The last inputs of a sequence's channels, for its next tokens and where they are to be kept.
-void Program::keep_inputs(const Instruction& i, const Batch& batch, int64_t sequence) {
-  const LayerStates& s = states_[static_cast<size_t>(i.layer)];
-  const Value& in = values_[i.in];
+void Program::keep_inputs(const LayerStates& s, const Value& in, const Batch& batch,
+                          int64_t sequence) const {
   const int64_t width = in.width, held = s.taps - 1, start = batch.query_starts[sequence];
   const int64_t tokens = batch.query_starts[sequence + 1] - start;
   float* state = s.inputs + batch.table_rows[sequence] * s.input_size();
@@ -121,13 +145,7 @@ void Program::keep_inputs(const Instruction& i, const Batch& batch, int64_t sequ
 
 void Program::delta_step(const Instruction& i, const Batch& batch) {
   const LayerStates& s = states_[static_cast<size_t>(i.layer)];
-  static thread_local std::vector<int64_t> sequence_of;
-  sequence_of.resize(static_cast<size_t>(batch.tokens));
-  for (int64_t n = 0; n < batch.sequences; ++n) {
-    std::fill(sequence_of.begin() + batch.query_starts[n],
-              sequence_of.begin() + batch.query_starts[n + 1], n);
-  }
-  const std::vector<int64_t>& whose = sequence_of;
+  const std::vector<int64_t>& whose = sequences_of(batch);
   pool_->run(batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       prepare_delta(i, batch, whose[static_cast<size_t>(row)], row);
@@ -139,9 +157,33 @@ void Program::delta_step(const Instruction& i, const Batch& batch) {
     }
   });
   pool_->run(batch.sequences, 1, [&](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) keep_inputs(i, batch, n);
+    for (int64_t n = first; n < last; ++n) keep_inputs(s, values_[i.in], batch, n);
   });
   make_forms(values_[i.out], batch.tokens);
+}
+
+void Program::short_conv_step(const Instruction& i, const Batch& batch) {
+  const Value &in = values_[i.in], &out = values_[i.out], &inputs = values_[i.delta->channels];
+  const int64_t width = out.width;
+  const std::vector<int64_t>& whose = sequences_of(batch);
+  pool_->run(batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const float* x = in.floats.get() + row * in.width;
+      kernels_.multiply_row(x, x + 2 * width, width, inputs.floats.get() + row * width);
+    }
+  });
+  pool_->run(batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
+    float* row_values = scratch(width);
+    for (int64_t row = first; row < last; ++row) {
+      convolve(i, batch, whose[static_cast<size_t>(row)], row, inputs, false, row_values);
+      kernels_.multiply_row(row_values, in.floats.get() + row * in.width + width, width, row_values);
+      store_row(out, row, row_values);
+    }
+  });
+  const LayerStates& s = states_[static_cast<size_t>(i.layer)];
+  pool_->run(batch.sequences, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) keep_inputs(s, inputs, batch, n);
+  });
 }
 
 }  // namespace ryzanstein

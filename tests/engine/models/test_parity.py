@@ -184,6 +184,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", DELTA | GATED_EXPERTS),
     "qwen3_next": ("Qwen3NextConfig", DELTA | GATED_EXPERTS | {"mlp_only_layers": [1]}),
+    "lfm2": (
+        "Lfm2Config",
+        {"hidden_size": 64, "layer_types": ["conv", "full_attention", "conv", "conv"]},
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        {
+            "hidden_size": 64,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "conv_L_cache": 4,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+        },
+    ),
     "seed_oss": ("SeedOssConfig", {"attention_out_bias": True}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (

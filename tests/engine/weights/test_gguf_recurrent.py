@@ -1,5 +1,5 @@
-"""GGUF files of Qwen3-Next and Qwen 3.5, as llama.cpp's converter writes them: the logits are those
-of the folder that they were made from."""
+"""GGUF files of Qwen3-Next, Qwen 3.5 and LFM2, as llama.cpp's converter writes them: the logits are
+those of the folder that they were made from."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from engine.errors import ConfigError
 from engine.models import load_model
+from engine.models.config import read_config
 from engine.models.shard import Shard
 from engine.weights.checkpoint import open_checkpoint
-from engine.weights.gguf_recurrent import NAMES, WHOLE_NAMES
+from engine.weights.gguf_recurrent import CONV_NAMES, NAMES, WHOLE_NAMES
+from engine.weights.renamed import usual_name
 from kernels.backend import select_backend
 from tests.engine.models.test_parity import run
 from tests.engine.models.test_ranks import tiny
@@ -25,6 +27,13 @@ from tests.engine.weights.test_gguf import GGUF_NAMES, write_out, writer_of
 from tests.engine.weights.test_gguf_families import STACKS, TOKENS, stacked_experts
 
 OWN = GGUF_NAMES | STACKS | {ours: theirs for theirs, ours in (NAMES | WHOLE_NAMES).items()}
+CONV = {
+    **GGUF_NAMES,
+    **STACKS,
+    **{ours: theirs for theirs, ours in CONV_NAMES.items()},
+    "model.norm": "token_embd_norm",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+}
 FILES = {"qwen3_5": "qwen35", "qwen3_5_moe": "qwen35moe", "qwen3_next": "qwen3next"}
 
 
@@ -108,14 +117,61 @@ def convert(
     write_out(writer)
 
 
-def file_name(name: str) -> str:
+def file_name(name: str, names: dict[str, str] = OWN) -> str:
     base, _, kind = name.rpartition(".")
-    if base in OWN:
-        return f"{OWN[base]}.{kind}"
+    if base in names:
+        return f"{names[base]}.{kind}"
     layer, part = name.split(".", 3)[2:]
-    if part in OWN:
-        return f"blk.{layer}.{OWN[part]}"
-    return f"blk.{layer}.{OWN[part.removesuffix(f'.{kind}')]}.{kind}"
+    if part in names:
+        return f"blk.{layer}.{names[part]}"
+    return f"blk.{layer}.{names[part.removesuffix(f'.{kind}')]}.{kind}"
+
+
+def convert_conv(folder: Path, file: Path, architecture: str) -> None:
+    """LFM2's, whose layers without attention have no key and value heads."""
+    config = json.loads((folder / "config.json").read_text())
+    attends = [kind == "full_attention" for kind in config["layer_types"]]
+    sizes = {
+        "num_key_value_heads": [config["num_key_value_heads"] * attending for attending in attends],
+        "intermediate_size": read_config(open_checkpoint(folder).config, None).intermediate,
+        "rms_norm_eps": config["norm_eps"],
+    }
+    writer = writer_of(file, architecture, config | sizes)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    stored = load_file(folder / "model.safetensors")
+    tensors = {usual_name(config["model_type"], name): t for name, t in stored.items()}
+    for name, tensor in stacked_experts(tensors).items():
+        array = tensor.squeeze(1) if "conv.conv" in name else tensor
+        writer.add_tensor(file_name(name, CONV), np.ascontiguousarray(array.numpy()))
+    write_out(writer)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])
+def test_convolutions_give_the_logits_of_their_folder(tmp_path: Path, family: str) -> None:
+    # The file has no width of heads.
+    folder = tiny(tmp_path / "folder", family, hidden_size=64)
+    file = tmp_path / "model.gguf"
+    convert_conv(folder, file, family.replace("_", ""))
+    results = [run(path, "torch", [17, len(TOKENS) - 17], TOKENS) for path in (file, folder)]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    assert float(results[0].std()) > 0.03
+
+
+def test_convolutions_are_known_by_their_missing_heads(tmp_path: Path) -> None:
+    folder, file = tiny(tmp_path / "folder", "qwen3"), tmp_path / "model.gguf"
+    config = json.loads((folder / "config.json").read_text())
+    writer = writer_of(file, "lfm2", config)
+    writer.add_tensor("token_embd.weight", np.ones((4, 4), np.float32))
+    write_out(writer)
+    with pytest.raises(ConfigError, match=r"head_count_kv is 2, not one for each layer"):
+        open_checkpoint(file)
 
 
 @pytest.mark.parametrize("family", FILES)

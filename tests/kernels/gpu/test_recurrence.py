@@ -15,14 +15,14 @@ from kernels.gpu.program import GpuProgram
 from tests.kernels.gpu.filled import program_of
 from tests.kernels.gpu.test_program import SIZE, logits_of, reference_logits
 from tests.kernels.native import chunks_batch
-from tests.tiny import DELTA, write_llama
+from tests.tiny import CONV, DELTA, write_llama
 
 TABLES = np.arange(60, dtype=np.int32).reshape(2, 30)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("delta"), **DELTA)
+@pytest.fixture(scope="module", params=[DELTA, CONV], ids=["delta nets", "convolutions"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("states"), **request.param)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def program(folder: Path) -> tuple[GpuProgram, GpuBackend]:
         return program_of(folder)
 
 
-def test_a_model_of_delta_nets_gives_the_references_logits(
+def test_a_model_that_keeps_states_gives_the_references_logits(
     folder: Path, program: tuple[GpuProgram, GpuBackend]
 ) -> None:
     for ours, theirs in zip(logits_of(program[0]), reference_logits(folder), strict=True):
