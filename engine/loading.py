@@ -113,7 +113,8 @@ def _finish(
     left = sum(rank.free or 0 for rank in facts) or available_memory() or 4 << 30
     weights = sum(rank.weights for rank in facts)
     states = config.scheduler.max_running + device.snapshots
-    held = states * sum(rank.state for rank in facts)
+    state = sum(rank.state for rank in facts)
+    held = states * state
     parts.budget = Budget(
         # One rank is this process, before it had weights; several have one each beside it.
         program=sum(rank.program for rank in facts) + (private_memory() if len(facts) > 1 else 0),
@@ -131,7 +132,7 @@ def _finish(
         f"{facts[0].hardware}, {facts[0].description}, {weights / 1e6:.0f} MB of weights, "
         f"{facts[0].kv_dtype} KV cache"
     )
-    if state := sum(rank.state for rank in facts):
+    if state:
         parts.device += f", states of {state / 1e6:.1f} MB, {device.snapshots} kept for others"
     return parts
 

@@ -100,6 +100,11 @@ class DeltaHeads:
         """Numbers that a sequence's memory holds."""
         return self.value * self.key_dim * self.value_dim
 
+    def shapes(self, states: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of so many states of a layer: last inputs, and memories."""
+        inputs = (states, self.taps - 1, self.width)
+        return inputs, (states, self.value, self.key_dim, self.value_dim)
+
     @property
     def state_bytes(self) -> int:
         """Bytes of a sequence's state: its memory and the last inputs of every channel, fp32."""

@@ -50,6 +50,11 @@ class LayerStates:
     inputs: torch.Tensor
     memory: torch.Tensor
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is to be moved of them; short convolutions have no memory."""
+        return [tensor for tensor in (self.inputs, self.memory) if tensor.numel()]
+
 
 def tensor_of(weight: Weight) -> TorchWeight:
     """The torch form of a weight that a torch backend placed."""

@@ -93,7 +93,7 @@ class TorchBackend:
         dtype = TORCH_DTYPES[layout.dtype]
         self._page_size, self._pages = layout.page_size, pages
         self._caches = [
-            LayerCache(lazy_zeros(shape, dtype), lazy_zeros(shape, dtype))
+            LayerCache(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype))
             for _ in range(layout.layers)
         ]
         self._states = host_states(layout, states)
@@ -139,21 +139,20 @@ def host_states(layout: CacheLayout, states: int) -> list[LayerStates]:
     heads = layout.delta
     if heads is None:
         return []
-    inputs = (states, heads.taps - 1, heads.width)
-    memory = (states, heads.value, heads.key_dim, heads.value_dim)
+    shapes = heads.shapes(states)
     return [
-        LayerStates(lazy_zeros(inputs, torch.float32), lazy_zeros(memory, torch.float32))
+        LayerStates(*(_lazy_zeros(shape, torch.float32) for shape in shapes))
         for _ in range(layout.delta_layers)
     ]
 
 
 def states_of(layers: Sequence[LayerStates]) -> HostPages:
     """States in host memory, as they are moved."""
-    tensors = [tensor for layer in layers for tensor in (layer.inputs, layer.memory)]
-    return HostPages([t.flatten(1).view(torch.uint8).numpy() for t in tensors if t.numel()])
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    return HostPages([tensor.flatten(1).view(torch.uint8).numpy() for tensor in tensors])
 
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose memory the system hands out page by page as it is first written.
 
     Zeros, since padded attention reads slot 0 and 0 * NaN would spread.

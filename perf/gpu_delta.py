@@ -7,7 +7,6 @@ import torch
 
 from kernels.batch import Batch
 from kernels.gpu.ops import Bucket, GpuOps, Workspace
-from kernels.gpu.recurrence import GpuStates
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight
 from kernels.ops import DeltaHeads
@@ -58,7 +57,7 @@ class Delta:
 
     def run(self) -> torch.Tensor:
         """What the kernels give, and the states afterwards, as one vector."""
-        states = GpuStates(self._inputs.clone(), self._memory.clone())
+        states = LayerStates(self._inputs.clone(), self._memory.clone())
         workspace = Workspace(self._device)
         ops = GpuOps(
             [], PAGE, self._staging, workspace, BF16, PAGE, invariant=False, states=[states]

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine import Grammar, InvalidRequest
 from engine.text.grammar import embedded
-from engine.text.schemas import schemas_of
+from engine.text.schemas import DEFINITIONS, refers_to_definitions
 from engine.text.tokenizer import Tokenizer
 from server import harmony
 from server.answer_parser import Style
@@ -147,11 +147,8 @@ def _one_schema(name: str, schema: dict[str, Any]) -> dict[str, Any] | None:
     """A call as one schema, so that JSON which is none can begin alike; None if the arguments'
     schema refers to itself as a whole."""
     inner = dict(schema)
-    shared: dict[str, Any] = {
-        key: inner.pop(key) for key in ("$defs", "definitions") if key in inner
-    }
-    references = [part["$ref"] for _, part in schemas_of(schema) if "$ref" in part]
-    if not all(str(r).startswith(("#/$defs/", "#/definitions/")) for r in references):
+    shared: dict[str, Any] = {key: inner.pop(key) for key in DEFINITIONS if key in inner}
+    if not refers_to_definitions(schema):
         return None
     return {
         "type": "object",

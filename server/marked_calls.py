@@ -126,16 +126,23 @@ def taken(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple[set[str
     choices += [schema["const"]] if "const" in schema else []
     inner = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or ()]
     reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        part: Any = root
-        for step in reference.removeprefix("#/").split("/"):
-            part = part.get(step) if isinstance(part, dict) else None
-        inner.append(part)
+    if reference is not None:
+        inner.append(referred(reference, root))
     for each in inner:
         more = taken(each, root, depth + 1)
         kinds |= more[0]
         choices += more[1]
     return kinds, choices
+
+
+def referred(reference: Any, root: Mapping[str, Any]) -> Any:
+    """The part of `root` that a `$ref` names; None if there is no such part."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    part: Any = root
+    for step in reference.removeprefix("#/").split("/"):
+        part = part.get(step) if isinstance(part, Mapping) else None
+    return part
 
 
 def _text(char: str, marks: tuple[str, ...]) -> Text:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from engine import Grammar
 from engine.text.grammar import embedded
-from engine.text.schemas import ANNOTATIONS, schemas_of
+from engine.text.schemas import ANNOTATIONS, DEFINITIONS, refers_to_definitions
 from engine.text.tokenizer import Tokenizer
 from server.json_machine import BLANK
 from server.lark import any_text, literal, mark
-from server.marked_calls import QWEN, QWEN_NAME, Marks, taken
+from server.marked_calls import QWEN, QWEN_NAME, Marks, referred, taken
 
-DEFINITIONS = tuple(f"#/{key}/" for key in ("$defs", "definitions"))
 LINE = literal("\n")
 # What an object's schema may say for its arguments to be written out in order.
 OBJECT_KEYS = {"type", "properties", "required", "additionalProperties", *ANNOTATIONS}
@@ -110,33 +109,16 @@ class MarkedCalls:
 def _followed(part: Any, root: Schema, hops: int = 8) -> Schema | None:
     """A property's schema, or what it alone refers to; None if there is no such thing."""
     while isinstance(part, dict) and set(part) - set(ANNOTATIONS) == {"$ref"} and hops:
-        part, hops = _target(part["$ref"], root), hops - 1
+        part, hops = referred(part["$ref"], root), hops - 1
     return {} if part is True else part if isinstance(part, dict) else None
-
-
-def _target(reference: Any, root: Schema) -> Any:
-    part: Any = root
-    if not isinstance(reference, str) or not reference.startswith("#/"):
-        return None
-    for step in reference.removeprefix("#/").split("/"):
-        part = part.get(step) if isinstance(part, Mapping) else None
-    return part
 
 
 def _alone(schema: Schema, root: Schema) -> Grammar | None:
     """A property's schema as a document, with what it refers to; None if it refers elsewhere."""
-    if not all(
-        r.startswith(tuple(f"#/{key}/" for key in DEFINITIONS)) for r in _references(schema)
-    ):
+    if not refers_to_definitions(dict(schema)):
         return None
     shared = {key: root[key] for key in DEFINITIONS if key in root}
     return Grammar.json_schema({**schema, **shared})
-
-
-def _references(schema: Schema) -> Iterator[str]:
-    for _, part in schemas_of(dict(schema)):
-        if "$ref" in part:
-            yield str(part["$ref"])
 
 
 def _or_text(schema: Schema) -> bool:

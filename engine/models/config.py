@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.models.rope import NEIGHBOURS, Positions, context_reached, read_ropes, rotated_width
+from engine.models.rope import (
+    NEIGHBOURS,
+    QWEN,
+    Positions,
+    context_reached,
+    read_ropes,
+    rotated_width,
+)
 from engine.weights.checkpoint import MAX_EXPERTS
 from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, DeltaHeads, Heads, Rope
 
@@ -23,8 +30,8 @@ NORM_EPSILONS = ("rms_norm_eps", "norm_eps")
 TILED = "linear_tiled_value_heads"
 
 # Families most of whose layers are gated delta nets, and whose attention is gated.
-QWEN35, QWEN35_MOE, QWEN3_NEXT = "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"
-DELTA = (QWEN35, QWEN35_MOE, QWEN3_NEXT)
+DELTA = QWEN
+_, QWEN35_MOE, QWEN3_NEXT = DELTA
 # Families most of whose layers are short convolutions.
 LFM2, LFM2_MOE = "lfm2", "lfm2_moe"
 CONV = (LFM2, LFM2_MOE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.models.config import ModelConfig
-from engine.models.loader import OutputProjection, WeightLoader
+from engine.models.loader import OutputProjection, WeightLoader, numbers
 from kernels.ops import DeltaHeads, Ops, T, Weight
 
 
@@ -39,17 +39,12 @@ def load_conv(load: WeightLoader, config: ModelConfig, layer: int) -> ShortConv:
     name, width = f"model.layers.{layer}.conv", heads.width
     spans = [s.times(heads.value_dim) for s in load.spans(heads.value, "hidden_size")]
     own = spans[shard.rank]
-    channels = torch.arange(own.start, own.start + own.length)
+    channels = numbers(own)
     rows = torch.cat([channels + third * width for third in range(3)])
     return ShortConv(
         config.delta_layers.index(layer),
         shard.own_delta(heads),
         load.picked([(f"{name}.in_proj", 3 * width, rows)], hidden),
-        load.computed(
-            f"{name}.conv.weight",
-            (width, 1, heads.taps),
-            lambda taps: taps.reshape(width, -1)[channels].t().flatten(),
-            heads.taps * own.length,
-        ),
+        load.taps(f"{name}.conv", width, heads.taps, channels),
         load.output(f"{name}.out_proj", hidden, width, spans, None),
     )

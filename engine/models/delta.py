@@ -12,7 +12,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
-from engine.models.loader import Norm, OutputProjection, WeightLoader
+from engine.models.loader import Norm, OutputProjection, WeightLoader, numbers
 from engine.models.shard import Span
 from kernels.ops import DeltaHeads, Ops, T, Weight
 
@@ -59,8 +59,9 @@ def load_delta(load: WeightLoader, config: ModelConfig, layer: int) -> DeltaNet:
     wide, values = 2 * heads.key * heads.key_dim, heads.value * heads.value_dim
     channels = torch.cat(_channels(heads, own))
     qkv = (f"{name}.in_proj_qkv", wide + values, channels)
-    z = (f"{name}.in_proj_z", values, _span(mine.times(heads.value_dim)))
-    gates = [(f"{name}.in_proj_{gate}", heads.value, _span(mine)) for gate in "ba"]
+    z = (f"{name}.in_proj_z", values, numbers(mine.times(heads.value_dim)))
+    of_heads = numbers(mine)
+    gates = [(f"{name}.in_proj_{gate}", heads.value, of_heads) for gate in "ba"]
     if load.has(f"{name}.in_proj_qkvz.weight"):
         mixed, rows = (f"{name}.in_proj_qkvz", wide + 2 * values), _mixed(heads, own)
         qkv, z = (*mixed, torch.cat(rows[:3])), (*mixed, rows[3])
@@ -75,22 +76,17 @@ def load_delta(load: WeightLoader, config: ModelConfig, layer: int) -> DeltaNet:
         load.picked([z], hidden),
         # What decides how long something is remembered is rounded no further than to bfloat16.
         load.picked(gates, hidden, bits=16),
-        load.computed(
-            f"{name}.conv1d.weight",
-            (wide + values, 1, heads.taps),
-            lambda taps: taps.reshape(-1, heads.taps)[channels].t().flatten(),
-            heads.taps * len(channels),
-        ),
+        load.taps(f"{name}.conv1d", wide + values, heads.taps, channels),
         load.computed(
             f"{name}.A_log",
             (heads.value,),
-            lambda a: (-a if negative else a.exp())[mine.start : mine.start + mine.length],
+            lambda a: (-a if negative else a.exp())[of_heads],
             mine.length,
         ),
         load.computed(
             f"{name}.dt_bias",
             (heads.value,),
-            lambda a: a[mine.start : mine.start + mine.length],
+            lambda a: a[of_heads],
             mine.length,
         ),
         Norm(load.vector(f"{name}.norm.weight", heads.value_dim, centred=False), config.norm_eps),
@@ -111,15 +107,11 @@ def _check(heads: DeltaHeads, ranks: int) -> None:
         )
 
 
-def _span(span: Span) -> torch.Tensor:
-    return torch.arange(span.start, span.start + span.length)
-
-
 def _channels(heads: DeltaHeads, own: Span) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows of a rank's queries, keys and values, which lie behind each other."""
     keys, share = heads.key * heads.key_dim, heads.value // heads.key
-    q = _span(own.times(heads.key_dim))
-    return q, keys + q, 2 * keys + _span(own.times(share * heads.value_dim))
+    q = numbers(own.times(heads.key_dim))
+    return q, keys + q, 2 * keys + numbers(own.times(share * heads.value_dim))
 
 
 def _mixed(heads: DeltaHeads, own: Span) -> list[torch.Tensor]:

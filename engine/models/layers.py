@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.models.config import ModelConfig
-from engine.models.loader import Norm, OutputProjection, Vocabulary, WeightLoader
+from engine.models.loader import Norm, OutputProjection, Vocabulary, WeightLoader, numbers
 from engine.models.shard import HeadSpan, Span
 from kernels.ops import HeadNorms, Heads, Ops, T, Weight
 
@@ -113,8 +113,7 @@ def _gated_inputs(
     turned = straight if order is None else order
 
     def rows(span: Span, size: int, within: torch.Tensor) -> torch.Tensor:
-        first = torch.arange(span.start, span.start + span.length) * size
-        return (first[:, None] + within).flatten()
+        return (numbers(span)[:, None] * size + within).flatten()
 
     q, kv = heads.query * dim, heads.kv * dim
     queries = (f"{name}.q_proj", 2 * q)

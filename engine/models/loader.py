@@ -202,6 +202,16 @@ class WeightLoader:
         tensor = self._take(name, stored if plain else shape)
         return self._weights.load([Computed(tensor, function, length)])
 
+    def taps(self, name: str, width: int, taps: int, channels: torch.Tensor) -> Weight:
+        """The weights of a convolution of `width` channels, this rank's `channels` of them, those
+        of the oldest input first."""
+        return self.computed(
+            f"{name}.weight",
+            (width, 1, taps),
+            lambda weights: weights.reshape(width, taps)[channels].t().flatten(),
+            taps * len(channels),
+        )
+
     def output(
         self, name: str, rows: int, columns: int, inputs: Sequence[Span], norm: Norm | None
     ) -> OutputProjection:
@@ -328,6 +338,11 @@ class WeightLoader:
         self._unused.discard(name)
         self._progress(self._total - len(self._unused), self._total)
         return tensor
+
+
+def numbers(span: Span) -> torch.Tensor:
+    """What lies in a span, int64 `[length]`."""
+    return torch.arange(span.start, span.start + span.length)
 
 
 def _in_order(tensor: HostTensor, order: torch.Tensor | None) -> HostTensor:

@@ -10,6 +10,7 @@ Schema = dict[str, Any]
 # A schema's keywords that hold schemas by name, in a list, and what only looks like one.
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+DEFINITIONS = ("$defs", "definitions")
 VALUES = ("enum", "const", "default", "examples")
 # What brings other schemas to bear on the same value.
 COMBINING = (
@@ -52,6 +53,13 @@ def schemas_of(schema: Any, at: str = "") -> Iterator[tuple[str, Schema]]:
             parts = [(f"{at}/{key}", value)]
         for place, part in parts:
             yield from schemas_of(part, place)
+
+
+def refers_to_definitions(schema: Any) -> bool:
+    """Whether all that a schema refers to are its document's definitions."""
+    prefixes = tuple(f"#/{key}/" for key in DEFINITIONS)
+    references = (part["$ref"] for _, part in schemas_of(schema) if "$ref" in part)
+    return all(str(reference).startswith(prefixes) for reference in references)
 
 
 def forget_dialects(schema: Any) -> None:

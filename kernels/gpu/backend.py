@@ -22,10 +22,11 @@ from kernels.collectives import Collectives
 from kernels.gpu.ops import GpuCache, GpuOps, Workspace
 from kernels.gpu.pages import GpuCodec, GpuPages
 from kernels.gpu.program import GpuProgram, Limits
-from kernels.gpu.recurrence import GpuStateMoves, GpuStates
+from kernels.gpu.recurrence import GpuStateMoves
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import column_unit, place
 from kernels.ops import Weight
+from kernels.reference import LayerStates
 from kernels.tape import Tape
 
 # Rows of a prompt that may be scored in one step beside those that draw (at least a page).
@@ -106,7 +107,7 @@ class GpuBackend:
         self._pages = 0
         self._tensors: list[torch.Tensor] = []
         self._caches: list[GpuCache] = []
-        self._states: list[GpuStates] = []
+        self._states: list[LayerStates] = []
 
     def describe(self) -> str:
         """The device's name and the mode."""
@@ -173,10 +174,9 @@ class GpuBackend:
 
         self._states = []
         if (heads := layout.delta) is not None:
-            inputs = (states, heads.taps - 1, heads.width)
-            memory = (states, heads.value, heads.key_dim, heads.value_dim)
+            shapes = heads.shapes(states)
             self._states = [
-                GpuStates(*(torch.zeros(s, device=self._device) for s in (inputs, memory)))
+                LayerStates(*(torch.zeros(shape, device=self._device) for shape in shapes))
                 for _ in range(layout.delta_layers)
             ]
 

@@ -24,12 +24,12 @@ from kernels.gpu.configs import (
 from kernels.gpu.experts import Layout, sort_rows
 from kernels.gpu.launch import power_of_two
 from kernels.gpu.matmul import MAX_FEW, MatmulShape, dense_linear
-from kernels.gpu.recurrence import GpuStates
 from kernels.gpu.single import RowShape, digits_of
 from kernels.gpu.staging import Staging
 from kernels.gpu.state_ops import StateOps
 from kernels.gpu.weights import GpuWeight, gpu
 from kernels.ops import Activation, Experts, HeadNorms, Heads, Rope, Weight
+from kernels.reference import LayerStates
 
 # Above so many rows, weights in groups are made floats for cuBLAS, so many elements at a time.
 OWN_ROWS = {"group8": 95, "group4": 128}
@@ -89,7 +89,7 @@ class GpuOps(StateOps):
         context: int,
         invariant: bool,
         collectives: Collectives | None = None,
-        states: list[GpuStates] | None = None,
+        states: list[LayerStates] | None = None,
     ) -> None:
         self._caches = caches
         self._states = states or []

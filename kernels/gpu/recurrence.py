@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 
 from kernels import ops
 from kernels.gpu.launch import Config, enter, power_of_two
 from kernels.ops import DeltaHeads
+from kernels.reference import LayerStates
 
 L2_EPSILON = tl.constexpr(ops.L2_EPSILON)
 # Columns of a memory that a program holds, and channels that it keeps the last inputs of.
@@ -26,6 +26,34 @@ COLUMNS, CHANNELS = 32, 512
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def chunk_of(
+    row, positions, query_starts, states, sequences, TAPS: tl.constexpr, SEQUENCES: tl.constexpr
+):
+    """Of a row: whether it is none of the padding, its chunk's first row, where the inputs before
+    that end among the states, and whether there are some."""
+    number = tl.arange(0, SEQUENCES)
+    starts = tl.load(query_starts + number, mask=number < sequences, other=2147483647)
+    sequence = tl.maximum(tl.sum((starts <= row).to(tl.int32), 0) - 1, 0)
+    live = row < tl.load(query_starts + sequences)
+    start = tl.load(query_starts + sequence)
+    before = tl.load(states + sequence).to(tl.int64) * (TAPS - 1) + TAPS - 1
+    return live, start, before, live & (tl.load(positions + start) > 0)
+
+
+@triton.jit
+def input_of(x, row, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr):
+    """A row's inputs of some channels; GATED ones are products of the first and the last third."""
+    if GATED:
+        place = row.to(tl.int64) * (3 * WIDTH) + column
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        value *= tl.load(x + place + 2 * WIDTH, mask=inside, other=0.0).to(tl.float32)
+    else:
+        place = row.to(tl.int64) * WIDTH + column
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -52,13 +80,10 @@ def channels_kernel(
     unit vectors."""
     enter(EARLY)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    number, column = tl.arange(0, SEQUENCES), tl.arange(0, BLOCK)
-    starts = tl.load(query_starts + number, mask=number < sequences, other=2147483647)
-    sequence = tl.maximum(tl.sum((starts <= row).to(tl.int32), 0) - 1, 0)
-    live = row < tl.load(query_starts + sequences)
-    start = tl.load(query_starts + sequence)
-    before = tl.load(states + sequence).to(tl.int64) * (TAPS - 1) + TAPS - 1
-    known = live & (tl.load(positions + start) > 0)
+    column = tl.arange(0, BLOCK)
+    live, start, before, known = chunk_of(
+        row, positions, query_starts, states, sequences, TAPS, SEQUENCES
+    )
     vector = head < 2 * KEYS
     first = tl.where(vector, head * KEY_DIM, 2 * KEYS * KEY_DIM + (head - 2 * KEYS) * VALUE_DIM)
     inside = column < tl.where(vector, KEY_DIM, VALUE_DIM)
@@ -68,7 +93,7 @@ def channels_kernel(
         here = inside & live & (at >= start)
         then = inside & known & (at < start)
         place = first + column
-        now = tl.load(qkv + at * WIDTH + place, mask=here, other=0.0).to(tl.float32)
+        now = input_of(qkv, at, place, here, WIDTH, False)
         now += tl.load(inputs + (before + at - start) * WIDTH + place, mask=then, other=0.0)
         total += now * tl.load(taps + tap * WIDTH + place, mask=inside, other=0.0)
     value = total * sigmoid(total)
@@ -142,19 +167,6 @@ def delta_kernel(
         tl.store(memory + place, held, mask=inside)
 
 
-@triton.jit
-def input_of(x, row, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr):
-    """A row's inputs of some channels; GATED ones are products of the first and the last third."""
-    if GATED:
-        place = row.to(tl.int64) * (3 * WIDTH) + column
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        value *= tl.load(x + place + 2 * WIDTH, mask=inside, other=0.0).to(tl.float32)
-    else:
-        place = row.to(tl.int64) * WIDTH + column
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    return value
-
-
 @triton.jit(do_not_specialize=["sequences"])
 def short_conv_kernel(
     out,
@@ -173,14 +185,11 @@ def short_conv_kernel(
 ):
     """Some channels of a row, convolved and gated."""
     enter(EARLY)
-    row, number = tl.program_id(0), tl.arange(0, SEQUENCES)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    starts = tl.load(query_starts + number, mask=number < sequences, other=2147483647)
-    sequence = tl.maximum(tl.sum((starts <= row).to(tl.int32), 0) - 1, 0)
-    live = (column < WIDTH) & (row < tl.load(query_starts + sequences))
-    start = tl.load(query_starts + sequence)
-    before = tl.load(states + sequence).to(tl.int64) * (TAPS - 1) + TAPS - 1
-    known = live & (tl.load(positions + start) > 0)
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live, start, before, known = chunk_of(
+        row, positions, query_starts, states, sequences, TAPS, SEQUENCES
+    )
+    live, known = live & (column < WIDTH), known & (column < WIDTH)
     total = tl.zeros([BLOCK], tl.float32)
     for tap in tl.static_range(TAPS):
         at = row - (TAPS - 1 - tap)
@@ -273,20 +282,11 @@ def sigmoid_gate_kernel(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
-class GpuStates:
-    """One layer's states, see `LayerStates`."""
-
-    inputs: torch.Tensor
-    memory: torch.Tensor
-
-
 class GpuStateMoves:
     """States as they are moved: `tensors` are `[states, ...]`."""
 
-    def __init__(self, layers: Sequence[GpuStates]) -> None:
-        tensors = [tensor for layer in layers for tensor in (layer.inputs, layer.memory)]
-        self._tensors = [tensor for tensor in tensors if tensor.numel()]
+    def __init__(self, layers: Sequence[LayerStates]) -> None:
+        self._tensors = [tensor for layer in layers for tensor in layer.tensors]
 
     def copy(self, source: int, target: int) -> None:
         """One state to another's place, in every layer."""

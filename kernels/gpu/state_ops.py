@@ -6,19 +6,19 @@ import torch
 
 from kernels.gpu.recurrence import (
     DeltaShape,
-    GpuStates,
     gated_norm_config,
     sigmoid_gate_config,
 )
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import gpu
 from kernels.ops import DeltaHeads, Weight
+from kernels.reference import LayerStates
 
 
 class StateOps:
     """`_states` are those of the delta layers, one after the other."""
 
-    _states: list[GpuStates]
+    _states: list[LayerStates]
     _staging: Staging
 
     def delta(

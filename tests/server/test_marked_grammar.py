@@ -127,6 +127,22 @@ def test_a_forced_call_is_held_to_its_schema_in_the_models_own_marks(
 
 
 @both
+def test_references_within_a_value_hold(marks: Marks) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"stops": {"type": "array", "items": {"$ref": "#/$defs/stop"}}},
+        "required": ["stops"],
+        "$defs": {"stop": {"enum": [1, 2]}},
+    }
+    tool = FunctionTool("f", "", schema)
+    grammar = grammar_of(marks, Offered([tool], "required"))
+    text = written(marks, {"stops": "[1, 2]"}, "f")
+    assert accepts(grammar, text)
+    assert read(text, [tool]) == [("f", {"stops": [1, 2]})]
+    assert not accepts(grammar, written(marks, {"stops": "[3]"}, "f"))
+
+
+@both
 @tokens
 def test_tools_that_say_nothing_of_their_arguments_take_any(marks: Marks, *, whole: bool) -> None:
     tool = FunctionTool("stay")
