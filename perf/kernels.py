@@ -70,7 +70,8 @@ class Batch:
 
     def run(self, program: Any) -> None:
         """One step."""
-        program.run(*(array.ctypes.data for array in self.arrays), *self.counts)
+        no_states = (0, 0)
+        program.run(*(array.ctypes.data for array in self.arrays), *self.counts, *no_states)
 
 
 def decode_batch(rows: int, context: int) -> Batch:
