@@ -87,10 +87,10 @@ def stacked_name(parts: Sequence[HostTensor]) -> str:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The shape of a paged KV cache: layers x pages x page_size tokens x kv heads x head_dim."""
+    """The shape of a paged KV cache: pages x page_size tokens x kv heads x head_dim a layer."""
 
-    layers: int
-    heads: Heads
+    heads: tuple[Heads, ...]
+    """Those of each layer that keeps keys and values."""
     page_size: int
     dtype: CacheDType
     max_context: int = 0
@@ -99,15 +99,13 @@ class CacheLayout:
     """Those of layers that keep a state instead of keys and values."""
     delta_layers: int = 0
 
-    @property
-    def vector_bytes(self) -> int:
+    def vector_bytes(self, heads: Heads) -> int:
         """Bytes of one token's head, of keys or of values."""
-        return self.heads.dim * CACHE_BITS[self.dtype] // 8
+        return heads.dim * CACHE_BITS[self.dtype] // 8
 
-    @property
-    def scale_bytes(self) -> int:
+    def scale_bytes(self, heads: Heads) -> int:
         """Bytes of its scales: one fp32 with int8; two fp16 for each 32 values with int4."""
-        return {"int8": 4, "int4": self.heads.dim // 8}.get(self.dtype, 0)
+        return {"int8": 4, "int4": heads.dim // 8}.get(self.dtype, 0)
 
     @property
     def state_bytes(self) -> int:
@@ -117,8 +115,15 @@ class CacheLayout:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values, with their scales."""
-        vectors = 2 * self.layers * self.page_size * self.heads.kv
-        return vectors * (self.vector_bytes + self.scale_bytes)
+        return sum(
+            2 * self.page_size * heads.kv * (self.vector_bytes(heads) + self.scale_bytes(heads))
+            for heads in self.heads
+        )
+
+    @property
+    def widest(self) -> int:
+        """The widest of all layers' heads."""
+        return max(heads.dim for heads in self.heads)
 
 
 class Pages(Protocol):

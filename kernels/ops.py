@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TypeVar
 T = TypeVar("T")
 
 Activation = Literal["silu", "gelu_tanh", "relu2", "swiglu_oai"]
+GateActivation = Literal["sigmoid", "gelu_tanh"]
 # Of `swiglu_oai`: see `Ops.gated`.
 SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
 # Added to a squared length before its root is taken: see `Ops.delta`.
@@ -36,7 +37,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads: `query` heads share `kv` key/value heads, each `dim` wide."""
+    """Attention heads: `query` heads share `kv` key/value heads, each `dim` wide. Without any `kv`
+    they are queries to keys and values that another layer makes."""
 
     query: int
     kv: int
@@ -66,11 +68,13 @@ class Rope:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMS norms over each query and key head, applied before rotation; weights are `[head_dim]`."""
+    """RMS norms over each query and key head, applied before rotation, and over each value head if
+    there is one for them; weights are `[head_dim]`."""
 
     query: Weight
     key: Weight
     eps: float
+    value: Weight | None = None
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,18 @@ class Ops(Protocol[T]):
         ...
 
     def rms_norm(self, x: T, weight: Weight, eps: float) -> T:
-        """`x / sqrt(mean(x^2) + eps) * weight` along each row (arXiv 1910.07467)."""
+        """`x / sqrt(mean(x^2) + eps) * weight` (arXiv 1910.07467) along each row, or each part of
+        it that is as wide as `weight`."""
         ...
 
-    def add_rms_norm(self, x: T, residual: T, weight: Weight, eps: float) -> tuple[T, T]:
-        """`(rms_norm(x + residual), x + residual)`: both as wide as `x`."""
+    def add_rms_norm(
+        self, x: T, residual: T, weight: Weight, eps: float, scale: float = 1.0
+    ) -> tuple[T, T]:
+        """`(rms_norm(sum), sum)`, both as wide as `x`, of `sum = (x + residual) * scale`."""
+        ...
+
+    def add(self, x: T, y: T) -> T:
+        """`x + y`, of one shape."""
         ...
 
     def linear(self, x: T, weight: Weight) -> T:
@@ -177,7 +188,8 @@ class Ops(Protocol[T]):
     def rope_write_kv(
         self, qkv: T, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
     ) -> T:
-        """Normalize and rotate queries and keys, write keys and values to the layer's pages.
+        """Normalize and rotate queries and keys, write keys and values, if there are some, to the
+        layer's pages.
 
         `qkv` is `[tokens, heads.qkv_width]`; returns the queries, `[tokens, query * dim]`.
         """
@@ -264,8 +276,12 @@ class Ops(Protocol[T]):
         SiLU(gate): both `[rows, parts * n]`."""
         ...
 
-    def sigmoid_gate(self, x: T, gate: T) -> T:
-        """`x * sigmoid(gate)`, of one shape."""
+    def gate(self, x: T, gate: T, activation: GateActivation, first: int = 0) -> T:
+        """`x[:, first : first + n] * activation(gate)`: `[rows, n]`, as wide as `gate`."""
+        ...
+
+    def softcap(self, logits: T, cap: float) -> T:
+        """`cap * tanh(logits / cap)` (Gemma 2, arXiv 2408.00118), of nothing but the logits."""
         ...
 
     def select_rows(self, x: T) -> T:

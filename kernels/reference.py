@@ -15,6 +15,7 @@ from kernels.ops import (
     Activation,
     DeltaHeads,
     Experts,
+    GateActivation,
     HeadNorms,
     Heads,
     Rope,
@@ -96,13 +97,23 @@ class ReferenceOps:
         return rows if scale == 1.0 else rows * scale
 
     def rms_norm(self, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x, (x.shape[-1],), tensor_of(weight).tensor, eps)
+        parts = x.view(*x.shape[:-1], x.shape[-1] // weight.shape[0], weight.shape[0])
+        scaled = torch.nn.functional.rms_norm(parts, weight.shape, tensor_of(weight).tensor, eps)
+        return scaled.view(x.shape)
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: Weight, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: Weight,
+        eps: float,
+        scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = x + residual
+        total = (x + residual) * scale
         return self.rms_norm(total, weight, eps), total
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         placed = tensor_of(weight)
@@ -123,19 +134,21 @@ class ReferenceOps:
         q, k, v = torch.split(qkv, split, dim=-1)
         q = q.view(rows, heads.query, heads.dim)
         k = k.view(rows, heads.kv, heads.dim)
+        v = v.view(rows, heads.kv, heads.dim)
         if norms is not None:
             q = self.rms_norm(q, norms.query, norms.eps)
             k = self.rms_norm(k, norms.key, norms.eps)
+            if norms.value is not None:
+                v = self.rms_norm(v, norms.value, norms.eps)
         cos, sin = self._rotation(rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if rope.growth:
             steps = (self.positions // rope.step).float()
             q = q * (1 + rope.growth * torch.log(1 + steps))[:, None, None]
-        cache = self.caches[layer]
-        cache.keys.index_copy_(0, self.kv_slots, k.to(cache.keys.dtype))
-        cache.values.index_copy_(
-            0, self.kv_slots, v.reshape(rows, heads.kv, heads.dim).to(cache.values.dtype)
-        )
+        if heads.kv:
+            cache = self.caches[layer]
+            cache.keys.index_copy_(0, self.kv_slots, k.to(cache.keys.dtype))
+            cache.values.index_copy_(0, self.kv_slots, v.to(cache.values.dtype))
         return q.reshape(rows, -1)
 
     def attention(
@@ -269,11 +282,19 @@ class ReferenceOps:
     def gated_norm(
         self, x: torch.Tensor, gate: torch.Tensor, weight: Weight, eps: float
     ) -> torch.Tensor:
-        parts = self.rms_norm(x.view(len(x), -1, weight.shape[0]), weight, eps)
-        return parts.flatten(1) * torch.nn.functional.silu(gate)
+        return self.rms_norm(x, weight, eps) * torch.nn.functional.silu(gate)
 
-    def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return x * gate.sigmoid()
+    def gate(
+        self, x: torch.Tensor, gate: torch.Tensor, activation: GateActivation, first: int = 0
+    ) -> torch.Tensor:
+        if activation == "sigmoid":
+            factor = gate.sigmoid()
+        else:
+            factor = torch.nn.functional.gelu(gate, approximate="tanh")
+        return x[:, first : first + gate.shape[1]] * factor
+
+    def softcap(self, logits: torch.Tensor, cap: float) -> torch.Tensor:
+        return cap * torch.tanh(logits / cap)
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.sample_rows]

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from kernels.ops import Activation, DeltaHeads, Experts, HeadNorms, Heads, Ops, Rope, T, Weight
+from kernels.ops import (
+    Activation,
+    DeltaHeads,
+    Experts,
+    GateActivation,
+    HeadNorms,
+    Heads,
+    Ops,
+    Rope,
+    T,
+    Weight,
+)
 
 
 class Rows(Enum):
@@ -93,19 +104,24 @@ class Recorder:
         return self._emit("embed", (table, scale, first), Rows.TOKENS, table.shape[1])
 
     def rms_norm(self, x: Handle, weight: Weight, eps: float) -> Handle:
-        self._expect(weight.shape == (x.width,), f"{weight.name} does not fit width {x.width}")
+        fits = x.width % weight.shape[0] == 0
+        self._expect(fits, f"{weight.name} does not fit width {x.width}")
         return self._emit("rms_norm", (x, weight, eps), x.rows, x.width)
 
     def add_rms_norm(
-        self, x: Handle, residual: Handle, weight: Weight, eps: float
+        self, x: Handle, residual: Handle, weight: Weight, eps: float, scale: float = 1.0
     ) -> tuple[Handle, Handle]:
         self._expect(
             weight.shape == (x.width,) and (x.rows, x.width) == (residual.rows, residual.width),
             f"{weight.name}, x and residual differ in shape",
         )
         results = (self._handle(x.rows, x.width), self._handle(x.rows, x.width))
-        self._append("add_rms_norm", (x, residual, weight, eps), results)
+        self._append("add_rms_norm", (x, residual, weight, eps, scale), results)
         return results
+
+    def add(self, x: Handle, y: Handle) -> Handle:
+        self._expect((x.rows, x.width) == (y.rows, y.width), "what is added differs in shape")
+        return self._emit("add", (x, y), x.rows, x.width)
 
     def linear(self, x: Handle, weight: Weight) -> Handle:
         self._expect(weight.shape[1] == x.width, f"{weight.name} does not fit width {x.width}")
@@ -191,9 +207,13 @@ class Recorder:
         self._expect(fits, f"{weight.name} does not fit width {x.width}")
         return self._emit("gated_norm", (x, gate, weight, eps), x.rows, x.width)
 
-    def sigmoid_gate(self, x: Handle, gate: Handle) -> Handle:
-        self._expect(x.width == gate.width, f"a gate of {gate.width} for {x.width} values")
-        return self._emit("sigmoid_gate", (x, gate), x.rows, x.width)
+    def gate(self, x: Handle, gate: Handle, activation: GateActivation, first: int = 0) -> Handle:
+        fits = x.rows is gate.rows and first + gate.width <= x.width
+        self._expect(fits, f"a gate of {gate.width} for {x.width} values, {first} left out")
+        return self._emit("gate", (x, gate, activation, first), x.rows, gate.width)
+
+    def softcap(self, logits: Handle, cap: float) -> Handle:
+        return self._emit("softcap", (logits, cap), logits.rows, logits.width)
 
     def select_rows(self, x: Handle) -> Handle:
         self._expect(x.rows is Rows.TOKENS, "rows are selected from token rows, once")

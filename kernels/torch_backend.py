@@ -89,12 +89,12 @@ class TorchBackend:
         )
 
     def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
-        shape = (pages * layout.page_size, layout.heads.kv, layout.heads.dim)
+        slots = pages * layout.page_size
+        shapes = [(slots, heads.kv, heads.dim) for heads in layout.heads]
         dtype = TORCH_DTYPES[layout.dtype]
         self._page_size, self._pages = layout.page_size, pages
         self._caches = [
-            LayerCache(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype))
-            for _ in range(layout.layers)
+            LayerCache(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype)) for shape in shapes
         ]
         self._states = host_states(layout, states)
 

@@ -143,7 +143,9 @@ def build(
     checkpoint = RandomCheckpoint(model, device, context)
     config = read_config(checkpoint.config, None)
     placed = Llama(config, WeightLoader(checkpoint, backend, lambda *_: None))
-    backend.allocate_cache(CacheLayout(model.layers, model.heads, PAGE, "bfloat16", context), pages)
+    backend.allocate_cache(
+        CacheLayout((model.heads,) * model.layers, PAGE, "bfloat16", context), pages
+    )
     recorder = Recorder()
     tape = recorder.finish(placed.forward(recorder))
     return backend.compile(tape, rows, sequences), backend

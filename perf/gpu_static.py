@@ -126,7 +126,7 @@ def _wanted(report: Report, launch: Compiled) -> list[tuple[str, ...]]:
     hopper = report.architecture >= 90
     wide = ("LDG.128", "LDGSTS")
     if name == "attention_kernel":
-        if hopper and not constants["DECODE"]:
+        if hopper and not constants["DECODE"] and constants["BLOCK_M"] >= 64:
             return [("HGMMA",), wide]
         return [("HMMA", "HGMMA"), wide]
     if name == "matmul_kernel":

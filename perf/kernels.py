@@ -165,15 +165,18 @@ class Bench:
         rows = batch.counts[0]
         program, q = self.program(rows, HEADS * DIM)
         y = program.add_buffer(HEADS * DIM, floats=True, groups=False, whole=False, bf16=False)
-        layout = CacheLayout(1, Heads(HEADS, KV_HEADS, DIM), PAGE, cache)
+        heads = Heads(HEADS, KV_HEADS, DIM)
+        layout = CacheLayout((heads,), PAGE, cache)
         vectors = pages * PAGE * KV_HEADS
-        size = vectors * layout.vector_bytes
+        size = vectors * layout.vector_bytes(heads)
         layers = max(2, min(400, COLD_BYTES // (2 * size)))
         memory = []
         for layer in range(layers):
             # Written, since untouched zeros would all be one page of the system's.
             blocks = [np.full(size + 128, 0x3C, np.uint8) for _ in range(2)]
-            scales = [np.ones(vectors * max(4, layout.scale_bytes) // 2, np.float16) for _ in "kv"]
+            scales = [
+                np.ones(vectors * max(4, layout.scale_bytes(heads)) // 2, np.float16) for _ in "kv"
+            ]
             memory += [*blocks, *scales]
             starts = [b.ctypes.data + -b.ctypes.data % 64 for b in blocks]
             addresses = [*starts, *(s.ctypes.data for s in scales)]
@@ -191,7 +194,7 @@ class Bench:
             cache,
             rows,
             operations,
-            2.0 * (size + vectors * layout.scale_bytes),
+            2.0 * (size + vectors * layout.scale_bytes(heads)),
             product,
         ), seconds
 
@@ -214,7 +217,9 @@ class Bench:
 
         yield case(
             "rms_norm", width, 2 * width,
-            lambda p, x: p.add("rms_norm", in_=x, out=buffer(p, width), vector=norm.ctypes.data),
+            lambda p, x: p.add(
+                "rms_norm", in_=x, out=buffer(p, width), vector=norm.ctypes.data, window=width,
+            ),
         )  # fmt: skip
         yield case(
             "add_rms_norm", width, 4 * width,

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig, read_config
+from engine.models.gemma4 import Gemma4
 from engine.models.llama import Llama
 from engine.models.loader import ALONE, WeightLoader
 from engine.models.sandwich import Sandwich
@@ -20,8 +21,8 @@ class Model(Protocol):
     """Weights in place, and a forward pass that is a function of an `Ops` alone."""
 
     config: ModelConfig
-    heads: Heads
-    """Those of this rank."""
+    heads: tuple[Heads, ...]
+    """This rank's of each layer that keeps keys and values."""
     delta: DeltaHeads | None
     """This rank's of layers that keep a state, if there are some."""
 
@@ -57,6 +58,7 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "lfm2_moe": Llama,
     "gemma3_text": Sandwich,
     "glm4": Sandwich,
+    "gemma4_text": Gemma4,
 }
 
 
@@ -74,7 +76,6 @@ def cache_layout(
     """The cache that a model's forward pass needs."""
     config = model.config
     return CacheLayout(
-        config.cached_layers,
         model.heads,
         page_size,
         dtype,

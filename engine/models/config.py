@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.models.gemma4_config import (
+    GEMMA4,
+    LayerInputs,
+    Layers,
+    read_inputs,
+    read_layers,
+    sliding,
+)
 from engine.models.rope import (
     NEIGHBOURS,
     QWEN,
@@ -15,6 +23,7 @@ from engine.models.rope import (
     read_ropes,
     rotated_width,
 )
+from engine.models.values import Values
 from engine.weights.checkpoint import MAX_EXPERTS
 from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, DeltaHeads, Heads, Rope
 
@@ -35,10 +44,11 @@ _, QWEN35_MOE, QWEN3_NEXT = DELTA
 # Families most of whose layers are short convolutions.
 LFM2, LFM2_MOE = "lfm2", "lfm2_moe"
 CONV = (LFM2, LFM2_MOE)
+GEMMA = ("gemma3_text", GEMMA4)
 # Families whose output matrix is the embedding's if their configuration does not say.
-TIED = ("gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe", *CONV)
+TIED = ("gemma3_text", GEMMA4, "smollm3", "ernie4_5", "ernie4_5_moe", *CONV)
 # Those that normalize each query and key head.
-HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "dots1", *DELTA, *CONV)
+HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", GEMMA4, "dots1", *DELTA, *CONV)
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -101,14 +111,16 @@ class ModelConfig:
     intermediate: int
     layers: int
     heads: Heads
+    each: Layers
+    """What differs between layers, in some families."""
     norm_eps: float
     max_context: int
     activation: Activation
     windows: tuple[int, ...]
     """Sliding window of each layer; 0 sees everything."""
     ropes: tuple[Rope, ...]
-    rotated: int
-    """How many of a head's first values are rotated."""
+    rotated: tuple[int, ...]
+    """How many of a head's first values are rotated, in each layer."""
     neighbours: bool
     """Whether pairs that rotate together are neighbours, instead of half of `rotated` apart."""
     attention_scale: float
@@ -128,11 +140,17 @@ class ModelConfig:
     """Layers that keep a state instead of keys and values."""
     gated_attention: bool = False
     """Whether what attention gives is multiplied by a sigmoid, which queries' projection has."""
+    value_norms: bool = False
+    """Whether values are normalized, too, without a weight."""
+    inputs: LayerInputs | None = None
+    logits_cap: float = 0.0
+    """What logits stay below; 0 if there is no such bound."""
 
     @property
-    def cached_layers(self) -> int:
+    def cached_layers(self) -> tuple[int, ...]:
         """Layers that keep keys and values."""
-        return self.layers - len(self.delta_layers)
+        delta = set(self.delta_layers)
+        return tuple(n for n in range(self.layers) if n not in delta and self.each.keys_of[n] == n)
 
 
 def read_config(
@@ -147,7 +165,7 @@ def read_config(
 
 
 def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: int) -> ModelConfig:
-    values = _Values(raw)
+    values = Values(raw)
     model_type = values.text("model_type")
     hidden = values.integer("hidden_size")
     layers = values.integer("num_hidden_layers", most=MAX_LAYERS)
@@ -159,13 +177,18 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
     heads = Heads(query, kv, values.integer("head_dim", 256 if recurrent else hidden // query))
     if heads.dim % 2:
         raise ConfigError(f"head_dim is {heads.dim}; rotary embedding needs an even one")
-    gemma = model_type == "gemma3_text"
-    windows = _windows(values, layers, model_type)
+    gemma4 = model_type == GEMMA4
+    windows = sliding(values, layers) if gemma4 else _windows(values, layers, model_type)
     experts = _experts(values, model_type)
+    intermediate = _intermediate(values, model_type, experts)
+    each = Layers((heads,) * layers, (intermediate,) * layers, tuple(range(layers)))
+    if gemma4:
+        each = read_layers(values, heads, intermediate, windows)
+    dims = tuple(own.dim for own in each.heads)
     known = values.integer("max_position_embeddings", most=MAX_POSITIONS)
     reached = context_reached(raw, known)
     positions = Positions(known, min(max_context or reached, reached))
-    scale = float(raw.get("query_pre_attn_scalar") or heads.dim) ** -0.5
+    scale = 1.0 if gemma4 else float(raw.get("query_pre_attn_scalar") or heads.dim) ** -0.5
     # Granite multiplies what each block adds. Instead everything else is divided by it, which
     # norms do not notice, but for their epsilon.
     share = values.number("residual_multiplier", 1.0)
@@ -173,19 +196,22 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         model_type=model_type,
         vocab_size=values.integer("vocab_size"),
         hidden=hidden,
-        intermediate=_intermediate(values, model_type, experts),
+        intermediate=intermediate,
         layers=layers,
         heads=heads,
+        each=each,
         norm_eps=values.number(_known(raw, NORM_EPSILONS), 1e-6) / share**2,
         max_context=reached,
         activation=_activation(values, model_type),
         windows=windows,
-        ropes=read_ropes(raw, heads.dim, windows, positions, rope_factors),
-        rotated=rotated_width(raw, heads.dim),
+        ropes=read_ropes(raw, dims, windows, positions, rope_factors),
+        rotated=tuple(rotated_width(raw, dim) for dim in dims),
         neighbours=model_type in NEIGHBOURS,
         attention_scale=values.number("attention_multiplier", scale),
         embedding_scale=(
-            math.sqrt(hidden) if gemma else values.number("embedding_multiplier", 1.0) / share
+            math.sqrt(hidden)
+            if model_type in GEMMA
+            else values.number("embedding_multiplier", 1.0) / share
         ),
         logits_scale=1.0 / values.number("logits_scaling", 1.0),
         # What these say only if it is otherwise.
@@ -198,10 +224,13 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         delta=_delta(values) if recurrent else _conv(values, hidden) if convolving else None,
         delta_layers=_delta_layers(values, layers) if recurrent or convolving else (),
         gated_attention=recurrent,
+        value_norms=gemma4,
+        inputs=read_inputs(values) if gemma4 else None,
+        logits_cap=_cap(values, model_type),
     )
 
 
-def _intermediate(values: _Values, model_type: str, experts: ExpertsConfig | None) -> int:
+def _intermediate(values: Values, model_type: str, experts: ExpertsConfig | None) -> int:
     """The width of dense feed-forward layers; LFM2's may be said as another, to be adjusted."""
     raw = values.raw
     if model_type != LFM2:
@@ -215,7 +244,7 @@ def _intermediate(values: _Values, model_type: str, experts: ExpertsConfig | Non
     return -(-width // unit) * unit
 
 
-def _conv(values: _Values, hidden: int) -> DeltaHeads:
+def _conv(values: Values, hidden: int) -> DeltaHeads:
     if hidden % CHANNELS:
         raise ConfigError(f"hidden_size is {hidden}; convolutions take multiples of {CHANNELS}")
     taps = values.integer("conv_L_cache", 3, most=MAX_TAPS)
@@ -224,7 +253,7 @@ def _conv(values: _Values, hidden: int) -> DeltaHeads:
     return DeltaHeads(0, hidden // CHANNELS, 0, CHANNELS, taps)
 
 
-def _delta(values: _Values) -> DeltaHeads:
+def _delta(values: Values) -> DeltaHeads:
     """Qwen's files leave out what is the same in most sizes."""
     heads = DeltaHeads(
         values.integer("linear_num_key_heads", 16),
@@ -243,7 +272,7 @@ def _delta(values: _Values) -> DeltaHeads:
     return heads
 
 
-def _delta_layers(values: _Values, layers: int) -> tuple[int, ...]:
+def _delta_layers(values: Values, layers: int) -> tuple[int, ...]:
     """All but every fourth, if the configuration does not say; the last is attention."""
     types = values.raw.get("layer_types")
     if types is None and (attending := values.raw.get("full_attn_idxs")) is not None:
@@ -257,7 +286,7 @@ def _delta_layers(values: _Values, layers: int) -> tuple[int, ...]:
     return found
 
 
-def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
+def _experts(values: Values, model_type: str) -> ExpertsConfig | None:
     """Those of families that have some."""
     if model_type not in EXPERTS:
         return None
@@ -290,7 +319,7 @@ def _experts(values: _Values, model_type: str) -> ExpertsConfig | None:
 
 
 def _gated_shared(
-    values: _Values, count: int, used: int, width: int, model_type: str
+    values: Values, count: int, used: int, width: int, model_type: str
 ) -> ExpertsConfig:
     """Experts of families with a shared one of a width and a gate of its own."""
     wide = values.integer("shared_expert_intermediate_size", width)
@@ -308,7 +337,7 @@ def _known(raw: dict[str, Any], names: tuple[str, ...]) -> str:
     return next((name for name in there if raw[name] is not None), (*there, names[0])[0])
 
 
-def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
+def _expert_layers(values: Values, layers: int) -> frozenset[int]:
     """All layers, but for those that the configuration leaves dense: by number (Qwen), the first
     ones (GLM), or those outside a range (ERNIE)."""
     raw = values.raw
@@ -328,8 +357,8 @@ def _expert_layers(values: _Values, layers: int) -> frozenset[int]:
     return frozenset(n for n in range(first, last + 1) if n not in dense and (n + 1) % step == 0)
 
 
-def _activation(values: _Values, model_type: str) -> Activation:
-    default = "gelu_pytorch_tanh" if model_type == "gemma3_text" else "silu"
+def _activation(values: Values, model_type: str) -> Activation:
+    default = "gelu_pytorch_tanh" if model_type in GEMMA else "silu"
     raw = values.raw
     if model_type == GPT_OSS:
         for key, known in (("swiglu_limit", SWIGLU_LIMIT), ("swiglu_alpha", SWIGLU_SLOPE)):
@@ -339,13 +368,18 @@ def _activation(values: _Values, model_type: str) -> Activation:
     name = raw.get("hidden_activation") or raw.get("hidden_act") or default
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act is {name!r}; {', '.join(ACTIVATIONS)} can be computed")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if raw.get(key):
-            raise ConfigError(f"{key} is set, which no model served here computes")
     return ACTIVATIONS[name]
 
 
-def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
+def _cap(values: Values, model_type: str) -> float:
+    """What logits stay below; those of attention cannot be bounded."""
+    key = "final_logit_softcapping"
+    if values.raw.get("attn_logit_softcapping") or (values.raw.get(key) and model_type != GEMMA4):
+        raise ConfigError("softcapping is set, which no model served here but Gemma 4 computes")
+    return values.number(key, 1.0) if values.raw.get(key) else 0.0
+
+
+def _windows(values: Values, layers: int, model_type: str) -> tuple[int, ...]:
     """Which layers slide: all of Mistral's, Qwen's upper ones if switched on, 5 of Gemma's 6, every
     other one of gpt-oss."""
     raw = values.raw
@@ -370,32 +404,3 @@ def _windows(values: _Values, layers: int, model_type: str) -> tuple[int, ...]:
         )
         return tuple(window if layer >= first else 0 for layer in range(layers))
     return (window,) * layers
-
-
-class _Values:
-    """Typed access to configuration keys; every complaint names the key."""
-
-    def __init__(self, raw: dict[str, Any]) -> None:
-        self.raw = raw
-
-    def text(self, key: str) -> str:
-        value = self.raw.get(key)
-        if not isinstance(value, str):
-            raise ConfigError(f"the model's configuration lacks {key!r}")
-        return value
-
-    def integer(self, key: str, default: int | None = None, *, most: int = 1 << 31) -> int:
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"the model's configuration has {key} = {value!r}, not a count")
-        if value > most:
-            raise ConfigError(f"the model's configuration has {key} = {value}, above {most}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.raw.get(key, default)
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigError(f"the model's configuration has {key} = {value!r}, not above zero")
-        return float(value)

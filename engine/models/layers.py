@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,8 +15,8 @@ from kernels.ops import HeadNorms, Heads, Ops, T, Weight
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention (arXiv 2305.13245) over the paged cache; `heads` are this rank's. Its
-    keys and values are the cache's layer `place`; `gate` makes what its outputs are multiplied by
-    the sigmoid of."""
+    keys and values are the cache's layer `place`, which it `writes` or leaves to another layer;
+    `gate` makes what its outputs are multiplied by the sigmoid of."""
 
     layer: int
     place: int
@@ -26,6 +26,7 @@ class Attention:
     sinks: Weight | None
     gate: Weight | None
     output: OutputProjection
+    writes: bool = True
 
     def forward(
         self, ops: Ops[T], x: T, residual: T, config: ModelConfig, *, last: bool
@@ -36,11 +37,12 @@ class Attention:
         rope, window = config.ropes[self.layer], config.windows[self.layer]
         gate = ops.linear(x, self.gate) if self.gate is not None else None
         qkv = ops.linear(x, self.qkv)
-        q = ops.rope_write_kv(qkv, self.place, self.heads, rope, self.norms)
+        made = self.heads if self.writes else replace(self.heads, kv=0)
+        q = ops.rope_write_kv(qkv, self.place, made, rope, self.norms)
         scale = config.attention_scale
         x = ops.attention(q, self.place, self.heads, scale, window, self.sinks)
         if gate is not None:
-            x = ops.sigmoid_gate(x, gate)
+            x = ops.gate(x, gate, "sigmoid")
         if last:
             x, residual = ops.select_rows(x), ops.select_rows(residual)
         return self.output.forward(ops, x), residual
@@ -58,17 +60,19 @@ class GatedFeedForward:
         return self.down.forward(ops, ops.gated(ops.linear(x, self.gate_up), config.activation))
 
 
+def own_heads(load: WeightLoader, config: ModelConfig) -> tuple[Heads, ...]:
+    """This rank's of each layer that keeps keys and values."""
+    return tuple(load.shard.own_heads(config.each.heads[n]) for n in config.cached_layers)
+
+
 def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Attention:
     """The attention block of one layer, its three input projections stacked into one."""
     name = f"model.layers.{layer}.self_attn"
-    heads = config.heads
+    heads, source = config.each.heads[layer], config.each.keys_of[layer]
     q, kv = heads.query * heads.dim, heads.kv * heads.dim
-    order = _rotated_apart(heads.dim, config.rotated, neighbours=config.neighbours)
-    norms = None
-    if config.head_norms:
-        query = load.vector(f"{name}.q_norm.weight", heads.dim, order=order)
-        key = load.vector(f"{name}.k_norm.weight", heads.dim, order=order)
-        norms = HeadNorms(query, key, config.norm_eps)
+    order = _rotated_apart(heads.dim, config.rotated[layer], neighbours=config.neighbours)
+    writes = source == layer
+    norms = _head_norms(load, config, name, heads.dim, order, writes=writes)
     inner = None
     if config.inner_norms:
         inner = Norm(load.vector(f"{name}.attn_sub_norm.weight", q), config.norm_eps)
@@ -80,23 +84,48 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     if config.gated_attention:
         qkv, gate = _gated_inputs(load, config, name, own, order)
     else:
+        values = "k" if layer in config.each.doubling else "v"
+        count = 3 if writes else 1
         qkv = load.linear(
-            [f"{name}.{p}_proj" for p in "qkv"],
-            [q, kv, kv],
+            [f"{name}.{p}_proj" for p in ("q", "k", values)[:count]],
+            [q, kv, kv][:count],
             config.hidden,
-            rows,
-            [_of_heads(order, heads.query), _of_heads(order, heads.kv), None],
+            rows[:count],
+            [_of_heads(order, heads.query), _of_heads(order, heads.kv), None][:count],
         )
     return Attention(
         layer,
-        layer - sum(delta < layer for delta in config.delta_layers),
+        config.cached_layers.index(source),
         own.of(heads),
         qkv,
         norms,
         load.sinks(f"{name}.sinks", heads.query, own.query) if config.sinks else None,
         gate,
         load.output(f"{name}.o_proj", config.hidden, q, inputs, inner),
+        writes,
     )
+
+
+def _head_norms(
+    load: WeightLoader,
+    config: ModelConfig,
+    name: str,
+    dim: int,
+    order: torch.Tensor | None,
+    *,
+    writes: bool,
+) -> HeadNorms | None:
+    """Those of queries, and of keys and values where the layer `writes` some."""
+    if not config.head_norms:
+        return None
+    query = load.vector(f"{name}.q_norm.weight", dim, order=order)
+    if not writes:
+        return HeadNorms(query, query, config.norm_eps)
+    key = load.vector(f"{name}.k_norm.weight", dim, order=order)
+    value = None
+    if config.value_norms:
+        value = load.computed(f"{name}.k_norm.weight", (dim,), torch.ones_like, dim)
+    return HeadNorms(query, key, config.norm_eps, value)
 
 
 def _gated_inputs(
@@ -147,7 +176,7 @@ def _of_heads(order: torch.Tensor | None, heads: int) -> torch.Tensor | None:
 def load_feed_forward(load: WeightLoader, config: ModelConfig, layer: int) -> GatedFeedForward:
     """The feed-forward block of one layer, gate and up projections stacked into one."""
     name = f"model.layers.{layer}.mlp"
-    wide = config.intermediate
+    wide = config.each.intermediate[layer]
     inner = None
     if config.inner_norms:
         inner = Norm(load.vector(f"{name}.ffn_sub_norm.weight", wide), config.norm_eps)

@@ -16,7 +16,7 @@ from engine.models.config import ModelConfig
 from engine.models.conv import ShortConv, load_conv
 from engine.models.delta import DeltaNet, load_delta
 from engine.models.experts import ExpertsFeedForward, load_block
-from engine.models.layers import Attention, GatedFeedForward, load_attention, load_head
+from engine.models.layers import Attention, GatedFeedForward, load_attention, load_head, own_heads
 from engine.models.loader import WeightLoader
 from kernels.ops import Ops, T, Weight
 
@@ -46,7 +46,7 @@ class Llama:
 
     def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
         self.config = config
-        self.heads = load.shard.own_heads(config.heads)
+        self.heads = own_heads(load, config)
         self.delta = None if config.delta is None else load.shard.own_delta(config.delta)
         hidden = config.hidden
         self.embedding = load.vocabulary("model.embed_tokens.weight", config.vocab_size, hidden)

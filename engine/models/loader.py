@@ -126,6 +126,10 @@ class WeightLoader:
             tensor = Adjusted(tensor, factor)
         return self._weights.load([_in_order(tensor, order)])
 
+    def number(self, name: str) -> float:
+        """The one value of a tensor."""
+        return float(self._take(name, (1,)).dense())
+
     def sinks(self, name: str, heads: int, own: Span) -> Weight:
         """A score for each of the heads that this rank has."""
         return self._weights.load([self._take(name, (heads,)).narrow(0, own.start, own.length)])
@@ -305,11 +309,12 @@ class WeightLoader:
         """Where the columns of a linear may be cut, see `Backend.column_unit`; 1 if nowhere."""
         return self._weights.column_unit([self.checkpoint.tensor(f"{name}.weight")]) or 1
 
-    def finish(self, *, tied: bool) -> None:
-        """Refuse a file with tensors that the model has no place for: results would be wrong."""
+    def finish(self, *, tied: bool, unread: tuple[str, ...] = ()) -> None:
+        """Refuse a file with tensors that the model has no place for: results would be wrong.
+        Names that begin as in `unread` are known to mean nothing."""
         passed = self._guessing_ahead()
         left = {n for n in self._unused if not n.endswith(IGNORED_SUFFIXES)}
-        left = {n for n in left if not n.startswith(passed)}
+        left = {n for n in left if not n.startswith((*passed, *unread))}
         if tied:
             left.discard("lm_head.weight")
         if left:

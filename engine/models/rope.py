@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.models.gemma4_config import GEMMA4
 from kernels.ops import Rope
 
-KINDS = ("linear", "llama3", "yarn", "longrope")
+KINDS = ("linear", "llama3", "yarn", "longrope", "proportional")
 # What transformers called LongRoPE at first; and Qwen's for images, whose three positions are the
 # same in a text.
 ALIKE = {"su": "longrope", "mrope": "default"}
@@ -35,18 +36,21 @@ class Positions:
 
 def read_ropes(
     raw: dict[str, Any],
-    dim: int,
+    dims: tuple[int, ...],
     windows: tuple[int, ...],
     positions: Positions,
     factors: list[float] | None,
 ) -> tuple[Rope, ...]:
-    """One rotation per layer; `factors` are divisors that the model's file has of its own.
+    """One rotation per layer, whose heads are `dims` wide; `factors` are divisors that the model's
+    file has of its own.
 
     Gemma's sliding layers have a base of their own, never scaled; some of SmolLM3's layers know no
     positions (NoPE, arXiv 2305.19466).
     """
     parameters = raw.get("rope_parameters") or {}
-    width = rotated_width(raw, dim)
+    dim, width = dims[0], rotated_width(raw, dims[0])
+    if raw.get("model_type") == GEMMA4:
+        return _gemma4(parameters, dims, windows, positions, factors)
     if raw.get("model_type") == "gemma3_text":
         full = parameters.get("full_attention") or raw.get("rope_scaling") or {}
         sliding = parameters.get("sliding_attention") or {}
@@ -64,6 +68,33 @@ def read_ropes(
     rope = _rope(dim, width, base, scaling, positions, factors)
     unknowing = Rope((0.0,) * (dim // 2))
     return tuple(rope if rotates else unknowing for rotates in _rotating(raw, len(windows)))
+
+
+def _gemma4(
+    parameters: dict[str, Any],
+    dims: tuple[int, ...],
+    windows: tuple[int, ...],
+    positions: Positions,
+    factors: list[float] | None,
+) -> tuple[Rope, ...]:
+    """Layers that see everything turn the fastest pairs alone."""
+    kinds = {
+        True: {"rope_theta": 1e4, **parameters.get("sliding_attention", {})},
+        False: {
+            "rope_theta": 1e6,
+            "rope_type": "proportional",
+            "partial_rotary_factor": QWEN_SHARE,
+            **parameters.get("full_attention", {}),
+        },
+    }
+    made: dict[tuple[bool, int], Rope] = {}
+    for dim, window in zip(dims, windows, strict=True):
+        kind = kinds[window > 0]
+        divisors = None if window else factors
+        base = float(kind["rope_theta"])
+        if (window > 0, dim) not in made:
+            made[window > 0, dim] = _rope(dim, dim, base, kind, positions, divisors)
+    return tuple(made[window > 0, dim] for dim, window in zip(dims, windows, strict=True))
 
 
 def context_reached(raw: dict[str, Any], most: int) -> int:
@@ -126,6 +157,10 @@ def _rope(
             frequencies, magnitude = _yarn(plain, base, scaling, positions)
         elif kind == "longrope":
             frequencies, magnitude = _longrope(plain, scaling, positions)
+        elif kind == "proportional":
+            turning = int(float(scaling.get("partial_rotary_factor", 1.0)) * dim // 2)
+            factor = float(scaling.get("factor") or 1.0)
+            frequencies = [f / factor if i < turning else 0.0 for i, f in enumerate(plain)]
         elif kind in ("default", "none"):
             frequencies = plain
         else:

@@ -12,6 +12,7 @@ from engine.models.layers import (
     load_attention,
     load_feed_forward,
     load_head,
+    own_heads,
 )
 from engine.models.loader import WeightLoader
 from kernels.ops import DeltaHeads, Ops, T, Weight
@@ -48,7 +49,7 @@ class Sandwich:
 
     def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
         self.config = config
-        self.heads = load.shard.own_heads(config.heads)
+        self.heads = own_heads(load, config)
         self.delta: DeltaHeads | None = None
         hidden = config.hidden
         self.embedding = load.vocabulary("model.embed_tokens.weight", config.vocab_size, hidden)

@@ -23,13 +23,13 @@ from kernels.cpu.native_program import NativeProgram
 from kernels.cpu.native_weights import GROUP, NativeWeights
 from kernels.cpu.packed_file import PackedFile
 from kernels.host_pages import HostPages
-from kernels.ops import Weight
+from kernels.ops import Heads, Weight
 from kernels.reference import LayerStates
 from kernels.tape import Tape
 from kernels.torch_backend import host_states, states_of
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 CACHE_FORMATS: dict[CacheDType, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 
@@ -141,29 +141,31 @@ class NativeBackend:
         if layout.page_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
             raise ValueError(f"cache.page_size is {layout.page_size}; native kernels take {sizes}")
-        if layout.heads.dim > MAX_HEAD_DIM or layout.heads.dim % 4:
-            raise ValueError(
-                f"heads are {layout.heads.dim} wide; a multiple of 4 up to {MAX_HEAD_DIM} works"
-            )
-        if layout.dtype == "int4" and layout.heads.dim % GROUP:
-            raise ValueError(
-                f"heads are {layout.heads.dim} wide; cache.dtype=int4 takes multiples of {GROUP}"
-            )
+        for dim in {heads.dim for heads in layout.heads}:
+            if dim > MAX_HEAD_DIM or dim % 4:
+                raise ValueError(
+                    f"heads are {dim} wide; a multiple of 4 up to {MAX_HEAD_DIM} works"
+                )
+            if layout.dtype == "int4" and dim % GROUP:
+                raise ValueError(
+                    f"heads are {dim} wide; cache.dtype=int4 takes multiples of {GROUP}"
+                )
         self._layout = layout
-        vectors = pages * layout.page_size * layout.heads.kv
-        # A register's worth behind the end: the kernels read whole registers.
-        size = vectors * layout.vector_bytes + 64
-        scales = vectors * layout.scale_bytes
-        self._cache = [
-            LayerMemory(
-                _lazy_zeros(size),
-                _lazy_zeros(size),
-                _lazy_zeros(scales) if scales else None,
-                _lazy_zeros(scales) if scales else None,
-            )
-            for _ in range(layout.layers)
-        ]
+        self._cache = [self._layer_memory(heads, pages) for heads in layout.heads]
         self._states = host_states(layout, states)
+
+    def _layer_memory(self, heads: Heads, pages: int) -> LayerMemory:
+        layout = self._layout
+        vectors = pages * layout.page_size * heads.kv
+        # A register's worth behind the end: the kernels read whole registers.
+        size = vectors * layout.vector_bytes(heads) + 64
+        scales = vectors * layout.scale_bytes(heads)
+        return LayerMemory(
+            _lazy_zeros(size),
+            _lazy_zeros(size),
+            _lazy_zeros(scales) if scales else None,
+            _lazy_zeros(scales) if scales else None,
+        )
 
     def states(self) -> HostPages:
         return states_of(self._states)
@@ -177,10 +179,13 @@ class NativeBackend:
     def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
         """The cache as it lies in memory, see `HostPages`."""
         layout = self._layout
-        vectors = layout.page_size * layout.heads.kv
-        element, scale = vectors * layout.vector_bytes, vectors * layout.scale_bytes
         parts = []
-        for layer in self._cache:
+        for layer, heads in zip(self._cache, layout.heads, strict=True):
+            vectors = layout.page_size * heads.kv
+            element, scale = (
+                vectors * layout.vector_bytes(heads),
+                vectors * layout.scale_bytes(heads),
+            )
             for tensor, size in (
                 (layer.keys, element),
                 (layer.values, element),
@@ -196,9 +201,9 @@ class NativeBackend:
         stored = self._layout.dtype
         if CACHE_BITS[dtype] >= CACHE_BITS[stored]:
             raise ValueError(f"cache.cold_dtype is {dtype}, but the cache itself is {stored}")
-        if dtype == "int4" and self._layout.heads.dim % GROUP:
+        if dtype == "int4" and any(heads.dim % GROUP for heads in self._layout.heads):
             raise ValueError(f"cache.cold_dtype=int4 takes heads of multiples of {GROUP}")
-        layers = [self._native_cache(layer) for layer in self._cache]
+        layers = self._native_caches()
         codec = self._native.PageCodec(self.device, layers, CACHE_FORMATS[dtype])
         return NativeCodec(codec, self._cache)
 
@@ -209,8 +214,8 @@ class NativeBackend:
         program = NativeProgram(
             self._native, self.device, tape, max_rows, layout.max_context, self._exchange
         )
-        for layer in self._cache:
-            program.add_cache(layer, self._native_cache(layer))
+        for layer, cache in zip(self._cache, self._native_caches(), strict=True):
+            program.add_cache(layer, cache)
         for states in self._states:
             program.add_states(states, self._native_states(states))
         return program
@@ -228,15 +233,18 @@ class NativeBackend:
         self._weights.append(weights)
         return weights
 
-    def _native_cache(self, layer: LayerMemory) -> Any:
+    def _native_caches(self) -> list[Any]:
         layout = self._layout
-        return self._native.LayerCache(
-            CACHE_FORMATS[layout.dtype],
-            *layer.addresses(),
-            layout.page_size,
-            layout.heads.kv,
-            layout.heads.dim,
-        )
+        return [
+            self._native.LayerCache(
+                CACHE_FORMATS[layout.dtype],
+                *layer.addresses(),
+                layout.page_size,
+                heads.kv,
+                heads.dim,
+            )
+            for layer, heads in zip(self._cache, layout.heads, strict=True)
+        ]
 
     def _native_states(self, states: LayerStates) -> Any:
         heads = self._layout.delta

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kernels.reference import LayerStates
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu_oai": 3}
+GATE_ACTIVATIONS = {"sigmoid": 0, "gelu_tanh": 2}
 # The forms in which a buffer can hold its rows, in the order of `add_buffer`'s flags.
 FORMS = ("floats", "groups", "whole", "bf16")
 FLOAT_WRITERS = (
@@ -151,11 +152,13 @@ class NativeProgram:
             for i in tape.instructions
             for h in i.results
         }
+        capped = [i.arguments[0] for i in tape.instructions if i.op == "softcap"]
+        in_logits = (tape.logits, *capped)
         buffers: dict[int, int] = {}
         free: dict[tuple[object, ...], list[int]] = {kind: [] for kind in kinds.values()}
         for instruction, dead in zip(tape.instructions, tape.last_use, strict=True):
             for handle in instruction.results:
-                if handle != tape.logits:
+                if handle not in in_logits:
                     kind = kinds[handle.index]
                     spare = free[kind]
                     if spare:
@@ -171,16 +174,27 @@ class NativeProgram:
             ]
             emit(*arguments, *(buffers.get(handle.index) for handle in instruction.results))
             for index in dead:
-                free[kinds[index]].append(buffers[index])
+                if index in buffers:
+                    free[kinds[index]].append(buffers[index])
 
     def _emit_embed(self, table: NativeWeight, scale: float, first: int, out: int) -> None:
         self._program.add("embed", out=out, weight=table.packed, scalar=scale, first=first)
 
     def _emit_rms_norm(self, x: int, weight: NativeWeight, eps: float, out: int) -> None:
-        self._program.add("rms_norm", in_=x, out=out, vector=weight.address, scalar=eps)
+        width = weight.shape[0]
+        self._program.add(
+            "rms_norm", in_=x, out=out, vector=weight.address, scalar=eps, window=width
+        )
 
     def _emit_add_rms_norm(
-        self, x: int, residual: int, weight: NativeWeight, eps: float, out: int, total: int
+        self,
+        x: int,
+        residual: int,
+        weight: NativeWeight,
+        eps: float,
+        scale: float,
+        out: int,
+        total: int,
     ) -> None:
         self._program.add(
             "add_rms_norm",
@@ -190,7 +204,11 @@ class NativeProgram:
             out2=total,
             vector=weight.address,
             scalar=eps,
+            factor=scale,
         )
+
+    def _emit_add(self, x: int, y: int, out: int) -> None:
+        self._program.add("add", in_=x, in2=y, out=out)
 
     def _emit_linear(self, x: int, weight: NativeWeight, out: int | None) -> None:
         self._program.add(
@@ -211,19 +229,20 @@ class NativeProgram:
         self, qkv: int, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None, out: int
     ) -> None:
         cosine, sine, growth = self._rotation(rope)
-        query: Any = norms.query if norms is not None else None
-        key: Any = norms.key if norms is not None else None
+        query, key, value = _addresses(norms)
         self._program.add(
             "rope_write_kv",
             in_=qkv,
             out=out,
             layer=layer,
             heads=heads.query,
+            kv_heads=heads.kv,
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
             growth=growth.data_ptr() if growth is not None else 0,
-            vector=query.address if query else 0,
-            vector2=key.address if key else 0,
+            vector=query,
+            vector2=key,
+            vector3=value,
             scalar=norms.eps if norms is not None else 0.0,
         )
 
@@ -353,8 +372,14 @@ class NativeProgram:
             window=weight.shape[0],
         )
 
-    def _emit_sigmoid_gate(self, x: int, gate: int, out: int) -> None:
-        self._program.add("sigmoid_gate", in_=x, in2=gate, out=out)
+    def _emit_gate(self, x: int, gate: int, activation: str, first: int, out: int) -> None:
+        kind = GATE_ACTIVATIONS[activation]
+        self._program.add("gate", in_=x, in2=gate, out=out, activation=kind, first=first)
+
+    def _emit_softcap(self, x: int | None, cap: float, out: int | None) -> None:
+        assert x is out is None, "both are the logits"
+        width = self._logits.shape[1]
+        self._program.add("softcap", scalar=cap, window=width, **self._place(None))
 
     def _emit_sum_parts(self, x: int, parts: int, out: int) -> None:
         self._program.add("sum_parts", in_=x, out=out)
@@ -366,6 +391,12 @@ class NativeProgram:
         if rope not in self._rotations:
             self._rotations[rope] = rotation_tables(rope, self._positions)
         return self._rotations[rope]
+
+
+def _addresses(norms: HeadNorms | None) -> list[int]:
+    """The norms' weights of queries, keys and values; 0 for none."""
+    weights: list[Any] = [norms.query, norms.key, norms.value] if norms is not None else [None] * 3
+    return [weight.address if weight is not None else 0 for weight in weights]
 
 
 def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[npt.NDArray[Any]]]:

@@ -305,7 +305,9 @@ class AttentionShape:
     def block_m(self) -> int:
         """Rows of a block: query heads times tokens."""
         least = max(16, power_of_two(self.group))
-        return least if self.decode else max(least, 32 if self.invariant else 64)
+        # The sums of 64 rows of the widest heads are too many registers.
+        small = self.invariant or self.heads.dim > 256
+        return least if self.decode else max(least, 32 if small else 64)
 
     @property
     def tokens(self) -> int:
@@ -362,12 +364,16 @@ class AttentionShape:
     def _block_n(self, padded: int) -> int:
         """Keys of a tile: many where programs have few, as long as a split of a short context still
         has some."""
+        if padded > 256:
+            return 32 if self.decode and self.hopper and not self.quantized else 16
         if padded > 128 or self.dtype == torch.float32:
             return 32
         return 8192 // padded if self.decode and self.splits > MANY_SPLITS else 64
 
     def _warps(self, padded: int) -> int:
         """Warps of a program; few where there are many programs."""
+        if padded > (256 if self.decode else 128):
+            return 8
         if not self.decode:
             return 4 if self.hopper or self.block_m < 64 else 8
         narrow = padded <= 128 and self.splits <= MANY_SPLITS and not self.quantized

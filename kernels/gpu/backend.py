@@ -31,7 +31,7 @@ from kernels.tape import Tape
 
 # Rows of a prompt that may be scored in one step beside those that draw (at least a page).
 SCORED_ROWS = 64
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 # A weight that wants more is not rounded.
 MOST_BITS = 8
 
@@ -154,27 +154,31 @@ class GpuBackend:
                 f"cache.dtype is {layout.dtype}, but the model computes in {kept}; a GPU takes "
                 f"{kept} or int8"
             )
-        if layout.heads.dim > MAX_HEAD_DIM or layout.heads.dim % 8:
-            raise ValueError(
-                f"heads are {layout.heads.dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
-            )
+        for dim in {heads.dim for heads in layout.heads}:
+            if dim > MAX_HEAD_DIM or dim % 8:
+                raise ValueError(
+                    f"heads are {dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
+                )
         self._layout, self._pages, self._staging = layout, pages, None
         quantized = layout.dtype == "int8"
         dtype = torch.int8 if quantized else TORCH_DTYPES[layout.dtype]
-        # Keys and values of a layer lie behind each other, so that a page is one slice.
-        slots = (2 * layout.layers, pages * layout.page_size, layout.heads.kv)
-        self._tensors = [torch.zeros(*slots, layout.heads.dim, dtype=dtype, device=self._device)]
-        if quantized:
-            self._tensors.append(torch.zeros(slots, dtype=torch.float32, device=self._device))
-        parts = [(tensor[0::2], tensor[1::2]) for tensor in self._tensors]
-        self._caches = [
-            GpuCache(*(half[layer] for pair in parts for half in pair))
-            for layer in range(layout.layers)
-        ]
+        self._tensors, caches = [], dict[int, GpuCache]()
+        for heads in dict.fromkeys(layout.heads):
+            layers = [n for n, own in enumerate(layout.heads) if own == heads]
+            # Keys and values of a layer lie behind each other, so that a page is one slice.
+            slots = (2 * len(layers), pages * layout.page_size, heads.kv)
+            tensors = [torch.zeros(*slots, heads.dim, dtype=dtype, device=self._device)]
+            if quantized:
+                tensors.append(torch.zeros(slots, dtype=torch.float32, device=self._device))
+            parts = [(tensor[0::2], tensor[1::2]) for tensor in tensors]
+            for row, layer in enumerate(layers):
+                caches[layer] = GpuCache(*(half[row] for pair in parts for half in pair))
+            self._tensors += tensors
+        self._caches = [caches[layer] for layer in range(len(layout.heads))]
 
         self._states = []
-        if (heads := layout.delta) is not None:
-            shapes = heads.shapes(states)
+        if (delta := layout.delta) is not None:
+            shapes = delta.shapes(states)
             self._states = [
                 LayerStates(*(torch.zeros(shape, device=self._device) for shape in shapes))
                 for _ in range(layout.delta_layers)
@@ -195,7 +199,7 @@ class GpuBackend:
                 f"cache.cold_dtype is {dtype} and the cache {self._layout.dtype}; a GPU makes int8 "
                 "of a float cache"
             )
-        return GpuCodec(self._tensors[0], self._pages)
+        return GpuCodec(self._tensors, self._pages)
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> GpuProgram:
         """Record, warm up and capture for steps of up to `max_rows` rows."""

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.gpu.attention import AttentionShape
-from kernels.gpu.catalogue_families import delta_launches, expert_launches, gpt_oss_launches
+from kernels.gpu.catalogue_families import (
+    delta_launches,
+    expert_launches,
+    gemma_launches,
+    gpt_oss_launches,
+)
 from kernels.gpu.configs import (
     embed_config,
     gated_config,
     norm_config,
     quantize_config,
-    rope_config,
     select_config,
     values_config,
 )
@@ -38,6 +42,7 @@ from kernels.gpu.signatures import (
     attention_launches,
     matmul_launch,
     named,
+    rope_launch,
 )
 from kernels.gpu.single import RowShape
 from kernels.gpu.weights import INT4_GROUP
@@ -129,33 +134,16 @@ def values_launches(model: Dimensions) -> Iterator[Compiled]:
 def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
     """Norms, rotation, gate and gather of a model."""
     row = {"out": pointer(BF16), "total": pointer(BF16), "x": pointer(BF16)}
-    signature = {**row, "residual": pointer(BF16), "weight": pointer(F32), "eps": "fp32"}
+    signature = {**row, "residual": pointer(BF16), "weight": pointer(F32)}
+    signature |= {"eps": "fp32", "scale": "fp32"}
     yield Compiled("add_rms_norm", norm_config(model.hidden, add=True), signature)
     yield Compiled("rms_norm", norm_config(model.hidden, add=False), signature)
     numbers = {"out": pointer(INT8), "scales": pointer(F32), "x": pointer(BF16)}
     yield Compiled("quantize", quantize_config(model.intermediate), numbers)
-    cache = pointer(INT8 if quantized else BF16)
-    scales = pointer(F32 if quantized else BF16)
-    signature = {
-        "out": pointer(BF16),
-        "keys": cache,
-        "values": cache,
-        "key_scales": scales,
-        "value_scales": scales,
-        "qkv": pointer(BF16),
-        "positions": pointer(INT32),
-        "slots": pointer(INT32),
-        "cosine": pointer(F32),
-        "sine": pointer(F32),
-        "query_norm": pointer(F32),
-        "key_norm": pointer(F32),
-        "growth": pointer(F32),
-        "eps": "fp32",
-    }
-    config, _ = rope_config(model.heads, norms=model.norms, quantized=quantized)
-    yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'}", config, signature)
-    config, _ = rope_config(model.heads, norms=model.norms, quantized=quantized, grows=True)
-    yield Compiled(f"rope_write_kv {'int8' if quantized else 'bf16'} grows", config, signature)
+    label = "int8" if quantized else "bf16"
+    switches = {"norms": model.norms, "quantized": quantized}
+    yield rope_launch(model.heads, label, **switches)
+    yield rope_launch(model.heads, f"{label} grows", grows=True, **switches)
     pair = {"out": pointer(BF16), "x": pointer(BF16)}
     yield Compiled("gated", gated_config(model.intermediate, "silu")[0], pair)
     for width in {model.hidden, model.heads.query * model.heads.dim}:
@@ -280,6 +268,7 @@ def launches(
     made += expert_launches(hopper=hopper)
     made += gpt_oss_launches(hopper=hopper)
     made += delta_launches()
+    made += gemma_launches(hopper=hopper)
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches(model)

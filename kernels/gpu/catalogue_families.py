@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.configs import gated_config, gather_config, scatter_config, sum_parts_config
 from kernels.gpu.experts import Layout
 from kernels.gpu.launch import Compiled, pointer
 from kernels.gpu.matmul import MatmulShape
-from kernels.gpu.recurrence import DeltaShape, gated_norm_config, sigmoid_gate_config
+from kernels.gpu.pointwise import add_config, gate_config, softcap_config
+from kernels.gpu.recurrence import DeltaShape, gated_norm_config
 from kernels.gpu.signatures import (
     BF16,
     F32,
@@ -19,6 +21,7 @@ from kernels.gpu.signatures import (
     attention_launches,
     matmul_launch,
     named,
+    rope_launch,
 )
 from kernels.gpu.weights import INT4_GROUP
 from kernels.ops import DeltaHeads, Experts, Heads
@@ -126,9 +129,31 @@ def delta_launches() -> Iterator[Compiled]:
         yield named(f"short conv {sequences}", shape.short_conv_config(), types)
     yield named("short conv inputs", shape.inputs_config(gated=True), types)
     yield named("gated norm", gated_norm_config(128), types)
-    yield named("sigmoid gate", sigmoid_gate_config(4096)[0], types)
+    yield named("gate sigmoid", gate_config(4096, 4096, 0, "sigmoid")[0], types)
     routing = {
         **dict.fromkeys(("chosen", "live"), pointer(INT32)),
         **dict.fromkeys(("shares", "scores", "preference"), pointer(F32)),
     }
     yield named("experts route gated", Layout(NEXT_EXPERTS, 64).route_config(), routing)
+
+
+def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:
+    """What Gemma 4 has and no other model: wide heads, normalized values, queries alone, gates of
+    per-layer embeddings, and a cap."""
+    for heads in (Heads(8, 1, 256), Heads(16, 2, 512)):
+        label = f"{heads.query}:{heads.kv} x {heads.dim}"
+        for kind, rows in (("decode", 1), ("decode", 64), ("mixed", 64)):
+            for quantized in (False, True):
+                few = (quantized, heads.dim == 256, rows, min(rows, 64), kind == "decode", False)
+                shape = AttentionShape(heads, PAGE, BF16, *few, hopper)
+                size = f"{'int8 ' if quantized else ''}{rows}"
+                yield from attention_launches(shape, f"{kind} {label} {size}")
+        yield rope_launch(heads, f"values {label}", value_norm=True)
+        yield rope_launch(replace(heads, kv=0), f"queries {label}")
+    types = {
+        **dict.fromkeys(("out", "x", "y", "gate"), pointer(BF16)),
+        "cap": "fp32",
+    }
+    yield named("add", add_config(35 * 256)[0], types)
+    yield named("gate gelu_tanh", gate_config(256, 35 * 256, 512, "gelu_tanh")[0], types)
+    yield named("softcap", softcap_config(1 << 18)[0], types | {"x": pointer(F32)})

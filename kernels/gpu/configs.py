@@ -9,7 +9,7 @@ from kernels.ops import Activation, Heads
 
 MAX_BLOCK = 4096
 # Heads of a token that one program rotates: starting many programs costs more than what they do.
-ROPE_HEADS = 16
+ROPE_HEADS, ROPE_VALUES = 16, 4096
 
 
 def _blocks(width: int) -> tuple[int, int]:
@@ -57,11 +57,16 @@ def quantize_config(width: int) -> Config:
 
 
 def rope_config(
-    heads: Heads, *, norms: bool, quantized: bool, grows: bool = False
+    heads: Heads,
+    *,
+    norms: bool,
+    quantized: bool,
+    grows: bool = False,
+    value_norm: bool = False,
 ) -> tuple[Config, int]:
     """Rotation and the cache's writes, and the blocks of a row's heads."""
     count = heads.query + 2 * heads.kv
-    block = min(ROPE_HEADS, power_of_two(count))
+    block = min(ROPE_HEADS, power_of_two(count), max(1, ROPE_VALUES // power_of_two(heads.dim)))
     constants = {
         "QUERY_HEADS": heads.query,
         "KV_HEADS": heads.kv,
@@ -69,6 +74,7 @@ def rope_config(
         "HEADS": block,
         "BLOCK": power_of_two(heads.dim // 2),
         "NORMS": norms,
+        "VALUE_NORM": value_norm,
         "GROWS": grows,
         "QUANTIZED": quantized,
     }

@@ -43,8 +43,8 @@ def fuse(steps: Sequence[Step], kept: set[int], fits: Callable[[Weight], bool]) 
             found[source] = Instruction("row_linear", arguments, instruction.results)
             found[number] = None
             continue
-        _, residual, norm, eps = instruction.arguments
-        if made.get(residual.index, -1) < source:
+        _, residual, norm, eps, scale = instruction.arguments
+        if scale == 1.0 and made.get(residual.index, -1) < source:
             normed, total = instruction.results
             arguments = (x, weight, None, 0.0, residual, "")
             found[source] = Instruction("row_linear", arguments, (total,))
@@ -63,7 +63,9 @@ def _take_norms(found: list[Instruction | None], uses: Counter[int]) -> None:
     norms = {
         instruction.results[0].index: number
         for number, instruction in enumerate(found)
-        if instruction is not None and instruction.op == "rms_norm"
+        if instruction is not None
+        and instruction.op == "rms_norm"
+        and instruction.arguments[1].shape == (instruction.arguments[0].width,)
     }
     for number, instruction in enumerate(found):
         if instruction is None or instruction.op != "row_linear":

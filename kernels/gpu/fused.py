@@ -131,12 +131,13 @@ def norm_kernel(
     residual,
     weight,
     eps,
+    scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """RMS norm of a row, of its sum with the residual if ADD."""
+    """RMS norm of a row, of its scaled sum with the residual if ADD."""
     row = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -145,6 +146,7 @@ def norm_kernel(
     values = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
+        values *= scale
         tl.store(total + row + columns, values.to(total.dtype.element_ty), mask=inside)
     mean = tl.sum(values * values, 0) / WIDTH
     result = values * tl.rsqrt(mean + eps) * factors
@@ -203,6 +205,7 @@ def rope_write_kernel(
     sine,
     query_norm,
     key_norm,
+    value_norm,
     growth,
     eps,
     QUERY_HEADS: tl.constexpr,
@@ -211,12 +214,13 @@ def rope_write_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     NORMS: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
     GROWS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """HEADS heads of one token: a query is normalized, rotated and written out; a key is also, to
-    the cache; a value goes there as it is."""
+    the cache; a value goes there as it is, or normalized."""
     announce(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -239,14 +243,19 @@ def rope_write_kernel(
     place = qkv + (row * ALL + head)[:, None] * DIM + dims[None, :]
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
-    write_vectors(
-        values, value_scales, slot, head - QUERY_HEADS - KV_HEADS, is_value, first, second, dims,
-        KV_HEADS, DIM, QUANTIZED,
-    )  # fmt: skip
+    own_first, own_second = first, second
     if NORMS:
         mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / DIM
         factor = tl.rsqrt(mean + eps)[:, None]
+        if VALUE_NORM:
+            by_first = tl.load(value_norm + dims, mask=in_dim, other=0.0)[None, :]
+            by_second = tl.load(value_norm + HALF + dims, mask=in_dim, other=0.0)[None, :]
+            own_first, own_second = first * factor * by_first, second * factor * by_second
         first, second = first * factor * first_norm, second * factor * second_norm
+    write_vectors(
+        values, value_scales, slot, head - QUERY_HEADS - KV_HEADS, is_value, own_first, own_second,
+        dims, KV_HEADS, DIM, QUANTIZED,
+    )  # fmt: skip
     low = first * cos - second * sin
     high = second * cos + first * sin
     write_vectors(

@@ -24,6 +24,7 @@ from kernels.gpu.configs import (
 from kernels.gpu.experts import Layout, sort_rows
 from kernels.gpu.launch import power_of_two
 from kernels.gpu.matmul import MAX_FEW, MatmulShape, dense_linear
+from kernels.gpu.pointwise import PointwiseOps
 from kernels.gpu.single import RowShape, digits_of
 from kernels.gpu.staging import Staging
 from kernels.gpu.state_ops import StateOps
@@ -76,7 +77,7 @@ class Workspace:
         return self.counters[size]
 
 
-class GpuOps(StateOps):
+class GpuOps(StateOps, PointwiseOps):
     """An `Ops[torch.Tensor]`: activations in `dtype`, logits in fp32."""
 
     def __init__(
@@ -121,18 +122,23 @@ class GpuOps(StateOps):
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
-        norm_config(x.shape[1], add=False).launch(
-            (len(x),), out, out, x, x, gpu(weight).tensor, eps
+        out, width = torch.empty_like(x), weight.shape[0]
+        norm_config(width, add=False).launch(
+            (x.numel() // width,), out, out, x, x, gpu(weight).tensor, eps, 1.0
         )
         return out
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: Weight, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: Weight,
+        eps: float,
+        scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, total = torch.empty_like(x), torch.empty_like(x)
         norm_config(x.shape[1], add=True).launch(
-            (len(x),), out, total, x, residual, gpu(weight).tensor, eps
+            (len(x),), out, total, x, residual, gpu(weight).tensor, eps, scale
         )
         return out, total
 
@@ -301,8 +307,13 @@ class GpuOps(StateOps):
         cosine, sine, growth = self._rotation(rope)
         quantized = cache.key_scales is not None
         grows = growth is not None
+        of_values = norms.value if norms is not None else None
         config, blocks = rope_config(
-            heads, norms=norms is not None, quantized=quantized, grows=grows
+            heads,
+            norms=norms is not None,
+            value_norm=of_values is not None,
+            quantized=quantized,
+            grows=grows,
         )
         config.launch(
             (len(qkv), blocks),
@@ -318,6 +329,7 @@ class GpuOps(StateOps):
             sine,
             gpu(norms.query).tensor if norms else cosine,
             gpu(norms.key).tensor if norms else cosine,
+            gpu(of_values).tensor if of_values is not None else cosine,
             growth if growth is not None else cosine,
             norms.eps if norms else 0.0,
         )

@@ -18,7 +18,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class GpuPages:
-    """Each of `tensors` has the keys and values of all layers one behind the other, or their
+    """Each of `tensors` has the keys and values of some layers one behind the other, or their
     scales: `[2 * layers, slots, ...]`; a page is an equal share of the slots of each. On the host
     it is a block of bytes that is sent at once."""
 
@@ -95,21 +95,21 @@ def restore_kernel(
 
 
 class GpuCodec:
-    """Pages of a float cache, `[2 * layers, slots, kv heads, head_dim]`, as int8 with a scale for
-    each token and head; they are made so on the device, before they are sent."""
+    """Pages of a float cache, some `[2 * layers, slots, kv heads, head_dim]`, as int8 with a scale
+    for each token and head; they are made so on the device, before they are sent."""
 
-    def __init__(self, cache: torch.Tensor, pages: int) -> None:
-        layers, slots, heads, dim = cache.shape
-        self._cache, self._pages = cache, pages
-        vectors = slots // pages * heads
-        count = layers * vectors
-        self.page_bytes = count * (dim + 4)
-        self._block = torch.empty(self.page_bytes, dtype=torch.uint8, device=cache.device)
+    def __init__(self, caches: Sequence[torch.Tensor], pages: int) -> None:
+        self._pages = pages
+        counts = [len(cache) * cache.shape[1] // pages * cache.shape[2] for cache in caches]
+        sizes = [count * cache.shape[3] for count, cache in zip(counts, caches, strict=True)]
+        self.page_bytes = 4 * sum(counts) + sum(sizes)
+        self._block = torch.empty(self.page_bytes, dtype=torch.uint8, device=caches[0].device)
         # The steps come first: they have to lie at multiples of 4.
-        self._steps = self._block[: 4 * count].view(torch.float32)
-        self._numbers = self._block[4 * count :].view(torch.int8)
-        self._grid = (vectors, layers)
-        self._constants = {"VECTORS": vectors, "DIM": dim, "BLOCK": power_of_two(dim)}
+        steps = self._block[: 4 * sum(counts)].view(torch.float32)
+        numbers = self._block[4 * sum(counts) :].view(torch.int8)
+        self._parts = list(
+            zip(torch.split(numbers, sizes), torch.split(steps, counts), caches, strict=True)
+        )
         self._launch(compress_kernel, pages - 1)  # compiled now, not with the first page
         self._launch(restore_kernel, pages - 1)
 
@@ -124,7 +124,11 @@ class GpuCodec:
         self._launch(restore_kernel, page)
 
     def _launch(self, kernel: object, page: int) -> None:
-        if self._cache.is_cuda:
-            torch.cuda.set_device(self._cache.device)  # a thread starts with the first
-        config = Config(kernel, self._constants, 1)
-        config.launch(self._grid, self._numbers, self._steps, self._cache, page, self._pages)
+        if self._block.is_cuda:
+            torch.cuda.set_device(self._block.device)  # a thread starts with the first
+        for numbers, steps, cache in self._parts:
+            layers, slots, heads, dim = cache.shape
+            vectors = slots // self._pages * heads
+            sizes = {"VECTORS": vectors, "DIM": dim, "BLOCK": power_of_two(dim)}
+            config = Config(kernel, sizes, 1)
+            config.launch((vectors, layers), numbers, steps, cache, page, self._pages)

@@ -116,9 +116,13 @@ class GpuProgram:
         vocab, samples = tape.logits.width, limits.samples
         self._logits = torch.zeros(samples, vocab, dtype=torch.float32, device=device)
         self._targets = {tape.logits.index: self._logits}
-        if self._head and (last := self._head[-1][0]).op == "all_gather":
+        ends = [instruction for instruction, _ in self._head]
+        if ends and ends[-1].op == "softcap":
+            # Capped where they are.
+            self._targets[ends.pop().arguments[0].index] = self._logits
+        if ends and ends[-1].op == "all_gather":
             # A rank's part of them, as exact as the whole.
-            part: Handle = last.arguments[0]
+            part: Handle = ends[-1].arguments[0]
             self._targets[part.index] = torch.zeros(
                 samples, part.width, dtype=torch.float32, device=device
             )

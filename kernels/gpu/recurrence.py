@@ -14,18 +14,13 @@ import triton.language as tl
 
 from kernels import ops
 from kernels.gpu.launch import Config, enter, power_of_two
+from kernels.gpu.pointwise import sigmoid
 from kernels.ops import DeltaHeads
 from kernels.reference import LayerStates
 
 L2_EPSILON = tl.constexpr(ops.L2_EPSILON)
 # Columns of a memory that a program holds, and channels that it keeps the last inputs of.
 COLUMNS, CHANNELS = 32, 512
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + e^-x)."""
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -267,21 +262,6 @@ def gated_norm_kernel(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def sigmoid_gate_kernel(
-    out, x, gate, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):
-    """A row times the sigmoid of its gate."""
-    enter(EARLY)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    place = row * WIDTH + column
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value *= sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
-
-
 class GpuStateMoves:
     """States as they are moved: `tensors` are `[states, ...]`."""
 
@@ -368,9 +348,3 @@ class DeltaShape:
 def gated_norm_config(width: int) -> Config:
     """Norms of parts of this width, gated."""
     return Config(gated_norm_kernel, {"WIDTH": width, "BLOCK": power_of_two(width)}, 1)
-
-
-def sigmoid_gate_config(width: int) -> tuple[Config, int]:
-    """A gate of rows of this width, and the blocks of a row."""
-    block = min(power_of_two(width), 1024)
-    return Config(sigmoid_gate_kernel, {"WIDTH": width, "BLOCK": block}, 4), -(-width // block)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from kernels.gpu.attention import AttentionShape
+from kernels.gpu.configs import rope_config
 from kernels.gpu.launch import Compiled, Config, pointer
 from kernels.gpu.matmul import FOUR_BITS, Format, MatmulShape
 from kernels.gpu.weights import INT4_GROUP
+from kernels.ops import Heads
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 INT8, INT16, INT32, INT64 = torch.int8, torch.int16, torch.int32, torch.int64
@@ -97,3 +99,30 @@ def named(
 def arguments_of(config: Config) -> list[str]:
     """A kernel's arguments but those that are fixed when it is compiled."""
     return [n for n in config.kernel.arg_names if n not in config.constants and n != "EARLY"]
+
+
+def rope_launch(
+    heads: Heads,
+    label: str,
+    *,
+    norms: bool = True,
+    quantized: bool = False,
+    grows: bool = False,
+    value_norm: bool = False,
+) -> Compiled:
+    """Rotation, and the cache's writes."""
+    cache = pointer(INT8 if quantized else BF16)
+    scales = pointer(F32 if quantized else BF16)
+    floats = ("cosine", "sine", "query_norm", "key_norm", "value_norm", "growth")
+    types = {
+        **dict.fromkeys(("keys", "values"), cache),
+        **dict.fromkeys(("key_scales", "value_scales"), scales),
+        **dict.fromkeys(("out", "qkv"), pointer(BF16)),
+        **dict.fromkeys(("positions", "slots"), pointer(INT32)),
+        **dict.fromkeys(floats, pointer(F32)),
+        "eps": "fp32",
+    }
+    config, _ = rope_config(
+        heads, norms=norms, quantized=quantized, grows=grows, value_norm=value_norm
+    )
+    return named(f"rope_write_kv {label}", config, types)

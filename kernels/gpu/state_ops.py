@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.gpu.recurrence import (
-    DeltaShape,
-    gated_norm_config,
-    sigmoid_gate_config,
-)
+from kernels.gpu.recurrence import DeltaShape, gated_norm_config
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import gpu
 from kernels.ops import DeltaHeads, Weight
@@ -76,10 +72,4 @@ class StateOps:
         width = weight.shape[0]
         parts = x.numel() // width
         gated_norm_config(width).launch((parts,), out, x, gate, gpu(weight).tensor, eps)
-        return out
-
-    def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        config, blocks = sigmoid_gate_config(x.shape[1])
-        config.launch((len(x), blocks), out, x, gate)
         return out

@@ -102,7 +102,7 @@ def run_linear(
 ) -> torch.Tensor:
     """`x @ weight.T (+ bias)` through a program: the inputs are the rows of an embedding table."""
     backend = NativeBackend(weights, threads, instructions)
-    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "bfloat16", 16), 1)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "bfloat16", 16), 1)
     # The table is never rounded, so that every activation can be had.
     table = NativeBackend("float32", 1, instructions).load([Host(x)])
     placed = backend.load([weight], [Host(bias)] if bias is not None else [])

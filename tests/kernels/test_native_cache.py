@@ -34,7 +34,7 @@ def served(
     path = write_llama(folder / cache, head_dim=64, num_hidden_layers=1)
     backend = NativeBackend("float32", 2, instructions)
     model = load_model(open_checkpoint(path), backend)
-    backend.allocate_cache(CacheLayout(1, model.config.heads, 16, cache, 512), PAGES)
+    backend.allocate_cache(CacheLayout((model.config.heads,), 16, cache, 512), PAGES)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
     return backend, backend.compile(tape, 512)
@@ -155,7 +155,7 @@ def test_sinks_take_their_share_of_every_heads_attention(
     ):
         placed = {name: backend.load([Host(value)]) for name, value in values.items()}
         dtype: CacheDType = cache if isinstance(backend, NativeBackend) else "float32"
-        backend.allocate_cache(CacheLayout(1, heads, 16, dtype, 512), PAGES)
+        backend.allocate_cache(CacheLayout((heads,), 16, dtype, 512), PAGES)
         recorder = Recorder()
         q = recorder.rope_write_kv(recorder.embed(placed["table"], 1.0), 0, heads, rope, None)
         y = recorder.attention(q, 0, heads, 0.3, window, placed["sinks"])

@@ -76,7 +76,7 @@ def run_experts(
     an embedding table, and a matmul by one shows the result."""
     backend = NativeBackend(weights, threads, instructions)
     exact = NativeBackend("float32", 1, instructions)
-    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "bfloat16", 16), 1)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "bfloat16", 16), 1)
     table, router = exact.load([Host(x)]), exact.load([Host(block.router)])
     span = slice(experts.first, experts.first + experts.own)
 
@@ -251,7 +251,7 @@ def test_of_equal_experts_the_first_are_taken() -> None:
 
 def test_experts_narrower_than_a_tile_are_refused() -> None:
     backend = NativeBackend("float32", 1)
-    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "bfloat16", 16), 1)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "bfloat16", 16), 1)
     recorder = Recorder()
     hidden = recorder.embed(backend.load([Host(random(4, 24))]), 1.0)
     scores = recorder.linear(hidden, backend.load([Host(random(2, 24))]))

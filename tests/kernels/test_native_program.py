@@ -152,10 +152,10 @@ def test_a_decode_among_others_gives_the_same_bits_at_every_batch_size(
 def test_unsuited_layouts_are_refused(tmp_path: Path) -> None:
     backend = NativeBackend("auto", 1)
     for layout, message in (
-        (CacheLayout(1, Heads(1, 1, 16), 8, "bfloat16"), r"cache\.page_size is 8"),
-        (CacheLayout(1, Heads(1, 1, 18), 16, "bfloat16"), "18 wide"),
-        (CacheLayout(1, Heads(1, 1, 512), 16, "bfloat16"), "512 wide"),
-        (CacheLayout(1, Heads(1, 1, 48), 16, "int4"), "int4 takes multiples of 32"),
+        (CacheLayout((Heads(1, 1, 16),), 8, "bfloat16"), r"cache\.page_size is 8"),
+        (CacheLayout((Heads(1, 1, 18),), 16, "bfloat16"), "18 wide"),
+        (CacheLayout((Heads(1, 1, 516),), 16, "bfloat16"), "516 wide"),
+        (CacheLayout((Heads(1, 1, 48),), 16, "int4"), "int4 takes multiples of 32"),
     ):
         with pytest.raises(ValueError, match=message):
             backend.allocate_cache(layout, 4)
@@ -216,7 +216,7 @@ def test_threads_that_cannot_be_had_are_an_error_not_a_crash() -> None:
 
 def test_a_tape_that_quantizes_a_linears_output_is_refused() -> None:
     backend = NativeBackend("auto", 1)
-    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "bfloat16", 16), 1)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "bfloat16", 16), 1)
     table = backend.load([quantized(Type.Q8_0, 32, 32)])
     recorder = Recorder()
     twice = recorder.linear(recorder.linear(recorder.embed(table, 1.0), table), table)

@@ -131,7 +131,7 @@ def test_a_state_that_was_kept_is_gone_on_from(
 
 def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
     backend = NativeBackend("float32", 1)
-    layout = CacheLayout(1, Heads(1, 1, 16), 16, "float32", 16, DeltaHeads(1, 1, 8, 16, 4), 1)
+    layout = CacheLayout((Heads(1, 1, 16),), 16, "float32", 16, DeltaHeads(1, 1, 8, 16, 4), 1)
     backend.allocate_cache(layout, 1, states=1)
     states = backend._native_states(backend._states[0])
     program = backend._native.Program(backend.device, 1, None)

@@ -48,7 +48,7 @@ def test_a_tape_recorded_once_equals_eager_at_every_row_count(
 ) -> None:
     backend, _ = select_backend(backend_name, dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(write_llama(tmp_path)), backend)
-    layout = CacheLayout(2, model.config.heads, SIZE, "float32")
+    layout = CacheLayout((model.config.heads,) * 2, SIZE, "float32")
     backend.allocate_cache(layout, PAGES)
     recorder = Recorder()
     program = backend.compile(recorder.finish(model.forward(recorder)), 512)

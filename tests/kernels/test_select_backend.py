@@ -51,7 +51,7 @@ def test_an_instruction_set_can_be_named() -> None:
 
 def test_a_page_counts_its_scales() -> None:
     dtypes: list[CacheDType] = ["float32", "bfloat16", "int8", "int4"]
-    layouts = [CacheLayout(2, Heads(4, 2, 64), 16, dtype) for dtype in dtypes]
+    layouts = [CacheLayout((Heads(4, 2, 64),) * 2, 16, dtype) for dtype in dtypes]
     pages = [layout.bytes_per_page for layout in layouts]
     assert pages == [32768, 16384, 8192 + 512, 4096 + 1024]
 

@@ -19,6 +19,9 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr int kPass = kWide ? 6 : 4, kKeyTiles = kWide ? 4 : 2, kManyRows = kWide ? kPass : 2;
 constexpr int kMixPass = kWide ? 6 : 2;
 
+// What rows lie apart: no power of two, which would leave them few sets of the cache.
+constexpr int kRowDim = kMaxDim + 64;
+
 template <CacheFormat kFormat>
 constexpr int kElements =  // of the cache in a word of four bytes
     kFormat == CacheFormat::kF32 ? 1 : kFormat == CacheFormat::kBf16 ? 2 : 4;
@@ -33,8 +36,8 @@ constexpr int kOperand = kFormat == CacheFormat::kF32    ? 4
 template <CacheFormat kFormat>
 struct State {
   alignas(64) float scores[kQueryRows][kBlock];
-  alignas(64) float acc[kQueryRows][kMaxDim];
-  alignas(64) uint8_t queries[kQueryRows][kMaxDim * kOperand<kFormat>];
+  alignas(64) float acc[kQueryRows][kRowDim];
+  alignas(64) uint8_t queries[kQueryRows][kRowDim * kOperand<kFormat>];
   alignas(64) uint8_t weights[kQueryRows][kBlock * kOperand<kFormat>];
   alignas(64) uint8_t low[kQueryRows][kBlock];
   float maximum[kQueryRows], total[kQueryRows];
@@ -45,7 +48,7 @@ struct State {
   void begin(int row, const float* q, int64_t dim, float sink) {
     maximum[row] = sink;
     total[row] = sink == kLowest ? 0.0f : 1.0f;
-    std::memset(acc[row], 0, sizeof acc[row]);
+    std::memset(acc[row], 0, static_cast<size_t>(dim + 15) / 16 * 16 * sizeof(float));
     if (kFormat == CacheFormat::kF32) {
       std::memcpy(queries[row], q, static_cast<size_t>(dim) * 4);
     } else if (kFormat == CacheFormat::kBf16) {

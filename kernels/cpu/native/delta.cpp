@@ -98,13 +98,5 @@ void unit_row(float* x, int64_t dim, float scale) {
   for (int64_t i = 0; i < dim; i += 16) store(x + i, mul(load(x + i), factor));
 }
 
-void gate_row(const float* x, const float* gate, int64_t width, bool itself, float* out) {
-  for (int64_t i = 0; i < width; i += 16) {
-    const int64_t left = width - i;
-    const Floats g = load(gate + i, left), share = sigmoid(g);
-    store(out + i, mul(load(x + i, left), itself ? mul(g, share) : share), left);
-  }
-}
-
 }  // namespace RYZANSTEIN_ISA
 }  // namespace ryzanstein

@@ -68,6 +68,15 @@ inline Floats activate(Floats gate) {
   }
 }
 
+template <class Activate>
+inline void gate_with(const float* x, const float* gate, int64_t width, float* out,
+                      const Activate& activated) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const int64_t left = width - i;
+    store(out + i, mul(load(x + i, left), activated(load(gate + i, left))), left);
+  }
+}
+
 template <int kActivation>
 inline Floats gate_of(Floats gate, Floats up) {
   if constexpr (kActivation == 3) {
@@ -164,6 +173,23 @@ void gated_row(const float* x, int64_t width, int activation, float* out) {
     case 1: return gated<1>(x, width, out);
     case 2: return gated<2>(x, width, out);
     default: return gated<3>(x, width, out);
+  }
+}
+
+void gate_row(const float* x, const float* gate, int64_t width, int activation, float* out) {
+  switch (activation) {
+    case 0: return gate_with(x, gate, width, out, [](Floats g) { return sigmoid(g); });
+    case 1: return gate_with(x, gate, width, out, [](Floats g) { return activate<0>(g); });
+    default: return gate_with(x, gate, width, out, [](Floats g) { return activate<1>(g); });
+  }
+}
+
+void softcap_row(float cap, int64_t width, float* x) {
+  // tanh(u) = 2 sigmoid(2u) - 1
+  const Floats inner = set1(2.0f / cap), outer = set1(2.0f * cap), least = set1(-cap);
+  for (int64_t i = 0; i < width; i += 16) {
+    const int64_t left = width - i;
+    store(x + i, fma(outer, sigmoid(mul(load(x + i, left), inner)), least), left);
   }
 }
 

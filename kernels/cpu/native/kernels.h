@@ -27,7 +27,7 @@ struct Activations {
   static int64_t row_stride(int64_t width) { return (width + kChunk - 1) / kChunk * kChunk; }
 };
 
-constexpr int kMaxDim = 256;
+constexpr int kMaxDim = 512;
 
 // The paged cache of one layer. Pages hold `page_size` tokens, a multiple of 16.
 enum class CacheFormat : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
@@ -184,8 +184,10 @@ struct Kernels {
   void (*multiply_row)(const float* a, const float* b, int64_t width, float* out);
   // x = scale * x / |x|, `dim` a multiple of 16.
   void (*unit_row)(float* x, int64_t dim, float scale);
-  // out = x * sigmoid(gate), and times the gate `itself`; `out` may be `x`.
-  void (*gate_row)(const float* x, const float* gate, int64_t width, bool itself, float* out);
+  // out = x * activation(gate); 0 is the sigmoid, 1 SiLU, 2 GELU (tanh form). `out` may be `x`.
+  void (*gate_row)(const float* x, const float* gate, int64_t width, int activation, float* out);
+  // x = cap * tanh(x / cap)
+  void (*softcap_row)(float cap, int64_t width, float* x);
 
   // Penalties on one row in place, as kernels/sampling.py defines them.
   void (*penalize)(float* logits, int64_t vocab, const Penalty& penalty);

@@ -141,33 +141,56 @@ struct Device {
   }
 };
 
-Instruction instruction(const std::string& op, int in, int in2, int out, int out2,
-                        std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2,
-                        uintptr_t cosine, uintptr_t sine, uintptr_t growth, uintptr_t target,
-                        float scalar, int layer, int heads, int activation, int64_t window, int64_t first,
-                        std::vector<int64_t> widths) {
+// What is given by name, taken field by field.
+class Fields {
+ public:
+  explicit Fields(const nb::kwargs& given) : given_(given) {}
+
+  template <class T>
+  void take(const char* name, T& field) {
+    if (!given_.contains(name)) return;
+    if constexpr (std::is_pointer_v<T>) {
+      field = reinterpret_cast<T>(nb::cast<uintptr_t>(given_[name]));
+    } else {
+      field = nb::cast<T>(given_[name]);
+    }
+    ++taken_;
+  }
+  bool all_taken() const { return taken_ == given_.size(); }
+
+ private:
+  const nb::kwargs& given_;
+  size_t taken_ = 0;
+};
+
+Instruction instruction(const std::string& op, const nb::kwargs& given) {
   const auto name = std::find(kOpNames.begin(), kOpNames.end(), op);
   if (name == kOpNames.end()) throw std::invalid_argument("no op is called " + op);
   Instruction i;
   i.op = static_cast<Op>(name - kOpNames.begin());
-  i.in = in;
-  i.in2 = in2;
-  i.out = out;
-  i.out2 = out2;
-  i.weight = std::move(weight);
-  i.vector = at<const float>(vector);
-  i.vector2 = at<const float>(vector2);
-  i.cosine = at<const float>(cosine);
-  i.sine = at<const float>(sine);
-  i.growth = at<const float>(growth);
-  i.target = at<float>(target);
-  i.scalar = scalar;
-  i.layer = layer;
-  i.heads = heads;
-  i.activation = activation;
-  i.window = window;
-  i.first = first;
-  i.widths = std::move(widths);
+  Fields fields(given);
+  fields.take("in_", i.in);
+  fields.take("in2", i.in2);
+  fields.take("out", i.out);
+  fields.take("out2", i.out2);
+  fields.take("weight", i.weight);
+  fields.take("vector", i.vector);
+  fields.take("vector2", i.vector2);
+  fields.take("vector3", i.vector3);
+  fields.take("cosine", i.cosine);
+  fields.take("sine", i.sine);
+  fields.take("growth", i.growth);
+  fields.take("target", i.target);
+  fields.take("scalar", i.scalar);
+  fields.take("factor", i.factor);
+  fields.take("layer", i.layer);
+  fields.take("heads", i.heads);
+  fields.take("kv_heads", i.kv_heads);
+  fields.take("activation", i.activation);
+  fields.take("window", i.window);
+  fields.take("first", i.first);
+  fields.take("widths", i.widths);
+  if (!fields.all_taken()) throw std::invalid_argument("an argument of " + op + " is unknown");
   return i;
 }
 
@@ -303,21 +326,11 @@ NB_MODULE(_native, m) {
            },
            nb::kw_only(), "in_"_a, "gates"_a, "out"_a, "layer"_a, "taps"_a, "decay"_a, "offset"_a,
            "channels"_a, "shares"_a)
-      .def(
-          "add",
-          [](Program& p, const std::string& op, int in, int in2, int out, int out2,
-             std::shared_ptr<Weight> weight, uintptr_t vector, uintptr_t vector2, uintptr_t cosine,
-             uintptr_t sine, uintptr_t growth, uintptr_t target, float scalar, int layer, int heads,
-             int activation, int64_t window, int64_t first, std::vector<int64_t> widths) {
-            p.add(instruction(op, in, in2, out, out2, std::move(weight), vector, vector2, cosine,
-                              sine, growth, target, scalar, layer, heads, activation, window, first,
-                              std::move(widths)));
-          },
-          "op"_a, nb::kw_only(), "in_"_a = -1, "in2"_a = -1, "out"_a = -1, "out2"_a = -1,
-          "weight"_a.none() = nb::none(), "vector"_a = 0, "vector2"_a = 0, "cosine"_a = 0,
-          "sine"_a = 0, "growth"_a = 0, "target"_a = 0, "scalar"_a = 0.0f, "layer"_a = 0, "heads"_a = 0,
-          "activation"_a = 0, "window"_a = 0, "first"_a = 0,
-          "widths"_a = std::vector<int64_t>{})
+      .def("add",
+           [](Program& p, const std::string& op, const nb::kwargs& given) {
+             p.add(instruction(op, given));
+           },
+           "op"_a, "given"_a)
       .def("profile", &Program::profile)
       .def("nanoseconds",
            [](const Program& p) {

@@ -116,6 +116,7 @@ void Program::step(const Instruction& i, const Batch& batch) {
   switch (i.op) {
     case Op::kLinear: return linear_step(i, rows_of(i.in, batch));
     case Op::kRopeWriteKv: return rope_step(i, batch);
+    case Op::kSoftcap: return softcap_step(i, batch.samples);
     case Op::kAttention: return attention_step(i, batch);
     case Op::kDelta: return delta_step(i, batch);
     case Op::kShortConv: return short_conv_step(i, batch);
@@ -142,12 +143,20 @@ void Program::step(const Instruction& i, const Batch& batch) {
           break;
         }
         case Op::kRmsNorm:
-          kernels_.rms_norm_row(x, i.vector, i.scalar, width, row_values);
+          for (int64_t part = 0; part < width; part += i.window) {
+            kernels_.rms_norm_row(x + part, i.vector, i.scalar, i.window, row_values + part);
+          }
+          break;
+        case Op::kAdd:
+          kernels_.add_row(x, values_[i.in2].floats.get() + row * width, width, row_values);
           break;
         case Op::kAddRmsNorm: {
           const Value& sum = values_[i.out2];
           float* total = sum.floats ? sum.floats.get() + row * width : row_values;
           kernels_.add_row(x, values_[i.in2].floats.get() + row * width, width, total);
+          if (i.factor != 1.0f) {
+            for (int64_t n = 0; n < width; ++n) total[n] *= i.factor;
+          }
           kernels_.rms_norm_row(total, i.vector, i.scalar, width, row_values);
           break;
         }
@@ -161,11 +170,12 @@ void Program::step(const Instruction& i, const Batch& batch) {
           for (int64_t part = 0; part < width; part += i.window) {
             kernels_.rms_norm_row(x + part, i.vector, i.scalar, i.window, row_values + part);
           }
-          kernels_.gate_row(row_values, values_[i.in2].floats.get() + row * width, width, true,
+          kernels_.gate_row(row_values, values_[i.in2].floats.get() + row * width, width, 1,
                             row_values);
           break;
-        case Op::kSigmoidGate:
-          kernels_.gate_row(x, values_[i.in2].floats.get() + row * width, width, false, row_values);
+        case Op::kGate:
+          kernels_.gate_row(x + i.first, values_[i.in2].floats.get() + row * width, width,
+                            i.activation, row_values);
           break;
         case Op::kGated: kernels_.gated_row(x, width, i.activation, row_values); break;
         default:
@@ -211,7 +221,7 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
       float* head = in.floats.get() + row * in.width;
       const float* cosine = i.cosine + batch.positions[row] * half;
       const float* sine = i.sine + batch.positions[row] * half;
-      for (int64_t h = 0; h < i.heads + cache.heads; ++h, head += dim) {
+      for (int64_t h = 0; h < i.heads + i.kv_heads; ++h, head += dim) {
         const float* norm = h < i.heads ? i.vector : i.vector2;
         if (norm) kernels_.rms_norm_row(head, norm, i.scalar, dim, head);
         kernels_.rotate_head(head, cosine, sine, dim);
@@ -226,9 +236,23 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
           kernels_.write_key(cache, batch.kv_slots[row], h - i.heads, head);
         }
       }
-      for (int64_t h = 0; h < cache.heads; ++h, head += dim) {
+      for (int64_t h = 0; h < i.kv_heads; ++h, head += dim) {
+        if (i.vector3) kernels_.rms_norm_row(head, i.vector3, i.scalar, dim, head);
         kernels_.write_value(cache, batch.kv_slots[row], h, head);
       }
+    }
+  });
+}
+
+void Program::softcap_step(const Instruction& i, int64_t rows) const {
+  // A vocabulary's logits are many for one row.
+  constexpr int64_t kColumns = 4096;
+  const int64_t pieces = (i.window + kColumns - 1) / kColumns;
+  pool_->run(rows * pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t column = n % pieces * kColumns;
+      float* logits = i.target + n / pieces * i.window + column;
+      kernels_.softcap_row(i.scalar, std::min(kColumns, i.window - column), logits);
     }
   });
 }

@@ -35,13 +35,12 @@ struct Batch {
 
 enum class Op {
   kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
-  kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kSigmoidGate,
-  kShortConv
+  kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kGate, kShortConv, kAdd, kSoftcap
 };
-constexpr std::array<const char*, 16> kOpNames = {
+constexpr std::array<const char*, 18> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
     "select_rows", "all_reduce", "all_gather", "experts", "sum_parts", "delta",
-    "gated_norm", "sigmoid_gate", "short_conv"};
+    "gated_norm", "gate", "short_conv", "add", "softcap"};
 
 // How many experts there are, how many a row goes through, and which are here: `own` from `first` on; `shared`
 // others, behind the `count` ones, all rows go through.
@@ -87,17 +86,19 @@ struct Delta {
 // One op; fields that it does not have keep their defaults. Values are numbers of buffers.
 struct Instruction {
   Op op = Op::kEmbed;
-  int in = -1, in2 = -1, out = -1, out2 = -1;  // in2: residual; out2: the sum
+  int in = -1, in2 = -1, out = -1, out2 = -1;  // in2: residual, or gate; out2: the sum
   std::shared_ptr<Weight> weight;
   const float* vector = nullptr;   // norm weight, bias, norm of the queries, or the heads' sinks
   const float* vector2 = nullptr;  // norm of the keys
+  const float* vector3 = nullptr;  // norm of the values
   const float *cosine = nullptr, *sine = nullptr;
   const float* growth = nullptr;  // factor of the queries at each position
   float* target = nullptr;  // where a linear writes that has no `out`: the logits
-  float scalar = 0.0f;      // eps, or a scale
-  int layer = 0, heads = 0, activation = 0;
-  int64_t window = 0;
-  int64_t first = 0;            // token of an embedding table's first row
+  float scalar = 0.0f;      // eps, a scale, or a cap
+  float factor = 1.0f;      // of a sum
+  int layer = 0, heads = 0, kv_heads = 0, activation = 0;
+  int64_t window = 0;           // or the width of a norm, or of logits
+  int64_t first = 0;            // token of an embedding table's first row, or column of what is gated
   std::vector<int64_t> widths;  // of the ranks' parts
   std::shared_ptr<Experts> experts;
   std::shared_ptr<Delta> delta;
@@ -159,6 +160,8 @@ class Program {
   void step(const Instruction& i, const Batch& batch);
   void linear_step(const Instruction& i, int64_t rows);
   void rope_step(const Instruction& i, const Batch& batch);
+  // Of the logits, in place.
+  void softcap_step(const Instruction& i, int64_t rows) const;
   void attention_step(const Instruction& i, const Batch& batch);
   void collective_step(const Instruction& i, int64_t rows);
   void delta_step(const Instruction& i, const Batch& batch);

@@ -13,7 +13,7 @@ from engine.execution.memory import available_memory, cache_size
 from kernels.backend import CacheLayout
 from kernels.ops import Heads
 
-LAYOUT = CacheLayout(layers=2, heads=Heads(4, 2, 8), page_size=16, dtype="bfloat16")
+LAYOUT = CacheLayout(heads=(Heads(4, 2, 8),) * 2, page_size=16, dtype="bfloat16")
 
 
 def test_a_page_holds_keys_and_values_of_every_layer() -> None:

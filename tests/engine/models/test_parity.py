@@ -69,6 +69,25 @@ GATED_EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 64,
 }
+GEMMA4 = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 7,
+    "global_head_dim": 32,
+    "final_logit_softcapping": 5.0,
+}
+# As the models for phones are, and as those for servers.
+GEMMA4_SMALL = {
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 120,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
+GEMMA4_LARGE = {
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied-biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True}),
@@ -206,6 +225,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         {"sliding_window": 7, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
     ),
+    "gemma4": ("Gemma4TextConfig", GEMMA4 | GEMMA4_SMALL),
+    "gemma4-large": ("Gemma4TextConfig", GEMMA4 | GEMMA4_LARGE),
 }
 
 
@@ -217,6 +238,8 @@ def randomize(model: torch.nn.Module) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
+            if name.endswith("layer_scalar"):
+                buffer.copy_(torch.rand_like(buffer) + 0.3)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
@@ -297,11 +320,10 @@ def test_a_recorded_tape_equals_eager_at_every_row_count(
     model = load_model(open_checkpoint(pair[0]), backend)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
-    heads = model.config.heads
 
     def ops() -> ReferenceOps:
-        shape = (64, heads.kv, heads.dim)
-        caches = [LayerCache(torch.zeros(shape), torch.zeros(shape)) for _ in range(8)]
+        shapes = [(64, heads.kv, heads.dim) for heads in model.heads]
+        caches = [LayerCache(torch.zeros(shape), torch.zeros(shape)) for shape in shapes]
         return kind(caches, 4, None, host_states(cache_layout(model, 4, "float32"), 1))
 
     recorded, eager = ops(), ops()

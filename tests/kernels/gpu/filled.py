@@ -68,7 +68,7 @@ def run_linear(
 ) -> torch.Tensor:
     """`x @ weight.T (+ bias)` in fp32; the inputs are the rows of an embedding table."""
     backend = GpuBackend(weights, "float32", HOST, invariant=invariant)
-    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "float32", 16), 8)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "float32", 16), 8)
     table = GpuBackend("float32", "float32", HOST).load([Host(x)])
     placed = backend.load([weight], [Host(bias)] if bias is not None else [])
     recorder = Recorder()

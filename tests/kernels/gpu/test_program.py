@@ -165,7 +165,7 @@ def test_gates_equal_the_reference(activation: Activation) -> None:
 
 def test_pages_are_copied_and_go_to_the_host_and_back() -> None:
     backend = GpuBackend("bfloat16", "bfloat16", HOST)
-    backend.allocate_cache(CacheLayout(2, Heads(4, 2, 8), SIZE, "int8", 64), 8)
+    backend.allocate_cache(CacheLayout((Heads(4, 2, 8),) * 2, SIZE, "int8", 64), 8)
     pages = backend.pages()
     assert pages.page_bytes == 2 * 2 * SIZE * 2 * (8 + 4)
     block = np.random.default_rng(0).integers(0, 255, pages.page_bytes, np.uint8)
@@ -182,7 +182,7 @@ def test_pages_are_copied_and_go_to_the_host_and_back() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pages_go_to_the_host_as_int8_and_come_back_rounded(dtype: Any) -> None:
     backend = GpuBackend(dtype, dtype, HOST)
-    backend.allocate_cache(CacheLayout(2, Heads(4, 2, 24), SIZE, dtype, 64), 8)
+    backend.allocate_cache(CacheLayout((Heads(4, 2, 24),) * 2, SIZE, dtype, 64), 8)
     pages, codec = backend.pages(), backend.page_codec("int8")
     vectors = 2 * 2 * SIZE * 2
     assert codec.page_bytes == vectors * (24 + 4)
@@ -206,7 +206,7 @@ def test_pages_go_to_the_host_as_int8_and_come_back_rounded(dtype: Any) -> None:
 
 def test_a_codec_makes_int8_of_floats() -> None:
     backend = GpuBackend("bfloat16", "bfloat16", HOST)
-    backend.allocate_cache(CacheLayout(1, Heads(4, 2, 8), SIZE, "int8", 64), 8)
+    backend.allocate_cache(CacheLayout((Heads(4, 2, 8),), SIZE, "int8", 64), 8)
     with pytest.raises(ValueError, match="int8 of a float cache"):
         backend.page_codec("int8")
 
@@ -214,7 +214,7 @@ def test_a_codec_makes_int8_of_floats() -> None:
 def test_rows_of_an_int8_table_are_looked_up() -> None:
     table = Host(torch.randn(40, 160, generator=torch.Generator().manual_seed(0)))
     backend = GpuBackend("int8", "float32", HOST)
-    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "float32", 16), 8)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "float32", 16), 8)
     placed = backend.load([table])
     unit = GpuBackend("float32", "float32", HOST).load([Host(torch.eye(160))])
     recorder = Recorder()
@@ -230,7 +230,7 @@ def test_rows_of_an_int8_table_are_looked_up() -> None:
 def test_rows_of_quantized_tables_are_looked_up(kind: str) -> None:
     table = quantized(Type[kind], 40, 160)
     backend = GpuBackend("auto", "float32", HOST)
-    backend.allocate_cache(CacheLayout(1, Heads(1, 1, 16), 16, "float32", 16), 8)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "float32", 16), 8)
     placed, unit = backend.load([table]), backend.load([Host(torch.eye(160))])
     recorder = Recorder()
     hidden = recorder.select_rows(recorder.embed(placed, 2.0))
@@ -250,7 +250,7 @@ def test_what_cannot_be_held_is_refused(folder: Path) -> None:
         program_of(folder, cache="int4")
     with pytest.raises(ValueError, match="takes float32 or int8"):
         program_of(folder, cache="bfloat16")
-    layout = CacheLayout(1, Heads(1, 1, 20), 16, "float32", 16)
+    layout = CacheLayout((Heads(1, 1, 20),), 16, "float32", 16)
     with pytest.raises(ValueError, match="20 wide"):
         GpuBackend("auto", "float32", HOST).allocate_cache(layout, 8)
     with pytest.raises(ValueError, match="cannot serve"):

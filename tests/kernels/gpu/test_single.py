@@ -121,7 +121,7 @@ def test_single_tokens_give_the_references_logits(tmp_path: Path) -> None:
     path = write_llama(tmp_path)
     backend, _ = select_backend("reference", dtype="float32", cache_dtype="auto", threads=1)
     model = load_model(open_checkpoint(path), backend)
-    backend.allocate_cache(CacheLayout(2, model.config.heads, 4, "float32"), 128)
+    backend.allocate_cache(CacheLayout((model.config.heads,) * 2, 4, "float32"), 128)
     recorder = Recorder()
     reference = backend.compile(recorder.finish(model.forward(recorder)), 512)
     program, _ = program_of(path)

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from kernels.gpu import attention, experts, fused, matmul, pages, recurrence, sampling, single
+from kernels.gpu import (
+    attention,
+    experts,
+    fused,
+    matmul,
+    pages,
+    pointwise,
+    recurrence,
+    sampling,
+    single,
+)
 from kernels.gpu.catalogue import LLAMA_8B, launches
 
 ROOT = Path(__file__).parents[3]
@@ -39,7 +49,9 @@ def test_every_launch_compiles_to_what_it_is_meant_to_run_on(
 
 
 def test_the_catalogue_has_every_kernel() -> None:
-    modules = (attention, experts, fused, matmul, pages, recurrence, sampling, single)
+    modules = (
+        attention, experts, fused, matmul, pages, pointwise, recurrence, sampling, single,
+    )  # fmt: skip
     kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
     assert {one.config.kernel.__name__ for one in launches(LLAMA_8B)} == kernels
 
