@@ -223,6 +223,7 @@ class Ops(Protocol[T]):
         experts: Experts,
         activation: Activation,
         preference: Weight | None = None,
+        factors: Weight | None = None,
     ) -> T:
         """What each row's experts say, side by side, times their probabilities.
 
@@ -231,7 +232,7 @@ class Ops(Protocol[T]):
         are stacked alike. The likeliest of a row comes first, of equals the lower number, then the
         shared ones: `[rows, places * n]`, zeros for experts that are not held here. `preference`,
         `[count]`, is added to probabilities where experts are chosen, and nowhere else (arXiv
-        2408.15664).
+        2408.15664). Shares are multiplied by their experts' `factors`, `[count]`.
         """
         ...
 

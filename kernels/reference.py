@@ -199,9 +199,10 @@ class ReferenceOps:
         experts: Experts,
         activation: Activation,
         preference: Weight | None = None,
+        factors: Weight | None = None,
     ) -> torch.Tensor:
-        liked = tensor_of(preference).tensor if preference is not None else None
-        chosen, shares = route(scores, experts, liked)
+        liked, by = (None if v is None else tensor_of(v).tensor for v in (preference, factors))
+        chosen, shares = route(scores, experts, liked, by)
         out = x.new_zeros(len(x), experts.places, x.shape[1])
         for number in range(experts.own):
             rows, places = (chosen == experts.first + number).nonzero(as_tuple=True)
@@ -344,7 +345,10 @@ def _delta_inputs(
 
 
 def route(
-    scores: torch.Tensor, experts: Experts, preference: torch.Tensor | None = None
+    scores: torch.Tensor,
+    experts: Experts,
+    preference: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's experts and their shares, int64 and fp32 `[rows, places]`, the likeliest first."""
     scores = scores.float()
@@ -355,6 +359,8 @@ def route(
     shares = likely.gather(1, chosen)
     if experts.normalized:
         shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-20)
+    if factors is not None:
+        shares = shares * factors[chosen]
     always = torch.arange(experts.count, experts.total, device=scores.device)
     always = always.expand(len(scores), -1)
     whole = gates.sigmoid() if experts.gated else torch.ones_like(always, dtype=shares.dtype)

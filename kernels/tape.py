@@ -161,6 +161,7 @@ class Recorder:
         experts: Experts,
         activation: Activation,
         preference: Weight | None = None,
+        factors: Weight | None = None,
     ) -> Handle:
         own = experts.own
         fits = (
@@ -168,10 +169,10 @@ class Recorder:
             and gate_up.shape[1] == x.width
             and down.shape[0] == own * x.width
             and gate_up.shape[0] == 2 * own * down.shape[1]
-            and (preference is None or preference.shape == (experts.count,))
+            and all(v is None or v.shape == (experts.count,) for v in (preference, factors))
         )
         self._expect(fits, f"{gate_up.name} and its neighbours are not {own} experts")
-        arguments = (x, scores, gate_up, down, experts, activation, preference)
+        arguments = (x, scores, gate_up, down, experts, activation, preference, factors)
         return self._emit("experts", arguments, x.rows, experts.places * x.width)
 
     def sum_parts(self, x: Handle, parts: int) -> Handle:

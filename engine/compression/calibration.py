@@ -137,7 +137,7 @@ class Calibration:
     def _experts(self, instruction: Instruction) -> Iterator[Linear]:
         """The linears of a layer's experts, each with the rows that go through it. Where these are
         fewer than its inputs, whose relations they would show by chance, others fill them up."""
-        _, _, gate_up, down, experts, activation, preference = instruction.arguments
+        _, _, gate_up, down, experts, activation, preference, _ = instruction.arguments
         rows = torch.cat(list(self._given(instruction)))
         scores = torch.cat(list(self._given(instruction, 1)))
         liked = tensor_of(preference).tensor if preference is not None else None

@@ -69,6 +69,7 @@ EXPERTS = {
     LFM2_MOE: True,
     QWEN35_MOE: True,
     QWEN3_NEXT: True,
+    GEMMA4: True,
 }
 SIGMOID = ("glm4_moe", "dots1", LFM2_MOE)
 # Whose first layer is dense if their configuration does not say, and how many experts all tokens
@@ -80,7 +81,7 @@ SHARED_UNSAID = {"glm4_moe": 1, "ernie4_5_moe": 2}
 # What families, and versions of `transformers`, call the number of experts, of a token's, and of
 # those that every token goes through.
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-USED = ("num_experts_per_tok", "moe_k")
+USED = ("num_experts_per_tok", "moe_k", "top_k_experts")
 SHARED = ("n_shared_experts", "moe_num_shared_experts")
 
 
@@ -288,9 +289,9 @@ def _delta_layers(values: Values, layers: int) -> tuple[int, ...]:
 
 def _experts(values: Values, model_type: str) -> ExpertsConfig | None:
     """Those of families that have some."""
-    if model_type not in EXPERTS:
-        return None
     raw = values.raw
+    if model_type not in EXPERTS or (model_type == GEMMA4 and not raw.get("enable_moe_block")):
+        return None
     qwen = model_type == "qwen3_moe"
     counts = ("num_experts", *COUNTS) if qwen else COUNTS
     count = values.integer(_known(raw, counts), most=MAX_EXPERTS)

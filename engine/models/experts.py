@@ -32,15 +32,24 @@ class ExpertsFeedForward:
     gate_up: Weight
     down: Weight
     preference: Weight | None
+    factors: Weight | None
     experts: Experts
     adds_parts: bool
     adds_sums: bool
 
-    def forward(self, ops: Ops[T], x: T, config: ModelConfig) -> T:
-        """`[rows, hidden] -> [rows, hidden]`."""
-        scores = ops.linear(x, self.router)
-        weights, activation = (self.gate_up, self.down), config.activation
-        parts = ops.experts(x, scores, *weights, self.experts, activation, self.preference)
+    def forward(self, ops: Ops[T], x: T, config: ModelConfig, routed: T | None = None) -> T:
+        """`[rows, hidden] -> [rows, hidden]`. The router sees `routed`, if that is given."""
+        scores = ops.linear(x if routed is None else routed, self.router)
+        parts = ops.experts(
+            x,
+            scores,
+            self.gate_up,
+            self.down,
+            self.experts,
+            config.activation,
+            self.preference,
+            self.factors,
+        )
         if self.adds_parts:
             parts = ops.all_reduce(parts)
         x = ops.sum_parts(parts, self.experts.places)
@@ -79,7 +88,7 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
     # Some of ERNIE's and LFM2's files have none.
     unsure = config.model_type in ("ernie4_5_moe", "lfm2_moe")
     prefers = given.preferred and (load.has(preferred) or not unsure)
-    several = load.shard.ranks > 1
+    several, factors = load.shard.ranks > 1, f"{block}.gate.per_expert_scale"
     return ExpertsFeedForward(
         load.router(router, count, hidden, gates),
         load.experts(
@@ -99,6 +108,7 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
             (1, given.shared),
         ),
         load.preference(preferred, count) if prefers else None,
+        load.preference(factors, count) if load.has(factors) else None,
         Experts(
             count,
             given.used,

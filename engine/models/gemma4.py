@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from engine.models.config import ModelConfig
+from engine.models.experts import ExpertsFeedForward, load_experts
 from engine.models.gemma4_config import LayerInputs
 from engine.models.layers import (
     Attention,
@@ -55,6 +56,25 @@ class LayerInput:
 
 
 @dataclass(frozen=True)
+class ExpertsBeside:
+    """Experts beside a feed-forward block, whose answers are added; each has norms of its own."""
+
+    block: ExpertsFeedForward
+    before: Weight
+    routing: Weight
+    after: Weight
+    after_dense: Weight
+
+    def forward(self, ops: Ops[T], dense: T, residual: T, config: ModelConfig) -> T:
+        """What both say, `[rows, hidden]`: `dense` is what the feed-forward block does."""
+        x = ops.rms_norm(residual, self.before, config.norm_eps)
+        routed = ops.rms_norm(residual, self.routing, config.norm_eps)
+        x = self.block.forward(ops, x, config, routed)
+        x = ops.rms_norm(x, self.after, config.norm_eps)
+        return ops.add(ops.rms_norm(dense, self.after_dense, config.norm_eps), x)
+
+
+@dataclass(frozen=True)
 class Layer:
     """One transformer layer; `scale` is the whole residual's behind it."""
 
@@ -63,6 +83,7 @@ class Layer:
     after_attention: Weight
     before_feed_forward: Weight
     feed_forward: GatedFeedForward
+    experts: ExpertsBeside | None
     after_feed_forward: Weight
     input: LayerInput | None
     scale: float
@@ -98,6 +119,8 @@ class Gemma4:
             x = ops.rms_norm(x, layer.after_attention, eps)
             x, residual = ops.add_rms_norm(x, residual, layer.before_feed_forward, eps)
             x = layer.feed_forward.forward(ops, x, config)
+            if layer.experts is not None:
+                x = layer.experts.forward(ops, x, residual, config)
             x = ops.rms_norm(x, layer.after_feed_forward, eps)
             if layer.input is not None:
                 assert vectors is not None
@@ -134,9 +157,22 @@ def _load_layer(load: WeightLoader, config: ModelConfig, layer: int) -> Layer:
         norms[1],
         norms[2],
         load_feed_forward(load, config, layer),
+        _load_experts(load, config, layer) if config.experts is not None else None,
         norms[3],
         _load_input(load, config, layer, config.inputs) if config.inputs is not None else None,
         load.number(scale) if load.has(scale) else 1.0,
+    )
+
+
+def _load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> ExpertsBeside:
+    name, hidden = f"model.layers.{layer}", config.hidden
+    norms = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm")
+    return ExpertsBeside(
+        load_experts(load, config, layer),
+        load.vector(f"{name}.{norms[0]}.weight", hidden),
+        load.vector(f"{name}.mlp.gate.scale", hidden, factor=hidden**-0.5),
+        load.vector(f"{name}.{norms[1]}_2.weight", hidden),
+        load.vector(f"{name}.{norms[1]}_1.weight", hidden),
     )
 
 

@@ -254,7 +254,8 @@ class WeightLoader:
         return self._weights.load(parts, bias, bits=16)
 
     def preference(self, name: str, count: int) -> Weight:
-        """What is added to experts' probabilities where they are chosen."""
+        """What is added to experts' probabilities where they are chosen, or multiplies their
+        shares."""
         stored = self.checkpoint.tensor(name).shape
         shape = (1, count) if len(stored) > 1 else (count,)
         return self._weights.load([Flat(self._take(name, shape))])

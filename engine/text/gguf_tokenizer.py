@@ -2,7 +2,8 @@
 
 Byte-level BPE files ("gpt2") carry vocabulary and merges, and name their pre-tokenizer.
 SentencePiece files ("llama") carry scores instead of merges: a merge's priority is the score of the
-piece it makes (Kudo and Richardson, arXiv 1808.06226).
+piece it makes (Kudo and Richardson, arXiv 1808.06226). Gemma 4's ("gemma4") cut text likewise, and
+carry merges.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from engine.text.tokenizer import HARMONY_ENDS, Tokenizer, ends_among
 Item = TypeVar("Item", str, int, float)
 
 CONTROL, USER_DEFINED = 3, 4
+SENTENCEPIECE = ("llama", "gemma4")
 # Phi-3's other special tokens swallow the whitespace behind them, which its files do not say.
 PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 # Other names of a kind: Llama 3's, and Qwen 2's in models distilled from DeepSeek R1.
@@ -77,10 +79,11 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         types = _list(metadata, "tokenizer.ggml.token_type", int, file, length=len(tokens))
     if kind == "gpt2":
         backend = _byte_level(metadata, tokens, file)
-    elif kind == "llama":
-        backend = _sentencepiece(metadata, tokens, file)
+    elif kind in SENTENCEPIECE:
+        backend = _sentencepiece(metadata, tokens, kind, file)
     else:
-        raise ConfigError(f"{file}: key 'tokenizer.ggml.model' is {kind!r}; gpt2 and llama work")
+        known = ", ".join(("gpt2", *SENTENCEPIECE))
+        raise ConfigError(f"{file}: key 'tokenizer.ggml.model' is {kind!r}; these work: {known}")
     phi = kind == "llama" and metadata.get("general.architecture") == "phi3"
     for token_type, special in ((CONTROL, True), (USER_DEFINED, False)):
         chosen = [t for t, kind in zip(tokens, types, strict=True) if kind == token_type and t]
@@ -93,7 +96,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     bos, eos = (_id(metadata, name, tokens, file) for name in ("bos", "eos"))
     # Files that lack the key follow their kind; SentencePiece models start with BOS.
-    starts = kind == "llama" or _pre(metadata) in STARTING
+    starts = kind in SENTENCEPIECE or _pre(metadata) in STARTING
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", starts):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
@@ -121,8 +124,7 @@ def _pre(metadata: dict[str, Any]) -> str:
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
     pre = _pre(metadata)
-    lines = _list(metadata, "tokenizer.ggml.merges", str, file)
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    merges = _written(metadata, file)
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         model = models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS)
@@ -147,19 +149,32 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backe
     return backend
 
 
-def _sentencepiece(metadata: dict[str, Any], tokens: list[str], file: str) -> Backend:
-    scores = _list(metadata, "tokenizer.ggml.scores", float, file, length=len(tokens))
+def _written(metadata: dict[str, Any], file: str) -> list[tuple[str, str]]:
+    """Merges that the file has, the first of most priority."""
+    lines = _list(metadata, "tokenizer.ggml.merges", str, file)
+    return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+
+
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kind: str, file: str) -> Backend:
     vocab = {token: i for i, token in enumerate(tokens)}
+    if kind == "gemma4":
+        merges = _written(metadata, file)
+    else:
+        scores = _list(metadata, "tokenizer.ggml.scores", float, file, length=len(tokens))
+        merges = _merges(vocab, scores)
     unknown = _id(metadata, "unknown", tokens, file)
-    model = models.BPE(
-        vocab,
-        _merges(vocab, scores),
-        unk_token=tokens[unknown] if unknown is not None else None,
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+    try:
+        model = models.BPE(
+            vocab,
+            merges,
+            unk_token=tokens[unknown] if unknown is not None else None,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    except Exception as error:
+        raise ConfigError(f"{file}: key 'tokenizer.ggml.merges': {error}") from error
     backend = Backend(model)
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", kind == "llama")
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces

@@ -25,6 +25,8 @@ END_TOKENS = frozenset(
         "<|end|>",
         "<|observation|>",
         "<end_of_turn>",
+        "<turn|>",
+        "<|tool_response>",
         "</s>",
         "<eos>",
     )

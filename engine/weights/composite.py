@@ -7,6 +7,8 @@ from typing import Any
 # The text part's own `model_type` -> the family that it is.
 TEXT_TYPES = {
     "gemma3_text": "gemma3_text",
+    "gemma4_text": "gemma4_text",
+    "gemma4_unified_text": "gemma4_text",
     "mistral": "mistral",
     "ministral3": "ministral3",
     "qwen2_vl_text": "qwen2",
@@ -44,6 +46,8 @@ PREFIXES = {
     "model.embed_tokens.": "model.embed_tokens.",
     "model.layers.": "model.layers.",
     "model.norm.": "model.norm.",
+    "model.embed_tokens_per_layer.": "model.embed_tokens_per_layer.",
+    "model.per_layer_": "model.per_layer_",
 }
 
 

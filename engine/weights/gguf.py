@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import ConfigError
-from engine.weights import gguf_recurrent
+from engine.weights import gguf_gemma, gguf_recurrent
 from engine.weights.checkpoint import MAX_EXPERTS
 from engine.weights.files import gguf_parts
 from engine.weights.fused import FusedTensors
@@ -33,7 +33,10 @@ TOP_NAMES = {
     "output_norm": "model.norm",
     "token_embd_norm": "model.norm",  # LFM2's
     "output": "lm_head",
+    **gguf_gemma.TOP_NAMES,
 }
+# Tensors of layers whose names Hugging Face ends otherwise.
+WHOLE_NAMES = gguf_recurrent.WHOLE_NAMES | gguf_gemma.WHOLE_NAMES
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -65,11 +68,8 @@ OLDER_EXPERTS = re.compile(r"ffn_(gate|up|down)\.(\d+)")
 # Of some families, by their `model_type`; Phi's projections lie in one tensor each.
 OWN_NAMES = {
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
-    "gemma3_text": {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    "gemma3_text": gguf_gemma.NORMS,
+    gguf_gemma.MODEL_TYPE: gguf_gemma.NAMES,
     "glm4": {
         "post_attention_norm": "post_self_attn_layernorm",
         "post_ffw_norm": "post_mlp_layernorm",
@@ -150,6 +150,7 @@ MODEL_TYPES = {
     "ernie4_5-moe": "ernie4_5_moe",
     **gguf_recurrent.MODEL_TYPES,
     **gguf_recurrent.CONV_TYPES,
+    gguf_gemma.ARCHITECTURE: gguf_gemma.MODEL_TYPE,
 }
 # Whose heads may rotate in part.
 ROTATED_IN_PART = ("phi3", "glm4", "glm4moe", *gguf_recurrent.MODEL_TYPES)
@@ -325,9 +326,10 @@ class GGUFCheckpoint:
         base, _, kind = name.rpartition(".")
         if base in TOP_NAMES:
             return f"{TOP_NAMES[base]}.{kind}"
-        if (whole := gguf_recurrent.whole_name(name)) is not None:
-            return whole
         if base.startswith("blk."):
+            _, number, last = (*name.split(".", 2), "")[:3]
+            if last in WHOLE_NAMES:
+                return f"model.layers.{number}.{WHOLE_NAMES[last]}"
             _, layer, part = (*base.split(".", 2), "")[:3]
             names = LAYER_NAMES | OWN_NAMES.get(self.config["model_type"], {})
             if part in names:
@@ -361,6 +363,10 @@ class GGUFCheckpoint:
             config |= gguf_recurrent.read_keys(self.metadata, self.path.name)
         if architecture in gguf_recurrent.CONV_TYPES:
             config |= gguf_recurrent.read_conv_keys(self.metadata, self.path.name)
+        if architecture == gguf_gemma.ARCHITECTURE:
+            config |= gguf_gemma.read_keys(self.metadata, tensors, self.path.name)
+            table = tensors.get("per_layer_token_embd.weight")
+            config["vocab_size_per_layer_input"] = table.shape[0] if table is not None else 1
         if architecture in GUESSING_AHEAD:
             ahead, blocks = config.get("num_nextn_predict_layers"), config.get("num_hidden_layers")
             if isinstance(ahead, int) and isinstance(blocks, int):

@@ -47,12 +47,6 @@ KEYS = {
 }
 
 
-def whole_name(name: str) -> str | None:
-    """The Hugging Face name of one of WHOLE_NAMES in any layer; None of other tensors."""
-    _, layer, part = (*name.split(".", 2), "", "")[:3]
-    return f"model.layers.{layer}.{WHOLE_NAMES[part]}" if part in WHOLE_NAMES else None
-
-
 def read_conv_keys(metadata: dict[str, Any], file: str) -> dict[str, Any]:
     """The same of LFM2's files: layers without key and value heads are convolutions."""
     architecture = metadata["general.architecture"]

@@ -18,7 +18,16 @@ LFM2 = {
     ".w2.": ".down_proj.",
     ".w3.": ".up_proj.",
 }
-NAMES: Mapping[str, Mapping[str, str]] = {"lfm2": LFM2, "lfm2_moe": LFM2}
+GEMMA4 = {
+    ".router.proj.": ".mlp.gate.",
+    ".router.": ".mlp.gate.",
+    ".experts.": ".mlp.experts.",
+}
+NAMES: Mapping[str, Mapping[str, str]] = {
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
+    "gemma4_text": GEMMA4,
+}
 
 
 def usual_name(model_type: object, stored: str) -> str:

@@ -26,7 +26,7 @@ from kernels.backend import HostTensor
 METHOD = "mxfp4"
 GPT_OSS = "gpt_oss"
 # Families whose files may have stacks.
-STACKING = (GPT_OSS, "qwen3_moe", "qwen3_5_moe_text")
+STACKING = (GPT_OSS, "qwen3_moe", "qwen3_5_moe_text", "gemma4_text")
 STACK_DIMENSIONS = 3
 FLOATS = ("F32", "F16", "BF16")
 BLOCK = 32

@@ -279,6 +279,7 @@ class NativeProgram:
         experts: Experts,
         activation: str,
         preference: NativeWeight | None,
+        factors: NativeWeight | None,
         out: int,
     ) -> None:
         self._program.add_experts(
@@ -290,6 +291,7 @@ class NativeProgram:
             gate_up_bias=gate_up.bias_address,
             down_bias=down.bias_address,
             preference=preference.address if preference is not None else 0,
+            factors=factors.address if factors is not None else 0,
             sizes=(experts.count, experts.used, experts.first, experts.own, experts.shared),
             normalized=experts.normalized,
             sigmoid=experts.sigmoid,

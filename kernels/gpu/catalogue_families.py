@@ -48,7 +48,7 @@ def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
         **dict.fromkeys(integers, pointer(INT32)),
         **dict.fromkeys(("out", "x", "y"), pointer(BF16)),
         **dict.fromkeys(("choices", "first", "blocks"), "i32"),
-        **dict.fromkeys(("scores", "shares", "preference"), pointer(F32)),
+        **dict.fromkeys(("scores", "shares", "preference", "factors"), pointer(F32)),
     }
     for rows in (64, 2048):
         layout = Layout(experts, rows)
@@ -132,7 +132,7 @@ def delta_launches() -> Iterator[Compiled]:
     yield named("gate sigmoid", gate_config(4096, 4096, 0, "sigmoid")[0], types)
     routing = {
         **dict.fromkeys(("chosen", "live"), pointer(INT32)),
-        **dict.fromkeys(("shares", "scores", "preference"), pointer(F32)),
+        **dict.fromkeys(("shares", "scores", "preference", "factors"), pointer(F32)),
     }
     yield named("experts route gated", Layout(NEXT_EXPERTS, 64).route_config(), routing)
 
@@ -154,6 +154,12 @@ def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:
         **dict.fromkeys(("out", "x", "y", "gate"), pointer(BF16)),
         "cap": "fp32",
     }
+    routing = {
+        **dict.fromkeys(("chosen", "live"), pointer(INT32)),
+        **dict.fromkeys(("shares", "scores", "preference", "factors"), pointer(F32)),
+    }
+    factors = Layout(QWEN_EXPERTS, 64).route_config(factors=True)
+    yield named("experts route factors", factors, routing)
     yield named("add", add_config(35 * 256)[0], types)
     yield named("gate gelu_tanh", gate_config(256, 35 * 256, 512, "gelu_tanh")[0], types)
     yield named("softcap", softcap_config(1 << 18)[0], types | {"x": pointer(F32)})

@@ -28,6 +28,7 @@ def route_kernel(
     shares,
     scores,
     preference,
+    factors,
     live,
     COUNT: tl.constexpr,
     USED: tl.constexpr,
@@ -36,6 +37,7 @@ def route_kernel(
     NORMALIZED: tl.constexpr,
     SIGMOID: tl.constexpr,
     PREFERENCE: tl.constexpr,
+    FACTORS: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
     PLACES: tl.constexpr,
@@ -70,6 +72,8 @@ def route_kernel(
     if NORMALIZED:
         total = tl.maximum(tl.sum(found, 0), 1e-20)
     found = found / total * SCALE
+    if FACTORS:
+        found *= tl.load(factors + numbers, mask=place < USED, other=0.0)
     if SHARED > 0:
         numbers = tl.where(place < USED, numbers, COUNT + place - USED)
         whole = place * 0 + 1.0
@@ -218,7 +222,7 @@ class Layout:
         """As many as can be wanted: one that is not full for each expert, and full ones."""
         return min(self.choices, self.experts.own) + self.choices // self.block_rows
 
-    def route_config(self, *, preference: bool = False) -> Config:
+    def route_config(self, *, preference: bool = False, factors: bool = False) -> Config:
         """The choice of a row's experts."""
         experts = self.experts
         block = power_of_two(experts.count)
@@ -230,6 +234,7 @@ class Layout:
             "NORMALIZED": experts.normalized,
             "SIGMOID": experts.sigmoid,
             "PREFERENCE": preference,
+            "FACTORS": factors,
             "SCALE": experts.scale,
             "BLOCK": block,
             "PLACES": power_of_two(experts.places),
@@ -268,10 +273,11 @@ def sort_rows(
     layout: Layout,
     live: torch.Tensor,
     preference: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
 ) -> Sorted:
     """Choose each row's experts from scores `[rows, experts.scores]` and what is preferred, fp32
-    `[count]`, and lay the rows out by expert; those behind the first `live`, int32 `[1]`, are
-    padding and go nowhere."""
+    `[count]`, multiply their shares by `factors`, which are alike, and lay the rows out by expert;
+    those behind the first `live`, int32 `[1]`, are padding and go nowhere."""
     experts, device = layout.experts, scores.device
 
     def integers(size: int) -> torch.Tensor:
@@ -285,9 +291,9 @@ def sort_rows(
         integers(layout.blocks * layout.block_rows),
         integers(layout.blocks),
     )
-    liked = preference if preference is not None else scores
-    route = layout.route_config(preference=preference is not None)
-    route.launch((layout.rows,), chosen, shares, scores, liked, live)
+    route = layout.route_config(preference=preference is not None, factors=factors is not None)
+    liked, by = (scores if vector is None else vector for vector in (preference, factors))
+    route.launch((layout.rows,), chosen, shares, scores, liked, by, live)
     whole = (layout.choices, experts.first)
     layout.count_config().launch((experts.own,), counts, chosen, *whole)
     layout.place_config().launch(

@@ -161,11 +161,12 @@ class GpuOps(StateOps, PointwiseOps):
         experts: Experts,
         activation: Activation,
         preference: Weight | None = None,
+        factors: Weight | None = None,
     ) -> torch.Tensor:
         layout = Layout(experts, len(x), self._invariant)
         # The last start is the number of rows that are none of the padding.
-        liked = gpu(preference).tensor if preference is not None else None
-        order = sort_rows(scores, layout, self._staging.query_starts[-1:], liked)
+        liked, by = (None if v is None else gpu(v).tensor for v in (preference, factors))
+        order = sort_rows(scores, layout, self._staging.query_starts[-1:], liked, by)
         places, hidden = len(order.sources), x.shape[1]
         config, blocks = gather_config(hidden)
         rows = self._rows(places, hidden)

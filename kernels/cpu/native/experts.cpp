@@ -29,8 +29,10 @@ std::vector<Weight> parts_of(const Weight& whole, int64_t count) {
 
 // The experts of a row and their shares, the likeliest first and the lower number first of equals.
 // `likely` is room for a row's probabilities.
-void choose(const float* scores, const float* preference, const ExpertSizes& sizes, float* likely,
-            int32_t* chosen, float* shares) {
+void choose(const float* scores, const Experts& experts, float* likely, int32_t* chosen,
+            float* shares) {
+  const ExpertSizes& sizes = experts.sizes;
+  const float* preference = experts.preference;
   const int64_t count = sizes.count, used = sizes.used;
   const float highest = *std::max_element(scores, scores + count);
   float total = 0.0f;
@@ -60,6 +62,7 @@ void choose(const float* scores, const float* preference, const ExpertSizes& siz
   }
   const float whole = sizes.normalized ? std::max(sum, 1e-20f) : sizes.sigmoid ? 1.0f : total;
   for (int64_t k = 0; k < used; ++k) shares[k] = shares[k] / whole * sizes.scale;
+  for (int64_t k = 0; experts.factors && k < used; ++k) shares[k] *= experts.factors[chosen[k]];
   for (int64_t k = 0; k < sizes.shared; ++k) {
     chosen[used + k] = static_cast<int32_t>(count + k);
     shares[used + k] = sizes.gated ? 1.0f / (1.0f + std::exp(-scores[count + k])) : 1.0f;
@@ -70,8 +73,8 @@ void choose(const float* scores, const float* preference, const ExpertSizes& siz
 
 void Program::add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
                           const float* gate_up_bias, const float* down_bias,
-                          const float* preference, ExpertSizes sizes, int activation,
-                          ExpertBuffers buffers) {
+                          const float* preference, const float* factors, ExpertSizes sizes,
+                          int activation, ExpertBuffers buffers) {
   auto experts = std::make_shared<Experts>();
   experts->sizes = sizes;
   experts->buffers = buffers;
@@ -80,6 +83,7 @@ void Program::add_experts(int in, int scores, int out, const Weight& gate_up, co
   experts->gate_up_bias = gate_up_bias;
   experts->down_bias = down_bias;
   experts->preference = preference;
+  experts->factors = factors;
   const size_t places = static_cast<size_t>(max_rows_ * sizes.places());
   experts->chosen.resize(places);
   experts->shares.resize(places);
@@ -102,7 +106,7 @@ void Program::experts_step(const Instruction& i, int64_t rows) {
   pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
     float* likely = scratch(count);
     for (int64_t row = first; row < last; ++row) {
-      choose(scores.floats.get() + row * e.sizes.scores(), e.preference, e.sizes, likely,
+      choose(scores.floats.get() + row * e.sizes.scores(), e, likely,
              e.chosen.data() + row * places, e.shares.data() + row * places);
     }
   });

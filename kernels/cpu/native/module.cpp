@@ -298,18 +298,18 @@ NB_MODULE(_native, m) {
            "bf16"_a, "times"_a = 1)
       .def("add_experts",
            [](Program& p, int in, int scores, int out, const Weight& gate_up, const Weight& down,
-              uintptr_t gate_up_bias, uintptr_t down_bias, uintptr_t preference,
+              uintptr_t gate_up_bias, uintptr_t down_bias, uintptr_t preference, uintptr_t factors,
               const std::array<int64_t, 5>& sizes, bool normalized, bool sigmoid, bool gated, float scale,
               int activation, const std::array<int, 4>& buffers) {
              p.add_experts(in, scores, out, gate_up, down, at<const float>(gate_up_bias),
-                           at<const float>(down_bias), at<const float>(preference),
+                           at<const float>(down_bias), at<const float>(preference), at<const float>(factors),
                            {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], normalized, sigmoid,
                             gated, scale},
                            activation,
                            {buffers[0], buffers[1], buffers[2], buffers[3]});
            },
            nb::kw_only(), "in_"_a, "scores"_a, "out"_a, "gate_up"_a, "down"_a,
-           "gate_up_bias"_a = 0, "down_bias"_a = 0, "preference"_a = 0, "sizes"_a,
+           "gate_up_bias"_a = 0, "down_bias"_a = 0, "preference"_a = 0, "factors"_a = 0, "sizes"_a,
            "normalized"_a, "sigmoid"_a = false, "gated"_a = false, "scale"_a = 1.0f, "activation"_a, "buffers"_a)
       .def("add_cache", &Program::add_cache, "cache"_a)
       .def("add_states", &Program::add_states, "states"_a)

@@ -68,6 +68,7 @@ struct Experts {
   std::vector<Weight> gate_up, down;  // one an expert, views of what is stacked
   const float *gate_up_bias, *down_bias;  // stacked alike, or null
   const float* preference;                // [count], added where experts are chosen, or null
+  const float* factors;                   // [count], of their shares, or null
   std::vector<int32_t> chosen;            // [rows, places]
   std::vector<float> shares;              // [rows, places]
   std::vector<int64_t> places;            // [rows, places], rows of the buffers
@@ -122,7 +123,7 @@ class Program {
   // `gate_up` and `down` stack what belongs to each expert that is here.
   void add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
                    const float* gate_up_bias, const float* down_bias, const float* preference,
-                   ExpertSizes sizes, int activation, ExpertBuffers buffers);
+                   const float* factors, ExpertSizes sizes, int activation, ExpertBuffers buffers);
 
   // `channels` and `shares` are buffers as wide as `in` and `gates`.
   void add_delta(int in, int gates, int out, int layer, const float* taps, const float* decay,

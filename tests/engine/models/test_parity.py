@@ -227,6 +227,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma4": ("Gemma4TextConfig", GEMMA4 | GEMMA4_SMALL),
     "gemma4-large": ("Gemma4TextConfig", GEMMA4 | GEMMA4_LARGE),
+    "gemma4-experts": (
+        "Gemma4TextConfig",
+        GEMMA4
+        | GEMMA4_LARGE
+        | {
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
 }
 
 
