@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from server.json_machine import BLANK, Broken, Machine, Sink, require, string, until, value
-from server.marked_calls import Schemas, marked_call
+from server.marked_calls import Schemas
 
 ARGUMENTS = ("arguments", "parameters")
+# Reads a call of one of the tools in the schemas, tells the first function its name and the second
+# its arguments as JSON, and raises Broken if it is none.
+Reader = Callable[[str, Schemas, Callable[[str], None], Sink], Machine]
 
 
 class Reasoning(msgspec.Struct, frozen=True):
@@ -61,8 +64,8 @@ class Style:
     leading: bool = False
     named: bool = False
     parts: tuple[str, ...] = ()
-    marked: bool = False
-    """Whether arguments may be marked one by one; see `marked_calls`."""
+    reader: Reader | None = None
+    """What reads a call that is no JSON."""
     special: bool = False
     """Whether what announces calls is a special token, which text does not show otherwise."""
 
@@ -258,8 +261,8 @@ class AnswerParser:
                 char = yield from self._skip((yield))
             require(char, "]")
             char = yield
-        elif style.marked and char != "{":
-            char = yield from marked_call(char, self._schemas, self._announce, self._argue)
+        elif style.reader is not None and char != "{":
+            char = yield from style.reader(char, self._schemas, self._announce, self._argue)
         elif char == "{" or not style.named:
             char = yield from self._call(char)
         else:

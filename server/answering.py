@@ -29,7 +29,7 @@ EFFORTS: dict[str, int | None] = {
     "high": None,
     "xhigh": None,
 }
-# How templates are told not to have the model reason: Qwen's, DeepSeek's and Granite's names.
+# How templates are told whether to have the model reason: Qwen's, DeepSeek's and Granite's names.
 SWITCHES = ("enable_thinking", "thinking")
 NINE = re.compile(r"[a-zA-Z0-9]{9}")
 
@@ -55,10 +55,11 @@ class Wishes:
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """The variables, with what switches reasoning off."""
-        off = dict.fromkeys(SWITCHES, False) if self.tokens == 0 else {}
+        """The variables, with what switches reasoning on or off."""
+        asked = self.effort is not None or self.budget is not None
+        switched = dict.fromkeys(SWITCHES, self.tokens != 0) if asked else {}
         effort = {} if self.effort is None else {"reasoning_effort": self.effort}
-        return off | effort | dict(self.variables)
+        return switched | effort | dict(self.variables)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from engine.text.schemas import DEFINITIONS, refers_to_definitions
 from engine.text.tokenizer import Tokenizer
 from server import harmony
 from server.answer_parser import Style
-from server.dialect import Dialect
+from server.dialect import GEMMA4, Dialect
+from server.gemma_calls import GemmaCalls
 from server.lark import any_text, form_rule, literal, mark
 from server.marked_calls import GLM
 from server.marked_grammar import MarkedCalls
@@ -108,6 +109,8 @@ def _calls(tokenizer: Tokenizer, dialect: Dialect, offered: Offered, rules: list
         names.append(f"call_{number}")
         schema = tool.arguments if tool.strict or offered.forced else ANY_OBJECT
         call = None
+        if style is GEMMA4:
+            call = GemmaCalls(tokenizer, rules).call(names[-1], tool.name, schema)
         if dialect.marks is not None:
             marked = MarkedCalls(tokenizer, dialect.marks, rules)
             call = marked.call(names[-1], tool.name, schema)
@@ -119,6 +122,8 @@ def _calls(tokenizer: Tokenizer, dialect: Dialect, offered: Offered, rules: list
     begin = mark(tokenizer, style.begins[0])
     if inline:
         parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", r'"\n"')
+    elif style is GEMMA4:
+        parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", "")
     elif style.name == "mistral":
         parts = Calls(begin, one, "")
     elif style.name == "llama3":

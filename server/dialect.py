@@ -10,11 +10,12 @@ from typing import Any
 from engine.text.chat import ChatTemplate
 from server import harmony
 from server.answer_parser import Style
-from server.marked_calls import GLM, QWEN, Marks
+from server.gemma_calls import gemma_call
+from server.marked_calls import GLM, QWEN, Marks, marked_call
 
 # Qwen 2.5 and 3, Hermes 2 and 3, and many after them; GLM from 4.5 on and Qwen3-Coder, which mark
 # arguments.
-HERMES = Style("hermes", ("<tool_call>",), "</tool_call>", marked=True)
+HERMES = Style("hermes", ("<tool_call>",), "</tool_call>", reader=marked_call)
 # Llama 3.1 to 3.3.
 LLAMA = Style("llama3", ("<|python_tag|>",), leading=True, special=True)
 # Mistral from 7B-v0.3 on: a list, or since v11 names and arguments.
@@ -23,10 +24,16 @@ MISTRAL = Style(
 )
 # Gemma writes what its prompt shows it, in a fence.
 GEMMA = Style("gemma", ("```tool_call", "```tool_code", "```json"), "```", leading=True)
+GEMMA4 = Style("gemma4", ("<|tool_call>",), "<tool_call|>", reader=gemma_call)
 # What everybody else is taught: Hermes' form, or JSON alone.
 GENERIC = Style("json", ("<tool_call>",), "</tool_call>", leading=True)
 
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<reasoning>", "</reasoning>"))
+THINKING = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|channel>thought", "<channel|>"),
+)
 
 TEACHING = """You can call these tools. Each is described by a JSON object:
 {tools}
@@ -64,6 +71,8 @@ def _style(source: str) -> Style:
         return harmony.STYLE
     if "[TOOL_CALLS]" in source:
         return MISTRAL
+    if "<|tool_call>" in source:
+        return GEMMA4
     if "<tool_call>" in source:
         return HERMES
     if "<|python_tag|>" in source or ("tools" in source and "<|start_header_id|>" in source):

@@ -37,9 +37,12 @@ def form_rule(form: Grammar) -> str:
 
 
 def mark(tokenizer: Tokenizer, text: str) -> str:
-    """A mark as grammars name it: by its token, or spelled out."""
-    token = tokenizer.mark_id(text)
-    return literal(text) if token is None else f"<[{token}]>"
+    """A mark as grammars name it: by its token, and spelled out what has none or is behind it."""
+    head, bracket, rest = text.partition(">")
+    for known, left in ((text, ""), (head + bracket, rest)):
+        if (token := tokenizer.mark_id(known)) is not None:
+            return f"<[{token}]> {literal(left)}" if left else f"<[{token}]>"
+    return literal(text)
 
 
 def literal(text: str) -> str:

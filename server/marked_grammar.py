@@ -78,7 +78,7 @@ class MarkedCalls:
 
     def _value(self, label: str, part: Any, root: Schema) -> str | None:
         """A value and what ends it, as its schema has it; None if that cannot be held to."""
-        schema = _followed(part, root)
+        schema = followed(part, root)
         if schema is None:
             return None
         said = set(schema) - set(ANNOTATIONS)
@@ -90,7 +90,7 @@ class MarkedCalls:
             plain = said <= CHOOSING and all(c == c.strip("\n") and "<" not in c for c in choices)
             return f"({' | '.join(map(literal, choices))}) {ends}" if plain else None
         if "string" not in kinds and kinds and not any(isinstance(c, str) for c in choices):
-            document = _alone(schema, root)
+            document = alone(schema, root)
             return None if document is None else f"%json {embedded(document)} {ends}"
         if not said or (said == {"type"} and "string" in kinds) or _or_text(schema):
             return self._text(label)
@@ -106,14 +106,14 @@ class MarkedCalls:
         return f"{label} {mark(self._tokenizer, end)} {LINE}"
 
 
-def _followed(part: Any, root: Schema, hops: int = 8) -> Schema | None:
+def followed(part: Any, root: Schema, hops: int = 8) -> Schema | None:
     """A property's schema, or what it alone refers to; None if there is no such thing."""
     while isinstance(part, dict) and set(part) - set(ANNOTATIONS) == {"$ref"} and hops:
         part, hops = referred(part["$ref"], root), hops - 1
     return {} if part is True else part if isinstance(part, dict) else None
 
 
-def _alone(schema: Schema, root: Schema) -> Grammar | None:
+def alone(schema: Schema, root: Schema) -> Grammar | None:
     """A property's schema as a document, with what it refers to; None if it refers elsewhere."""
     if not refers_to_definitions(dict(schema)):
         return None

@@ -375,8 +375,10 @@ def _activation(values: Values, model_type: str) -> Activation:
 def _cap(values: Values, model_type: str) -> float:
     """What logits stay below; those of attention cannot be bounded."""
     key = "final_logit_softcapping"
-    if values.raw.get("attn_logit_softcapping") or (values.raw.get(key) and model_type != GEMMA4):
-        raise ConfigError("softcapping is set, which no model served here but Gemma 4 computes")
+    refused = ("attn_logit_softcapping", *((key,) if model_type != GEMMA4 else ()))
+    for name in refused:
+        if values.raw.get(name):
+            raise ConfigError(f"{name} is set, which this model is not computed with")
     return values.number(key, 1.0) if values.raw.get(key) else 0.0
 
 

@@ -6,13 +6,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kernels.backend import Rotation, rotation_tables
 from kernels.batch import Batch, Samples, Sampling
+from kernels.cpu.native_sampling import NativeChooser, address
 from kernels.ops import DeltaHeads, Experts, HeadNorms, Heads, Rope
-from kernels.sampling import Rows, sample
+from kernels.sampling import sample
 from kernels.tape import Handle, Instruction, Tape
 from kernels.tape import Rows as RowCount
 
@@ -36,31 +36,6 @@ FLOAT_WRITERS = (
 )
 # Bytes a value: groups of 32 have a scale, a sum and an offset.
 FORM_BYTES = (4.0, 1.0 + 12 / 32, 1.0, 2.0)
-
-
-class NativeChooser:
-    """Picks tokens of logits rows, rows shared among the pool's threads."""
-
-    def __init__(self, device: Any) -> None:
-        self._device = device
-
-    def __call__(self, logits: torch.Tensor, rows: Rows, sampling: Sampling) -> Rows:
-        ids = np.empty(len(rows), np.int64)
-        edits, _kept = _edits(sampling)
-        self._device.choose(
-            logits.data_ptr(),
-            logits.shape[1],
-            _address(rows),
-            len(rows),
-            _address(sampling.temperature),
-            _address(sampling.top_k),
-            _address(sampling.top_p),
-            _address(sampling.min_p),
-            _address(sampling.uniform),
-            _address(ids),
-            edits,
-        )
-        return ids
 
 
 class NativeProgram:
@@ -104,20 +79,20 @@ class NativeProgram:
     def forward(self, batch: Batch) -> None:
         self._rows = len(batch.sample_rows)
         self._program.run(
-            _address(batch.token_ids),
-            _address(batch.positions),
-            _address(batch.kv_slots),
-            _address(batch.query_starts),
-            _address(batch.context_lengths),
-            _address(batch.table_rows),
-            _address(batch.page_table),
-            _address(batch.sample_rows),
+            address(batch.token_ids),
+            address(batch.positions),
+            address(batch.kv_slots),
+            address(batch.query_starts),
+            address(batch.context_lengths),
+            address(batch.table_rows),
+            address(batch.page_table),
+            address(batch.sample_rows),
             len(batch.token_ids),
             len(batch.context_lengths),
             self._rows,
             batch.page_table.shape[1],
-            _address(batch.kept_rows) if batch.kept_rows is not None else 0,
-            _address(batch.kept_at) if batch.kept_at is not None else 0,
+            address(batch.kept_rows) if batch.kept_rows is not None else 0,
+            address(batch.kept_at) if batch.kept_at is not None else 0,
         )
 
     @torch.inference_mode()
@@ -401,42 +376,6 @@ def _addresses(norms: HeadNorms | None) -> list[int]:
     return [weight.address if weight is not None else 0 for weight in weights]
 
 
-def _edits(sampling: Sampling) -> tuple[list[tuple[Any, ...]], list[npt.NDArray[Any]]]:
-    """The rows' edits as addresses, and the arrays that these lead to."""
-    biases: dict[int, tuple[list[int], list[float]]] = {}
-    for row, token, addend in zip(
-        sampling.bias_rows, sampling.bias_ids, sampling.bias_values, strict=True
-    ):
-        ids, addends = biases.setdefault(row, ([], []))
-        ids.append(token)
-        addends.append(addend)
-    penalties = {penalty.row: penalty for penalty in sampling.penalties}
-    # Looking up an address costs more than all else here; masks lie side by side.
-    masks = dict[int, int]()
-    if sampling.masks is not None:
-        first, stride = _address(sampling.masks), sampling.masks.strides[0]
-        masks = {row: first + stride * place for place, row in enumerate(sampling.mask_rows)}
-    edits: list[tuple[Any, ...]] = []
-    kept: list[npt.NDArray[Any]] = []
-    for row in biases.keys() | penalties.keys() | masks.keys():
-        bias, penalty = (0, 0, 0), (0, 0, 0.0, 0.0, 0.0)
-        if row in biases:
-            ids, addends = biases[row]
-            tokens, values = np.array(ids, np.int64), np.array(addends, np.float32)
-            kept += [tokens, values]
-            bias = (_address(tokens), _address(values), len(ids))
-        if history := penalties.get(row):
-            penalty = (
-                _address(history.counts),
-                _address(history.seen),
-                float(sampling.repetition_penalty[row]),
-                float(sampling.presence_penalty[row]),
-                float(sampling.frequency_penalty[row]),
-            )
-        edits.append((row, *bias, *penalty, masks.get(row, 0)))
-    return edits, kept
-
-
 def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:
     """Which of FORMS a handle's readers want. Raises ValueError if its writer cannot make them."""
     wanted = {_form(i, handle) for i in tape.instructions if handle in i.arguments}
@@ -454,11 +393,6 @@ def _form(reader: Instruction, handle: Handle) -> str:
         form: str = reader.arguments[2].reads
         return form
     return reader.arguments[1].reads if reader.op == "linear" else "floats"
-
-
-def _address(array: np.ndarray[Any, Any]) -> int:
-    assert array.flags.c_contiguous, "the kernels read plain arrays"
-    return array.ctypes.data
 
 
 def _lazy_floats(rows: int, width: int) -> torch.Tensor:

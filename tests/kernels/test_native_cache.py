@@ -136,18 +136,20 @@ def test_attention_over_int4_is_that_over_what_it_holds(tmp_path: Path, instruct
 @pytest.mark.parametrize(
     ("cache", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2), ("int8", 2e-2), ("int4", 0.2)]
 )
+@pytest.mark.parametrize(("dim", "scale"), [(32, 0.3), (512, 0.06)])
 def test_sinks_take_their_share_of_every_heads_attention(
-    cache: CacheDType, bound: float, window: int, instructions: str
+    cache: CacheDType, bound: float, window: int, instructions: str, dim: int, scale: float
 ) -> None:
-    """Against the reference, in chunks of many rows and of one, one sink above all scores."""
-    heads = Heads(6, 2, 32)
+    """Against the reference, in chunks of many rows and of one, one sink above all scores, with
+    heads of a usual width and the widest."""
+    heads = Heads(6, 2, dim)
     generator = torch.Generator().manual_seed(3)
     values = {
         "table": torch.randn(300, heads.qkv_width, generator=generator),
         "sinks": torch.tensor([-9.0, -1.0, 0.0, 1.0, 4.0, 90.0]),
         "unit": torch.eye(heads.query * heads.dim),
     }
-    rope = Rope(tuple(10.0**-n for n in range(16)))
+    rope = Rope(tuple(10.0 ** -(n / dim * 32) for n in range(dim // 2)))
     results = []
     for backend in (
         NativeBackend("float32", 2, instructions),
@@ -158,7 +160,7 @@ def test_sinks_take_their_share_of_every_heads_attention(
         backend.allocate_cache(CacheLayout((heads,), 16, dtype, 512), PAGES)
         recorder = Recorder()
         q = recorder.rope_write_kv(recorder.embed(placed["table"], 1.0), 0, heads, rope, None)
-        y = recorder.attention(q, 0, heads, 0.3, window, placed["sinks"])
+        y = recorder.attention(q, 0, heads, scale, window, placed["sinks"])
         y = recorder.linear(recorder.select_rows(y), placed["unit"])
         program = backend.compile(recorder.finish(y), 512)
         made, start = [], 0
@@ -169,7 +171,7 @@ def test_sinks_take_their_share_of_every_heads_attention(
         results.append(torch.cat(made))
     found, expected = results
     assert (found - expected).norm() / expected.norm() < bound
-    assert not expected[:, 5 * 32 :].abs().max() > 1e-6, "the last head's sink takes everything"
+    assert not expected[:, 5 * dim :].abs().max() > 1e-6, "the last head's sink takes everything"
 
 
 def test_a_codec_makes_pages_smaller_or_is_refused(tmp_path: Path) -> None:

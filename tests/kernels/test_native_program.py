@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from kernels.backend import CacheLayout
 from kernels.cpu.native_backend import NativeBackend, native_module
-from kernels.cpu.native_program import NativeChooser
+from kernels.cpu.native_sampling import NativeChooser
 from kernels.ops import Heads
 from kernels.tape import Recorder
 from tests.engine.models.test_parity import pair

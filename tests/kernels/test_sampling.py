@@ -12,7 +12,7 @@ import torch
 from kernels import sampling as sampling_module
 from kernels.batch import Penalty, Sampling, counter_uniform
 from kernels.cpu.native_backend import native_module, unavailable_reason
-from kernels.cpu.native_program import NativeChooser
+from kernels.cpu.native_sampling import NativeChooser
 from kernels.sampling import Chooser, sample, torch_choose
 
 

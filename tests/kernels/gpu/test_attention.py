@@ -86,7 +86,7 @@ def both(
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-@pytest.mark.parametrize(("query", "kv", "dim"), [(6, 2, 8), (3, 3, 16), (9, 3, 20)])
+@pytest.mark.parametrize(("query", "kv", "dim"), [(6, 2, 8), (3, 3, 16), (9, 3, 20), (2, 1, 264)])
 def test_any_mixture_with_any_heads_equals_the_reference(
     mixture: str, query: int, kv: int, dim: int
 ) -> None:

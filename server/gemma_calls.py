@@ -1,0 +1,242 @@
+"""Gemma 4's calls, to read and to write: `call:name{key:<|"|>text<|"|>,other:[1,true]}`, which is
+JSON but for its keys and quotation marks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+from engine import Grammar
+from engine.text.grammar import embedded
+from engine.text.schemas import ANNOTATIONS
+from engine.text.tokenizer import Tokenizer
+from server.json_machine import BLANK, MAX_DEPTH, Broken, Machine, Sink, require, string, until
+from server.lark import any_text, literal, mark
+from server.marked_calls import Schemas, taken
+from server.marked_grammar import CHOOSING, OBJECT_KEYS, Schema, alone, followed
+
+HEAD, QUOTE = "call:", '<|"|>'
+# What ends a value that is in no marks.
+BARE_ENDS = ",}]"
+ARRAY_KEYS = {"type", "items", *ANNOTATIONS}
+# Schemas that hold others are written out this deep.
+MAX_WRITTEN = 8
+ANY = (
+    'gemma_any: gemma_text | %json {"type": ["number", "boolean", "null"]} | gemma_object '
+    '| "[" (gemma_any ("," gemma_any)*)? "]"'
+)
+ANY_OBJECT = 'gemma_object: "{" (GEMMA_KEY ":" gemma_any ("," GEMMA_KEY ":" gemma_any)*)? "}"'
+ANY_KEY = r"GEMMA_KEY: /[^<>{}\[\]:,\"\s]+/"
+
+
+def gemma_call(char: str, schemas: Schemas, begin: Callable[[str], None], argue: Sink) -> Machine:
+    """Reads a call of one of the tools in `schemas`: tells `begin` its name, and `argue` the
+    arguments as JSON. Raises Broken if it is none."""
+    for wanted in HEAD:
+        require(char, wanted)
+        char = yield
+    name = ""
+    while char and char != "{":
+        name += char
+        if not any(known.startswith(name) for known in schemas):
+            raise Broken(char)
+        char = yield
+    if not char or name not in schemas:
+        raise Broken(char)
+    begin(name)
+    return (yield from _value(char, argue, 0))
+
+
+def _value(char: str, sink: Sink, depth: int) -> Machine:
+    if not char or depth > MAX_DEPTH:
+        raise Broken(char)
+    if char == "{":
+        return (yield from _members(sink, "}", depth))
+    if char == "[":
+        return (yield from _members(sink, "]", depth))
+    if char in '"<':
+        return (yield from _text(char, sink))
+    word = ""
+    while char and char not in BARE_ENDS:
+        word += char
+        char = yield
+    if not char:
+        raise Broken(char)
+    sink(_meaning(word.strip(BLANK)))
+    return char
+
+
+def _meaning(word: str) -> str:
+    """A value without marks as JSON: what it is as such, or text."""
+    try:
+        value = json.loads(word, parse_constant=_refuse)
+    except ValueError:
+        value = word
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _members(sink: Sink, end: str, depth: int) -> Machine:
+    """What an object or a list holds."""
+    sink("{" if end == "}" else "[")
+    char = yield from _skip((yield))
+    first = True
+    while char != end:
+        if not first:
+            require(char, ",")
+            sink(", ")
+            char = yield from _skip((yield))
+        first = False
+        if end == "}":
+            char = yield from _key(char, sink)
+        char = yield from _skip((yield from _value(char, sink, depth + 1)))
+    sink(end)
+    return (yield)
+
+
+def _key(char: str, sink: Sink) -> Machine:
+    """A key and what parts it from its value."""
+    if char and char in '"<':
+        char = yield from _text(char, sink)
+    else:
+        key = ""
+        while char and char != ":":
+            if char in "{}[],\n":
+                raise Broken(char)
+            key += char
+            char = yield
+        sink(json.dumps(key.strip(BLANK), ensure_ascii=False))
+    require((yield from _skip(char)), ":")
+    sink(": ")
+    return (yield from _skip((yield)))
+
+
+def _text(char: str, sink: Sink) -> Machine:
+    """Text in Gemma's marks or in JSON's."""
+    if char == '"':
+        return (yield from string(sink))
+    for wanted in QUOTE:
+        require(char, wanted)
+        char = yield
+    sink('"')
+    char, found = yield from until(
+        char, (QUOTE,), lambda text: sink(json.dumps(text, ensure_ascii=False)[1:-1])
+    )
+    if not found:
+        raise Broken("")
+    sink('"')
+    return char
+
+
+def _skip(char: str) -> Generator[None, str, str]:
+    while char and char in BLANK:
+        char = yield
+    return char
+
+
+class GemmaCalls:
+    """Writes calls into the `rules` of a grammar."""
+
+    def __init__(self, tokenizer: Tokenizer, rules: list[str]) -> None:
+        self._quote = mark(tokenizer, QUOTE)
+        self._closed = tokenizer.mark_id(QUOTE) is not None
+        self._rules = rules
+
+    def call(self, label: str, name: str, schema: Schema) -> str:
+        """What rule `label` has to be for a call of one tool. Where a schema says more than can be
+        written out its arguments are JSON."""
+        arguments = self._object(label, schema, schema, 0)
+        if arguments is None:
+            arguments = f"%json {embedded(Grammar.json_schema(dict(schema)))}"
+        return f"{literal(HEAD + name)} {arguments}"
+
+    def _object(self, label: str, schema: Schema, root: Schema, depth: int) -> str | None:
+        properties = schema.get("properties") or {}
+        required = schema.get("required") or []
+        if not set(schema) <= OBJECT_KEYS or not set(required) <= set(properties):
+            return None
+        if not properties:
+            return '"{}"' if schema.get("additionalProperties") is False else self._any("object")
+        # In the order in which the template shows calls.
+        names = sorted(properties, key=str.lower)
+        members = []
+        for number, key in enumerate(names):
+            value = self._value(f"{label}_{number}", properties[key], root, depth + 1)
+            if value is None or not key or set(key) & set('<>{}[]:,"\n '):
+                return None
+            self._rules.append(f"{label}_{number}: {literal(f'{key}:')} {value}")
+            members.append((f"{label}_{number}", key in required))
+        # From the end on: what may follow a member, and what may stand first.
+        follows, firsts = '""', '""'
+        for number in reversed(range(len(members))):
+            rule, needed = members[number]
+            first = f"{rule} {follows}" if needed else f"{rule} {follows} | {firsts}"
+            self._rules.append(f"{label}_from_{number}: {first}")
+            firsts = f"{label}_from_{number}"
+            more = f'"," {rule} {follows}'
+            self._rules.append(
+                f"{label}_more_{number}: {more if needed else f'{more} | {follows}'}"
+            )
+            follows = f"{label}_more_{number}"
+        return f'"{{" {firsts} "}}"'
+
+    def _value(self, label: str, part: Any, root: Schema, depth: int) -> str | None:
+        """A value as its schema has it; None if that cannot be held to."""
+        schema = followed(part, root)
+        if schema is None or depth > MAX_WRITTEN:
+            return None
+        said = set(schema) - set(ANNOTATIONS)
+        kinds, choices = taken(schema, root)
+        if not said:
+            return self._any("any")
+        if choices:
+            words = all(isinstance(choice, str) and "<" not in choice for choice in choices)
+            if said <= CHOOSING and words:
+                return f"{self._quote} ({' | '.join(map(literal, choices))}) {self._quote}"
+        elif said == {"type"} and kinds == {"string"}:
+            return self._any("text")
+        elif schema.get("type") == "object":
+            return self._object(label, schema, root, depth)
+        elif schema.get("type") == "array":
+            if not said <= ARRAY_KEYS:
+                return None
+            item = self._value(f"{label}_item", schema.get("items", {}), root, depth + 1)
+            if item is None:
+                return None
+            self._rules.append(f"{label}_item: {item}")
+            return f'"[" ({label}_item ("," {label}_item)*)? "]"'
+        elif said == {"anyOf"}:
+            return self._alternatives(label, schema["anyOf"], root, depth)
+        if kinds and not kinds & {"string", "object", "array"} and not _texts(choices):
+            document = alone(schema, root)
+            return None if document is None else f"%json {embedded(document)}"
+        return None
+
+    def _alternatives(self, label: str, parts: Any, root: Schema, depth: int) -> str | None:
+        found = []
+        for number, part in enumerate(parts):
+            value = self._value(f"{label}_or_{number}", part, root, depth + 1)
+            if value is None:
+                return None
+            found.append(value)
+        return f"({' | '.join(found)})" if found else None
+
+    def _any(self, kind: str) -> str:
+        """Anything of a kind: `any`, `object` or `text`."""
+        if ANY not in self._rules:
+            end = f" {self._quote}"
+            text = any_text(self._rules)
+            rule = f"gemma_words: {text}"
+            if not self._closed:
+                rule, end = f"gemma_words[suffix={literal(QUOTE)}]: {text}", ""
+            self._rules += [ANY, ANY_OBJECT, ANY_KEY, rule]
+            self._rules.append(f"gemma_text: {self._quote} gemma_words{end}")
+        return f"gemma_{kind}"
+
+
+def _texts(choices: list[Any]) -> bool:
+    return any(isinstance(choice, (str, Mapping, list)) for choice in choices)
