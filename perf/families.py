@@ -3,10 +3,11 @@
 python -m perf.families --layers 4 --keep model.gguf
 python -m perf.families --model gpt-oss-20b --layers 4
 python -m perf.families --model qwen3.5-0.8b --layers 24
+python -m perf.families --model gemma4-e2b --layers 35
 
 Sizes are those of Qwen3-30B-A3B, of whose 128 experts a token goes through 8, of gpt-oss-20b (4 of
-32, in MXFP4), or of Qwen3.5-0.8B (delta nets), but for the number of layers and tokens. The file
-can be given to another program, such as llama.cpp's `llama-batched-bench`.
+32, in MXFP4), of Qwen3.5-0.8B (delta nets) or of Gemma 4 E2B, but for the number of layers and
+tokens. The file can be given to another program, such as llama.cpp's `llama-batched-bench`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from perf.random_model import CONTEXT, SIZES, VOCAB, write_model
 
 PAGE, MOST_ROWS = 16, 512
 RUNS = 9
-Model = Literal["qwen3-30b", "gpt-oss-20b", "qwen3.5-0.8b"]
+Model = Literal["qwen3-30b", "gpt-oss-20b", "qwen3.5-0.8b", "gemma4-e2b"]
 
 
 def program_of(path: Path, threads: int, sequences: int) -> Program:
@@ -82,10 +83,10 @@ app = App(name="perf.families", help=__doc__, help_format="plaintext")
 @app.default
 def main(
     *,
-    model: Annotated[
-        Literal["qwen3-30b", "gpt-oss-20b", "qwen3.5-0.8b"], Parameter(help="Whose sizes.")
-    ] = ("qwen3-30b"),
-    layers: Annotated[int, Parameter(help="Layers; the real models have 48, 24 and 24.")] = 4,
+    model: Annotated[Model, Parameter(help="Whose sizes.")] = ("qwen3-30b"),
+    layers: Annotated[
+        int, Parameter(help="The real models have 48, 24, 24 and 35; Gemma 4 takes 10.")
+    ] = 4,
     decodes: Annotated[str, Parameter(help="Sequences a step, with commas.")] = "1,4,16,32",
     prompts: Annotated[str, Parameter(help="Tokens of a prompt, with commas.")] = "128,512",
     context: Annotated[int, Parameter(help="Tokens before a decode.")] = 48,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -13,12 +13,18 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from kernels.ops import DeltaHeads, Heads
 
 VOCAB, CONTEXT = 32768, 1024
+# Of each layer, beside that before attention; most have one.
+NORMS = {
+    "qwen3moe": ("ffn_norm",),
+    "gemma4": ("post_attention_norm", "ffn_norm", "post_ffw_norm"),
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
     """A model's, and the ggml types of its feed-forward matrices and of all else. Without experts
-    `wide` is that of a dense layer; with `delta` three layers of four are delta nets."""
+    `wide` is that of a dense layer; with `delta` three layers of four are delta nets, with `inputs`
+    there is a vector so wide for each token and layer (Gemma 4)."""
 
     architecture: str
     hidden: int
@@ -29,10 +35,20 @@ class Sizes:
     kind: GGMLQuantizationType
     dense: GGMLQuantizationType
     delta: DeltaHeads | None = None
+    inputs: int = 0
 
     def keeps_state(self, layer: int) -> bool:
         """Whether a layer is a delta net."""
         return self.delta is not None and (layer + 1) % 4 != 0
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer of Gemma 4 sees the last tokens alone; others have wider heads."""
+        return (layer + 1) % 5 != 0
+
+    def heads_of(self, layer: int) -> Heads:
+        """A layer's heads."""
+        wide = self.inputs > 0 and not self.slides(layer)
+        return replace(self.heads, dim=2 * self.heads.dim) if wide else self.heads
 
 
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
@@ -44,6 +60,7 @@ SIZES = {
     "qwen3.5-0.8b": Sizes(
         "qwen35", 1024, 3584, 0, 0, Heads(8, 2, 256), Q4_0, Q4_0, DeltaHeads(16, 16, 128, 128, 4)
     ),
+    "gemma4-e2b": Sizes("gemma4", 1536, 6144, 0, 0, Heads(8, 1, 256), Q4_0, Q4_0, inputs=256),
 }
 
 
@@ -110,6 +127,27 @@ def write_header(writer: gguf.GGUFWriter, sizes: Sizes, layers: int) -> None:
         writer.add_ssm_time_step_rank(delta.value)
         writer.add_ssm_inner_size(delta.value * delta.value_dim)
         writer.add_uint32(f"{sizes.architecture}.full_attention_interval", 4)
+    if sizes.inputs:
+        write_gemma_header(writer, sizes, layers)
+
+
+def write_gemma_header(writer: gguf.GGUFWriter, sizes: Sizes, layers: int) -> None:
+    """What differs between layers: four of seven read the keys of others, and are wider."""
+    shared = layers * 4 // 7
+    widths = [sizes.wide * (1 + (layer >= layers - shared)) for layer in range(layers)]
+    writer.add_key_value("gemma4.feed_forward_length", widths, gguf.GGUFValueType.ARRAY)
+    writer.add_sliding_window(512)
+    writer.add_sliding_window_pattern([sizes.slides(layer) for layer in range(layers)])
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(sizes.inputs)
+    writer.add_final_logit_softcapping(30.0)
+    for add in (writer.add_key_length, writer.add_value_length):
+        add(2 * sizes.heads.dim)
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa):
+        add(sizes.heads.dim)
+    writer.add_rope_freq_base_swa(1e4)
+    writer.add_rope_dimension_count(2 * sizes.heads.dim)
+    writer.add_rope_dimension_count_swa(sizes.heads.dim)
 
 
 def write_model(path: Path, sizes: Sizes, layers: int) -> None:
@@ -118,29 +156,49 @@ def write_model(path: Path, sizes: Sizes, layers: int) -> None:
     write_header(file.writer, sizes, layers)
     hidden = sizes.hidden
     file.matrix("token_embd", VOCAB, hidden)
-    file.matrix("output", VOCAB, hidden)
+    if sizes.inputs:
+        write_inputs(file, sizes, layers)
+    else:
+        file.matrix("output", VOCAB, hidden)
     file.floats("output_norm.weight", hidden, mean=1.0)
     for layer in range(layers):
         block = f"blk.{layer}."
         if sizes.keeps_state(layer):
             write_delta(file, block, sizes)
         else:
-            write_attention(file, block, sizes)
+            write_attention(file, block, sizes, sizes.heads_of(layer))
         if sizes.experts:
             write_experts(file, block, sizes)
         else:
-            for name, shape in (("gate", (sizes.wide, hidden)), ("up", (sizes.wide, hidden))):
-                file.matrix(f"{block}ffn_{name}", *shape, kind=sizes.kind)
-            file.matrix(f"{block}ffn_down", hidden, sizes.wide, kind=sizes.kind)
-        second = "ffn_norm" if sizes.architecture == "qwen3moe" else "post_attention_norm"
-        for name in ("attn_norm", second):
+            shared = sizes.inputs > 0 and layer >= layers - layers * 4 // 7
+            wide = sizes.wide * (2 if shared else 1)
+            for name in ("gate", "up"):
+                file.matrix(f"{block}ffn_{name}", wide, hidden, kind=sizes.kind)
+            file.matrix(f"{block}ffn_down", hidden, wide, kind=sizes.kind)
+        for name in ("attn_norm", *NORMS.get(sizes.architecture, ("post_attention_norm",))):
             file.floats(f"{block}{name}.weight", hidden, mean=1.0)
     file.close()
 
 
-def write_attention(file: RandomFile, block: str, sizes: Sizes) -> None:
+def write_inputs(file: RandomFile, sizes: Sizes, layers: int) -> None:
+    """The table of vectors for the layers, and what each makes of its own."""
+    hidden, width = sizes.hidden, sizes.inputs
+    file.matrix("per_layer_token_embd", VOCAB, layers * width)
+    file.matrix("per_layer_model_proj", layers * width, hidden)
+    file.floats("per_layer_proj_norm.weight", width, mean=1.0)
+    turning = sizes.heads.dim // 4
+    factors = np.array([1.0] * turning + [1e30] * (sizes.heads.dim - turning), np.float32)
+    file.writer.add_tensor("rope_freqs.weight", factors)
+    for layer in range(layers):
+        file.matrix(f"blk.{layer}.inp_gate", width, hidden)
+        file.matrix(f"blk.{layer}.proj", hidden, width)
+        file.floats(f"blk.{layer}.post_norm.weight", hidden, mean=1.0)
+        file.floats(f"blk.{layer}.layer_output_scale.weight", 1, mean=1.0)
+
+
+def write_attention(file: RandomFile, block: str, sizes: Sizes, heads: Heads) -> None:
     """Projections of one layer, with what the family has besides."""
-    heads, hidden = sizes.heads, sizes.hidden
+    hidden = sizes.hidden
     gates = 2 if sizes.delta is not None else 1
     projections = {
         "attn_q": (gates * heads.query * heads.dim, hidden),

@@ -47,25 +47,27 @@ def prune(
     width = max(UNIT, round(config.intermediate * keep / UNIT) * UNIT)
     if width >= config.intermediate:
         raise ConfigError(f"{keep} of {config.intermediate} neurons are all, in steps of {UNIT}")
-    tensors = _tensors(checkpoint, width, windows, progress)
+    tensors = _tensors(checkpoint, config.intermediate, width, windows, progress)
     write_model(checkpoint, target, {"intermediate_size": width}, tensors)
     return width
 
 
 def _tensors(
     checkpoint: SafetensorsCheckpoint,
+    wide: int,
     width: int,
     windows: Sequence[Sequence[int]],
     progress: Progress,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The narrowed layers' tensors, then the others."""
+    """The narrowed layers' tensors, `width` of `wide` neurons or as many times more as a layer has,
+    then the others."""
     left = checkpoint.names()
     total = len(left)
     for linear in calibrated(checkpoint, windows, _is_last, progress):
         (name,) = linear.names
         block = name.removesuffix("down_proj.weight")
         last = finite(checkpoint, name)
-        chosen = neurons(last.float(), linear.inputs, width)
+        chosen = neurons(last.float(), linear.inputs, last.shape[1] // wide * width)
         yield name, refitted(last.float(), linear.inputs, chosen).to(last.dtype)
         left.discard(name)
         for part in ("gate_proj", "up_proj"):

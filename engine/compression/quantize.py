@@ -15,7 +15,11 @@ from engine.compression.folder import Progress, finite, open_floats, write_model
 from engine.weights import blocks
 from engine.weights.safetensors import SafetensorsCheckpoint
 
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY = (
+    "model.embed_tokens.weight",
+    "model.embed_tokens_per_layer.weight",
+    "lm_head.weight",
+)
 # What guesses tokens further ahead, which nobody loads.
 AHEAD = "mtp."
 # What chooses experts, or says how much of them or of a state counts, is not rounded.

@@ -22,6 +22,7 @@ GEMMA4 = {
     ".router.proj.": ".mlp.gate.",
     ".router.": ".mlp.gate.",
     ".experts.": ".mlp.experts.",
+    ".mlp.mlp.": ".mlp.",  # of names that were usual ones
 }
 NAMES: Mapping[str, Mapping[str, str]] = {
     "lfm2": LFM2,

@@ -15,6 +15,7 @@ from tests.kernels.native import needs_native
 
 SMALL = {"hidden": 64, "wide": 32, "heads": Heads(4, 2, 16)}
 EXPERTS: dict[str, Any] = SMALL | {"experts": 4, "used": 2}
+GEMMA: dict[str, Any] = SMALL | {"heads": Heads(4, 1, 16), "inputs": 32}
 DELTA: dict[str, Any] = SMALL | {"delta": DeltaHeads(2, 4, 16, 32, 4)}
 
 
@@ -25,6 +26,7 @@ DELTA: dict[str, Any] = SMALL | {"delta": DeltaHeads(2, 4, 16, 32, 4)}
         ("qwen3-30b", "qwen3_moe", EXPERTS),
         ("gpt-oss-20b", "gpt_oss", EXPERTS),
         ("qwen3.5-0.8b", "qwen3_5_text", DELTA),
+        ("gemma4-e2b", "gemma4_text", GEMMA),
     ],
 )
 def test_it_writes_a_model_and_times_its_steps(
@@ -41,7 +43,7 @@ def test_it_writes_a_model_and_times_its_steps(
     path = tmp_path / "model.gguf"
     families.main(
         model=model,  # type: ignore[arg-type]
-        layers=4,
+        layers=10 if "gemma" in model else 4,
         decodes="1,3",
         prompts="20",
         threads=1,

@@ -16,8 +16,11 @@ from engine.compression.fit import Inputs
 from engine.compression.prune import neurons, prune, refitted
 from engine.compression.quantize import quantize
 from engine.errors import ConfigError
+from engine.models import load_model
 from engine.weights.checkpoint import open_checkpoint
+from kernels.backend import select_backend
 from tests.engine.compression.test_quantize import WINDOWS, distance, logits, write
+from tests.engine.models.test_ranks import tiny
 from tests.tiny import EXPERTS
 
 
@@ -145,3 +148,15 @@ def test_the_command_writes_a_model(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert "Must be < 1" in result.stdout + result.stderr
+
+
+def test_layers_of_two_widths_keep_the_same_share(tmp_path: Path) -> None:
+    """Gemma 4's last layers, which make no keys, are twice as wide."""
+    source, target = tiny(tmp_path / "source", "gemma4"), tmp_path / "target"
+    assert prune(source, target, 0.5, WINDOWS, lambda *_: None) == 32
+    found = open_checkpoint(target)
+    widths = [found.tensor(f"model.layers.{n}.mlp.down_proj.weight").shape[1] for n in range(6)]
+    assert widths == [32, 32, 32, 32, 64, 64]
+    load_model(
+        found, select_backend("reference", dtype="float32", cache_dtype="auto", threads=1)[0]
+    )

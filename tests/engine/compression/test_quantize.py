@@ -366,3 +366,23 @@ def test_the_command_writes_a_model(tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
     assert "is there already" in again.stderr
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-experts"])
+def test_gemma_4_keeps_its_names_and_eight_bits_of_its_tables(tmp_path: Path, family: str) -> None:
+    source = tiny(tmp_path / "source", family, hidden_size=64)
+    write_tokenizer(source)
+    quantize(source, target := tmp_path / "target", WINDOWS, lambda *_: None)
+    before, after = open_checkpoint(source), open_checkpoint(target)
+    assert after.names() == before.names()
+    kinds = {name: after.tensor(name).format for name in after.names()}
+    assert {kind for name, kind in kinds.items() if "embed_tokens" in name} == {"Q8_0"}
+    assert kinds["model.layers.1.self_attn.q_proj.weight"] == "Q4_1"
+    if family == "gemma4-experts":
+        assert kinds["model.layers.0.mlp.experts.1.gate_proj.weight"] == "Q4_1"
+        for part in ("weight", "scale", "per_expert_scale"):
+            name = f"model.layers.2.mlp.gate.{part}"
+            assert torch.equal(after.tensor(name).dense(), before.tensor(name).dense())
+    else:
+        assert kinds["model.layers.5.per_layer_projection.weight"] == "Q4_1"
+    assert logits(target).isfinite().all()
