@@ -66,6 +66,8 @@ class Style:
     parts: tuple[str, ...] = ()
     reader: Reader | None = None
     """What reads a call that is no JSON."""
+    lists: bool = False
+    """Whether it reads lists of calls as well."""
     special: bool = False
     """Whether what announces calls is a special token, which text does not show otherwise."""
 
@@ -252,7 +254,7 @@ class AnswerParser:
         style = self._style
         assert style is not None
         char = yield from self._skip(char)
-        if char == "[":
+        if char == "[" and not style.lists:
             char = yield from self._skip((yield))
             while True:
                 char = yield from self._skip((yield from self._call(char)))

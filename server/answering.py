@@ -16,7 +16,7 @@ from engine import AsyncEngine, Grammar, InvalidRequest, SamplingParams
 from server import harmony
 from server.answer_parser import AnswerParser, Parser
 from server.constraints import constraint
-from server.dialect import MISTRAL, Dialect, dialect_of, taught
+from server.dialect import MISTRAL, Dialect, dialect_of, taught, with_calls_as_text
 from server.harmony import HarmonyParser
 from server.tools import Offered
 
@@ -150,6 +150,8 @@ def for_template(
         messages = [_with_short_ids(message) for message in messages]
     if dialect.style is harmony.STYLE:
         messages = harmony.told(messages)
+    if not dialect.shows_calls:
+        messages = with_calls_as_text(messages)
     if not dialect.shows_tools and (tools or any(_speaks_of_tools(m) for m in messages)):
         messages, tools = taught(dialect.style, messages, tools or []), None
     return messages, tools

@@ -12,11 +12,12 @@ from engine.text.schemas import DEFINITIONS, refers_to_definitions
 from engine.text.tokenizer import Tokenizer
 from server import harmony
 from server.answer_parser import Style
-from server.dialect import GEMMA4, Dialect
+from server.dialect import GEMMA4, PYTHON, Dialect
 from server.gemma_calls import GemmaCalls
 from server.lark import any_text, form_rule, literal, mark
 from server.marked_calls import GLM
 from server.marked_grammar import MarkedCalls
+from server.python_calls import python_call
 from server.tools import ANY_OBJECT, Offered
 
 # An answer that begins otherwise than calls do.
@@ -111,6 +112,8 @@ def _calls(tokenizer: Tokenizer, dialect: Dialect, offered: Offered, rules: list
         call = None
         if style is GEMMA4:
             call = GemmaCalls(tokenizer, rules).call(names[-1], tool.name, schema)
+        if style is PYTHON:
+            call = python_call(rules, names[-1], tool.name, schema)
         if dialect.marks is not None:
             marked = MarkedCalls(tokenizer, dialect.marks, rules)
             call = marked.call(names[-1], tool.name, schema)
@@ -122,7 +125,7 @@ def _calls(tokenizer: Tokenizer, dialect: Dialect, offered: Offered, rules: list
     begin = mark(tokenizer, style.begins[0])
     if inline:
         parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", r'"\n"')
-    elif style is GEMMA4:
+    elif style in (GEMMA4, PYTHON):
         parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", "")
     elif style.name == "mistral":
         parts = Calls(begin, one, "")

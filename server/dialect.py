@@ -12,6 +12,7 @@ from server import harmony
 from server.answer_parser import Style
 from server.gemma_calls import gemma_call
 from server.marked_calls import GLM, QWEN, Marks, marked_call
+from server.python_calls import as_python, python_calls
 
 # Qwen 2.5 and 3, Hermes 2 and 3, and many after them; GLM from 4.5 on and Qwen3-Coder, which mark
 # arguments.
@@ -25,6 +26,10 @@ MISTRAL = Style(
 # Gemma writes what its prompt shows it, in a fence.
 GEMMA = Style("gemma", ("```tool_call", "```tool_code", "```json"), "```", leading=True)
 GEMMA4 = Style("gemma4", ("<|tool_call>",), "<tool_call|>", reader=gemma_call)
+# LFM2's, whose older templates show lists of tools, and no calls.
+PYTHON = Style(
+    "python", ("<|tool_call_start|>",), "<|tool_call_end|>", reader=python_calls, lists=True
+)
 # What everybody else is taught: Hermes' form, or JSON alone.
 GENERIC = Style("json", ("<tool_call>",), "</tool_call>", leading=True)
 
@@ -47,12 +52,14 @@ MORE = "For several calls write one after the other. "
 @dataclass(frozen=True)
 class Dialect:
     """What is known of a template: the style of its calls, whether it shows tools itself, the
-    markers around its reasoning, if it has any, and those of arguments that are no JSON."""
+    markers around its reasoning, if it has any, those of arguments that are no JSON, and whether it
+    shows calls that were made."""
 
     style: Style
     shows_tools: bool
     thinking: tuple[str, str] | None
     marks: Marks | None = None
+    shows_calls: bool = True
 
 
 def dialect_of(template: ChatTemplate | None) -> Dialect:
@@ -63,7 +70,13 @@ def dialect_of(template: ChatTemplate | None) -> Dialect:
     known = () if style is harmony.STYLE else THINKING
     thinking = next((marks for marks in known if marks[1] in source), None)
     marks = next((marks for marks in (QWEN, GLM) if marks.key in source), None)
-    return Dialect(style, "tools" in source, thinking, marks if style is HERMES else None)
+    return Dialect(
+        style,
+        "tools" in source,
+        thinking,
+        marks if style is HERMES else None,
+        style is not PYTHON or "tool_calls" in source,
+    )
 
 
 def _style(source: str) -> Style:
@@ -73,6 +86,8 @@ def _style(source: str) -> Style:
         return MISTRAL
     if "<|tool_call>" in source:
         return GEMMA4
+    if "<|tool_call_start|>" in source or "<|tool_list_start|>" in source:
+        return PYTHON
     if "<tool_call>" in source:
         return HERMES
     if "<|python_tag|>" in source or ("tools" in source and "<|start_header_id|>" in source):
@@ -84,6 +99,17 @@ def call_text(style: Style, name: str, arguments: str) -> str:
     """A call as a model that was taught writes it; `arguments` are JSON."""
     body = f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}'
     return f"{style.begins[0]}\n{body}\n{style.end}"
+
+
+def with_calls_as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages for a template of PYTHON's that shows content alone."""
+    told = []
+    for message in messages:
+        text = message.get("content") or ""
+        if calls := message.get("tool_calls"):
+            text += f"{PYTHON.begins[0]}{as_python(calls)}{PYTHON.end}"
+        told.append({**message, "content": text})
+    return told
 
 
 def taught(

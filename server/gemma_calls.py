@@ -12,7 +12,7 @@ from engine.text.grammar import embedded
 from engine.text.schemas import ANNOTATIONS
 from engine.text.tokenizer import Tokenizer
 from server.json_machine import BLANK, MAX_DEPTH, Broken, Machine, Sink, require, string, until
-from server.lark import any_text, literal, mark
+from server.lark import any_text, in_order, literal, mark
 from server.marked_calls import Schemas, taken
 from server.marked_grammar import CHOOSING, OBJECT_KEYS, Schema, alone, followed
 
@@ -170,18 +170,7 @@ class GemmaCalls:
                 return None
             self._rules.append(f"{label}_{number}: {literal(f'{key}:')} {value}")
             members.append((f"{label}_{number}", key in required))
-        # From the end on: what may follow a member, and what may stand first.
-        follows, firsts = '""', '""'
-        for number in reversed(range(len(members))):
-            rule, needed = members[number]
-            first = f"{rule} {follows}" if needed else f"{rule} {follows} | {firsts}"
-            self._rules.append(f"{label}_from_{number}: {first}")
-            firsts = f"{label}_from_{number}"
-            more = f'"," {rule} {follows}'
-            self._rules.append(
-                f"{label}_more_{number}: {more if needed else f'{more} | {follows}'}"
-            )
-            follows = f"{label}_more_{number}"
+        firsts = in_order(self._rules, label, members, ",")
         return f'"{{" {firsts} "}}"'
 
     def _value(self, label: str, part: Any, root: Schema, depth: int) -> str | None:

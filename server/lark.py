@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from llguidance import regex_to_lark
 
@@ -48,3 +49,19 @@ def mark(tokenizer: Tokenizer, text: str) -> str:
 def literal(text: str) -> str:
     """Text as grammars write it."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def in_order(
+    rules: list[str], label: str, members: Sequence[tuple[str, bool]], separator: str
+) -> str:
+    """Members by their rules in a row, those that are not needed left out or not, the separator
+    between them; rules of `label` are added."""
+    # From the end on: what may follow a member, and what may stand first.
+    follows, firsts = '""', '""'
+    for number, (rule, needed) in reversed(list(enumerate(members))):
+        first = f"{rule} {follows}"
+        rules.append(f"{label}_from_{number}: {first if needed else f'{first} | {firsts}'}")
+        more = f"{literal(separator)} {rule} {follows}"
+        rules.append(f"{label}_more_{number}: {more if needed else f'{more} | {follows}'}")
+        firsts, follows = f"{label}_from_{number}", f"{label}_more_{number}"
+    return firsts

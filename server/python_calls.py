@@ -1,0 +1,195 @@
+"""Calls that look like Python's, as LFM2 writes them: `[name(key="text", other=[1, True])]`, one
+or several in a list; both to read and to write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any
+
+from engine.text.grammar import embedded
+from server.json_machine import BLANK, MAX_DEPTH, Broken, Machine, Sink, require
+from server.lark import in_order, literal
+from server.marked_calls import Schemas
+from server.marked_grammar import OBJECT_KEYS, Schema, alone, followed
+
+WORDS = {"True": "true", "False": "false", "None": "null"}
+# What ends a value that is no text.
+ENDS = ",)]}:"
+# What may stand behind a backslash, and how many digits of a character's number.
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "\\": "\\", "'": "'", '"': '"'}
+DIGITS = {"x": 2, "u": 4, "U": 8}
+ANY_ARGUMENT = 'python_any: /[A-Za-z_][A-Za-z0-9_]*/ "=" %json {}'
+
+
+def python_calls(char: str, schemas: Schemas, begin: Callable[[str], None], argue: Sink) -> Machine:
+    """Reads calls of the tools in `schemas`, in a list or one without: tells `begin` each name, and
+    `argue` its arguments as JSON. Raises Broken if they are none."""
+    listed = char == "["
+    if listed:
+        char = yield from _skip((yield))
+    while True:
+        char = yield from _call(char, schemas, begin, argue)
+        if not listed:
+            return char
+        char = yield from _skip(char)
+        if char == "]":
+            return (yield)
+        require(char, ",")
+        char = yield from _skip((yield))
+
+
+def _call(char: str, schemas: Schemas, begin: Callable[[str], None], argue: Sink) -> Machine:
+    name = ""
+    while char and char != "(":
+        name += char
+        if not any(known.startswith(name) for known in schemas):
+            raise Broken(char)
+        char = yield
+    if not char or name not in schemas:
+        raise Broken(char)
+    begin(name)
+    argue("{")
+    char = yield from _skip((yield))
+    first = True
+    while char != ")":
+        if not first:
+            require(char, ",")
+            char = yield from _skip((yield))
+        key = ""
+        while char and (char.isalnum() or char == "_"):
+            key += char
+            char = yield
+        if not key:
+            raise Broken(char)
+        require((yield from _skip(char)), "=")
+        argue(f"{'' if first else ', '}{json.dumps(key)}: ")
+        char = yield from _skip((yield))
+        char = yield from _skip((yield from _value(char, argue, 0)))
+        first = False
+    argue("}")
+    return (yield)
+
+
+def _value(char: str, sink: Sink, depth: int) -> Machine:
+    if not char or depth > MAX_DEPTH:
+        raise Broken(char)
+    if char in "'\"":
+        return (yield from _text(char, sink))
+    if char in "[(":
+        return (yield from _members(sink, {"[": "]", "(": ")"}[char], depth))
+    if char == "{":
+        return (yield from _members(sink, "}", depth))
+    word = ""
+    while char and char not in ENDS:
+        word += char
+        char = yield
+    if not char:
+        raise Broken(char)
+    word = word.strip(BLANK)
+    try:
+        value = json.loads(WORDS.get(word, word), parse_constant=_refuse)
+    except ValueError:
+        raise Broken(char) from None
+    sink(json.dumps(value))
+    return char
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _members(sink: Sink, end: str, depth: int) -> Machine:
+    """What a list, a tuple or a dictionary holds."""
+    pairs = end == "}"
+    sink("{" if pairs else "[")
+    char = yield from _skip((yield))
+    first = True
+    while char != end:
+        if not first:
+            require(char, ",")
+            char = yield from _skip((yield))
+            if char == end:
+                break
+            sink(", ")
+        first = False
+        if pairs:
+            if not char or char not in "'\"":
+                raise Broken(char)
+            require((yield from _skip((yield from _text(char, sink)))), ":")
+            sink(": ")
+            char = yield from _skip((yield))
+        char = yield from _skip((yield from _value(char, sink, depth + 1)))
+    sink("}" if pairs else "]")
+    return (yield)
+
+
+def _text(mark: str, sink: Sink) -> Machine:
+    """The rest of a string that `mark` has begun, as JSON."""
+    sink('"')
+    while (char := (yield)) != mark:
+        if not char:
+            raise Broken(char)
+        if char == "\\":
+            sink((yield from _escaped()))
+        else:
+            sink(json.dumps(char, ensure_ascii=False)[1:-1])
+    sink('"')
+    return (yield)
+
+
+def _escaped() -> Generator[None, str, str]:
+    """What is meant behind a backslash, as JSON; one that means nothing stands for itself."""
+    letter = yield
+    if letter not in DIGITS:
+        return json.dumps(ESCAPES.get(letter, f"\\{letter}"), ensure_ascii=False)[1:-1]
+    code = last = ""
+    for _ in range(DIGITS[letter]):
+        last = yield
+        code += last
+    try:
+        # ASCII: half of a pair is no character, but the two are one in JSON.
+        return json.dumps(chr(int(code, 16)))[1:-1]
+    except (ValueError, OverflowError):
+        raise Broken(last) from None
+
+
+def _skip(char: str) -> Machine:
+    while char and char in BLANK:
+        char = yield
+    return char
+
+
+def as_python(calls: Iterable[Mapping[str, Any]]) -> str:
+    """A list of calls, whose `arguments` are objects, as the reader takes it."""
+    written = []
+    for call in calls:
+        function = call["function"]
+        arguments = ", ".join(f"{key}={value!r}" for key, value in function["arguments"].items())
+        written.append(f"{function['name']}({arguments})")
+    return f"[{', '.join(written)}]"
+
+
+def python_call(rules: list[str], label: str, name: str, schema: Schema) -> str | None:
+    """What rule `label` has to be for a call of one tool, a list of its own; None if the schema
+    says more than arguments in a row can be held to. Values are JSON, which Python reads alike but
+    for the words that the reader knows."""
+    properties = schema.get("properties") or {}
+    required = schema.get("required") or []
+    if not set(schema) <= OBJECT_KEYS or not set(required) <= set(properties):
+        return None
+    members = []
+    for number, (key, part) in enumerate(properties.items()):
+        found = followed(part, schema)
+        document = None if found is None else alone(found, schema)
+        if document is None or not key.isidentifier() or not key.isascii():
+            return None
+        rules.append(f"{label}_{number}: {literal(f'{key}=')} %json {embedded(document)}")
+        members.append((f"{label}_{number}", key in required))
+    if not properties and schema.get("additionalProperties") is not False:
+        if ANY_ARGUMENT not in rules:
+            rules.append(ANY_ARGUMENT)
+        arguments = '(python_any (", " python_any)*)?'
+    else:
+        arguments = in_order(rules, label, members, ", ")
+    return f'{literal(f"[{name}(")} {arguments} ")]"'
