@@ -103,7 +103,7 @@ class Parser(Protocol):
 class AnswerParser:
     """Reads one answer. With `style` and the `names` of tools it finds calls, and by `schemas` of
     their arguments what bare values mean; with `thinking`, two markers, it finds reasoning, which
-    has begun already if `begun`."""
+    has begun already if `begun`. Between `channels`, two markers, there may be more anywhere."""
 
     def __init__(
         self,
@@ -113,8 +113,10 @@ class AnswerParser:
         schemas: Schemas | None = None,
         thinking: tuple[str, str] | None = None,
         begun: bool = False,
+        channels: tuple[str, str] | None = None,
     ) -> None:
         self._style = style
+        self._channels: tuple[str, ...] = channels or ()
         self._schemas = {name: (schemas or {}).get(name, {}) for name in names}
         self._thinking = thinking
         self._begun = begun
@@ -151,19 +153,25 @@ class AnswerParser:
         char = yield
         if self._thinking is not None:
             char = yield from self._reason(char, *self._thinking)
-        if self._style is None:
+        style, channels = self._style, self._channels
+        if style is None and not channels:
             while char:
                 self._pieces.append(Content(char))
                 self._raw = ""
                 char = yield
             return ""
-        begins = self._style.begins
+        begins = (*(style.begins if style is not None else ()), *channels)
         char = yield from self._skip(char, self._say)
-        if self._style.leading and char and char in "{[":
+        if style is not None and style.leading and char and char in "{[":
             char = yield from self._attempt(char, "")
         while char:
             char, found = yield from until(char, begins, self._say)
-            if found:
+            if found in channels:
+                if found == channels[0]:
+                    blank, self._blank = self._blank, ""
+                    char, _ = yield from until(char, channels[1:], self._think)
+                    self._blank = blank
+            elif found:
                 char = yield from self._attempt(char, found)
         if self._blank:
             self._pieces.append(Content(self._blank))

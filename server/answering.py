@@ -16,7 +16,7 @@ from engine import AsyncEngine, Grammar, InvalidRequest, SamplingParams
 from server import harmony
 from server.answer_parser import AnswerParser, Parser
 from server.constraints import constraint
-from server.dialect import MISTRAL, Dialect, dialect_of, taught, with_calls_as_text
+from server.dialect import GEMMA4, MISTRAL, Dialect, dialect_of, taught, with_calls_as_text
 from server.harmony import HarmonyParser
 from server.tools import Offered
 
@@ -31,6 +31,10 @@ EFFORTS: dict[str, int | None] = {
 }
 # How templates are told whether to have the model reason: Qwen's, DeepSeek's and Granite's names.
 SWITCHES = ("enable_thinking", "thinking")
+# Granite 3's, which has answers in tags if it is told to reason.
+ANSWER_TAG = "<response>"
+# Gemma 4's template opens no turn behind results of calls that words came with.
+TURN_END, TURN = "<turn|>\n", "<|turn>model\n"
 NINE = re.compile(r"[a-zA-Z0-9]{9}")
 
 
@@ -98,6 +102,9 @@ async def prepare_answer(
     if offered is not None and offered.choice != "none":
         tools = [tool.as_template_input() for tool in offered.tools]
     variables = wishes.for_template
+    tagged = template is not None and ANSWER_TAG in template.source
+    if tagged and variables.get("thinking") and "thinking" not in wishes.variables:
+        del variables["thinking"]
     if dialect.style is harmony.STYLE:
         variables = harmony.variables(variables)
     messages, tools = for_template(dialect, messages, tools)
@@ -124,7 +131,7 @@ async def prepare_answer(
     parser: Callable[[], Parser] | None = None
     if dialect.style is harmony.STYLE:
         parser = partial(HarmonyParser, names=called, opening=harmony.opening_of(prompt))
-    elif calls or reasons:
+    elif calls or reasons or dialect.style is GEMMA4:
         parser = partial(
             AnswerParser,
             style=dialect.style if calls else None,
@@ -132,6 +139,8 @@ async def prepare_answer(
             schemas={} if offered is None else {t.name: t.parameters for t in offered.tools},
             thinking=dialect.thinking if reasons else None,
             begun=begun,
+            # Gemma opens another, or closes one that is closed, once in a while.
+            channels=dialect.thinking if dialect.style is GEMMA4 else None,
         )
     hidden = list(dialect.style.begins) if calls or dialect.style is harmony.STYLE else []
     hidden += dialect.thinking if reasons and dialect.thinking is not None else []
@@ -163,6 +172,8 @@ async def encode_chat(
     """The prompt that the chat template makes, and its ids; errors name the client's field."""
     try:
         prompt = engine.render_chat(messages, **options)
+        if prompt.endswith(TURN_END) and options.get("add_generation_prompt", True):
+            prompt += TURN
         return prompt, await engine.encode(prompt, add_special_tokens=False)
     except InvalidRequest as error:
         raise InvalidRequest(str(error), param=name, code=error.code) from error

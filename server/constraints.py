@@ -106,12 +106,13 @@ def _calls(tokenizer: Tokenizer, dialect: Dialect, offered: Offered, rules: list
     names, style = [], dialect.style
     # Of a kind that has no lines around them.
     inline = dialect.marks is GLM
+    gemma = GemmaCalls(tokenizer, rules)
     for number, tool in enumerate(offered.callable_tools):
         names.append(f"call_{number}")
         schema = tool.arguments if tool.strict or offered.forced else ANY_OBJECT
         call = None
         if style is GEMMA4:
-            call = GemmaCalls(tokenizer, rules).call(names[-1], tool.name, schema)
+            call = gemma.call(names[-1], tool.name, schema)
         if style is PYTHON:
             call = python_call(rules, names[-1], tool.name, schema)
         if dialect.marks is not None:
@@ -123,10 +124,8 @@ def _calls(tokenizer: Tokenizer, dialect: Dialect, offered: Offered, rules: list
         rules.append(f"{names[-1]}: {call}")
     one = f"({' | '.join(names)})"
     begin = mark(tokenizer, style.begins[0])
-    if inline:
-        parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", r'"\n"')
-    elif style in (GEMMA4, PYTHON):
-        parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", "")
+    if inline or style in (GEMMA4, PYTHON):
+        parts = Calls(begin, f"{one} {mark(tokenizer, style.end)}", r'"\n"' if inline else "")
     elif style.name == "mistral":
         parts = Calls(begin, one, "")
     elif style.name == "llama3":

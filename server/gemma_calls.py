@@ -11,17 +11,30 @@ from engine import Grammar
 from engine.text.grammar import embedded
 from engine.text.schemas import ANNOTATIONS
 from engine.text.tokenizer import Tokenizer
-from server.json_machine import BLANK, MAX_DEPTH, Broken, Machine, Sink, require, string, until
+from server.json_machine import (
+    BLANK,
+    MAX_DEPTH,
+    NUMBER,
+    Broken,
+    Machine,
+    Sink,
+    require,
+    string,
+    until,
+)
 from server.lark import any_text, in_order, literal, mark
 from server.marked_calls import Schemas, taken
-from server.marked_grammar import CHOOSING, OBJECT_KEYS, Schema, alone, followed
+from server.marked_grammar import CHOOSING, OBJECT_KEYS, Schema, alone, followed, without_names
 
 HEAD, QUOTE = "call:", '<|"|>'
 # What ends a value that is in no marks.
 BARE_ENDS = ",}]"
 ARRAY_KEYS = {"type", "items", *ANNOTATIONS}
-# Schemas that hold others are written out this deep.
-MAX_WRITTEN = 8
+# What the template writes for null as well.
+WORDS = {"true": "true", "false": "false", "null": "null", "None": "null"}
+# Schemas that hold others are written out this deep, and all of an answer's up to so many
+# characters: references may name each other over and over.
+MAX_WRITTEN, MOST_CHARACTERS = 8, 100_000
 ANY = (
     'gemma_any: gemma_text | %json {"type": ["number", "boolean", "null"]} | gemma_object '
     '| "[" (gemma_any ("," gemma_any)*)? "]"'
@@ -68,16 +81,10 @@ def _value(char: str, sink: Sink, depth: int) -> Machine:
 
 
 def _meaning(word: str) -> str:
-    """A value without marks as JSON: what it is as such, or text."""
-    try:
-        value = json.loads(word, parse_constant=_refuse)
-    except ValueError:
-        value = word
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    """A value without marks as JSON: a number or a word that it knows, or text."""
+    if NUMBER.fullmatch(word):
+        return word
+    return WORDS.get(word) or json.dumps(word, ensure_ascii=False)
 
 
 def _members(sink: Sink, end: str, depth: int) -> Machine:
@@ -138,18 +145,29 @@ def _skip(char: str) -> Generator[None, str, str]:
     return char
 
 
+class _TooMuch(Exception):
+    """The rules have become longer than they may."""
+
+
 class GemmaCalls:
-    """Writes calls into the `rules` of a grammar."""
+    """Writes an answer's calls into the `rules` of its grammar."""
 
     def __init__(self, tokenizer: Tokenizer, rules: list[str]) -> None:
         self._quote = mark(tokenizer, QUOTE)
         self._closed = tokenizer.mark_id(QUOTE) is not None
         self._rules = rules
+        self._written = 0
 
     def call(self, label: str, name: str, schema: Schema) -> str:
         """What rule `label` has to be for a call of one tool. Where a schema says more than can be
         written out its arguments are JSON."""
-        arguments = self._object(label, schema, schema, 0)
+        before = len(self._rules)
+        arguments: str | None = None
+        try:
+            arguments = self._object(label, schema, schema, 0)
+        except _TooMuch:
+            # What all kinds share stays.
+            self._rules[before:] = [r for r in self._rules[before:] if not r.startswith(label)]
         if arguments is None:
             arguments = f"%json {embedded(Grammar.json_schema(dict(schema)))}"
         return f"{literal(HEAD + name)} {arguments}"
@@ -160,15 +178,15 @@ class GemmaCalls:
         if not set(schema) <= OBJECT_KEYS or not set(required) <= set(properties):
             return None
         if not properties:
-            return '"{}"' if schema.get("additionalProperties") is False else self._any("object")
+            return without_names(schema, '"{}"', lambda: self._any("object"))
         # In the order in which the template shows calls.
         names = sorted(properties, key=str.lower)
         members = []
         for number, key in enumerate(names):
             value = self._value(f"{label}_{number}", properties[key], root, depth + 1)
-            if value is None or not key or set(key) & set('<>{}[]:,"\n '):
+            if value is None or not key or set(key) & set('<>{}[]:,"' + BLANK):
                 return None
-            self._rules.append(f"{label}_{number}: {literal(f'{key}:')} {value}")
+            self._add(f"{label}_{number}: {literal(f'{key}:')} {value}")
             members.append((f"{label}_{number}", key in required))
         firsts = in_order(self._rules, label, members, ",")
         return f'"{{" {firsts} "}}"'
@@ -176,8 +194,12 @@ class GemmaCalls:
     def _value(self, label: str, part: Any, root: Schema, depth: int) -> str | None:
         """A value as its schema has it; None if that cannot be held to."""
         schema = followed(part, root)
+        self._spend(len(label))
         if schema is None or depth > MAX_WRITTEN:
             return None
+        if isinstance(named := schema.get("type"), list):
+            one_each = [{**schema, "type": name} for name in named]
+            return self._alternatives(label, one_each, root, depth)
         said = set(schema) - set(ANNOTATIONS)
         kinds, choices = taken(schema, root)
         if not said:
@@ -196,14 +218,23 @@ class GemmaCalls:
             item = self._value(f"{label}_item", schema.get("items", {}), root, depth + 1)
             if item is None:
                 return None
-            self._rules.append(f"{label}_item: {item}")
+            self._add(f"{label}_item: {item}")
             return f'"[" ({label}_item ("," {label}_item)*)? "]"'
         elif said == {"anyOf"}:
             return self._alternatives(label, schema["anyOf"], root, depth)
-        if kinds and not kinds & {"string", "object", "array"} and not _texts(choices):
+        if (kinds or choices) and not kinds & {"string", "object", "array"} and plain(choices):
             document = alone(schema, root)
             return None if document is None else f"%json {embedded(document)}"
         return None
+
+    def _add(self, rule: str) -> None:
+        self._rules.append(rule)
+        self._spend(len(rule))
+
+    def _spend(self, characters: int) -> None:
+        self._written += characters
+        if self._written > MOST_CHARACTERS:
+            raise _TooMuch
 
     def _alternatives(self, label: str, parts: Any, root: Schema, depth: int) -> str | None:
         found = []
@@ -227,5 +258,6 @@ class GemmaCalls:
         return f"gemma_{kind}"
 
 
-def _texts(choices: list[Any]) -> bool:
-    return any(isinstance(choice, (str, Mapping, list)) for choice in choices)
+def plain(choices: list[Any]) -> bool:
+    """Whether none of the values is a text, or holds others."""
+    return not any(isinstance(choice, (str, Mapping, list)) for choice in choices)

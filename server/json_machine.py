@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator
 
 BLANK = " \t\r\n"
 # JSON nested deeper than this is none that a tool takes.
 MAX_DEPTH = 64
 LITERALS = {"t": "true", "f": "false", "n": "null"}
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 ESCAPES = '"\\/bfnrtu'
 
 

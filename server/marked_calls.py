@@ -113,8 +113,12 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
-def taken(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple[set[str], list[Any]]:
-    """The types that a schema, a part of `root`, names anywhere, and the values."""
+def taken(
+    schema: Any, root: Mapping[str, Any], depth: int = 0, seen: set[str] | None = None
+) -> tuple[set[str], list[Any]]:
+    """The types that a schema, a part of `root`, names anywhere, and the values. References that
+    were `seen` are not followed again."""
+    seen = set() if seen is None else seen
     kinds: set[str] = set()
     choices: list[Any] = []
     if not isinstance(schema, dict) or depth > MAX_DEPTH:
@@ -126,10 +130,11 @@ def taken(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple[set[str
     choices += [schema["const"]] if "const" in schema else []
     inner = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or ()]
     reference = schema.get("$ref")
-    if reference is not None:
+    if isinstance(reference, str) and reference not in seen:
+        seen.add(reference)
         inner.append(referred(reference, root))
     for each in inner:
-        more = taken(each, root, depth + 1)
+        more = taken(each, root, depth + 1, seen)
         kinds |= more[0]
         choices += more[1]
     return kinds, choices

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine import Grammar
@@ -47,7 +48,7 @@ class MarkedCalls:
         if not set(schema) <= OBJECT_KEYS or not set(required) <= set(properties):
             return None
         if not properties:
-            return "" if schema.get("additionalProperties") is False else self._any(label)
+            return without_names(schema, "", lambda: self._any(label))
         parts = []
         for number, (key, part) in enumerate(properties.items()):
             rule = f"{label}_{number}"
@@ -106,6 +107,15 @@ class MarkedCalls:
         return f"{label} {mark(self._tokenizer, end)} {LINE}"
 
 
+def without_names(schema: Schema, none: str, anything: Callable[[], str]) -> str | None:
+    """What an object is that names no properties: one of `none`, or `anything`; None if those that
+    it may have are held to something."""
+    others = schema.get("additionalProperties", True)
+    if others is False:
+        return none
+    return anything() if others in (True, {}) else None
+
+
 def followed(part: Any, root: Schema, hops: int = 8) -> Schema | None:
     """A property's schema, or what it alone refers to; None if there is no such thing."""
     while isinstance(part, dict) and set(part) - set(ANNOTATIONS) == {"$ref"} and hops:
@@ -117,7 +127,8 @@ def alone(schema: Schema, root: Schema) -> Grammar | None:
     """A property's schema as a document, with what it refers to; None if it refers elsewhere."""
     if not refers_to_definitions(dict(schema)):
         return None
-    shared = {key: root[key] for key in DEFINITIONS if key in root}
+    refers = '"$ref"' in json.dumps(schema)
+    shared = {key: root[key] for key in DEFINITIONS if refers and key in root}
     return Grammar.json_schema({**schema, **shared})
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from engine.text.grammar import embedded
-from server.json_machine import BLANK, MAX_DEPTH, Broken, Machine, Sink, require
+from server.json_machine import BLANK, MAX_DEPTH, NUMBER, Broken, Machine, Sink, require
 from server.lark import in_order, literal
 from server.marked_calls import Schemas
-from server.marked_grammar import OBJECT_KEYS, Schema, alone, followed
+from server.marked_grammar import OBJECT_KEYS, Schema, alone, followed, without_names
 
 WORDS = {"True": "true", "False": "false", "None": "null"}
+WORDS |= {word: word for word in WORDS.values()}
 # What ends a value that is no text.
 ENDS = ",)]}:"
 # What may stand behind a backslash, and how many digits of a character's number.
@@ -87,16 +88,10 @@ def _value(char: str, sink: Sink, depth: int) -> Machine:
     if not char:
         raise Broken(char)
     word = word.strip(BLANK)
-    try:
-        value = json.loads(WORDS.get(word, word), parse_constant=_refuse)
-    except ValueError:
-        raise Broken(char) from None
-    sink(json.dumps(value))
+    if word not in WORDS and not NUMBER.fullmatch(word):
+        raise Broken(char)
+    sink(WORDS.get(word, word))
     return char
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _members(sink: Sink, end: str, depth: int) -> Machine:
@@ -186,10 +181,11 @@ def python_call(rules: list[str], label: str, name: str, schema: Schema) -> str 
             return None
         rules.append(f"{label}_{number}: {literal(f'{key}=')} %json {embedded(document)}")
         members.append((f"{label}_{number}", key in required))
-    if not properties and schema.get("additionalProperties") is not False:
+    arguments: str | None = in_order(rules, label, members, ", ")
+    if not properties:
+        arguments = without_names(schema, "", lambda: '(python_any (", " python_any)*)?')
         if ANY_ARGUMENT not in rules:
             rules.append(ANY_ARGUMENT)
-        arguments = '(python_any (", " python_any)*)?'
-    else:
-        arguments = in_order(rules, label, members, ", ")
+    if arguments is None:
+        return None
     return f'{literal(f"[{name}(")} {arguments} ")]"'

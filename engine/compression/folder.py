@@ -106,7 +106,7 @@ def windows_of(
     widest linear. Raises ConfigError if there are no tokens."""
     if most is None:
         config = read_config(checkpoint.config, checkpoint.rope_factors())
-        most = max(LEAST_TOKENS, 4 * max(config.intermediate, config.hidden))
+        most = max(LEAST_TOKENS, 4 * max(*config.each.intermediate, config.hidden))
     tokenizer = open_tokenizer(checkpoint)
     ids, empty = tokenizer.encode(text), tokenizer.encode("")
     first: list[int] = []

@@ -107,8 +107,8 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
             [f"{shared}.{down}"],
             (1, given.shared),
         ),
-        load.preference(preferred, count) if prefers else None,
-        load.preference(factors, count) if load.has(factors) else None,
+        load.per_expert(preferred, count) if prefers else None,
+        load.per_expert(factors, count) if load.has(factors) else None,
         Experts(
             count,
             given.used,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.errors import ConfigError
 from engine.models.values import Values
@@ -11,8 +12,8 @@ from kernels.ops import Heads
 GEMMA4 = "gemma4_text"
 # What the configuration leaves out where it is this.
 WINDOW, WIDE_HEADS, PER_LAYER, VOCABULARY = 512, 512, 256, 262144
-# One more of which sees everything.
-PATTERN = 6
+# One of so many sees everything, and turns this share of its pairs.
+PATTERN, TURNING = 6, 0.25
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ def sliding(values: Values, layers: int) -> tuple[int, ...]:
     window = values.integer("sliding_window", WINDOW)
     types = values.raw.get("layer_types")
     if types is None:
-        kinds = ["sliding_attention" if (n + 1) % PATTERN else "full" for n in range(layers)]
-        types = [*kinds[:-1], "full"]
+        kinds = ("full_attention", "sliding_attention")
+        types = [kinds[(n + 1) % PATTERN > 0] for n in range(layers)]
     if len(types) != layers:
         raise ConfigError(f"layer_types has {len(types)} entries for {layers} layers")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    unknown = [kind for kind in types if kind not in ("sliding_attention", "full_attention")]
+    if unknown:
+        raise ConfigError(f"layer_types has {unknown[0]!r}, which no layer of Gemma 4 is")
+    # The last one sees everything, whatever is said.
+    return tuple(window if kind == "sliding_attention" else 0 for kind in [*types[:-1], "full"])
 
 
 def read_layers(
@@ -72,7 +77,8 @@ def read_layers(
         if given.query % given.kv or given.dim % 2:
             raise ConfigError(f"layer {layer} has {given}, which cannot be computed")
         found.append(given)
-    first = count - (raw.get("num_kv_shared_layers") or 0)
+    shared = values.integer("num_kv_shared_layers", most=count - 1) if _some(raw) else 0
+    first = count - shared
     keys_of = list(range(count))
     for layer in range(first, count):
         alike = [n for n in range(first) if (windows[n] == 0) == (windows[layer] == 0)]
@@ -85,10 +91,15 @@ def read_layers(
     return Layers(tuple(found), tuple(widths), tuple(keys_of), doubling)
 
 
+def _some(raw: dict[str, Any]) -> bool:
+    """Whether layers share keys and values."""
+    return raw.get("num_kv_shared_layers") not in (None, 0)
+
+
 def read_inputs(values: Values) -> LayerInputs | None:
     """Vectors of the layers; larger models have none."""
     key = "hidden_size_per_layer_input"
-    if values.raw.get(key) == 0:
+    if values.raw.get(key, PER_LAYER) in (0, None):
         return None
     rows = values.integer("vocab_size_per_layer_input", VOCABULARY)
     return LayerInputs(values.integer(key, PER_LAYER), rows)

@@ -253,7 +253,7 @@ class WeightLoader:
             parts += [row if len(shape) > 1 else Row(row)] * gate[1]
         return self._weights.load(parts, bias, bits=16)
 
-    def preference(self, name: str, count: int) -> Weight:
+    def per_expert(self, name: str, count: int) -> Weight:
         """What is added to experts' probabilities where they are chosen, or multiplies their
         shares."""
         stored = self.checkpoint.tensor(name).shape

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.models.gemma4_config import GEMMA4
+from engine.models.gemma4_config import GEMMA4, TURNING
 from kernels.ops import Rope
 
 KINDS = ("linear", "llama3", "yarn", "longrope", "proportional")
@@ -83,7 +83,7 @@ def _gemma4(
         False: {
             "rope_theta": 1e6,
             "rope_type": "proportional",
-            "partial_rotary_factor": QWEN_SHARE,
+            "partial_rotary_factor": TURNING,
             **parameters.get("full_attention", {}),
         },
     }
@@ -158,7 +158,10 @@ def _rope(
         elif kind == "longrope":
             frequencies, magnitude = _longrope(plain, scaling, positions)
         elif kind == "proportional":
-            turning = int(float(scaling.get("partial_rotary_factor", 1.0)) * dim // 2)
+            share = float(scaling.get("partial_rotary_factor", 1.0))
+            if not 0 < share <= 1:
+                raise ConfigError(f"partial_rotary_factor is {share}, of heads of {dim}")
+            turning = int(share * dim // 2)
             factor = float(scaling.get("factor") or 1.0)
             frequencies = [f / factor if i < turning else 0.0 for i, f in enumerate(plain)]
         elif kind in ("default", "none"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from engine.errors import ConfigError
@@ -31,6 +32,6 @@ class Values:
 
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key, default)
-        if not isinstance(value, (int, float)) or not value > 0:
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ConfigError(f"the model's configuration has {key} = {value!r}, not above zero")
         return float(value)

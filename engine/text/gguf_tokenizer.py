@@ -101,7 +101,9 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: str) -> Tokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
-    controls = {t: i for i, t in enumerate(tokens) if types[i] == CONTROL}
+    # llama.cpp's converter shows Gemma's marks as if they were text.
+    marking = (CONTROL, USER_DEFINED) if kind == "gemma4" else (CONTROL,)
+    controls = {t: i for i, t in enumerate(tokens) if types[i] in marking}
     ends = {controls[t] for t in ends_among(controls)}
     named = {i for n in ("eos", "eot", "eom") if (i := _id(metadata, n, tokens, file)) is not None}
     # What ends a message may be called the end of a turn, though the answer goes on.

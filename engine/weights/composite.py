@@ -20,6 +20,8 @@ TEXT_TYPES = {
 }
 # Whose configuration has the text part's keys beside its own.
 FLAT_TYPES = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
+# Keys whose null says something else than if they were missing.
+MEANT = ("hidden_size_per_layer_input",)
 # What a text part's configuration takes from the whole one's.
 SHARED = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
 # Gemma's files leave out what is the same in most sizes.
@@ -32,8 +34,16 @@ GEMMA3 = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
+# Gemma 4 without encoders has no vectors of layers, and no word for them.
+UNIFIED = {
+    "vocab_size": 262144,
+    "hidden_size_per_layer_input": 0,
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+}
 UNSAID: dict[str, dict[str, Any]] = {
     "gemma3_text": GEMMA3,
+    "gemma4_unified_text": UNIFIED,
     # Every model of the kind does.
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
 }
@@ -62,7 +72,7 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any] | None:
         return None
     shared = {key: raw[key] for key in SHARED if raw.get(key) is not None}
     defaults = UNSAID.get(kind, {})
-    given = {key: value for key, value in part.items() if value is not None}
+    given = {key: value for key, value in part.items() if value is not None or key in MEANT}
     return defaults | shared | given | {"model_type": TEXT_TYPES[kind]}
 
 

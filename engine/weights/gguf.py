@@ -35,8 +35,9 @@ TOP_NAMES = {
     "output": "lm_head",
     **gguf_gemma.TOP_NAMES,
 }
-# Tensors of layers whose names Hugging Face ends otherwise.
-WHOLE_NAMES = gguf_recurrent.WHOLE_NAMES | gguf_gemma.WHOLE_NAMES
+# Tensors of layers whose names Hugging Face ends otherwise, and those of Gemma 4.
+WHOLE_NAMES = gguf_recurrent.WHOLE_NAMES
+GEMMA_NAMES = WHOLE_NAMES | gguf_gemma.WHOLE_NAMES
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -328,8 +329,10 @@ class GGUFCheckpoint:
             return f"{TOP_NAMES[base]}.{kind}"
         if base.startswith("blk."):
             _, number, last = (*name.split(".", 2), "")[:3]
-            if last in WHOLE_NAMES:
-                return f"model.layers.{number}.{WHOLE_NAMES[last]}"
+            gemma = self.config["model_type"] == gguf_gemma.MODEL_TYPE
+            whole = (GEMMA_NAMES if gemma else WHOLE_NAMES).get(last)
+            if whole is not None:
+                return f"model.layers.{number}.{whole}"
             _, layer, part = (*base.split(".", 2), "")[:3]
             names = LAYER_NAMES | OWN_NAMES.get(self.config["model_type"], {})
             if part in names:

@@ -142,7 +142,7 @@ def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:
     per-layer embeddings, and a cap."""
     for heads in (Heads(8, 1, 256), Heads(16, 2, 512)):
         label = f"{heads.query}:{heads.kv} x {heads.dim}"
-        for kind, rows in (("decode", 1), ("decode", 64), ("mixed", 64)):
+        for kind, rows in (("decode", 64), ("mixed", 64)):
             for quantized in (False, True):
                 few = (quantized, heads.dim == 256, rows, min(rows, 64), kind == "decode", False)
                 shape = AttentionShape(heads, PAGE, BF16, *few, hopper)

@@ -180,3 +180,24 @@ def test_a_codec_makes_pages_smaller_or_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="but the cache itself is int8"):
             backend.page_codec(dtype)
     assert backend.page_codec("int4").page_bytes == 2 * 2 * 16 * (32 + 8)
+
+
+@pytest.mark.parametrize(("stored", "kept"), [("bfloat16", "int8"), ("float32", "int4")])
+def test_layers_of_several_widths_lie_behind_each_other(
+    stored: CacheDType, kept: CacheDType
+) -> None:
+    backend = NativeBackend("float32", 2)
+    heads = (Heads(2, 1, 32), Heads(2, 2, 64), Heads(4, 1, 128))
+    backend.allocate_cache(CacheLayout(heads, 16, stored, 512), PAGES)
+    generator = np.random.default_rng(0)
+    parts = backend.cache_parts()
+    dtype = torch.float32 if stored == "float32" else torch.bfloat16
+    for part in parts:
+        count = part.shape[1] // dtype.itemsize
+        numbers = torch.from_numpy(generator.standard_normal((PAGES, count)).astype(np.float32))
+        part[:] = numbers.to(dtype).view(torch.uint8).numpy()
+    before = [part.copy() for part in parts]
+    round_trip(backend, kept)
+    for old, new in zip(before, backend.cache_parts(), strict=True):
+        a, b = (torch.from_numpy(x.copy()).view(dtype).float() for x in (old, new))
+        assert float((a - b).norm() / a.norm()) < (0.01 if kept == "int8" else 0.15)

@@ -13,11 +13,11 @@ from engine.text.chat import ChatTemplate
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from server.answer_parser import AnswerParser
-from server.answering import Wishes
+from server.answering import Wishes, encode_chat, prepare_answer
 from server.constraints import constraint
 from server.dialect import GEMMA4, Dialect, dialect_of
 from server.tools import FunctionTool, Offered
-from tests.mock import EOS, byte_backend
+from tests.mock import EOS, byte_backend, mock_engine
 from tests.server.test_answer_parser import joined
 
 MARKS = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
@@ -115,12 +115,19 @@ def test_a_call_is_read_as_json_however_it_is_cut(cut: int) -> None:
         ('{"to": "Rome", "days": 2}', {"to": "Rome", "days": 2}),
         ('{ <|"|>to<|"|> : <|"|>Rome<|"|> , days: 2 }', {"to": "Rome", "days": 2}),
         ("{to:Rome,warm:true,cost:-1.5e3}", {"to": "Rome", "warm": True, "cost": -1500.0}),
-        ("{to:NaN,list:[]}", {"to": "NaN", "list": []}),
+        ("{to:NaN,list:[],none:None}", {"to": "NaN", "list": [], "none": None}),
         ('{a:{b:[{c:<|"|><|x<|"|>}]}}', {"a": {"b": [{"c": "<|x"}]}}),
     ],
 )
 def test_what_is_nearly_the_form_is_read_as_well(written: str, meant: dict[str, Any]) -> None:
     assert read(f"<|tool_call>call:trips{written}<tool_call|>")[2] == [("trips", meant)]
+
+
+def test_numbers_stay_as_they_are_written() -> None:
+    parser = AnswerParser(style=GEMMA4, names=["trips"])
+    text = "<|tool_call>call:trips{a:1e999,b:0.1000000000000000055511,c:-0}<tool_call|>"
+    (call,) = joined([*parser.push(text), *parser.finish()])[2]
+    assert call == ("trips", '{"a": 1e999, "b": 0.1000000000000000055511, "c": -0}')
 
 
 @pytest.mark.parametrize(
@@ -136,6 +143,18 @@ def test_reasoning_stands_in_its_channel() -> None:
     text = f"<|channel>thought\nLet me\nthink.\n<channel|>Here: {FULL}"
     assert read(text, thinking=thinking) == ("Let me\nthink.", "Here:", [("trip", MEANT)])
     assert read("<|channel>thought\n<channel|>Yes.", thinking=thinking)[:2] == ("", "Yes.")
+
+
+@pytest.mark.parametrize("style", [GEMMA4, None])
+def test_more_of_it_may_stand_anywhere_and_stray_marks_say_nothing(style: Any) -> None:
+    text = (
+        "<|channel>thought\nOne.<channel|><|channel>thought\n<channel|>Hello<channel|> you"
+        " <|channel>thought\nTwo.<channel|>!<|channel>thought\nThree"
+    )
+    thinking = DIALECT.thinking
+    parser = AnswerParser(style=style, names=["trip"], thinking=thinking, channels=thinking)
+    reasoning, content, calls = joined([*parser.push(text), *parser.finish()])
+    assert (reasoning, content, calls) == ("One.\nTwo.\nThree", "Hello you !", [])
 
 
 @tokens
@@ -176,6 +195,59 @@ def test_a_schema_that_says_more_is_held_to_as_json(*, whole: bool) -> None:
     assert read(right)[2] == [("trip", {"code": "ABC"})]
 
 
+def nested(parts: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": parts, "additionalProperties": False, **more}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+            '{"a": 1}',
+            '{a:<|"|>x<|"|>}',
+        ),
+        (nested({"a": {"type": ["string", "null"]}}), '{a:<|"|>x<|"|>}', "{a:1}"),
+        (nested({"a": {"type": ["string", "null"]}}), "{a:null}", "{a:true}"),
+        (nested({"a": {"enum": [1, 2]}}), "{a:2}", "{a:3}"),
+        (nested({"a\t": {"type": "integer"}}), '{"a\\t": 2}', "{a\t:2}"),
+    ],
+)
+def test_what_is_allowed_is_what_the_schema_allows(
+    schema: dict[str, Any], right: str, wrong: str
+) -> None:
+    offered = Offered([FunctionTool("trip", "", schema)], "required")
+    grammar = grammar_of(offered, whole=False)
+    call = "<|tool_call>call:trip{}<tool_call|>"
+    assert accepts(grammar, call.replace("{}", right), whole=False)
+    assert not accepts(grammar, call.replace("{}", wrong), whole=False)
+
+
+@pytest.mark.parametrize("kind", ["properties", "anyOf"])
+def test_references_that_multiply_are_left_to_json(kind: str) -> None:
+    """Ten of each level in the one above: written out they would be a hundred million."""
+    levels: dict[str, Any] = {"L8": {"type": "integer"}}
+    for n in range(8):
+        parts = [{"$ref": f"#/$defs/L{n + 1}"}] * 10
+        below = nested({f"k{i}": part for i, part in enumerate(parts)})
+        levels[f"L{n}"] = below if kind == "properties" else {"anyOf": parts}
+    root = nested({"a": {"$ref": "#/$defs/L0"}}, **{"$defs": levels})
+    grammar = grammar_of(Offered([FunctionTool("trip", "", root)], "required"), whole=False)
+    assert len(grammar.text) < 20_000
+    assert '"call:trip" %json' in grammar.text
+
+
+def test_definitions_that_a_value_does_not_need_are_not_written_with_it() -> None:
+    definitions = {
+        f"D{n}": nested({f"x{m}": {"type": "integer"} for m in range(9)}) for n in range(9)
+    }
+    parts = {name: {"$ref": f"#/$defs/{name}"} for name in definitions}
+    tool = FunctionTool("trip", "", nested(parts, **{"$defs": definitions}))
+    grammar = grammar_of(Offered([tool], "required"), whole=False)
+    assert '"call:trip" "{"' in grammar.text
+    assert len(grammar.text) < 30_000
+
+
 @tokens
 def test_reasoning_may_come_before_a_forced_call(*, whole: bool) -> None:
     grammar = grammar_of(Offered(TOOLS, "required"), whole=whole, reasons=True)
@@ -191,3 +263,28 @@ def test_an_effort_switches_reasoning_on_and_off() -> None:
         )
         assert prompt.startswith("<|think|>") is on
     assert "enable_thinking" not in Wishes().for_template
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"), [({}, None), ({"thinking": True}, True), ({"x": 1}, None)]
+)
+async def test_granite_is_not_told_to_put_its_answer_in_tags(
+    variables: dict[str, Any], expected: bool | None
+) -> None:
+    source = "<response></think>{{ thinking }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    engine, _ = mock_engine(chat_template=source)
+    async with engine:
+        made = await prepare_answer(
+            engine, [{"role": "user", "content": "?"}], Wishes(effort="high", variables=variables)
+        )
+        text = engine.parts.tokenizer.decode(made.ids)
+    assert text == f"<response></think>{'' if expected is None else expected}?"
+
+
+async def test_a_turn_is_opened_where_the_template_leaves_it_closed() -> None:
+    source = "{% for m in messages %}{{ m.content }}<turn|>{{ '\\n' }}{% endfor %}"
+    engine, _ = mock_engine(chat_template=source)
+    async with engine:
+        _, ids = await encode_chat(engine, [{"role": "assistant", "content": "I look."}])
+        text = engine.parts.tokenizer.decode(ids)
+    assert text == "I look.<turn|>\n<|turn>model\n"

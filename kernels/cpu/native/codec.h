@@ -17,14 +17,18 @@ class PageCodec {
             CacheFormat format)
       : pool_(std::move(pool)), kernels_(kernels), layers_(std::move(layers)), format_(format) {
     for (const LayerCache& layer : layers_) {
-      if (!other(layer, nullptr).fits()) {
+      const LayerCache kept = other(layer, nullptr);
+      if (!kept.fits()) {
         throw std::invalid_argument("heads of this width cannot be kept in this format");
       }
+      starts_.push_back(bytes_);
+      const int64_t vectors = kept.heads * kept.page_size;
+      bytes_ += (2 * vectors * (kept.vector_bytes() + kept.scale_bytes()) + 63) / 64 * 64;
     }
   }
 
   // Of one page's block, which begins at a multiple of 64 bytes.
-  int64_t bytes() const { return static_cast<int64_t>(layers_.size()) * layer_bytes(); }
+  int64_t bytes() const { return bytes_; }
 
   void compress(int64_t page, uint8_t* block) const {
     each_layer(block, [&](const LayerCache& layer, const LayerCache& kept) {
@@ -52,20 +56,13 @@ class PageCodec {
     return kept;
   }
 
-  int64_t layer_bytes() const {
-    if (layers_.empty()) return 0;
-    const LayerCache kept = other(layers_[0], nullptr);
-    const int64_t vectors = kept.heads * kept.page_size;
-    return (2 * vectors * (kept.vector_bytes() + kept.scale_bytes()) + 63) / 64 * 64;
-  }
-
   template <typename Body>
   void each_layer(uint8_t* block, const Body& body) const {
     const Pool::Awake awake(*pool_);
     pool_->run(static_cast<int64_t>(layers_.size()), 1, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const LayerCache& layer = layers_[static_cast<size_t>(n)];
-        body(layer, other(layer, block + n * layer_bytes()));
+        body(layer, other(layer, block + starts_[static_cast<size_t>(n)]));
       }
     });
   }
@@ -74,6 +71,8 @@ class PageCodec {
   const Kernels* kernels_;
   std::vector<LayerCache> layers_;
   CacheFormat format_;
+  std::vector<int64_t> starts_;  // of each layer in a block
+  int64_t bytes_ = 0;
 };
 
 }  // namespace ryzanstein

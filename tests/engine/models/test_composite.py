@@ -15,8 +15,16 @@ from engine.errors import ConfigError
 from engine.models import load_model
 from engine.models.config import read_config
 from engine.weights.checkpoint import open_checkpoint
+from engine.weights.composite import text_config
 from kernels.backend import select_backend
-from tests.engine.models.test_parity import COMMON, DELTA, GATED_EXPERTS, run
+from tests.engine.models.test_parity import (
+    COMMON,
+    DELTA,
+    GATED_EXPERTS,
+    GEMMA4,
+    GEMMA4_SMALL,
+    run,
+)
 
 SEES = {
     "hidden_size": 32,
@@ -27,6 +35,7 @@ SEES = {
     "patch_size": 14,
 }
 QWEN_SEES = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32}
+UNIFIED = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
@@ -78,6 +87,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "text_config": DELTA | GATED_EXPERTS,
             "vision_config": QWEN_SEES | {"out_hidden_size": 64},
         },
+    ),
+    "gemma4": (
+        "Gemma4Config",
+        {
+            "text_config": GEMMA4 | GEMMA4_SMALL | {"model_type": "gemma4_text"},
+            "vision_config": None,
+        },
+    ),
+    "gemma4-unified": (
+        "Gemma4UnifiedConfig",
+        {"text_config": GEMMA4 | UNIFIED | {"model_type": "gemma4_unified_text"}},
     ),
 }
 TOKENS = torch.randint(3, 110, (60,), generator=torch.Generator().manual_seed(1))
@@ -139,3 +159,34 @@ def test_a_part_that_is_no_known_family_is_refused_by_the_whole_ones_name(tmp_pa
     backend, _ = select_backend("torch", dtype="float32", cache_dtype="auto", threads=1)
     with pytest.raises(ConfigError, match="model_type is 'gemma3'; these can be served"):
         load_model(open_checkpoint(tmp_path), backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["sliding_attention", "linear_attention"] * 3}, "'linear_attention'"),
+        ({"num_kv_shared_layers": -1}, "num_kv_shared_layers"),
+        ({"num_kv_shared_layers": 99}, "num_kv_shared_layers"),
+        ({"num_kv_shared_layers": 5}, "leaves no keys for layer 1"),
+        ({"per_layer_config": {"1": {"num_key_value_heads": 3}}}, "layer 1 has"),
+        ({"final_logit_softcapping": float("inf")}, "final_logit_softcapping"),
+        ({"use_bidirectional_attention": "all"}, "left to right"),
+        (
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 5}}},
+            "partial_rotary_factor is 5",
+        ),
+    ],
+)
+def test_a_gemma_4_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    raw = COMMON | GEMMA4 | GEMMA4_SMALL | {"model_type": "gemma4_text"} | changes
+    with pytest.raises(ConfigError, match=message):
+        read_config(raw, None)
+
+
+def test_null_means_no_vectors_for_layers() -> None:
+    raw = COMMON | GEMMA4 | {"model_type": "gemma4_text"}
+    assert read_config(raw, None).inputs is not None
+    assert read_config(raw | {"hidden_size_per_layer_input": None}, None).inputs is None
+    whole = text_config({"text_config": raw | {"hidden_size_per_layer_input": None}})
+    assert whole is not None
+    assert read_config(whole, None).inputs is None

@@ -36,6 +36,7 @@ ENDS = {
 }
 # A vocabulary as Gemma's is: pieces of text, bytes, and marks.
 MARKS = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", '<|"|>']
+MARKS += ["<|tool_response>"]
 BYTES = [f"<0x{n:02X}>" for n in range(256)]
 PIECES = ["t", "h", "e", "▁", "q", "u", "\n", "th", "the", "▁q", "▁qu", "\n\n"]
 
@@ -117,7 +118,7 @@ def test_text_is_cut_by_the_files_own_merges(tmp_path: Path) -> None:
         "general.architecture": "gemma4",
         "tokenizer.ggml.model": "gemma4",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] * 6 + [4] * 2 + [6] * 256 + [1] * len(PIECES),
+        "tokenizer.ggml.token_type": [3] * 6 + [4] * 3 + [6] * 256 + [1] * len(PIECES),
         "tokenizer.ggml.merges": ["t h", "th e", "▁ q", "▁q u", "\n \n"],
         "tokenizer.ggml.bos_token_id": 2,
         "tokenizer.ggml.eos_token_id": 5,
@@ -135,7 +136,8 @@ def test_text_is_cut_by_the_files_own_merges(tmp_path: Path) -> None:
     ]  # fmt: skip
     ids = tokenizer.encode('<|turn>the <|"|>ü', add_special_tokens=False)
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == '<|turn>the <|"|>ü'
-    assert tokenizer.eos_token_ids == {tokens.index("<eos>"), tokens.index("<turn|>")}
+    ends = ("<eos>", "<turn|>", "<|tool_response>")
+    assert tokenizer.eos_token_ids == {tokens.index(end) for end in ends}
 
 
 def test_merges_of_pieces_that_do_not_exist_are_refused() -> None:
