@@ -27,6 +27,10 @@ bool runs_avxvnni() {
 }
 #endif
 
+#if defined(RYZANSTEIN_EMULATE)
+bool runs_avx512() { return runs_avx2(); }
+bool runs_avx512bf16() { return runs_avx2(); }
+#else
 bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -34,6 +38,7 @@ bool runs_avx512() {
 }
 
 bool runs_avx512bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
 struct Choice {
   const Kernels* kernels;

@@ -14,7 +14,7 @@ template <class V>
 inline void opaque(V& value) {
   __asm__ volatile("" : "+m"(value));
 }
-#if defined(__AVX512VNNI__) || defined(RYZANSTEIN_AVXVNNI)
+#if defined(RYZANSTEIN_AVX512) || defined(RYZANSTEIN_AVXVNNI)
 inline void fresh(Bytes&) {}  // one instruction: nothing in it can be taken out of the loop
 #else
 inline void fresh(Bytes& x) { __asm__ volatile("" : "+x"(x.a), "+x"(x.b)); }

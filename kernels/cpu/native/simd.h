@@ -10,6 +10,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(RYZANSTEIN_EMULATE)
+#include <array>
+#endif
 
 // In front of loops over a pass's rows and tiles: GCC unrolls them early then, and keeps their arrays in
 // registers. Otherwise it stores every sum after every product.
@@ -18,7 +21,10 @@
 namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 
-#if defined(__AVX512VNNI__)
+#if defined(RYZANSTEIN_AVX512)
+#if defined(RYZANSTEIN_EMULATE)
+#include "simd_emulated.h"
+#endif
 #include "simd_avx512.h"
 constexpr bool kWide = true;  // 32 registers of 16 lanes
 #else
@@ -26,7 +32,7 @@ constexpr bool kWide = true;  // 32 registers of 16 lanes
 constexpr bool kWide = false;  // 16 of 8
 #endif
 
-#if defined(__AVX512VNNI__) || defined(RYZANSTEIN_AVXVNNI)
+#if defined(RYZANSTEIN_AVX512) || defined(RYZANSTEIN_AVXVNNI)
 // Sums of small bytes' products before they are as wide as an int: see simd_avx2.h. Where a product is one
 // instruction they always are.
 using Partial = Ints;

@@ -97,7 +97,9 @@ inline Floats load_exponents(const uint8_t* p) {
 }
 // A sum as of now: else GCC copies and stores the sums of some loops.
 inline Ints now(Ints sum) {
+#if !defined(RYZANSTEIN_EMULATE)
   __asm__("" : "+v"(sum));
+#endif
   return sum;
 }
 // sum + four products of small unsigned bytes (at most 127) and signed bytes.
@@ -117,7 +119,7 @@ inline Bytes first_elements(Bytes x, int64_t count, int64_t size) {
   return _mm512_and_si512(x, _mm512_set1_epi32((1 << 8 * count * size) - 1));
 }
 
-#if defined(__AVX512BF16__)
+#if defined(RYZANSTEIN_AVX512BF16)
 // What pairs are multiplied with.
 using PairValue = uint16_t;
 using Pairs = __m512i;  // 16 lanes of two bfloat16
