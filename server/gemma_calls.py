@@ -162,13 +162,13 @@ class GemmaCalls:
         """What rule `label` has to be for a call of one tool. Where a schema says more than can be
         written out its arguments are JSON."""
         before = len(self._rules)
-        arguments: str | None = None
         try:
             arguments = self._object(label, schema, schema, 0)
         except _TooMuch:
-            # What all kinds share stays.
-            self._rules[before:] = [r for r in self._rules[before:] if not r.startswith(label)]
+            arguments = None
         if arguments is None:
+            # What all calls share stays.
+            self._rules[before:] = [r for r in self._rules[before:] if not r.startswith(label)]
             arguments = f"%json {embedded(Grammar.json_schema(dict(schema)))}"
         return f"{literal(HEAD + name)} {arguments}"
 

@@ -34,15 +34,22 @@ GEMMA3 = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-# Gemma 4 without encoders has no vectors of layers, and no word for them.
-UNIFIED = {
+GEMMA4 = {
     "vocab_size": 262144,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
+# Gemma 4 without encoders has no vectors of layers, and no word for them.
+UNIFIED = GEMMA4 | {
     "hidden_size_per_layer_input": 0,
     "max_position_embeddings": 262144,
     "sliding_window": 1024,
 }
 UNSAID: dict[str, dict[str, Any]] = {
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
     "gemma4_unified_text": UNIFIED,
     # Every model of the kind does.
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
