@@ -143,7 +143,8 @@ async def prepare_answer(
             channels=dialect.thinking if dialect.style is GEMMA4 else None,
         )
     hidden = list(dialect.style.begins) if calls or dialect.style is harmony.STYLE else []
-    hidden += dialect.thinking if reasons and dialect.thinking is not None else []
+    if dialect.thinking is not None and (reasons or dialect.style is GEMMA4):
+        hidden += dialect.thinking
     special = {parts.tokenizer.mark_id(text) for text in hidden} & parts.tokenizer.special_ids
     names = {"grammar": wishes.form[1] if wishes.form is not None else "tools"}
     return Answering(ids, grammar, parser, bool(special), names)

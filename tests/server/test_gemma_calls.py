@@ -58,12 +58,13 @@ MEANT = {
 tokens = pytest.mark.parametrize("whole", [False, True], ids=["spelled", "tokens"])
 
 
-def tokenizer(*, whole: bool) -> Tokenizer:
+def tokenizer(*, whole: bool, template: str | None = None) -> Tokenizer:
     """Bytes, and the marks as special tokens."""
     backend = byte_backend()
     if whole:
         backend.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in MARKS])
-    return Tokenizer(backend, eos_token="<eos>", eos_token_ids=[EOS])
+    known = {"eos_token": "<eos>", "eos_token_ids": [EOS], "chat_template": template}
+    return Tokenizer(backend, **known)
 
 
 TOKENIZERS = {whole: tokenizer(whole=whole) for whole in (False, True)}
@@ -288,3 +289,20 @@ async def test_a_turn_is_opened_where_the_template_leaves_it_closed() -> None:
         _, ids = await encode_chat(engine, [{"role": "assistant", "content": "I look."}])
         text = engine.parts.tokenizer.decode(ids)
     assert text == "I look.<turn|>\n<|turn>model\n"
+
+
+async def test_channels_are_found_where_their_marks_are_special_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether or not tools or reasoning were asked for."""
+    source = "{# <|tool_call> #}<|channel>thought{{ messages[0].content }}<channel|>"
+    known = tokenizer(whole=True, template=source)
+    monkeypatch.setattr("tests.mock.byte_tokenizer", lambda *_: known)
+    engine, _ = mock_engine()
+    async with engine:
+        made = await prepare_answer(engine, [{"role": "user", "content": "?"}], Wishes())
+    assert made.marks
+    assert made.parser is not None
+    parser = made.parser()
+    text = "a<|channel>thought\nb<channel|>c"
+    assert joined([*parser.push(text), *parser.finish()])[:2] == ("b", "ac")
