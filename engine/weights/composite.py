@@ -9,6 +9,7 @@ TEXT_TYPES = {
     "gemma3_text": "gemma3_text",
     "gemma4_text": "gemma4_text",
     "gemma4_unified_text": "gemma4_text",
+    "lfm2": "lfm2",
     "mistral": "mistral",
     "ministral3": "ministral3",
     "qwen2_vl_text": "qwen2",

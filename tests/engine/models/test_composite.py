@@ -88,6 +88,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": QWEN_SEES | {"out_hidden_size": 64},
         },
     ),
+    "lfm2-vl": (
+        "Lfm2VlConfig",
+        {
+            "text_config": {
+                "model_type": "lfm2",
+                "layer_types": ["conv", "full_attention", "conv", "conv"],
+            },
+            "vision_config": SEES | {"model_type": "siglip2_vision_model", "num_patches": 4},
+        },
+    ),
     "gemma4": (
         "Gemma4Config",
         {
