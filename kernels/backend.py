@@ -120,11 +120,6 @@ class CacheLayout:
             for heads in self.heads
         )
 
-    @property
-    def widest(self) -> int:
-        """The widest of all layers' heads."""
-        return max(heads.dim for heads in self.heads)
-
 
 class Pages(Protocol):
     """The cache's pages as they are moved; `page_bytes` in all layers together."""

@@ -16,7 +16,7 @@ from engine import AsyncEngine, Grammar, InvalidRequest, SamplingParams
 from server import harmony
 from server.answer_parser import AnswerParser, Parser
 from server.constraints import constraint
-from server.dialect import GEMMA4, MISTRAL, Dialect, dialect_of, taught, with_calls_as_text
+from server.dialect import MISTRAL, Dialect, dialect_of, taught, with_calls_as_text
 from server.harmony import HarmonyParser
 from server.tools import Offered
 
@@ -131,7 +131,7 @@ async def prepare_answer(
     parser: Callable[[], Parser] | None = None
     if dialect.style is harmony.STYLE:
         parser = partial(HarmonyParser, names=called, opening=harmony.opening_of(prompt))
-    elif calls or reasons or dialect.style is GEMMA4:
+    elif calls or reasons or dialect.channels is not None:
         parser = partial(
             AnswerParser,
             style=dialect.style if calls else None,
@@ -139,11 +139,10 @@ async def prepare_answer(
             schemas={} if offered is None else {t.name: t.parameters for t in offered.tools},
             thinking=dialect.thinking if reasons else None,
             begun=begun,
-            # Gemma opens another, or closes one that is closed, once in a while.
-            channels=dialect.thinking if dialect.style is GEMMA4 else None,
+            channels=dialect.channels,
         )
     hidden = list(dialect.style.begins) if calls or dialect.style is harmony.STYLE else []
-    if dialect.thinking is not None and (reasons or dialect.style is GEMMA4):
+    if dialect.thinking is not None and (reasons or dialect.channels is not None):
         hidden += dialect.thinking
     special = {parts.tokenizer.mark_id(text) for text in hidden} & parts.tokenizer.special_ids
     names = {"grammar": wishes.form[1] if wishes.form is not None else "tools"}

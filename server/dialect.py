@@ -61,6 +61,12 @@ class Dialect:
     marks: Marks | None = None
     shows_calls: bool = True
 
+    @property
+    def channels(self) -> tuple[str, str] | None:
+        """Markers of reasoning that may stand anywhere: Gemma 4 opens another, or closes one that
+        is closed, once in a while."""
+        return self.thinking if self.style is GEMMA4 else None
+
 
 def dialect_of(template: ChatTemplate | None) -> Dialect:
     """What a template's source tells."""

@@ -4,7 +4,7 @@ JSON but for its keys and quotation marks."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine import Grammar
@@ -18,12 +18,14 @@ from server.json_machine import (
     Broken,
     Machine,
     Sink,
+    enclosed,
     require,
+    skip,
     string,
     until,
 )
 from server.lark import any_text, in_order, literal, mark
-from server.marked_calls import Schemas, taken
+from server.marked_calls import Schemas, called, taken
 from server.marked_grammar import CHOOSING, OBJECT_KEYS, Schema, alone, followed, without_names
 
 HEAD, QUOTE = "call:", '<|"|>'
@@ -49,25 +51,17 @@ def gemma_call(char: str, schemas: Schemas, begin: Callable[[str], None], argue:
     for wanted in HEAD:
         require(char, wanted)
         char = yield
-    name = ""
-    while char and char != "{":
-        name += char
-        if not any(known.startswith(name) for known in schemas):
-            raise Broken(char)
-        char = yield
-    if not char or name not in schemas:
-        raise Broken(char)
-    begin(name)
-    return (yield from _value(char, argue, 0))
+    yield from called(char, "{", schemas, begin)
+    return (yield from _value("{", argue, 0))
 
 
 def _value(char: str, sink: Sink, depth: int) -> Machine:
     if not char or depth > MAX_DEPTH:
         raise Broken(char)
     if char == "{":
-        return (yield from _members(sink, "}", depth))
+        return (yield from enclosed(sink, "{}", "}", lambda c: _member(c, sink, depth + 1)))
     if char == "[":
-        return (yield from _members(sink, "]", depth))
+        return (yield from enclosed(sink, "[]", "]", lambda c: _value(c, sink, depth + 1)))
     if char in '"<':
         return (yield from _text(char, sink))
     word = ""
@@ -87,26 +81,8 @@ def _meaning(word: str) -> str:
     return WORDS.get(word) or json.dumps(word, ensure_ascii=False)
 
 
-def _members(sink: Sink, end: str, depth: int) -> Machine:
-    """What an object or a list holds."""
-    sink("{" if end == "}" else "[")
-    char = yield from _skip((yield))
-    first = True
-    while char != end:
-        if not first:
-            require(char, ",")
-            sink(", ")
-            char = yield from _skip((yield))
-        first = False
-        if end == "}":
-            char = yield from _key(char, sink)
-        char = yield from _skip((yield from _value(char, sink, depth + 1)))
-    sink(end)
-    return (yield)
-
-
-def _key(char: str, sink: Sink) -> Machine:
-    """A key and what parts it from its value."""
+def _member(char: str, sink: Sink, depth: int) -> Machine:
+    """A key and its value."""
     if char and char in '"<':
         char = yield from _text(char, sink)
     else:
@@ -117,9 +93,9 @@ def _key(char: str, sink: Sink) -> Machine:
             key += char
             char = yield
         sink(json.dumps(key.strip(BLANK), ensure_ascii=False))
-    require((yield from _skip(char)), ":")
+    require((yield from skip(char)), ":")
     sink(": ")
-    return (yield from _skip((yield)))
+    return (yield from _value((yield from skip((yield))), sink, depth))
 
 
 def _text(char: str, sink: Sink) -> Machine:
@@ -136,12 +112,6 @@ def _text(char: str, sink: Sink) -> Machine:
     if not found:
         raise Broken("")
     sink('"')
-    return char
-
-
-def _skip(char: str) -> Generator[None, str, str]:
-    while char and char in BLANK:
-        char = yield
     return char
 
 

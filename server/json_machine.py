@@ -81,6 +81,39 @@ def _blank(char: str, sink: Sink) -> Machine:
     return char
 
 
+def skip(char: str) -> Machine:
+    """What follows blanks, which say nothing."""
+    while char and char in BLANK:
+        char = yield
+    return char
+
+
+def enclosed(
+    sink: Sink,
+    brackets: str,
+    end: str,
+    member: Callable[[str], Machine],
+    *,
+    trailing: bool = False,
+) -> Machine:
+    """What stands up to `end` between commas, each read by `member`, as a JSON value in `brackets`;
+    the last comma may be `trailing`. Its first bracket has been read."""
+    sink(brackets[0])
+    char = yield from skip((yield))
+    first = True
+    while char != end:
+        if not first:
+            require(char, ",")
+            char = yield from skip((yield))
+            if trailing and char == end:
+                break
+            sink(", ")
+        first = False
+        char = yield from skip((yield from member(char)))
+    sink(brackets[1])
+    return (yield)
+
+
 def string(sink: Sink) -> Machine:
     """The rest of a string whose first quotation mark has been read."""
     sink('"')

@@ -64,6 +64,22 @@ def marked_call(char: str, schemas: Schemas, begin: Callable[[str], None], argue
     return (yield from _arguments(char, found, marks, schemas[name], argue))
 
 
+def called(
+    char: str, before: str, schemas: Schemas, begin: Callable[[str], None]
+) -> Generator[None, str, None]:
+    """Reads the name of one of the tools in `schemas` and what stands `before` its arguments, and
+    tells `begin` the name. Raises Broken if it is none."""
+    name = ""
+    while char and char != before:
+        name += char
+        if not any(known.startswith(name) for known in schemas):
+            raise Broken(char)
+        char = yield
+    if not char or name not in schemas:
+        raise Broken(char)
+    begin(name)
+
+
 def _arguments(
     char: str, found: str, marks: Marks, schema: Mapping[str, Any], argue: Sink
 ) -> Machine:

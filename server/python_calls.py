@@ -8,14 +8,25 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from engine.text.grammar import embedded
-from server.json_machine import BLANK, MAX_DEPTH, NUMBER, Broken, Machine, Sink, require
+from server.json_machine import (
+    BLANK,
+    MAX_DEPTH,
+    NUMBER,
+    Broken,
+    Machine,
+    Sink,
+    enclosed,
+    require,
+    skip,
+)
 from server.lark import in_order, literal
-from server.marked_calls import Schemas
+from server.marked_calls import Schemas, called
 from server.marked_grammar import OBJECT_KEYS, Schema, alone, followed, without_names
 
 WORDS = {"True": "true", "False": "false", "None": "null"}
 WORDS |= {word: word for word in WORDS.values()}
-# What ends a value that is no text.
+# Brackets of lists, tuples and dictionaries; what ends a value that is no text.
+PAIRS = {"[": "]", "(": ")", "{": "}"}
 ENDS = ",)]}:"
 # What may stand behind a backslash, and how many digits of a character's number.
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "\\": "\\", "'": "'", '"': '"'}
@@ -28,48 +39,33 @@ def python_calls(char: str, schemas: Schemas, begin: Callable[[str], None], argu
     `argue` its arguments as JSON. Raises Broken if they are none."""
     listed = char == "["
     if listed:
-        char = yield from _skip((yield))
+        char = yield from skip((yield))
     while True:
         char = yield from _call(char, schemas, begin, argue)
         if not listed:
             return char
-        char = yield from _skip(char)
+        char = yield from skip(char)
         if char == "]":
             return (yield)
         require(char, ",")
-        char = yield from _skip((yield))
+        char = yield from skip((yield))
 
 
 def _call(char: str, schemas: Schemas, begin: Callable[[str], None], argue: Sink) -> Machine:
-    name = ""
-    while char and char != "(":
-        name += char
-        if not any(known.startswith(name) for known in schemas):
-            raise Broken(char)
+    yield from called(char, "(", schemas, begin)
+    return (yield from enclosed(argue, "{}", ")", lambda c: _argument(c, argue)))
+
+
+def _argument(char: str, sink: Sink) -> Machine:
+    key = ""
+    while char and (char.isalnum() or char == "_"):
+        key += char
         char = yield
-    if not char or name not in schemas:
+    if not key:
         raise Broken(char)
-    begin(name)
-    argue("{")
-    char = yield from _skip((yield))
-    first = True
-    while char != ")":
-        if not first:
-            require(char, ",")
-            char = yield from _skip((yield))
-        key = ""
-        while char and (char.isalnum() or char == "_"):
-            key += char
-            char = yield
-        if not key:
-            raise Broken(char)
-        require((yield from _skip(char)), "=")
-        argue(f"{'' if first else ', '}{json.dumps(key)}: ")
-        char = yield from _skip((yield))
-        char = yield from _skip((yield from _value(char, argue, 0)))
-        first = False
-    argue("}")
-    return (yield)
+    require((yield from skip(char)), "=")
+    sink(f"{json.dumps(key)}: ")
+    return (yield from _value((yield from skip((yield))), sink, 0))
 
 
 def _value(char: str, sink: Sink, depth: int) -> Machine:
@@ -77,10 +73,14 @@ def _value(char: str, sink: Sink, depth: int) -> Machine:
         raise Broken(char)
     if char in "'\"":
         return (yield from _text(char, sink))
-    if char in "[(":
-        return (yield from _members(sink, {"[": "]", "(": ")"}[char], depth))
-    if char == "{":
-        return (yield from _members(sink, "}", depth))
+    if char in PAIRS:
+        member = _entry if char == "{" else _value
+        brackets = "{}" if char == "{" else "[]"
+
+        def one(first: str) -> Machine:
+            return member(first, sink, depth + 1)
+
+        return (yield from enclosed(sink, brackets, PAIRS[char], one, trailing=True))
     word = ""
     while char and char not in ENDS:
         word += char
@@ -94,29 +94,13 @@ def _value(char: str, sink: Sink, depth: int) -> Machine:
     return char
 
 
-def _members(sink: Sink, end: str, depth: int) -> Machine:
-    """What a list, a tuple or a dictionary holds."""
-    pairs = end == "}"
-    sink("{" if pairs else "[")
-    char = yield from _skip((yield))
-    first = True
-    while char != end:
-        if not first:
-            require(char, ",")
-            char = yield from _skip((yield))
-            if char == end:
-                break
-            sink(", ")
-        first = False
-        if pairs:
-            if not char or char not in "'\"":
-                raise Broken(char)
-            require((yield from _skip((yield from _text(char, sink)))), ":")
-            sink(": ")
-            char = yield from _skip((yield))
-        char = yield from _skip((yield from _value(char, sink, depth + 1)))
-    sink("}" if pairs else "]")
-    return (yield)
+def _entry(char: str, sink: Sink, depth: int) -> Machine:
+    """A dictionary's key and value."""
+    if not char or char not in "'\"":
+        raise Broken(char)
+    require((yield from skip((yield from _text(char, sink)))), ":")
+    sink(": ")
+    return (yield from _value((yield from skip((yield))), sink, depth))
 
 
 def _text(mark: str, sink: Sink) -> Machine:
@@ -147,12 +131,6 @@ def _escaped() -> Generator[None, str, str]:
         return json.dumps(chr(int(code, 16)))[1:-1]
     except (ValueError, OverflowError):
         raise Broken(last) from None
-
-
-def _skip(char: str) -> Machine:
-    while char and char in BLANK:
-        char = yield
-    return char
 
 
 def as_python(calls: Iterable[Mapping[str, Any]]) -> str:

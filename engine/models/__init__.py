@@ -7,7 +7,6 @@ from typing import Protocol
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig, read_config
-from engine.models.gemma4 import Gemma4
 from engine.models.llama import Llama
 from engine.models.loader import ALONE, WeightLoader
 from engine.models.sandwich import Sandwich
@@ -58,7 +57,7 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "lfm2_moe": Llama,
     "gemma3_text": Sandwich,
     "glm4": Sandwich,
-    "gemma4_text": Gemma4,
+    "gemma4_text": Sandwich,
 }
 
 

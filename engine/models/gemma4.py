@@ -1,6 +1,6 @@
-"""Gemma 4: norms on both sides of each block, heads that differ between layers, layers that read
-the keys and values of others, and in the smaller models a vector for each token and layer, which
-stands in a table beside the embedding's."""
+"""What the layers of Gemma 4 have besides those of Gemma 3: in the smaller models a vector for each
+token and layer, which stands in a table beside the embedding's, in others experts beside each
+feed-forward block."""
 
 from __future__ import annotations
 
@@ -9,19 +9,9 @@ from dataclasses import dataclass
 
 from engine.models.config import ModelConfig
 from engine.models.experts import ExpertsFeedForward, load_experts
-from engine.models.gemma4_config import LayerInputs
-from engine.models.layers import (
-    Attention,
-    GatedFeedForward,
-    load_attention,
-    load_feed_forward,
-    load_head,
-    own_heads,
-)
 from engine.models.loader import Norm, Vocabulary, WeightLoader
-from engine.models.sandwich import GEMMA_NORMS
 from engine.models.shard import Span
-from kernels.ops import DeltaHeads, Ops, T, Weight
+from kernels.ops import Ops, T, Weight
 
 
 @dataclass(frozen=True)
@@ -74,69 +64,11 @@ class ExpertsBeside:
         return ops.add(ops.rms_norm(dense, self.after_dense, config.norm_eps), x)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One transformer layer; `scale` is the whole residual's behind it."""
-
-    before_attention: Weight
-    attention: Attention
-    after_attention: Weight
-    before_feed_forward: Weight
-    feed_forward: GatedFeedForward
-    experts: ExpertsBeside | None
-    after_feed_forward: Weight
-    input: LayerInput | None
-    scale: float
-
-
-class Gemma4:
-    """A decoder-only transformer for text."""
-
-    def __init__(self, config: ModelConfig, load: WeightLoader) -> None:
-        self.config = config
-        self.heads = own_heads(load, config)
-        self.delta: DeltaHeads | None = None
-        hidden = config.hidden
-        self.embedding = load.vocabulary("model.embed_tokens.weight", config.vocab_size, hidden)
-        self.vectors = _load_vectors(load, config) if config.inputs is not None else None
-        self.layers = [_load_layer(load, config, n) for n in range(config.layers)]
-        self.norm = load.vector("model.norm.weight", hidden)
-        self.head = load_head(load, config, self.embedding)
-        # Some files have projections of layers that make no keys.
-        shared = [n for n, source in enumerate(config.each.keys_of) if n != source]
-        names = [f"model.layers.{n}.self_attn.{part}" for n in shared for part in "kv"]
-        load.finish(tied=config.tied_embeddings, unread=tuple(f"{name}_" for name in names))
-
-    def forward(self, ops: Ops[T]) -> T:
-        """Logits of the step's sampled rows, `[samples, vocab]`."""
-        config, eps = self.config, self.config.norm_eps
-        residual = self.embedding.embed(ops, config.embedding_scale)
-        vectors = self.vectors.forward(ops, residual) if self.vectors is not None else None
-        x = ops.rms_norm(residual, self.layers[0].before_attention, eps)
-        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
-            last = following is None
-            x, residual = layer.attention.forward(ops, x, residual, config, last=last)
-            x = ops.rms_norm(x, layer.after_attention, eps)
-            x, residual = ops.add_rms_norm(x, residual, layer.before_feed_forward, eps)
-            x = layer.feed_forward.forward(ops, x, config)
-            if layer.experts is not None:
-                x = layer.experts.forward(ops, x, residual, config)
-            x = ops.rms_norm(x, layer.after_feed_forward, eps)
-            if layer.input is not None:
-                assert vectors is not None
-                if last:
-                    vectors = ops.select_rows(vectors)
-                residual = ops.add(x, residual)
-                x = layer.input.forward(ops, residual, vectors)
-            norm = following.before_attention if following is not None else self.norm
-            x, residual = ops.add_rms_norm(x, residual, norm, eps, layer.scale)
-        logits = self.head.logits(ops, x)
-        return ops.softcap(logits, config.logits_cap) if config.logits_cap else logits
-
-
-def _load_vectors(load: WeightLoader, config: ModelConfig) -> LayerVectors:
+def load_vectors(load: WeightLoader, config: ModelConfig) -> LayerVectors | None:
+    """The table, and what is made of embeddings; None of models without."""
     inputs, hidden = config.inputs, config.hidden
-    assert inputs is not None
+    if inputs is None:
+        return None
     wide = config.layers * inputs.width
     # Both parts are divided by sqrt(2); what the projection is divided by, its norm undoes.
     share = math.sqrt(0.5)
@@ -147,24 +79,12 @@ def _load_vectors(load: WeightLoader, config: ModelConfig) -> LayerVectors:
     return LayerVectors(table, projection, Norm(norm, config.norm_eps * hidden), scale)
 
 
-def _load_layer(load: WeightLoader, config: ModelConfig, layer: int) -> Layer:
-    name, hidden = f"model.layers.{layer}", config.hidden
-    norms = [load.vector(f"{name}.{norm}.weight", hidden) for norm in GEMMA_NORMS]
-    scale = f"{name}.layer_scalar"
-    return Layer(
-        norms[0],
-        load_attention(load, config, layer),
-        norms[1],
-        norms[2],
-        load_feed_forward(load, config, layer),
-        _load_experts(load, config, layer) if config.experts is not None else None,
-        norms[3],
-        _load_input(load, config, layer, config.inputs) if config.inputs is not None else None,
-        load.number(scale) if load.has(scale) else 1.0,
-    )
-
-
-def _load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> ExpertsBeside:
+def load_experts_beside(
+    load: WeightLoader, config: ModelConfig, layer: int
+) -> ExpertsBeside | None:
+    """Those of one layer; None of models without."""
+    if config.experts is None:
+        return None
     name, hidden = f"model.layers.{layer}", config.hidden
     norms = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm")
     return ExpertsBeside(
@@ -176,10 +96,11 @@ def _load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Expert
     )
 
 
-def _load_input(
-    load: WeightLoader, config: ModelConfig, layer: int, inputs: LayerInputs
-) -> LayerInput:
-    name, hidden, width = f"model.layers.{layer}", config.hidden, inputs.width
+def load_input(load: WeightLoader, config: ModelConfig, layer: int) -> LayerInput | None:
+    """What one layer does with its vector; None of models without."""
+    if config.inputs is None:
+        return None
+    name, hidden, width = f"model.layers.{layer}", config.hidden, config.inputs.width
     norm = load.vector(f"{name}.post_per_layer_input_norm.weight", hidden)
     return LayerInput(
         _whole(load, f"{name}.per_layer_input_gate", width, hidden),

@@ -35,9 +35,6 @@ TOP_NAMES = {
     "output": "lm_head",
     **gguf_gemma.TOP_NAMES,
 }
-# Tensors of layers whose names Hugging Face ends otherwise, and those of Gemma 4.
-WHOLE_NAMES = gguf_recurrent.WHOLE_NAMES
-GEMMA_NAMES = WHOLE_NAMES | gguf_gemma.WHOLE_NAMES
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -86,6 +83,11 @@ OWN_NAMES = {
     "qwen2_moe": gguf_recurrent.SHARED_NAMES,
     **dict.fromkeys(gguf_recurrent.MODEL_TYPES.values(), gguf_recurrent.NAMES),
     **dict.fromkeys(gguf_recurrent.CONV_TYPES.values(), gguf_recurrent.CONV_NAMES),
+}
+# Tensors of layers whose names Hugging Face ends otherwise, likewise.
+WHOLE_NAMES = {
+    gguf_gemma.MODEL_TYPE: gguf_gemma.WHOLE_NAMES,
+    **dict.fromkeys(gguf_recurrent.MODEL_TYPES.values(), gguf_recurrent.WHOLE_NAMES),
 }
 # GGUF key under the architecture's prefix -> Hugging Face configuration key.
 CONFIG_KEYS = {
@@ -328,13 +330,12 @@ class GGUFCheckpoint:
         if base in TOP_NAMES:
             return f"{TOP_NAMES[base]}.{kind}"
         if base.startswith("blk."):
-            _, number, last = (*name.split(".", 2), "")[:3]
-            gemma = self.config["model_type"] == gguf_gemma.MODEL_TYPE
-            whole = (GEMMA_NAMES if gemma else WHOLE_NAMES).get(last)
-            if whole is not None:
-                return f"model.layers.{number}.{whole}"
-            _, layer, part = (*base.split(".", 2), "")[:3]
-            names = LAYER_NAMES | OWN_NAMES.get(self.config["model_type"], {})
+            model_type = self.config["model_type"]
+            _, layer, last = (*name.split(".", 2), "")[:3]
+            if last in (whole := WHOLE_NAMES.get(model_type, {})):
+                return f"model.layers.{layer}.{whole[last]}"
+            part = last.rpartition(".")[0]
+            names = LAYER_NAMES | OWN_NAMES.get(model_type, {})
             if part in names:
                 own = f"model.layers.{layer}.{names[part]}"
                 return own if part in BARE else f"{own}.{kind}"

@@ -204,7 +204,6 @@ class NativeProgram:
         self, qkv: int, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None, out: int
     ) -> None:
         cosine, sine, growth = self._rotation(rope)
-        query, key, value = _addresses(norms)
         self._program.add(
             "rope_write_kv",
             in_=qkv,
@@ -215,9 +214,9 @@ class NativeProgram:
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
             growth=growth.data_ptr() if growth is not None else 0,
-            vector=query,
-            vector2=key,
-            vector3=value,
+            vector=_at(norms and norms.query),
+            vector2=_at(norms and norms.key),
+            vector3=_at(norms and norms.value),
             scalar=norms.eps if norms is not None else 0.0,
         )
 
@@ -237,7 +236,7 @@ class NativeProgram:
             out=out,
             layer=layer,
             heads=heads.query,
-            vector=sinks.address if sinks is not None else 0,
+            vector=_at(sinks),
             scalar=scale,
             window=window,
         )
@@ -265,8 +264,8 @@ class NativeProgram:
             down=down.packed,
             gate_up_bias=gate_up.bias_address,
             down_bias=down.bias_address,
-            preference=preference.address if preference is not None else 0,
-            factors=factors.address if factors is not None else 0,
+            preference=_at(preference),
+            factors=_at(factors),
             sizes=(experts.count, experts.used, experts.first, experts.own, experts.shared),
             normalized=experts.normalized,
             sigmoid=experts.sigmoid,
@@ -370,10 +369,9 @@ class NativeProgram:
         return self._rotations[rope]
 
 
-def _addresses(norms: HeadNorms | None) -> list[int]:
-    """The norms' weights of queries, keys and values; 0 for none."""
-    weights: list[Any] = [norms.query, norms.key, norms.value] if norms is not None else [None] * 3
-    return [weight.address if weight is not None else 0 for weight in weights]
+def _at(weight: Any) -> int:
+    """A weight's address; 0 of none."""
+    return 0 if weight is None else int(weight.address)
 
 
 def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:

@@ -38,17 +38,23 @@ DELTA_HEADS = (DeltaHeads(16, 16, 128, 128, 4), DeltaHeads(16, 32, 128, 128, 4))
 # Channels of LFM2-1.2B's short convolutions.
 SHORT_CONV = DeltaHeads(0, 32, 0, 64, 3)
 
+# Of the choice of a row's experts.
+ROUTING = {
+    **dict.fromkeys(("chosen", "live"), pointer(INT32)),
+    **dict.fromkeys(("shares", "scores", "preference", "factors"), pointer(F32)),
+}
+
 
 def expert_launches(*, hopper: bool) -> Iterator[Compiled]:
     """A layer of experts: the order of its rows, and their matmuls, few rows an expert and many."""
     hidden, wide = 2048, 768
     experts = QWEN_EXPERTS
-    integers = ("chosen", "counts", "places", "sources", "experts", "live")
+    integers = ("counts", "places", "sources", "experts")
     types = {
         **dict.fromkeys(integers, pointer(INT32)),
         **dict.fromkeys(("out", "x", "y"), pointer(BF16)),
         **dict.fromkeys(("choices", "first", "blocks"), "i32"),
-        **dict.fromkeys(("scores", "shares", "preference", "factors"), pointer(F32)),
+        **ROUTING,
     }
     for rows in (64, 2048):
         layout = Layout(experts, rows)
@@ -130,11 +136,7 @@ def delta_launches() -> Iterator[Compiled]:
     yield named("short conv inputs", shape.inputs_config(gated=True), types)
     yield named("gated norm", gated_norm_config(128), types)
     yield named("gate sigmoid", gate_config(4096, 4096, 0, "sigmoid")[0], types)
-    routing = {
-        **dict.fromkeys(("chosen", "live"), pointer(INT32)),
-        **dict.fromkeys(("shares", "scores", "preference", "factors"), pointer(F32)),
-    }
-    yield named("experts route gated", Layout(NEXT_EXPERTS, 64).route_config(), routing)
+    yield named("experts route gated", Layout(NEXT_EXPERTS, 64).route_config(), ROUTING)
 
 
 def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:
@@ -142,11 +144,11 @@ def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:
     per-layer embeddings, and a cap."""
     for heads in (Heads(8, 1, 256), Heads(16, 2, 512)):
         label = f"{heads.query}:{heads.kv} x {heads.dim}"
-        for kind, rows in (("decode", 64), ("mixed", 64)):
+        for kind in ("decode", "mixed"):
             for quantized in (False, True):
-                few = (quantized, heads.dim == 256, rows, min(rows, 64), kind == "decode", False)
+                few = (quantized, heads.dim == 256, 64, 64, kind == "decode", False)
                 shape = AttentionShape(heads, PAGE, BF16, *few, hopper)
-                size = f"{'int8 ' if quantized else ''}{rows}"
+                size = f"{'int8 ' if quantized else ''}64"
                 yield from attention_launches(shape, f"{kind} {label} {size}")
         yield rope_launch(heads, f"values {label}", value_norm=True)
         yield rope_launch(replace(heads, kv=0), f"queries {label}")
@@ -154,12 +156,8 @@ def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:
         **dict.fromkeys(("out", "x", "y", "gate"), pointer(BF16)),
         "cap": "fp32",
     }
-    routing = {
-        **dict.fromkeys(("chosen", "live"), pointer(INT32)),
-        **dict.fromkeys(("shares", "scores", "preference", "factors"), pointer(F32)),
-    }
     factors = Layout(QWEN_EXPERTS, 64).route_config(factors=True)
-    yield named("experts route factors", factors, routing)
+    yield named("experts route factors", factors, ROUTING)
     yield named("add", add_config(35 * 256)[0], types)
     yield named("gate gelu_tanh", gate_config(256, 35 * 256, 512, "gelu_tanh")[0], types)
     yield named("softcap", softcap_config(1 << 18)[0], types | {"x": pointer(F32)})

@@ -12,9 +12,9 @@ MAX_BLOCK = 4096
 ROPE_HEADS, ROPE_VALUES = 16, 4096
 
 
-def _blocks(width: int) -> tuple[int, int]:
-    """How a row is cut: the size of a block and how many there are."""
-    block = min(power_of_two(width), MAX_BLOCK)
+def blocks_of(width: int, most: int = MAX_BLOCK) -> tuple[int, int]:
+    """How a row is cut: the size of a block, `most` at most, and how many there are."""
+    block = min(power_of_two(width), most)
     return block, -(-width // block)
 
 
@@ -25,7 +25,7 @@ def _warps(block: int) -> int:
 
 def embed_config(width: int, form: Form) -> tuple[Config, int]:
     """The lookup in a table of this form, and the blocks of its rows."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width)
     sizes = {"WIDTH": width, "BLOCK": block}
     if form.format == "float":
         return Config(fused.embed_kernel, sizes, _warps(block)), count
@@ -35,7 +35,7 @@ def embed_config(width: int, form: Form) -> tuple[Config, int]:
 
 def values_config(inputs: int, form: Form) -> tuple[Config, int]:
     """A weight of this form as floats, and the blocks of its rows."""
-    block, count = _blocks(inputs)
+    block, count = blocks_of(inputs)
     sizes = {**form.constants, "INPUTS": inputs, "BLOCK": block}
     if form.format == "group4":
         # Half words, of which each thread takes 16 bytes.
@@ -84,31 +84,31 @@ def rope_config(
 
 def gated_config(width: int, activation: Activation) -> tuple[Config, int]:
     """A gate of this width, and the blocks of its rows."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width)
     constants = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation}
     return Config(fused.gated_kernel, constants, _warps(block)), count
 
 
 def select_config(width: int) -> tuple[Config, int]:
     """A gather of rows, and their blocks."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width)
     return Config(fused.select_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
 
 
 def gather_config(width: int) -> tuple[Config, int]:
     """A gather of rows by expert, and their blocks."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width)
     return Config(experts.gather_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
 
 
 def scatter_config(width: int) -> tuple[Config, int]:
     """Experts' rows back to where they came from, and their blocks."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width)
     return Config(experts.scatter_kernel, {"WIDTH": width, "BLOCK": block}, _warps(block)), count
 
 
 def sum_parts_config(width: int, parts: int) -> tuple[Config, int]:
     """The sum of a row's parts, and its blocks."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width)
     sizes = {"WIDTH": width, "BLOCK": block, "PARTS": parts}
     return Config(experts.sum_parts_kernel, sizes, _warps(block)), count

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.configs import blocks_of
 from kernels.gpu.fused import active
-from kernels.gpu.launch import Config, enter, power_of_two
+from kernels.gpu.launch import Config, enter
 from kernels.ops import GateActivation
 
 MAX_BLOCK = 1024
@@ -69,14 +70,9 @@ def softcap_kernel(x, cap, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.c
     tl.store(place, cap * (2.0 * sigmoid(2.0 * value / cap) - 1.0), mask=inside)
 
 
-def _blocks(width: int) -> tuple[int, int]:
-    block = min(power_of_two(width), MAX_BLOCK)
-    return block, -(-width // block)
-
-
 def add_config(width: int) -> tuple[Config, int]:
     """A sum of rows of this width, and the blocks of a row."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width, MAX_BLOCK)
     return Config(add_kernel, {"WIDTH": width, "BLOCK": block}, 4), count
 
 
@@ -84,14 +80,14 @@ def gate_config(
     width: int, stride: int, first: int, activation: GateActivation
 ) -> tuple[Config, int]:
     """A gate of this width over rows of `stride`, and the blocks of a row."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width, MAX_BLOCK)
     sizes = {"WIDTH": width, "STRIDE": stride, "FIRST": first, "BLOCK": block}
     return Config(gate_kernel, {**sizes, "ACTIVATION": activation}, 4), count
 
 
 def softcap_config(width: int) -> tuple[Config, int]:
     """Logits of a vocabulary of this width, and the blocks of a row."""
-    block, count = _blocks(width)
+    block, count = blocks_of(width, MAX_BLOCK)
     return Config(softcap_kernel, {"WIDTH": width, "BLOCK": block}, 4), count
 
 
