@@ -44,7 +44,9 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     empty), as stored or rounded to `cold_dtype`. What a request has computed that was set aside, or
     whose tools are being called, is forgotten after all else for `lease_seconds`. Of models whose
     layers keep a state instead, `snapshots` of it are kept beside those of who runs, for requests
-    that begin alike; `auto` are as many as may run, in up to half of the cache's memory.
+    that begin alike; `auto` are as many as may run, in up to half of the cache's memory. Layers
+    with a sliding window keep little more than that of a sequence if memory is short (`windows` is
+    `auto`), or as much as the others (`whole`), so that requests can begin anywhere in a context.
     """
 
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
@@ -59,6 +61,7 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cold_dtype: Literal["auto", "int8", "int4"] = "auto"
     lease_seconds: Annotated[float, Meta(ge=0)] = 120.0
     snapshots: Annotated[int, Meta(ge=0, le=65536)] | Literal["auto"] = "auto"
+    windows: Literal["auto", "whole"] = "auto"
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.config import Config
 from engine.errors import ConfigError, DeviceLost
-from engine.execution.device import Device, place_model, stage
+from engine.execution.device import Device, place_model, stage, whole_footprint
 from engine.execution.memory import (
     Budget,
     available_memory,
@@ -32,6 +32,7 @@ from engine.scheduling.cost import CostModel
 from engine.scheduling.pages import PagePool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.snapshots import Snapshots
+from engine.scheduling.window_pages import WindowPages
 from engine.text.tokenizer import Tokenizer
 from engine.types import MonotonicClock
 from engine.upkeep import Upkeep
@@ -109,21 +110,22 @@ def _finish(
     parts = _assemble(config, device, tokenizer, CostModel(*profiles))
     parts.fingerprint = fingerprint
     on_host = facts[0].free is None
-    page_bytes = sum(rank.page for rank in facts)
+    footprint = whole_footprint(facts)
     left = sum(rank.free or 0 for rank in facts) or available_memory() or 4 << 30
     weights = sum(rank.weights for rank in facts)
-    states = config.scheduler.max_running + device.snapshots
-    state = sum(rank.state for rank in facts)
-    held = states * state
+    state, size = footprint.state, device.size
+    held = size.bytes(footprint) + (config.scheduler.max_running + size.snapshots) * state
     parts.budget = Budget(
         # One rank is this process, before it had weights; several have one each beside it.
         program=sum(rank.program for rank in facts) + (private_memory() if len(facts) > 1 else 0),
         weights=weights,
         activations=device.buffers,
-        cache=(shape.pages + 1) * page_bytes + held,
-        headroom=max(0, left - (shape.pages * page_bytes + held if on_host else 0)),
+        cache=held,
+        headroom=max(0, left - (held if on_host else 0)),
     )
-    if config.cache.adaptive and on_host:
+    # Window pages are few, and stay.
+    page_bytes = footprint.page - (footprint.window_page if size.window_pages else 0)
+    if config.cache.adaptive and on_host and page_bytes:
         floor = -(-shape.context // shape.page_size)
         low = min(LOW_MEMORY, left // 8)
         controller = CacheController(parts.scheduler.pool, page_bytes, low, floor)
@@ -132,8 +134,11 @@ def _finish(
         f"{facts[0].hardware}, {facts[0].description}, {weights / 1e6:.0f} MB of weights, "
         f"{facts[0].kv_dtype} KV cache"
     )
+    if size.window_pages:
+        tokens = size.window_pages * config.cache.page_size
+        parts.device += f", {tokens} tokens of it in layers that see {footprint.window}"
     if state:
-        parts.device += f", states of {state / 1e6:.1f} MB, {device.snapshots} kept for others"
+        parts.device += f", states of {state / 1e6:.1f} MB, {size.snapshots} kept for others"
     return parts
 
 
@@ -162,14 +167,22 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
     )
     # A page of a prompt among many, as a restored page would spare it.
     page_seconds = cost.token_seconds(batch.max_batch_tokens) * section.page_size
+    windows = None
+    if device.size.window_pages:
+        footprint = device.facts[0].footprint
+        windows = WindowPages(
+            device.size.window_pages, footprint.window, section.page_size, shape.pages
+        )
     scheduler = Scheduler(
-        PagePool(shape.pages, section.page_size, section.eviction),
+        PagePool(shape.pages, section.page_size, section.eviction, windows),
         limits,
         clock,
         cost,
         cold=ColdIndex(section.cold_tokens // section.page_size, page_seconds),
         # Places of states follow those of who runs.
-        snapshots=Snapshots(batch.max_running, device.snapshots) if _recurrent(device) else None,
+        snapshots=(
+            Snapshots(batch.max_running, device.size.snapshots) if _recurrent(device) else None
+        ),
     )
     return Parts(
         model_name=served_name(config),
@@ -186,7 +199,7 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
 
 def _recurrent(device: Device) -> bool:
     """Whether the model's layers keep states."""
-    return device.facts[0].state > 0
+    return device.facts[0].footprint.state > 0
 
 
 def _guesses(wanted: int | Literal["auto"], device: Device) -> int:

@@ -98,6 +98,9 @@ class CacheLayout:
     delta: DeltaHeads | None = None
     """Those of layers that keep a state instead of keys and values."""
     delta_layers: int = 0
+    sliding: frozenset[int] = frozenset()
+    """Layers that see the last `window` positions only, and can have pages of their own."""
+    window: int = 0
 
     def vector_bytes(self, heads: Heads) -> int:
         """Bytes of one token's head, of keys or of values."""
@@ -115,10 +118,16 @@ class CacheLayout:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers, keys and values, with their scales."""
-        return sum(
-            2 * self.page_size * heads.kv * (self.vector_bytes(heads) + self.scale_bytes(heads))
-            for heads in self.heads
-        )
+        return sum(map(self._page_bytes, self.heads))
+
+    @property
+    def bytes_per_window_page(self) -> int:
+        """Those of them that belong to sliding layers."""
+        return sum(self._page_bytes(self.heads[layer]) for layer in self.sliding)
+
+    def _page_bytes(self, heads: Heads) -> int:
+        vector = self.vector_bytes(heads) + self.scale_bytes(heads)
+        return 2 * self.page_size * heads.kv * vector
 
 
 class Pages(Protocol):
@@ -255,21 +264,25 @@ class Backend(WeightStore, Protocol):
         """Bytes of memory that the device has left; None if it is the host's memory."""
         ...
 
-    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
+    def allocate_cache(
+        self, layout: CacheLayout, pages: int, states: int = 0, window_pages: int = 0
+    ) -> None:
         """Allocate the paged KV cache, and `states` if the layout has layers that keep some. On the
-        host its memory is only taken as it is written."""
+        host its memory is only taken as it is written. With `window_pages` sliding layers have so
+        many of their own, see `Batch`."""
         ...
 
     def states(self) -> States:
         """The allocated states."""
         ...
 
-    def pages(self) -> Pages:
-        """The allocated cache's pages."""
+    def pages(self, *, windowed: bool = False) -> Pages:
+        """The allocated cache's pages, or its window pages."""
         ...
 
-    def page_codec(self, dtype: CacheDType) -> PageCodec:
-        """Pages of the cache in another format. Raises ValueError if there is no such codec."""
+    def page_codec(self, dtype: CacheDType, *, windowed: bool = False) -> PageCodec:
+        """Pages of the cache, or its window pages, in another format. Raises ValueError if there is
+        no such codec."""
         ...
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> Program:

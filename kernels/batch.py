@@ -29,6 +29,10 @@ class Batch:
     `page_table` int32 `[slots, pages per sequence]`; `sample_rows` int64 `[samples]`, the token
     rows whose logits are wanted.
 
+    Layers that see a window only may have pages of their own, which need not be there for all of a
+    sequence: `window_slots` and `window_table` are theirs, as the others are, and None where all
+    layers share their pages. What the window does not reach is never used.
+
     Models that keep a state have each sequence's at its `table_rows`. `kept_rows` int32
     `[sequences]` says after how many of a chunk's rows it is also put at `kept_at` int32
     `[sequences]`; -1 is never. They are None where no model keeps a state.
@@ -44,6 +48,8 @@ class Batch:
     sample_rows: Int64
     kept_rows: Int32 | None = None
     kept_at: Int32 | None = None
+    window_slots: Int64 | None = None
+    window_table: Int32 | None = None
 
 
 @dataclass(slots=True)

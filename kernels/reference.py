@@ -37,10 +37,12 @@ class TorchWeight(Weight):
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's keys and values, `[pages * page_size, kv heads, head_dim]`."""
+    """One layer's keys and values, `[pages * page_size, kv heads, head_dim]`; a `windowed` one lies
+    in window pages."""
 
     keys: torch.Tensor
     values: torch.Tensor
+    windowed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,8 @@ class ReferenceOps:
         self.token_ids = torch.from_numpy(batch.token_ids)
         self.positions = torch.from_numpy(batch.positions)
         self.kv_slots = torch.from_numpy(batch.kv_slots)
+        if batch.window_slots is not None:
+            self.window_slots = torch.from_numpy(batch.window_slots)
         self.sample_rows = torch.from_numpy(batch.sample_rows)
         self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -147,8 +151,9 @@ class ReferenceOps:
             q = q * (1 + rope.growth * torch.log(1 + steps))[:, None, None]
         if heads.kv:
             cache = self.caches[layer]
-            cache.keys.index_copy_(0, self.kv_slots, k.to(cache.keys.dtype))
-            cache.values.index_copy_(0, self.kv_slots, v.to(cache.values.dtype))
+            slots = self.window_slots if cache.windowed else self.kv_slots
+            cache.keys.index_copy_(0, slots, k.to(cache.keys.dtype))
+            cache.values.index_copy_(0, slots, v.to(cache.values.dtype))
         return q.reshape(rows, -1)
 
     def attention(
@@ -165,7 +170,7 @@ class ReferenceOps:
         cache = self.caches[layer]
         for chunk in range(len(self.batch.context_lengths)):
             first, last = (int(x) for x in self.batch.query_starts[chunk : chunk + 2])
-            slots = self.context_slots(chunk)
+            slots = self.context_slots(chunk, windowed=cache.windowed)
             group = heads.query // heads.kv
             keys = cache.keys[slots].float().repeat_interleave(group, dim=1)
             values = cache.values[slots].float().repeat_interleave(group, dim=1)
@@ -308,11 +313,14 @@ class ReferenceOps:
         assert self._collectives is not None, "one rank has nobody to meet"
         return self._collectives.all_gather(x, widths)
 
-    def context_slots(self, chunk: int) -> torch.Tensor:
-        """Flat cache slots of a chunk's whole context, int64 `[context]`, in position order."""
+    def context_slots(self, chunk: int, *, windowed: bool = False) -> torch.Tensor:
+        """Flat cache slots of a chunk's whole context, int64 `[context]`, in position order; those
+        of window pages mean something within the window."""
+        table = self.batch.window_table if windowed else self.batch.page_table
+        assert table is not None
         length = int(self.batch.context_lengths[chunk])
         pages = -(-length // self.page_size)
-        row = self.batch.page_table[self.batch.table_rows[chunk], :pages]
+        row = table[self.batch.table_rows[chunk], :pages]
         base = torch.from_numpy(row).long() * self.page_size
         return (base[:, None] + torch.arange(self.page_size)).flatten()[:length]
 

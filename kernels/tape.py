@@ -60,6 +60,16 @@ class Tape:
         self.run(ops, values)
         return values[self.logits.index]
 
+    def windows(self) -> dict[int, int]:
+        """How far back each cached layer is seen, in positions; 0 is all the way."""
+        found: dict[int, int] = {}
+        for instruction in self.instructions:
+            if instruction.op == "attention":
+                _, layer, _, _, window, _ = instruction.arguments
+                before = found.get(layer, window)
+                found[layer] = max(before, window) if before and window else 0
+        return found
+
     def run(
         self, ops: Ops[T], values: dict[int, T], start: int = 0, end: int | None = None
     ) -> None:

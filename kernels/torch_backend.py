@@ -49,7 +49,7 @@ class TorchBackend:
         self._bytes = 0
         self._caches: list[LayerCache] = []
         self._states: list[LayerStates] = []
-        self._page_size = self._pages = 0
+        self._page_size = 0
 
     def describe(self) -> str:
         return f"{self.name} kernels"
@@ -88,14 +88,17 @@ class TorchBackend:
             "kernels or a GPU take it"
         )
 
-    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
-        slots = pages * layout.page_size
-        shapes = [(slots, heads.kv, heads.dim) for heads in layout.heads]
+    def allocate_cache(
+        self, layout: CacheLayout, pages: int, states: int = 0, window_pages: int = 0
+    ) -> None:
         dtype = TORCH_DTYPES[layout.dtype]
-        self._page_size, self._pages = layout.page_size, pages
-        self._caches = [
-            LayerCache(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype)) for shape in shapes
-        ]
+        self._page_size, self._caches = layout.page_size, []
+        for layer, heads in enumerate(layout.heads):
+            windowed = window_pages > 0 and layer in layout.sliding
+            slots = (window_pages if windowed else pages) * layout.page_size
+            shape = (slots, heads.kv, heads.dim)
+            keys, values = (_lazy_zeros(shape, dtype) for _ in range(2))
+            self._caches.append(LayerCache(keys, values, windowed))
         self._states = host_states(layout, states)
 
     def states(self) -> HostPages:
@@ -104,16 +107,21 @@ class TorchBackend:
     def free_bytes(self) -> int | None:
         return None
 
-    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
-        """The cache as it lies in memory, see `HostPages`."""
-        tensors = [tensor for cache in self._caches for tensor in (cache.keys, cache.values)]
+    def cache_parts(self, *, windowed: bool = False) -> list[npt.NDArray[np.uint8]]:
+        """The cache's pages as they lie in memory, see `HostPages`."""
+        caches = [cache for cache in self._caches if cache.windowed is windowed]
+        tensors = [tensor for cache in caches for tensor in (cache.keys, cache.values)]
         flat = [tensor.view(-1).view(torch.uint8).numpy() for tensor in tensors]
-        return [part.reshape(self._pages, -1) for part in flat]
+        size = self._page_size
+        return [
+            part.reshape(len(tensor) // size, -1)
+            for part, tensor in zip(flat, tensors, strict=True)
+        ]
 
-    def pages(self) -> HostPages:
-        return HostPages(self.cache_parts())
+    def pages(self, *, windowed: bool = False) -> HostPages:
+        return HostPages(self.cache_parts(windowed=windowed))
 
-    def page_codec(self, dtype: CacheDType) -> PageCodec:
+    def page_codec(self, dtype: CacheDType, *, windowed: bool = False) -> PageCodec:
         raise ValueError(f"cache.cold_dtype={dtype} takes the native kernels; {self.name} has none")
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> TorchProgram:

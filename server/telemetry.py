@@ -268,6 +268,8 @@ class Metrics(Collector):
         """What the scheduler and its pool hold, and have counted."""
         scheduler = self._engine.parts.scheduler
         pool, cold = scheduler.pool, scheduler.cold
+        windows = pool.windows
+        beside = (windows.used, windows.total, windows.evictions) if windows else (0, 0, 0)
         kept, places = scheduler.prefixes.states
         for name, text, value in (
             ("requests_running", "Sequences in the batch", len(scheduler.running)),
@@ -280,20 +282,26 @@ class Metrics(Collector):
             ("kv_pages_parked", "Pages given back to the system", pool.total - pool.available),
             ("states_kept", "States of recurrent layers that can be gone on from", kept),
             ("states_places", "Places for them", places),
+            ("kv_window_pages_used", "Window pages that sequences hold", beside[0]),
+            ("kv_window_pages", "Pages of layers that see a window only, if apart", beside[1]),
             ("kv_pages_cold", "Pages in the cold tier", len(cold)),
-            ("kv_usage_ratio", "Share of the pages that sequences hold", pool.used / pool.total),
+            ("kv_usage_ratio", "Share of the pages that sequences hold", pool.usage),
             ("step_prediction_error", "Median error of recent steps", scheduler.cost.median_error),
         ):
             yield gauge(f"ryzanstein_{name}", text, value)
         moves = {("stored",): cold.stored, ("restored",): cold.hits}
-        evicted = {("room",): pool.evictions, ("memory",): pool.surrendered}
+        evicted = {
+            ("room",): pool.evictions,
+            ("memory",): pool.surrendered,
+            ("window",): beside[2],
+        }
         guesses = scheduler.speculator
         yield counter("ryzanstein_drafts", "Guesses of what follows", guesses.steps)
         yield counter("ryzanstein_draft_tokens", "Tokens that were guessed", guesses.drafted)
         text = "Guessed tokens that were right"
         yield counter("ryzanstein_accepted_draft_tokens", text, guesses.accepted)
         losses = self._engine.parts.stepper.losses
-        text = "Cached pages forgotten, for room or because memory was short"
+        text = "Cached pages forgotten, for room or because memory was short, or window pages"
         yield counter("ryzanstein_kv_evictions", text, evicted, ["reason"])
         yield counter(
             "ryzanstein_kv_cold_pages", "Pages moved to and from the cold tier", moves, ["way"]

@@ -12,6 +12,9 @@ def audit(scheduler: Scheduler) -> None:
     running = scheduler.running
     retiring = [pages for plan in scheduler.in_flight for pages in plan.retired_pages]
     scheduler.pool.audit([*(s.pages for s in running), *retiring, *scheduler.prefixes.sources])
+    if (windows := scheduler.pool.windows) is not None:
+        windows.audit([s.window_pages[s.window_start :] for s in running])
+        assert all(len(s.window_pages) == len(s.pages) for s in running)
     slots = [s.slot for s in running] + scheduler._slots
     slots += [slot for plan in scheduler.in_flight for slot in plan.retired_slots]
     assert sorted(slots) == list(range(scheduler.limits.max_running)), "a slot is lost"

@@ -25,6 +25,7 @@ from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.snapshots import Snapshots
+from engine.scheduling.window_pages import WindowPages
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer, byte_alphabet
 from engine.types import Clock, MonotonicClock
@@ -201,12 +202,13 @@ def mock_scheduler(
     profile: Profile = FLAT,
     busy_profile: Profile | None = None,
     snapshots: int | None = None,
+    windows: WindowPages | None = None,
     **limits: Any,
 ) -> Scheduler:
     """The real scheduler over a small pool, for a model that keeps states if there are places for
-    `snapshots` of them."""
+    `snapshots` of them, or whose layers have `windows`."""
     return Scheduler(
-        PagePool(pages, page_size, eviction),
+        PagePool(pages, page_size, eviction, windows),
         SchedulerLimits(step_tokens, running, **limits),
         clock,
         CostModel(profile, busy_profile),

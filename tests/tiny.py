@@ -50,6 +50,18 @@ DELTA: dict[str, Any] = {
 }
 
 
+# What makes it a Qwen 3 of which one layer sees a window only.
+SLIDING: dict[str, Any] = {
+    "model_type": "qwen3",
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 40,
+}
+
+
+# What makes it a Mistral: all layers see a window only.
+WINDOWS: dict[str, Any] = {"model_type": "mistral", "sliding_window": 40}
+
+
 # What makes it an LFM2: short convolutions, and one layer of attention.
 CONV: dict[str, Any] = {
     "model_type": "lfm2",

@@ -6,12 +6,13 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.scheduling.plan import Move
+from engine.scheduling.plan import WINDOW_MOVES, Move
 from kernels.backend import PageCodec, Pages, States
 
 Bytes = npt.NDArray[np.uint8]
@@ -32,58 +33,84 @@ class ColdFile:
         self.pages: Bytes = np.frombuffer(self._map, np.uint8).reshape(slots, page_bytes)
 
 
+@dataclass(frozen=True)
+class Store:
+    """The pages of a device, or its window pages, and how they lie in the cold tier: byte for byte,
+    or as a `codec` makes them."""
+
+    pages: Pages
+    codec: PageCodec | None = None
+
+    @property
+    def cold_bytes(self) -> int:
+        """Bytes of one in the cold tier."""
+        return (self.pages if self.codec is None else self.codec).page_bytes
+
+    def demote(self, page: int, block: Bytes) -> None:
+        """Fill `block`, uint8 `[cold_bytes]`, with a page."""
+        (self.pages.read if self.codec is None else self.codec.compress)(page, block)
+
+    def restore(self, block: Bytes, page: int) -> None:
+        """Make a page of what `demote` left in `block`."""
+        (self.pages.write if self.codec is None else self.codec.restore)(block, page)
+
+
 class Cache:
-    """All that holds KV pages: those of the device, and the cold tier behind them, where pages lie
-    byte for byte, or as a `codec` makes them; and `states`, where layers keep some."""
+    """All that holds KV pages: those of the device, and the cold tier behind them, where what lies
+    beside a page in `windows` follows it; and `states`, where layers keep some."""
 
     def __init__(
         self,
-        pages: Pages,
+        pages: Store,
         cold: ColdFile | None = None,
-        codec: PageCodec | None = None,
         states: States | None = None,
+        windows: Store | None = None,
     ) -> None:
         self._pages = pages
+        self._windows = windows
         self._states = states
         self._cold = cold
-        self._codec = codec
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers."""
-        return self._pages.page_bytes
+        windows = self._windows
+        return self._pages.pages.page_bytes + (windows.pages.page_bytes if windows else 0)
 
     def move(self, moves: Sequence[tuple[Move, int, int]]) -> None:
         """Make a step's moves, in order."""
         discarded: list[int] = []
         for kind, source, target in moves:
             if kind is not Move.DISCARD and discarded:
-                self._pages.discard(discarded)  # before anything is put where they were
+                self._pages.pages.discard(discarded)  # before anything is put where they were
                 discarded = []
-            if kind is Move.COPY:
-                self._pages.copy(source, target)
-            elif kind is Move.RESUME:
+            if kind is Move.RESUME:
                 assert self._states is not None
                 self._states.copy(source, target)
             elif kind is Move.DISCARD:
                 discarded.append(source)
-            elif kind is Move.DEMOTE:
-                self._demote(source, target)
+            elif kind in (Move.COPY, Move.COPY_WINDOW):
+                self._store(kind).pages.copy(source, target)
+            elif kind in (Move.DEMOTE, Move.DEMOTE_WINDOW):
+                self._store(kind).demote(source, self._block(kind, target))
             else:
-                self._restore(source, target)
+                self._store(kind).restore(self._block(kind, source), target)
         if discarded:
-            self._pages.discard(discarded)
+            self._pages.pages.discard(discarded)
 
     def close(self) -> None:
         """Forget the cold pages."""
-        self._cold, self._codec = None, None
+        self._cold = None
 
-    def _demote(self, page: int, slot: int) -> None:
-        assert self._cold is not None
-        fill = self._pages.read if self._codec is None else self._codec.compress
-        fill(page, self._cold.pages[slot])
+    def _store(self, kind: Move) -> Store:
+        if kind not in WINDOW_MOVES:
+            return self._pages
+        assert self._windows is not None
+        return self._windows
 
-    def _restore(self, slot: int, page: int) -> None:
+    def _block(self, kind: Move, slot: int) -> Bytes:
+        """Where a page lies in a cold slot, or what lies beside it."""
         assert self._cold is not None
-        make = self._pages.write if self._codec is None else self._codec.restore
-        make(self._cold.pages[slot], page)
+        first = self._pages.cold_bytes
+        part = slice(first, None) if kind in WINDOW_MOVES else slice(first)
+        return self._cold.pages[slot, part]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from engine.config import Config
-from engine.execution.memory import CacheSize, cache_size
+from engine.execution.memory import CacheSize, Footprint, cache_size
 from engine.execution.parallel import RankStepper
 from engine.execution.profile import Shape
 from engine.execution.rank import Rank, RankFacts
@@ -25,8 +25,7 @@ Timeline = list[tuple[str, float]]
 @dataclass(frozen=True)
 class Device:
     """What a scheduler drives. `run` runs one step while nothing else does; `facts` are those of
-    each rank; `buffers` are bytes of activations; `compiler` is for its grammars; `snapshots` are
-    places for states."""
+    each rank; `buffers` are bytes of activations; `compiler` is for its grammars."""
 
     stepper: Stepper
     run: Callable[[Plan], StepResult]
@@ -34,7 +33,7 @@ class Device:
     shape: Shape
     buffers: int
     compiler: GrammarCompiler
-    snapshots: int
+    size: CacheSize
 
 
 def place_model(
@@ -57,32 +56,47 @@ def place_model(
         stepper_for(runner),
         lambda plan: runner.run(runner.fill(plan)),
         [rank.facts],
-        step_shape(config, rank.facts, size.pages),
+        step_shape(config, rank.facts, size),
         runner.buffer_bytes(),
         compiler,
-        size.snapshots,
+        size,
     )
 
 
 def size_for(config: Config, facts: Sequence[RankFacts]) -> CacheSize:
     """The size of the cache, which all ranks have a part of. Raises ConfigError if no page fits."""
-    section, running, first = config.cache, config.scheduler.max_running, facts[0]
-    if first.free is None:
-        page, state = sum(rank.page for rank in facts), sum(rank.state for rank in facts)
-        return cache_size(section, page, first.context, running, state_bytes=state)
-    sizes = [
-        cache_size(section, rank.page, rank.context, running, rank.free, rank.state)
-        for rank in facts
-    ]
-    return CacheSize(min(s.pages for s in sizes), min(s.snapshots for s in sizes))
+    section, batch, context = config.cache, config.scheduler, facts[0].context
+    if facts[0].free is None:
+        return cache_size(section, whole_footprint(facts), context, batch)
+    sizes = [cache_size(section, rank.footprint, context, batch, rank.free) for rank in facts]
+    # Who has room for all without windows has it with them.
+    least = min(sizes, key=lambda size: (size.pages, not size.window_pages))
+    return replace(least, snapshots=min(size.snapshots for size in sizes))
 
 
-def step_shape(config: Config, facts: RankFacts, pages: int) -> Shape:
+def whole_footprint(facts: Sequence[RankFacts]) -> Footprint:
+    """What all ranks keep together."""
+    parts = [rank.footprint for rank in facts]
+    return Footprint(
+        page=sum(part.page for part in parts),
+        window_page=sum(part.window_page for part in parts),
+        window=parts[0].window,
+        state=sum(part.state for part in parts),
+    )
+
+
+def step_shape(config: Config, facts: RankFacts, cache: CacheSize) -> Shape:
     """What steps can be made of."""
     size, batch = config.cache.page_size, config.scheduler
-    context = min(facts.context, pages * size)
-    vocab = facts.vocab_size
-    return Shape(batch.max_batch_tokens, batch.max_running, context, size, pages, vocab)
+    return Shape(
+        step_tokens=batch.max_batch_tokens,
+        slots=batch.max_running,
+        context=min(facts.context, cache.pages * size),
+        page_size=size,
+        pages=cache.pages,
+        vocab_size=facts.vocab_size,
+        window_pages=cache.window_pages,
+    )
 
 
 def _place_on_ranks(
@@ -102,9 +116,9 @@ def _place_on_ranks(
     facts = stepper.facts
     timeline.append(("weights, slowest rank", max(rank.seconds for rank in facts)))
     size = stepper.size
-    shape = step_shape(config, facts[0], size.pages)
+    shape = step_shape(config, facts[0], size)
     compiler = GrammarCompiler(lambda: tokenizer, facts[0].vocab_size)
-    return Device(stepper, stepper.run, facts, shape, stepper.buffers, compiler, size.snapshots)
+    return Device(stepper, stepper.run, facts, shape, stepper.buffers, compiler, size)
 
 
 @contextmanager

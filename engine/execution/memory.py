@@ -7,9 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import CacheSection
+import msgspec
+
+from engine.config import CacheSection, SchedulerSection
 from engine.errors import ConfigError
 from engine.scheduling.controller import Readings
+from engine.scheduling.window_pages import least_window_pages, most_window_pages
 
 # Limit and usage of the control group, in version 2 and version 1.
 MEMORY_FILES = (
@@ -19,6 +22,9 @@ MEMORY_FILES = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+
+# Pages for each window page where all layers see a window only.
+NAMED = 16
 
 # Stalls for memory, of the control group and of the machine (pressure stall information).
 PRESSURE_FILES = (Path("/sys/fs/cgroup/memory.pressure"), Path("/proc/pressure/memory"))
@@ -131,52 +137,116 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that a model keeps of what it has read: of a `page` in all layers, `window_page` of
+    them in layers that see the last `window` tokens only; and of a sequence's `state`."""
+
+    page: int
+    window_page: int = 0
+    window: int = 0
+    state: int = 0
+
+
 @dataclass(frozen=True)
 class CacheSize:
-    """Pages of the pool, and states that are kept beside those of who runs."""
+    """Pages of the pool, states that are kept beside those of who runs, and window pages, if layers
+    that see a window have some of their own."""
 
     pages: int
     snapshots: int = 0
+    window_pages: int = 0
+
+    def bytes(self, footprint: Footprint) -> int:
+        """Bytes of all pages, and one more that takes what is written for nobody."""
+        if not self.window_pages:
+            return (self.pages + 1) * footprint.page
+        rest = footprint.page - footprint.window_page
+        return (self.pages + 1) * rest + (self.window_pages + 1) * footprint.window_page
 
 
 def cache_size(
     section: CacheSection,
-    page_bytes: int,
+    footprint: Footprint,
     max_context: int,
-    max_running: int,
+    batch: SchedulerSection,
     device_bytes: int | None = None,
-    state_bytes: int = 0,
 ) -> CacheSize:
-    """How large a cache of pages of `page_bytes` is: as configured, or in a fraction of the free
-    memory (the device's, if it has its own), and no more than every slot at full context could use.
-    A sequence's state, if it has one, takes `state_bytes`.
+    """How large the cache is: as configured, or in a fraction of the free memory (the device's, if
+    it has its own), and no more than every slot at full context could use.
 
     Raises ConfigError if not even one page fits.
     """
     free = available_memory() if device_bytes is None else device_bytes
     budget = whole = int((free or 4 << 30) * section.memory_fraction)
-    snapshots = 0
-    if state_bytes:
+    snapshots, running, page_bytes = 0, batch.max_running, footprint.page
+    if footprint.state:
         # States of who runs are taken as they are needed on the host, at once on a device.
-        held = max_running * state_bytes
+        held = running * footprint.state
         budget -= min(held, budget // 4) if device_bytes is None else held
-        snapshots = _snapshots(section, max_running, budget // 2 // state_bytes)
-        budget -= snapshots * state_bytes
+        snapshots = _snapshots(section, running, budget // 2 // footprint.state)
+        budget -= snapshots * footprint.state
         if budget < page_bytes and not (section.tokens and device_bytes is None):
             raise ConfigError(
-                f"cache.memory_fraction leaves {whole} bytes, too little for {max_running} states "
-                f"of {state_bytes} bytes (scheduler.max_running) and {snapshots} more "
+                f"cache.memory_fraction leaves {whole} bytes, too little for {running} states "
+                f"of {footprint.state} bytes (scheduler.max_running) and {snapshots} more "
                 "(cache.snapshots) beside the KV cache; lower these, or raise the fraction"
             )
     if section.tokens:
-        return CacheSize(-(-section.tokens // section.page_size), snapshots)
-    pages = min(budget // page_bytes, max_running * -(-max_context // section.page_size))
+        pages = -(-section.tokens // section.page_size)
+        return CacheSize(pages, snapshots, _of_configured(section, footprint, batch, pages))
+    most = running * -(-max_context // section.page_size)
+    pages = min(budget // page_bytes, most)
     if pages < 1:
         raise ConfigError(
             f"cache.memory_fraction leaves {budget} bytes for the KV cache, "
             f"but one page needs {page_bytes}; free memory or raise the fraction"
         )
+    if pages < most and _splits(section, footprint):
+        return _split(section, footprint, batch, budget, CacheSize(pages), most)
     return CacheSize(pages, snapshots)
+
+
+def _splits(section: CacheSection, footprint: Footprint) -> bool:
+    """Whether layers that see a window may have pages of their own."""
+    return section.windows == "auto" and footprint.window_page > 0 and not footprint.state
+
+
+def _ample(section: CacheSection, footprint: Footprint, batch: SchedulerSection) -> int:
+    """Window pages for all that may run, and as many for others to begin from."""
+    size = section.page_size
+    in_flight = -(-2 * batch.max_batch_tokens // size)
+    return 2 * (batch.max_running * most_window_pages(footprint.window, size) + in_flight)
+
+
+def _of_configured(
+    section: CacheSection, footprint: Footprint, batch: SchedulerSection, pages: int
+) -> int:
+    """Window pages beside a configured number of pages; 0 if all would have one."""
+    if not _splits(section, footprint):
+        return 0
+    least = least_window_pages(footprint.window, batch.max_batch_tokens, section.page_size)
+    windows = max(least, _ample(section, footprint, batch))
+    return windows if windows < pages else 0
+
+
+def _split(
+    section: CacheSection,
+    footprint: Footprint,
+    batch: SchedulerSection,
+    budget: int,
+    shared: CacheSize,
+    most: int,
+) -> CacheSize:
+    """Pages and window pages within a budget, of which half at most is for windows; or what all
+    layers can share, if that is no less."""
+    rest = footprint.page - footprint.window_page
+    affordable = (budget // 2 if rest else budget) // footprint.window_page
+    least = least_window_pages(footprint.window, batch.max_batch_tokens, section.page_size)
+    windows = max(least, min(affordable, _ample(section, footprint, batch)))
+    # Names take memory, too, where pages themselves take none.
+    pages = (budget - windows * footprint.window_page) // rest if rest else NAMED * windows
+    pages = min(pages, most)
+    return CacheSize(pages, 0, windows) if pages > shared.pages else shared
 
 
 def _snapshots(section: CacheSection, max_running: int, fitting: int) -> int:

@@ -61,12 +61,13 @@ class Part(msgspec.Struct, array_like=True):
 
 
 class Step(msgspec.Struct, tag=True):
-    """To a rank: a step, and what has changed since the last: who entered, (slot, pages) that were
-    added. `decodes` are (slot, positions scheduled), `kept` (slot, pages, place) of states."""
+    """To a rank: a step, and what has changed since the last: who entered, (slot, pages, what lies
+    beside them) that were added. `decodes` are (slot, positions scheduled), `kept` (slot, pages,
+    place) of states."""
 
     number: int
     entered: list[Entered]
-    pages: list[tuple[int, list[int]]]
+    pages: list[tuple[int, list[int], list[int]]]
     decodes: list[tuple[int, int]]
     parts: list[Part]
     moves: list[tuple[Move, int, int]]

@@ -46,12 +46,12 @@ class PlanWriter:
             kept=[(s.slot, kept.pages, kept.place) for s, kept in plan.kept],
         )
 
-    def _added(self, sequences: Iterable[Sequence]) -> Iterable[tuple[int, list[int]]]:
+    def _added(self, sequences: Iterable[Sequence]) -> Iterable[tuple[int, list[int], list[int]]]:
         for sequence in sequences:
             told, count = self._told[sequence.slot], len(sequence.pages)
             if count > told:
                 self._told[sequence.slot] = count
-                yield sequence.slot, sequence.pages[told:]
+                yield sequence.slot, sequence.pages[told:], sequence.window_pages[told:]
 
 
 class PlanReader:
@@ -67,8 +67,9 @@ class PlanReader:
             sequence = self._sequences[entered.slot] = _sequence(entered)
             admitted.append(sequence)
         grown = []
-        for slot, pages in step.pages:
+        for slot, pages, window_pages in step.pages:
             self._sequences[slot].pages += pages
+            self._sequences[slot].window_pages += window_pages
             grown.append(self._sequences[slot])
         decodes = []
         for slot, scheduled in step.decodes:

@@ -34,12 +34,15 @@ class Shape(msgspec.Struct, frozen=True):
     page_size: int
     pages: int
     vocab_size: int
+    window_pages: int = 0
 
     @property
     def measured(self) -> Shape:
         """The same with no more pages than make a difference to what is measured."""
         longest = -(-self.context // self.page_size) + 1
-        return msgspec.structs.replace(self, pages=min(self.pages, max(longest, self.filled)))
+        pages = min(self.pages, max(longest, self.filled))
+        window_pages = min(self.window_pages, pages)
+        return msgspec.structs.replace(self, pages=pages, window_pages=window_pages)
 
     @property
     def filled(self) -> int:
@@ -113,6 +116,8 @@ class Profiler:
         sequence = Sequence(request, 0, fingerprint=b"")
         pages = -(-(tokens + 1) // self._shape.page_size)
         sequence.pages = [next(self._next_page) for _ in range(pages)]
+        if windows := self._shape.window_pages:
+            sequence.window_pages = [page % windows for page in sequence.pages]
         sequence.slot = slot
         return sequence
 

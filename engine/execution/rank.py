@@ -12,9 +12,9 @@ import msgspec
 
 from engine.config import CacheSection, Config
 from engine.errors import ConfigError
-from engine.execution.cache import Cache, ColdFile
+from engine.execution.cache import Cache, ColdFile, Store
 from engine.execution.masks import Masks
-from engine.execution.memory import CacheSize, private_memory
+from engine.execution.memory import CacheSize, Footprint, private_memory
 from engine.execution.runner import Runner, StagingShape
 from engine.models import Model, cache_layout, load_model
 from engine.models.shard import Shard
@@ -37,16 +37,15 @@ from kernels.tape import Recorder
 class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank is, once its weights are in place; sizes are bytes. The same `description` means
     the same numbers. `free` is None where the cache lies in the host's memory; `program` is the
-    interpreter's and its libraries' memory; `files` names the model's, with sizes and times. A
-    sequence has a `state` of so many bytes beside its pages."""
+    interpreter's and its libraries' memory; `files` names the model's, with sizes and times;
+    `footprint` is what sequences take."""
 
     description: str
     hardware: str
     kv_dtype: CacheDType
     vocab_size: int
     context: int
-    page: int
-    state: int
+    footprint: Footprint
     weights: int
     program: int
     free: int | None
@@ -56,7 +55,7 @@ class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def identity(self) -> tuple[object, ...]:
         """What another has to share to take this one's place."""
-        return (self.description, self.kv_dtype, self.context, self.page, self.state, self.files)
+        return (self.description, self.kv_dtype, self.context, self.footprint, self.files)
 
 
 class Rank:
@@ -111,8 +110,12 @@ class Rank:
             kv_dtype=kv_dtype,
             vocab_size=shape.vocab_size,
             context=context,
-            page=self._layout.bytes_per_page,
-            state=self._layout.state_bytes,
+            footprint=Footprint(
+                page=self._layout.bytes_per_page,
+                window_page=self._layout.bytes_per_window_page,
+                window=self._layout.window,
+                state=self._layout.state_bytes,
+            ),
             weights=weights,
             program=before,
             free=self._backend.free_bytes(),
@@ -128,11 +131,12 @@ class Rank:
     def allocate(self, size: CacheSize, compiler: GrammarCompiler) -> Runner:
         """A runner with a cache of this size. Raises ConfigError if the kernels have no such
         cache."""
-        pages = size.pages
+        pages, windows = size.pages, size.window_pages
         batch, backend, layout = self._config.scheduler, self._backend, self._layout
         try:
             # One page more, for what is written for nobody.
-            backend.allocate_cache(layout, pages + 1, batch.max_running + size.snapshots)
+            states = batch.max_running + size.snapshots
+            backend.allocate_cache(layout, pages + 1, states, windows + 1 if windows else 0)
         except ValueError as error:
             raise ConfigError(f"{error}; execution.backend=torch takes any") from error
         programs = []
@@ -148,8 +152,9 @@ class Rank:
             page_size=layout.page_size,
             vocab_size=self.facts.vocab_size,
             states=layout.delta is not None,
+            window_pages=windows,
         )
-        cache = _cache(self._config.cache, backend, layout.dtype)
+        cache = _cache(self._config.cache, backend, layout.dtype, windowed=windows > 0)
         return Runner(backend, programs, cache, staging, Masks(compiler))
 
     def _place(
@@ -193,21 +198,22 @@ def weights_identity(path: Path) -> list[tuple[str, int, int]]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def _cache(section: CacheSection, backend: Backend, kv_dtype: str) -> Cache:
+def _cache(section: CacheSection, backend: Backend, kv_dtype: str, *, windowed: bool) -> Cache:
     """The cache, and where its evicted pages go."""
-    pages, states = backend.pages(), backend.states()
+    kinds = [False, True] if windowed else [False]
     cold_slots = section.cold_tokens // section.page_size
-    if not cold_slots:
-        return Cache(pages, states=states)
-    codec, page_bytes = None, pages.page_bytes
-    if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
-        try:
-            codec = backend.page_codec(section.cold_dtype)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        page_bytes = codec.page_bytes
-    folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
-    return Cache(pages, ColdFile(folder, cold_slots, page_bytes), codec, states)
+    stores = [Store(backend.pages(windowed=kind)) for kind in kinds]
+    cold = None
+    if cold_slots:
+        if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
+            try:
+                codecs = [backend.page_codec(section.cold_dtype, windowed=kind) for kind in kinds]
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            stores = [Store(s.pages, codec) for s, codec in zip(stores, codecs, strict=True)]
+        folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
+        cold = ColdFile(folder, cold_slots, sum(store.cold_bytes for store in stores))
+    return Cache(stores[0], cold, backend.states(), stores[1] if windowed else None)
 
 
 def _packed_file(

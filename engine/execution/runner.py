@@ -16,7 +16,7 @@ from engine.scheduling.budget import MAX_SCORED_ROWS
 from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from kernels.backend import AheadProgram, Backend, Program
-from kernels.batch import Batch, Int32, Sampling, counter_uniform
+from kernels.batch import Batch, Int32, Int64, Sampling, counter_uniform
 
 LOWEST_TEMPERATURE = 1e-5
 # Sampling parameters by their place in the staging matrices.
@@ -34,7 +34,8 @@ INTS = ("top_k", "logprobs", "prompt_logprobs")
 @dataclass(frozen=True)
 class StagingShape:
     """What the staging buffers hold at most. The page behind the pool's last one takes what is
-    written for nobody. `states` says whether the model keeps some."""
+    written for nobody, as does that behind the window pages. `states` says whether the model keeps
+    some."""
 
     slots: int
     pages: int
@@ -42,6 +43,7 @@ class StagingShape:
     page_size: int
     vocab_size: int
     states: bool = False
+    window_pages: int = 0
 
 
 @dataclass(slots=True)
@@ -79,6 +81,8 @@ class Runner:
         slots = shape.slots
         self._page_table = np.zeros((slots, shape.pages_per_sequence), np.int32)
         self._pages_written = [0] * slots
+        windows = (slots if shape.window_pages else 0, shape.pages_per_sequence)
+        self._window_table = np.zeros(windows, np.int32)
         self._seed = np.zeros(slots, np.uint64)
         # The token last drawn at each slot: the next step's input, also if nobody has seen it yet.
         self._last_ids = np.zeros(slots, np.int64)
@@ -177,7 +181,8 @@ class Runner:
 
     def buffer_bytes(self) -> int:
         """Bytes of activations, logits and staging."""
-        staging = self._page_table.nbytes + self._floats.nbytes + self._ints.nbytes
+        tables = self._page_table.nbytes + self._window_table.nbytes
+        staging = tables + self._floats.nbytes + self._ints.nbytes
         rows = self._shape.slots + MAX_SCORED_ROWS
         return sum(program.buffer_bytes(rows) for program in self._programs) + staging
 
@@ -199,11 +204,10 @@ class Runner:
         """The last step again, one token further: most steps are that."""
         before, size = last.batch, self._shape.page_size
         place = before.positions + 1
-        pages = self._page_table[before.table_rows, place // size]
         batch = Batch(
             token_ids=np.empty_like(before.token_ids),
             positions=place,
-            kv_slots=pages * np.int64(size) + place % size,
+            kv_slots=_slots(self._page_table, before.table_rows, place, size),
             query_starts=before.query_starts,
             context_lengths=before.context_lengths + np.int32(1),
             table_rows=before.table_rows,
@@ -212,6 +216,8 @@ class Runner:
             kept_rows=before.kept_rows,
             kept_at=before.kept_at,
         )
+        if self._shape.window_pages:
+            batch = self._with_windows(batch, before.table_rows, [])
         sampling = last.sampling
         if sampling.drawn:
             uniform = counter_uniform(self._seed[before.table_rows], place + 1)
@@ -247,8 +253,7 @@ class Runner:
         query_starts = np.array(starts, np.int32)
         table_rows = np.array(slots, np.int32)
         row_slots = table_rows if not plan.chunks else np.repeat(table_rows, np.diff(query_starts))
-        pages = self._page_table[row_slots, place // size].astype(np.int64)
-        kv_slots = pages * size + place % size
+        kv_slots = _slots(self._page_table, row_slots, place, size)
         if unwritten:
             kv_slots[unwritten] = self._shape.pages * size
         batch = Batch(
@@ -261,10 +266,20 @@ class Runner:
             page_table=self._page_table,
             sample_rows=np.array(sample_rows, np.int64),
         )
+        if self._shape.window_pages:
+            batch = self._with_windows(batch, row_slots, unwritten)
         if self._shape.states:
             after, places = self._kept(batch, plan)
             batch = replace(batch, kept_rows=after, kept_at=places)
         return self._with_sampling(batch, plan)
+
+    def _with_windows(self, batch: Batch, row_slots: Int32, unwritten: list[int]) -> Batch:
+        """The same with what layers with window pages need."""
+        size = self._shape.page_size
+        slots = _slots(self._window_table, row_slots, batch.positions, size)
+        if unwritten:
+            slots[unwritten] = self._shape.window_pages * size
+        return replace(batch, window_slots=slots, window_table=self._window_table)
 
     def _kept(self, batch: Batch, plan: Plan) -> tuple[Int32, Int32]:
         """After how many of a chunk's rows its state is kept, and where."""
@@ -377,7 +392,17 @@ class Runner:
         written = self._pages_written[slot]
         if count > written:
             self._page_table[slot, written:count] = sequence.pages[written:]
+            if self._shape.window_pages:
+                # What was not attached is never used; any page may stand there.
+                self._window_table[slot, written:count] = np.maximum(
+                    sequence.window_pages[written:], 0
+                )
             self._pages_written[slot] = count
+
+
+def _slots(table: Int32, rows: Int32, positions: Int64, size: int) -> Int64:
+    """Flat slots of positions, by their rows of a table of pages."""
+    return table[rows, positions // size].astype(np.int64) * size + positions % size
 
 
 def _add_bias(

@@ -14,6 +14,7 @@ from engine.models.shard import Shard
 from engine.weights.checkpoint import Checkpoint
 from kernels.backend import CacheDType, CacheLayout, WeightStore
 from kernels.ops import DeltaHeads, Heads, Ops, T
+from kernels.tape import Recorder
 
 
 class Model(Protocol):
@@ -73,14 +74,17 @@ def cache_layout(
     model: Model, page_size: int, dtype: CacheDType, max_context: int = 0
 ) -> CacheLayout:
     """The cache that a model's forward pass needs."""
-    config = model.config
+    recorder = Recorder()
+    windows = recorder.finish(model.forward(recorder)).windows()
     return CacheLayout(
         model.heads,
         page_size,
         dtype,
         max_context,
         model.delta,
-        len(config.delta_layers),
+        len(model.config.delta_layers),
+        frozenset(layer for layer, window in windows.items() if window),
+        max(windows.values(), default=0),
     )
 
 

@@ -26,6 +26,8 @@ class ColdIndex:
         self._by_name: dict[bytes, int] = {}
         self._names: OrderedDict[int, tuple[bytes, ...]] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))
+        # Slots that also have what lay beside the page.
+        self._whole: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -45,6 +47,18 @@ class ColdIndex:
         self._names[slot] = fresh
         self._by_name.update(dict.fromkeys(fresh, slot))
         return slot
+
+    def complete(self, name: bytes) -> int | None:
+        """The slot in which what lies beside a content is still to be put, if there is one."""
+        slot = self._by_name.get(name)
+        if slot is None or slot in self._whole:
+            return None
+        self._whole.add(slot)
+        return slot
+
+    def is_whole(self, name: bytes) -> bool:
+        """Whether what lay beside a content is here, too."""
+        return self._by_name.get(name) in self._whole
 
     def worth_restoring(self, name: bytes) -> bool:
         """Whether the content is here and reading it beats computing it."""
@@ -72,4 +86,5 @@ class ColdIndex:
         for name in names:
             del self._by_name[name]
         self._free.append(slot)
+        self._whole.discard(slot)
         self.on_drop(names)

@@ -15,6 +15,7 @@ from hashlib import blake2b
 
 from engine.config import PolicyName
 from engine.scheduling.eviction import Adaptive, Order, Record
+from engine.scheduling.window_pages import NONE, WindowPages
 
 # Pages that are taken out of use together.
 GROUP = 8
@@ -33,11 +34,18 @@ def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 class PagePool:
     """Reference-counted pages. A page is held, or free, or parked (its memory given back); a free
-    one may still be cached."""
+    one may still be cached. Where some layers see a window only, they keep theirs in `windows`."""
 
-    def __init__(self, pages: int, page_size: int, policy: PolicyName = "lru") -> None:
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        policy: PolicyName = "lru",
+        windows: WindowPages | None = None,
+    ) -> None:
         self.total = pages
         self.page_size = page_size
+        self.windows = windows
         self.evictions = 0
         # Cached pages that were forgotten because the machine ran short of memory.
         self.surrendered = 0
@@ -61,6 +69,8 @@ class PagePool:
         self.regrets = 0
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
         self._clock = 0
+        if windows is not None:
+            windows.spared = self._kept.__contains__
 
     @property
     def free(self) -> int:
@@ -68,9 +78,21 @@ class PagePool:
         return len(self._blank) + self.cached
 
     @property
+    def spare(self) -> int:
+        """Pages that can be allocated with a window page beside them, where there are such."""
+        return self.free if self.windows is None else min(self.free, self.windows.free)
+
+    @property
     def used(self) -> int:
         """Pages that some sequence holds."""
         return self.total - len(self._parked) - self.free
+
+    @property
+    def usage(self) -> float:
+        """The share of the pages, or of window pages if it is larger, that sequences hold."""
+        windows = self.windows
+        beside = windows.used / windows.total if windows is not None else 0.0
+        return max(self.used / self.total, beside)
 
     @property
     def cached(self) -> int:
@@ -90,6 +112,11 @@ class PagePool:
     def holds(self, digest: bytes) -> bool:
         """Whether content of this name is here."""
         return digest in self._by_name
+
+    def has_window(self, digest: bytes) -> bool:
+        """Whether content of this name is here with what all layers keep of it."""
+        page = self._by_name.get(digest)
+        return page is not None and self._is_whole(page)
 
     def is_held(self, digest: bytes) -> bool:
         """Whether content of this name is here, in a page that is in use."""
@@ -128,24 +155,31 @@ class PagePool:
             matched.append(page)
         return matched
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, forgetting the cached content that is worth least; None if too few."""
-        if count > self.free:
+    def allocate(self, count: int, *, windowed: bool = True) -> list[int] | None:
+        """`count` pages, forgetting the cached content that is worth least; None if too few. What
+        lies beside them is attached as well, if it is wanted."""
+        if count > (self.spare if windowed else self.free):
             return None
         pages = []
         for _ in range(count):
             page = self._blank.pop() if self._blank else self._evict()
             self._references[page] = 1
             pages.append(page)
+        if windowed and self.windows is not None:
+            self.windows.attach(pages)
         return pages
 
     def publish(self, page: int, digest: bytes, depth: int = 0) -> None:
         """Make a held page's content findable, once it has been computed; a page can have several
-        names. If the same content is already published elsewhere, that page stays the one found.
+        names. If the same content is already published elsewhere, that page stays the one found,
+        unless it has lost what lay beside it.
         """
         assert self._references[page] > 0
-        if digest in self._by_name:
-            return
+        other = self._by_name.get(digest)
+        if other is not None:
+            if self._is_whole(other) or not self._is_whole(page):
+                return
+            self._take_name(other, digest)
         if not self._names[page]:
             self._records[page] = Record(depth=depth, born=self._tick())
             if self._adaptive is not None:
@@ -165,7 +199,7 @@ class PagePool:
                     record.used = self._tick()
                     self._put_back(page)
                 else:
-                    self._blank.append(page)
+                    self._make_blank(page)
 
     def lease(self, names: Iterable[bytes]) -> None:
         """Forget content of these names after all other, wherever it lies."""
@@ -222,7 +256,7 @@ class PagePool:
                 for digest in self._names[page]:
                     del self._by_name[digest]
                 self._names[page] = ()
-                self._blank.append(page)
+                self._make_blank(page)
         self._blank.sort(reverse=True)
 
     def audit(self, holders: Iterable[Sequence[int]]) -> None:
@@ -278,9 +312,32 @@ class PagePool:
             self._take_out(page)
             self._put_back(page)
 
+    def _is_whole(self, page: int) -> bool:
+        return self.windows is None or self.windows.beside(page) != NONE
+
+    def _take_name(self, page: int, digest: bytes) -> None:
+        """A page is not the one found by this name any more."""
+        cached = self.is_cached(page)
+        if cached:
+            self._take_out(page)
+        del self._by_name[digest]
+        self._names[page] = tuple(name for name in self._names[page] if name != digest)
+        if cached and self._names[page]:
+            self._put_back(page)
+        elif cached:
+            self._make_blank(page)
+
+    def _make_blank(self, page: int) -> None:
+        """A free page has no content any more."""
+        self._blank.append(page)
+        if self.windows is not None:
+            self.windows.detach(page)
+
     def _forget(self, page: int) -> None:
         names = self._names[page]
         self.on_evict(page, names, self._records[page].depth)
+        if self.windows is not None:
+            self.windows.detach(page)
         for digest in names:
             del self._by_name[digest]
             self._ghosts[digest] = None

@@ -19,6 +19,12 @@ class Move(IntEnum):
     RESTORE = 2  # cold slot -> page
     DISCARD = 3  # page: its memory is given back
     RESUME = 4  # a state's place -> slot
+    COPY_WINDOW = 5  # window page -> window page
+    DEMOTE_WINDOW = 6  # window page -> cold slot, beside the page there
+    RESTORE_WINDOW = 7  # what lies beside a page in its cold slot -> window page
+
+
+WINDOW_MOVES = frozenset({Move.COPY_WINDOW, Move.DEMOTE_WINDOW, Move.RESTORE_WINDOW})
 
 
 @dataclass(slots=True)

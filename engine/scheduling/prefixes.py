@@ -75,6 +75,12 @@ class Prefixes:
                 sequence.cached += skipped
         return True
 
+    def extend(self, sequence: Sequence, count: int) -> bool:
+        """Give a sequence so many more pages; False if there are too few."""
+        fresh = self.pool.allocate(count)
+        sequence.pages += fresh or []
+        return fresh is not None
+
     def park(self, count: int) -> int:
         """Take about `count` free pages out of use and have their memory given back."""
         pages = self.pool.park(count)
@@ -113,7 +119,7 @@ class Prefixes:
         end, length = chunk.start + chunk.count, len(sequence.tokens)
         pages = range(chunk.start // size, -(-end // size))
         names = (sequence.name_of(number, length, size) for number in pages)
-        chunk.claims = tuple(name for name in names if not self.pool.holds(name))
+        chunk.claims = tuple(name for name in names if not self._is_known(name))
         self._claims.update(chunk.claims)
 
     def retire(self, plan: Plan, *, done: bool) -> None:
@@ -156,6 +162,10 @@ class Prefixes:
             name = sequence.name_of(number, length, size)
             self.pool.publish(sequence.pages[number], name, number)
 
+    def _is_known(self, name: bytes) -> bool:
+        """Whether nobody has to compute the content of this name."""
+        return self.pool.holds(name)
+
     def _copy(self, page: int) -> int | None:
         """A page of one's own with the same content; None if there is none free."""
         fresh = self.pool.allocate(1)
@@ -170,7 +180,7 @@ class Prefixes:
         """A page that is filled from the cold tier, if it lies there and that is worth it."""
         if not self.cold.worth_restoring(name):
             return None
-        fresh = self.pool.allocate(1)
+        fresh = self.pool.allocate(1, windowed=False)
         # Making room may have pushed it out.
         slot = self.cold.take(name)
         if fresh is None or slot is None:

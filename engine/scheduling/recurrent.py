@@ -13,6 +13,7 @@ from engine.scheduling.plan import Chunk, Move, Plan
 from engine.scheduling.prefixes import Prefixes
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.snapshots import Kept, Snapshots
+from engine.scheduling.windowed import WindowedPrefixes
 
 # Tokens that a sequence draws between two states that are kept, at least.
 STRIDE = 64
@@ -22,9 +23,12 @@ def prefixes_of(
     pool: PagePool, cold: ColdIndex, snapshots: Snapshots | None, enabled: bool
 ) -> Prefixes:
     """What a model's sequences can share; `snapshots` are None where no layer keeps a state."""
-    if snapshots is None:
-        return Prefixes(pool, cold, enabled=enabled)
-    return RecurrentPrefixes(pool, cold, snapshots, enabled=enabled)
+    if snapshots is not None:
+        assert pool.windows is None, "a state's pages are kept whole"
+        return RecurrentPrefixes(pool, cold, snapshots, enabled=enabled)
+    if pool.windows is not None:
+        return WindowedPrefixes(pool, cold, pool.windows, enabled=enabled)
+    return Prefixes(pool, cold, enabled=enabled)
 
 
 class RecurrentPrefixes(Prefixes):

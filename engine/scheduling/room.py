@@ -40,6 +40,11 @@ class Room:
         base = max(0, self._pool.used - sum(held for held, _ in everyone))
         if base + peak_pages([*everyone, mine]) > self._pool.available:
             return NO_PAGES
+        windows = self._pool.windows
+        if windows is not None and sum(map(self._windows_to_come, [*running, sequence])) > (
+            windows.free
+        ):
+            return NO_PAGES
         share = sequence.account.tenant.page_share
         if share < 1:
             own = [self.need(s) for s in running if s.account is sequence.account]
@@ -59,6 +64,15 @@ class Room:
             sequence.generated, sequence.request.max_tokens
         )
         return held - found, max(0, -(-length // size) - held)
+
+    def _windows_to_come(self, sequence: Sequence) -> int:
+        """Window pages that it is going to hold beyond those it does."""
+        assert self._pool.windows is not None
+        length = sequence.prompt_length + self._lengths.expected(
+            sequence.generated, sequence.request.max_tokens
+        )
+        most = min(-(-length // self._pool.page_size), self._pool.windows.most)
+        return max(0, most - len(sequence.window_pages) + sequence.window_start)
 
     def exceeds_share(self, account: Account) -> bool:
         """Whether a tenant has its share of the slots, if all who ever asked would ask now; one

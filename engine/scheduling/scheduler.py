@@ -221,7 +221,7 @@ class Scheduler:
         if given is None:
             return
         for sequence in (
-            list(self.decoding) if self.pool.free < len(self.decoding) else self.decoding
+            list(self.decoding) if self.pool.spare < len(self.decoding) else self.decoding
         ):
             if given and sequence in given:
                 continue
@@ -251,7 +251,7 @@ class Scheduler:
                 continue
             guess = guesses.get(sequence, ())
             needed = -(-(length + len(guess)) // size) - len(sequence.pages)
-            if needed > self.pool.free - len(self.decoding):
+            if needed > self.pool.spare - len(self.decoding):
                 guess = ()  # nobody goes for a guess, or waits
             count = 1 + len(guess)
             if not self._grow(sequence, count, plan):
@@ -387,7 +387,7 @@ class Scheduler:
         """
         size = self.pool.page_size
         needed = -(-(sequence.scheduled + count) // size) - len(sequence.pages)
-        while needed > 0 and (fresh := self.pool.allocate(needed)) is None:
+        while needed > 0 and not self.prefixes.extend(sequence, needed):
             if sum(len(p) for flying in self.in_flight for p in flying.retired_pages) >= needed:
                 return False
             # Safe are those in this plan, and the first in order, so that somebody always gets on.
@@ -400,12 +400,9 @@ class Scheduler:
             self._preempt(victim, plan, NO_PAGES)
             if victim is sequence:
                 return False
-        if needed > 0:
-            assert fresh is not None
-            sequence.pages += fresh
-            if sequence.decoding:
-                plan.grown.append(sequence)
-                self.prefixes.grew(sequence, plan)
+        if needed > 0 and sequence.decoding:
+            plan.grown.append(sequence)
+            self.prefixes.grew(sequence, plan)
         sequence.horizon = min(len(sequence.pages) * size, sequence.final_length - 1)
         return True
 
@@ -424,6 +421,7 @@ class Scheduler:
             take_out(self.decoding, sequence)
         else:
             self.prefilling.remove(sequence)
+        self.prefixes.left(sequence)
         if self.in_flight:
             for plan in self.in_flight:
                 plan.dropped.add(sequence)
@@ -436,7 +434,6 @@ class Scheduler:
         self._entered.discard(sequence)
         self._guessed.discard(sequence)
         self.speculator.set_aside(sequence)
-        self.prefixes.left(sequence)
         sequence.account.running -= 1
         sequence.leave()
 

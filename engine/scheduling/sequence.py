@@ -63,6 +63,8 @@ class Sequence:
         "tokens",
         "wants_logprobs",
         "wants_prompt_logprobs",
+        "window_pages",
+        "window_start",
     )
 
     def __init__(self, request: Request, index: int, *, fingerprint: bytes) -> None:
@@ -91,6 +93,9 @@ class Sequence:
         # Prompt positions up to here have been paid for, or were found.
         self.charged = 0
         self.pages: list[int] = []
+        # What lies beside each page, where there is such; held from number `window_start` on.
+        self.window_pages: list[int] = []
+        self.window_start = 0
         # Leading pages that were found, not computed.
         self.shared = 0
         self.root = chain_root(request.namespace, fingerprint)
@@ -121,6 +126,7 @@ class Sequence:
     def leave(self) -> None:
         """It has neither slot nor pages any more, and nothing that lay in them."""
         self.slot, self.pages, self.decoding = -1, [], False
+        self.window_pages, self.window_start = [], 0
         self.computed = self.scheduled = self.horizon = self.published = self.shared = 0
 
     def charge(self, start: int, end: int) -> None:

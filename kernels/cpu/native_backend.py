@@ -111,6 +111,7 @@ class NativeBackend:
         self._exchange = collectives.exchange if collectives is not None else None
         self._layout: CacheLayout
         self._cache: list[LayerMemory] = []
+        self._windowed = frozenset[int]()
         self._states: list[LayerStates] = []
 
     def describe(self) -> str:
@@ -137,7 +138,9 @@ class NativeBackend:
         packed = PackedFile(*packed_file) if packed_file is not None else None
         return self._place(dtype, packed)
 
-    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
+    def allocate_cache(
+        self, layout: CacheLayout, pages: int, states: int = 0, window_pages: int = 0
+    ) -> None:
         if layout.page_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
             raise ValueError(f"cache.page_size is {layout.page_size}; native kernels take {sizes}")
@@ -151,7 +154,11 @@ class NativeBackend:
                     f"heads are {dim} wide; cache.dtype=int4 takes multiples of {GROUP}"
                 )
         self._layout = layout
-        self._cache = [self._layer_memory(heads, pages) for heads in layout.heads]
+        self._windowed = layout.sliding if window_pages else frozenset()
+        self._cache = [
+            self._layer_memory(heads, window_pages if layer in self._windowed else pages)
+            for layer, heads in enumerate(layout.heads)
+        ]
         self._states = host_states(layout, states)
 
     def _layer_memory(self, heads: Heads, pages: int) -> LayerMemory:
@@ -173,14 +180,15 @@ class NativeBackend:
     def free_bytes(self) -> int | None:
         return None
 
-    def pages(self) -> HostPages:
-        return HostPages(self.cache_parts())
+    def pages(self, *, windowed: bool = False) -> HostPages:
+        return HostPages(self.cache_parts(windowed=windowed))
 
-    def cache_parts(self) -> list[npt.NDArray[np.uint8]]:
-        """The cache as it lies in memory, see `HostPages`."""
+    def cache_parts(self, *, windowed: bool = False) -> list[npt.NDArray[np.uint8]]:
+        """The cache's pages as they lie in memory, see `HostPages`."""
         layout = self._layout
         parts = []
-        for layer, heads in zip(self._cache, layout.heads, strict=True):
+        for number in self._layers(windowed):
+            layer, heads = self._cache[number], layout.heads[number]
             vectors = layout.page_size * heads.kv
             element, scale = (
                 vectors * layout.vector_bytes(heads),
@@ -197,13 +205,14 @@ class NativeBackend:
                     parts.append(tensor.numpy()[: pages * size].reshape(pages, size))
         return parts
 
-    def page_codec(self, dtype: CacheDType) -> NativeCodec:
+    def page_codec(self, dtype: CacheDType, *, windowed: bool = False) -> NativeCodec:
         stored = self._layout.dtype
         if CACHE_BITS[dtype] >= CACHE_BITS[stored]:
             raise ValueError(f"cache.cold_dtype is {dtype}, but the cache itself is {stored}")
         if dtype == "int4" and any(heads.dim % GROUP for heads in self._layout.heads):
             raise ValueError(f"cache.cold_dtype=int4 takes heads of multiples of {GROUP}")
-        layers = self._native_caches()
+        caches = self._native_caches()
+        layers = [caches[number] for number in self._layers(windowed)]
         codec = self._native.PageCodec(self.device, layers, CACHE_FORMATS[dtype])
         return NativeCodec(codec, self._cache)
 
@@ -233,6 +242,10 @@ class NativeBackend:
         self._weights.append(weights)
         return weights
 
+    def _layers(self, windowed: bool) -> list[int]:
+        """Those with window pages of their own, or the others."""
+        return [n for n in range(len(self._cache)) if (n in self._windowed) is windowed]
+
     def _native_caches(self) -> list[Any]:
         layout = self._layout
         return [
@@ -242,8 +255,9 @@ class NativeBackend:
                 layout.page_size,
                 heads.kv,
                 heads.dim,
+                number in self._windowed,
             )
-            for layer, heads in zip(self._cache, layout.heads, strict=True)
+            for number, (layer, heads) in enumerate(zip(self._cache, layout.heads, strict=True))
         ]
 
     def _native_states(self, states: LayerStates) -> Any:

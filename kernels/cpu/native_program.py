@@ -93,6 +93,8 @@ class NativeProgram:
             batch.page_table.shape[1],
             address(batch.kept_rows) if batch.kept_rows is not None else 0,
             address(batch.kept_at) if batch.kept_at is not None else 0,
+            address(batch.window_slots) if batch.window_slots is not None else 0,
+            address(batch.window_table) if batch.window_table is not None else 0,
         )
 
     @torch.inference_mode()

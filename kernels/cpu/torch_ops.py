@@ -17,11 +17,12 @@ class Group:
     """Chunks that attend in one kernel call: all decodes together, every prefill chunk alone.
 
     `rows` int64 `[sequences * queries]` of the token matrix, `slots` int64 `[sequences, context]`
-    padded with slot 0, `positions` int64 `[sequences, queries]`.
+    padded with slot 0, those of layers with window pages last, `positions` int64 `[sequences,
+    queries]`.
     """
 
     rows: torch.Tensor
-    slots: torch.Tensor
+    slots: tuple[torch.Tensor, ...]
     positions: torch.Tensor
 
 
@@ -53,13 +54,14 @@ class TorchCpuOps(ReferenceOps):
         grouped = q.view(-1, heads.kv, heads.query // heads.kv, heads.dim).to(cache.keys.dtype)
         out = torch.empty_like(grouped)
         for number, group in enumerate(self._groups):
-            sequences, context = group.slots.shape
+            slots = group.slots[-1 if cache.windowed else 0]
+            sequences, context = slots.shape
             queries = group.positions.shape[1]
             share = heads.query // heads.kv
             # [sequences * queries, kv, share, dim] -> [sequences, kv, queries * share, dim]
             x = grouped[group.rows].view(sequences, queries, heads.kv, share, heads.dim)
             x = x.transpose(1, 2).reshape(sequences, heads.kv, queries * share, heads.dim)
-            flat = group.slots.flatten()
+            flat = slots.flatten()
             shape = (sequences, context, heads.kv, heads.dim)
             keys = cache.keys.index_select(0, flat).view(shape).transpose(1, 2)
             values = cache.values.index_select(0, flat).view(shape).transpose(1, 2)
@@ -75,27 +77,31 @@ class TorchCpuOps(ReferenceOps):
 
     def _prefill_group(self, chunk: int) -> Group:
         first, last = (int(x) for x in self.batch.query_starts[chunk : chunk + 2])
-        slots = self.context_slots(chunk)
-        return Group(torch.arange(first, last), slots[None], self.positions[None, first:last])
+        kinds = (False,) if self.batch.window_table is None else (False, True)
+        slots = tuple(self.context_slots(chunk, windowed=kind)[None] for kind in kinds)
+        return Group(torch.arange(first, last), slots, self.positions[None, first:last])
 
     def _decode_group(self, chunks: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Group:
         lengths = self.batch.context_lengths[chunks]
         longest = int(lengths.max())
-        pages = self.batch.page_table[
-            self.batch.table_rows[chunks], : -(-longest // self.page_size)
-        ]
-        slots = pages[:, :, None].astype(np.int64) * self.page_size + np.arange(self.page_size)
-        slots = slots.reshape(len(chunks), -1)[:, :longest]
-        slots[np.arange(longest) >= lengths[:, None]] = 0
         rows = torch.from_numpy(self.batch.query_starts[chunks].astype(np.int64))
-        return Group(rows, torch.from_numpy(slots), self.positions[rows][:, None])
+        found = []
+        for table in (self.batch.page_table, self.batch.window_table):
+            if table is None:
+                continue
+            pages = table[self.batch.table_rows[chunks], : -(-longest // self.page_size)]
+            slots = pages[:, :, None].astype(np.int64) * self.page_size + np.arange(self.page_size)
+            slots = slots.reshape(len(chunks), -1)[:, :longest]
+            slots[np.arange(longest) >= lengths[:, None]] = 0
+            found.append(torch.from_numpy(slots))
+        return Group(rows, tuple(found), self.positions[rows][:, None])
 
     def _mask(self, number: int, window: int, share: int, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask `[sequences, 1, queries * share, context]`, made once per kind of layer."""
         key = (number, window, share, dtype)
         if key not in self._masks:
             group = self._groups[number]
-            sequences, context = group.slots.shape
+            sequences, context = group.slots[0].shape
             visible = causal_mask(group.positions.flatten(), context, window)
             mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
             mask = mask.view(sequences, 1, -1, 1, context).expand(-1, -1, -1, share, -1)

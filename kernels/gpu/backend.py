@@ -104,8 +104,9 @@ class GpuBackend:
         self.collectives = collectives
         self._staging: Staging | None = None
         self._layout: CacheLayout
-        self._pages = 0
-        self._tensors: list[torch.Tensor] = []
+        self._pages = self._window_pages = 0
+        # By whether they are window pages.
+        self._tensors: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         self._caches: list[GpuCache] = []
         self._states: list[LayerStates] = []
 
@@ -144,7 +145,9 @@ class GpuBackend:
         torch.cuda.empty_cache()  # what packing weights took for a moment
         return torch.cuda.mem_get_info(self._device)[0]
 
-    def allocate_cache(self, layout: CacheLayout, pages: int, states: int = 0) -> None:
+    def allocate_cache(
+        self, layout: CacheLayout, pages: int, states: int = 0, window_pages: int = 0
+    ) -> None:
         """Allocate pages of keys and values, and their scales, for each layer, and states."""
         if layout.dtype == "int4":
             raise ValueError("cache.dtype=int4 takes the native kernels; a GPU serves int8")
@@ -160,20 +163,24 @@ class GpuBackend:
                     f"heads are {dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
                 )
         self._layout, self._pages, self._staging = layout, pages, None
+        self._window_pages = window_pages
         quantized = layout.dtype == "int8"
         dtype = torch.int8 if quantized else TORCH_DTYPES[layout.dtype]
-        self._tensors, caches = [], dict[int, GpuCache]()
-        for heads in dict.fromkeys(layout.heads):
-            layers = [n for n, own in enumerate(layout.heads) if own == heads]
+        self._tensors, caches = {False: [], True: []}, dict[int, GpuCache]()
+        windowed = layout.sliding if window_pages else frozenset()
+        kinds = [(heads, n in windowed) for n, heads in enumerate(layout.heads)]
+        for heads, own in dict.fromkeys(kinds):
+            layers = [n for n, kind in enumerate(kinds) if kind == (heads, own)]
             # Keys and values of a layer lie behind each other, so that a page is one slice.
-            slots = (2 * len(layers), pages * layout.page_size, heads.kv)
+            slots = (2 * len(layers), self._count(own) * layout.page_size, heads.kv)
             tensors = [torch.zeros(*slots, heads.dim, dtype=dtype, device=self._device)]
             if quantized:
                 tensors.append(torch.zeros(slots, dtype=torch.float32, device=self._device))
             parts = [(tensor[0::2], tensor[1::2]) for tensor in tensors]
             for row, layer in enumerate(layers):
-                caches[layer] = GpuCache(*(half[row] for pair in parts for half in pair))
-            self._tensors += tensors
+                halves = [half[row] for pair in parts for half in pair]
+                caches[layer] = GpuCache(*halves, windowed=own)
+            self._tensors[own] += tensors
         self._caches = [caches[layer] for layer in range(len(layout.heads))]
 
         self._states = []
@@ -188,27 +195,32 @@ class GpuBackend:
         """The states, to be copied."""
         return GpuStateMoves(self._states)
 
-    def pages(self) -> GpuPages:
-        """The cache's pages, to be copied and read."""
-        return GpuPages(self._tensors, self._pages)
+    def pages(self, *, windowed: bool = False) -> GpuPages:
+        """The cache's pages, or its window pages, to be copied and read."""
+        return GpuPages(self._tensors[windowed], self._count(windowed))
 
-    def page_codec(self, dtype: CacheDType) -> PageCodec:
+    def page_codec(self, dtype: CacheDType, *, windowed: bool = False) -> PageCodec:
         """Pages as int8; see `PageCodec`."""
         if dtype != "int8" or self._layout.dtype == "int8":
             raise ValueError(
                 f"cache.cold_dtype is {dtype} and the cache {self._layout.dtype}; a GPU makes int8 "
                 "of a float cache"
             )
-        return GpuCodec(self._tensors, self._pages)
+        return GpuCodec(self._tensors[windowed], self._count(windowed), self._device)
+
+    def _count(self, windowed: bool) -> int:
+        return self._window_pages if windowed else self._pages
 
     def compile(self, tape: Tape, max_rows: int, max_sequences: int = 64) -> GpuProgram:
         """Record, warm up and capture for steps of up to `max_rows` rows."""
         layout = self._layout
         width = -(-layout.max_context // layout.page_size)
-        trash = self._pages * layout.page_size - 1
+        trash, window_trash = (self._count(kind) * layout.page_size - 1 for kind in (False, True))
         # One for all programs: what a step draws is the next one's input, whichever runs it.
         if self._staging is None:
-            self._staging = Staging(max_rows, max_sequences, width, trash, self._device)
+            self._staging = Staging(
+                max_rows, max_sequences, width, trash, self._device, window_trash
+            )
         staging = self._staging
         ops = GpuOps(
             self._caches,

@@ -41,12 +41,13 @@ LOG2_E = 1.4426950408889634
 @dataclass(frozen=True)
 class GpuCache:
     """One layer's keys and values `[pages * page_size, kv heads, head_dim]`, and their scales fp32
-    `[pages * page_size, kv heads]` if they are int8."""
+    `[pages * page_size, kv heads]` if they are int8; a `windowed` one lies in window pages."""
 
     keys: torch.Tensor
     values: torch.Tensor
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
+    windowed: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ class GpuOps(StateOps, PointwiseOps):
             cache.value_scales if quantized else cache.values,
             qkv,
             s.positions,
-            s.kv_slots,
+            s.window_slots if cache.windowed else s.kv_slots,
             cosine,
             sine,
             gpu(norms.query).tensor if norms else cosine,
@@ -375,12 +376,12 @@ class GpuOps(StateOps, PointwiseOps):
             cache.value_scales if shape.quantized else cache.values,
             s.query_starts,
             s.context_lengths,
-            s.page_table,
+            s.window_table if cache.windowed else s.page_table,
             scores,
             scale * LOG2_E,
             window,
             bucket.sequences,
-            s.page_table.shape[1],
+            s.table_stride,
         )
         if merge is not None:
             grid = (bucket.rows, heads.query)

@@ -98,12 +98,12 @@ class GpuCodec:
     """Pages of a float cache, some `[2 * layers, slots, kv heads, head_dim]`, as int8 with a scale
     for each token and head; they are made so on the device, before they are sent."""
 
-    def __init__(self, caches: Sequence[torch.Tensor], pages: int) -> None:
+    def __init__(self, caches: Sequence[torch.Tensor], pages: int, device: torch.device) -> None:
         self._pages = pages
         counts = [len(cache) * cache.shape[1] // pages * cache.shape[2] for cache in caches]
         sizes = [count * cache.shape[3] for count, cache in zip(counts, caches, strict=True)]
         self.page_bytes = 4 * sum(counts) + sum(sizes)
-        self._block = torch.empty(self.page_bytes, dtype=torch.uint8, device=caches[0].device)
+        self._block = torch.empty(self.page_bytes, dtype=torch.uint8, device=device)
         # The steps come first: they have to lie at multiples of 4.
         steps = self._block[: 4 * sum(counts)].view(torch.float32)
         numbers = self._block[4 * sum(counts) :].view(torch.int8)

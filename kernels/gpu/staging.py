@@ -35,13 +35,25 @@ class Staging:
     """Fixed places for the batch's arrays, all int32, so that captured launches find them.
 
     What a batch does not fill is harmless: rows behind it write to `trash`, the cache's last slot,
-    and chunks behind it are empty. `last_ids` int64 `[slots]` is each slot's last token; the first
-    `fed` rows of a step read theirs from there, at `slots`. `states` are the chunks' table rows.
+    and chunks behind it are empty. A chunk's row of `window_table` lies behind its row of
+    `page_table`; the rows of both are `table_stride` apart. `last_ids` int64 `[slots]` is each
+    slot's last token; the first `fed` rows of a step read theirs from there, at `slots`. `states`
+    are the chunks' table rows.
     """
 
     def __init__(
-        self, rows: int, sequences: int, table_width: int, trash: int, device: torch.device
+        self,
+        rows: int,
+        sequences: int,
+        table_width: int,
+        trash: int,
+        device: torch.device,
+        window_trash: int = 0,
     ) -> None:
+        # Both tables of a chunk together, so that one copy takes those of all chunks there are.
+        table_width = -(-table_width // 4) * 4
+        tables = 2 if window_trash > 0 else 1
+        self.table_stride = tables * table_width
         sizes = {
             "token_ids": rows,
             "positions": rows,
@@ -54,7 +66,8 @@ class Staging:
             "states": sequences,
             "kept_rows": sequences,
             "kept_at": sequences,
-            "page_table": sequences * table_width,
+            "window_slots": rows if window_trash > 0 else 0,
+            "page_table": sequences * self.table_stride,
         }
         # Every array starts at 16 bytes, as the kernels are compiled for.
         starts, total = {}, 0
@@ -62,7 +75,9 @@ class Staging:
             starts[name] = total
             total += -(-size // 4) * 4
         host = torch.zeros(total, dtype=torch.int32)
-        host[starts["kv_slots"] : starts["kv_slots"] + rows] = trash
+        self._trash = {"kv_slots": trash, "window_slots": window_trash}
+        for name, slot in self._trash.items():
+            host[starts[name] : starts[name] + sizes[name]] = slot
         host[starts["kept_rows"] : starts["kept_rows"] + sequences] = -1
         self._mirror = Mirror(host, device)
         places = {name: slice(starts[name], starts[name] + size) for name, size in sizes.items()}
@@ -70,9 +85,10 @@ class Staging:
         for name, place in places.items():
             setattr(self, name, self._mirror.device[place])
         self._tables = starts["page_table"]
-        self.page_table = self.page_table.view(sequences, table_width)
+        self._width = table_width
+        table = self.page_table.view(sequences, tables, table_width)
+        self.page_table, self.window_table = table[:, 0], table[:, -1]
         self.last_ids = torch.zeros(max(sequences, 1), dtype=torch.int64, device=device)
-        self._trash = trash
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -85,7 +101,9 @@ class Staging:
     states: torch.Tensor
     kept_rows: torch.Tensor
     kept_at: torch.Tensor
+    window_slots: torch.Tensor
     page_table: torch.Tensor
+    window_table: torch.Tensor
 
     def copy(self, batch: Batch, fed: int = 0) -> None:
         """Fill in a batch and send it."""
@@ -101,7 +119,10 @@ class Staging:
             ("context_lengths", batch.context_lengths),
         ):
             arrays[name][: len(values)] = values
-        arrays["kv_slots"][rows:] = self._trash
+        if batch.window_slots is not None:
+            arrays["window_slots"][:rows] = batch.window_slots
+        for name, slot in self._trash.items():
+            arrays[name][rows:] = slot
         arrays["token_ids"][rows:] = 0
         arrays["positions"][rows:] = 0
         arrays["sample_rows"][samples:] = 0
@@ -112,8 +133,10 @@ class Staging:
         arrays["states"][:sequences] = batch.table_rows
         arrays["kept_rows"][:sequences] = -1 if batch.kept_rows is None else batch.kept_rows
         arrays["kept_at"][:sequences] = 0 if batch.kept_at is None else batch.kept_at
-        width = min(self.page_table.shape[1], batch.page_table.shape[1])
-        table = arrays["page_table"].reshape(self.page_table.shape)
-        np.take(batch.page_table[:, :width], batch.table_rows, 0, table[:sequences, :width])
+        width = min(self._width, batch.page_table.shape[1])
+        rows_of = arrays["page_table"].reshape(-1, self.table_stride // self._width, self._width)
+        for n, table in enumerate((batch.page_table, batch.window_table)):
+            if table is not None:
+                np.take(table[:, :width], batch.table_rows, 0, rows_of[:sequences, n, :width])
         # The tables come last: those of chunks that are not there stay behind.
-        self._mirror.send(self._tables + sequences * self.page_table.shape[1])
+        self._mirror.send(self._tables + sequences * self.table_stride)

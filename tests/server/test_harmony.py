@@ -359,6 +359,7 @@ def test_results_of_several_calls_go_back(client: openai.OpenAI) -> None:
         messages=[*ASKED, {"role": "assistant", "tool_calls": calls}, *results],
         tools=TOOLS,
         max_tokens=4,
+        temperature=0,
     )
     assert answer.choices[0].finish_reason == "length"
 

@@ -10,10 +10,12 @@ from engine.errors import DeviceLost
 from engine.scheduling.plan import Chunk, Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.snapshots import Kept
+from engine.scheduling.window_pages import WindowPages
 from tests.simulation.clock import VirtualLoop
 
 BASE = 26
 State = tuple[bytes, int, int]
+Held = tuple[bytes, int] | None
 
 
 def fold(digest: int, token: int) -> int:
@@ -43,6 +45,7 @@ class FakeStepper:
 
     A position of the cache holds the digest of all tokens up to it, and whose it is; reading a
     position that another namespace wrote, or one that is not what comes next, ends the simulation.
+    With `windows`, window pages hold the same, and are read as far as the window goes.
     """
 
     def __init__(
@@ -54,13 +57,17 @@ class FakeStepper:
         failures: float,
         *,
         recurrent: bool = False,
+        windows: WindowPages | None = None,
     ) -> None:
         self._loop = loop
         self._chance = chance
         self._size = page_size
         self._failures = failures
-        self._kv: list[tuple[bytes, int] | None] = [None] * (pages * page_size)
-        self._cold: dict[int, list[tuple[bytes, int] | None]] = {}
+        self._kv: list[Held] = [None] * (pages * page_size)
+        self._cold: dict[int, list[Held]] = {}
+        self._window = windows.window if windows is not None else 0
+        self._near: list[Held] = [None] * (windows.total * page_size if windows is not None else 0)
+        self._cold_near: dict[int, list[Held]] = {}
         self._last: dict[int, int] = {}
         # By place: whose it is, how many tokens it has seen, and their digest.
         self._states: dict[int, State] | None = {} if recurrent else None
@@ -93,7 +100,8 @@ class FakeStepper:
         self._life += 1
         self._away, self._told = True, False
         self._kv = [None] * len(self._kv)
-        self._cold, self._last, self._lost = {}, {}, set()
+        self._near = [None] * len(self._near)
+        self._cold, self._cold_near, self._last, self._lost = {}, {}, {}, set()
         self._states = None if self._states is None else {}
         self._free_at = self._loop.time()
         self._finish(DeviceLost("gone"), self._life)
@@ -190,6 +198,9 @@ class FakeStepper:
             assert held is not None, "a position is read that nobody wrote"
             assert held[0] == mine, "a page of another namespace is seen"
             digest = held[1]
+        for position in range(max(0, start - self._window + 1), start if self._window else 0):
+            near = self._near[self._near_slot(sequence, position)]
+            assert near == self._kv[self._slot(sequence, position)], "a window page is another's"
         if self._states is not None:
             state = self._states.get(sequence.slot) if start else (mine, 0, 0)
             assert state == (mine, start, digest), "a state is not that of the tokens so far"
@@ -199,8 +210,13 @@ class FakeStepper:
             self._keep(sequence, position + 1, digest)
             if write:
                 self._kv[self._slot(sequence, position)] = (mine, digest)
+                if self._window:
+                    self._near[self._near_slot(sequence, position)] = (mine, digest)
             else:
                 assert self._kv[self._slot(sequence, position)] == (mine, digest), "not the same"
+                if self._window:
+                    near = self._near[self._near_slot(sequence, position)]
+                    assert near == (mine, digest), "not the same beside it"
         if keep:
             self._last[sequence.slot] = token_after(digest)
         if self._states is not None:
@@ -226,6 +242,11 @@ class FakeStepper:
         page, offset = divmod(position, self._size)
         return sequence.pages[page] * self._size + offset
 
+    def _near_slot(self, sequence: Sequence, position: int) -> int:
+        page, offset = divmod(position, self._size)
+        assert page >= sequence.window_start, "a window page is read that was given up"
+        return sequence.window_pages[page] * self._size + offset
+
     def _move(self, kind: Move, source: int, target: int) -> None:
         size = self._size
         page = slice(source * size, (source + 1) * size)
@@ -236,6 +257,12 @@ class FakeStepper:
             self._cold[target] = self._kv[page]
         elif kind is Move.RESTORE:
             self._kv[into] = self._cold.get(source, [None] * size)
+        elif kind is Move.COPY_WINDOW:
+            self._near[into] = self._near[page]
+        elif kind is Move.DEMOTE_WINDOW:
+            self._cold_near[target] = self._near[page]
+        elif kind is Move.RESTORE_WINDOW:
+            self._near[into] = self._cold_near.get(source, [None] * size)
         elif kind is Move.RESUME:
             assert self._states is not None
             self._states.pop(target, None)

@@ -11,6 +11,7 @@ import pytest
 from engine.scheduling.pages import PagePool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.tenants import Account
+from engine.scheduling.window_pages import WindowPages
 from tests.simulation.run import Broken, simulate
 
 STEPS = 200_000
@@ -41,6 +42,10 @@ def broken_release(self: PagePool, pages: list[int]) -> None:
         self._references[page] -= 1
 
 
+def broken_first(self: WindowPages, position: int) -> int:
+    return max(0, position - self.window + 1 + self.page_size) // self.page_size
+
+
 def broken_input(self: Account, tokens: int) -> None:
     self.counter += 100 * tokens * (self.tenant.id == "a")
 
@@ -54,10 +59,17 @@ def broken_admission(self: Scheduler, plan: object) -> None:
     [
         (PagePool, "publish", broken_publish),
         (PagePool, "release", broken_release),
+        (WindowPages, "first", broken_first),
         (Account, "take_input", broken_input),
         (Scheduler, "_admit", broken_admission),
     ],
-    ids=["a name for every page", "pages that are lost", "unfair service", "lost requests"],
+    ids=[
+        "a name for every page",
+        "pages that are lost",
+        "windows too short",
+        "unfair service",
+        "lost requests",
+    ],
 )
 def test_what_is_wrong_is_noticed_with_its_seed(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, broken: object

@@ -22,6 +22,7 @@ from engine.scheduling.cost import Profile
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.speculate import Speculator
 from engine.scheduling.tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenant
+from engine.scheduling.window_pages import WindowPages, least_window_pages
 from engine.streams import TokenStream
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
@@ -54,6 +55,9 @@ class World:
     losses: float = 0.0
     # Places for states, if the model keeps some.
     snapshots: int | None = None
+    # What some layers see, if they see a window; with how few window pages more than are needed.
+    window: int = 0
+    spare_windows: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -73,6 +77,9 @@ class World:
             )
         if len(self.tenants) == RECURRENT:
             self.snapshots = chance.choice([0, 1, 3, 8])
+        elif chance.random() < 0.6:
+            self.window = chance.choice([1, 2, 5, 8, 13])
+            self.spare_windows = chance.choice([0, 1, 4, 12])
         # Beginnings that many prompts share.
         self.beginnings = [
             [chance.randrange(97) for _ in range(chance.choice([3, 8, 13, 20]))] for _ in range(4)
@@ -83,11 +90,16 @@ class World:
         chance = self.chance
 
         def parts() -> Parts:
+            step_tokens = self.running + chance.choice([4, 8, 24])
+            windows = None
+            if self.window:
+                few = least_window_pages(self.window, step_tokens, PAGE) + self.spare_windows
+                windows = WindowPages(min(few, self.pages), self.window, PAGE, self.pages)
             scheduler = mock_scheduler(
                 self.pages,
                 PAGE,
                 loop,
-                step_tokens=self.running + chance.choice([4, 8, 24]),
+                step_tokens=step_tokens,
                 running=self.running,
                 cold_slots=chance.choice([0, 0, 10]),
                 eviction=chance.choice(POLICIES),
@@ -98,6 +110,7 @@ class World:
                 lease=chance.choice([0.0, 0.5, 120.0]),
                 speculative_tokens=chance.choice([0, 1, 5]) * (self.snapshots is None),
                 snapshots=self.snapshots,
+                windows=windows,
             )
             guesser = Guesser(scheduler.cost, PAGE, scheduler.limits)
             guesser.rows = scheduler.limits.max_batch_tokens
@@ -118,6 +131,7 @@ class World:
                     PAGE,
                     self.failures,
                     recurrent=self.snapshots is not None,
+                    windows=windows,
                 ),
                 limits=Limits(self.context, 60, 1500),
                 fingerprint=b"simulated",

@@ -50,6 +50,7 @@ struct LayerCache {
   void* key_scales;
   void* value_scales;
   int64_t page_size, heads, dim;
+  bool windowed;  // its pages are window pages
 
   // Bytes of an element; kInt4 has two in a byte.
   int64_t element() const {

@@ -238,11 +238,14 @@ NB_MODULE(_native, m) {
   nb::class_<LayerCache>(m, "LayerCache")
       .def("__init__",
            [](LayerCache* c, int format, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
-              uintptr_t value_scales, int64_t page_size, int64_t heads, int64_t dim) {
+              uintptr_t value_scales, int64_t page_size, int64_t heads, int64_t dim,
+              bool windowed) {
              new (c) LayerCache{static_cast<CacheFormat>(format), at<uint8_t>(keys),
                                 at<uint8_t>(values), at<void>(key_scales), at<void>(value_scales),
-                                page_size, heads, dim};
-           });
+                                page_size, heads, dim, windowed};
+           },
+           "format"_a, "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a, "page_size"_a,
+           "heads"_a, "dim"_a, "windowed"_a = false);
   nb::class_<LayerStates>(m, "LayerStates")
       .def("__init__",
            [](LayerStates* s, uintptr_t inputs, uintptr_t memory, int64_t taps, int64_t key_heads,
@@ -342,12 +345,14 @@ NB_MODULE(_native, m) {
                      uintptr_t query_starts, uintptr_t context_lengths, uintptr_t table_rows,
                      uintptr_t page_table, uintptr_t sample_rows, int64_t tokens,
                      int64_t sequences, int64_t samples, int64_t table_width,
-                     uintptr_t kept_rows, uintptr_t kept_at) {
+                     uintptr_t kept_rows, uintptr_t kept_at, uintptr_t window_slots,
+                     uintptr_t window_table) {
         nb::gil_scoped_release release;
         p.run({at<const int64_t>(token_ids), at<const int64_t>(positions),
                at<const int64_t>(kv_slots), at<const int32_t>(query_starts),
                at<const int32_t>(context_lengths), at<const int32_t>(table_rows),
                at<const int32_t>(page_table), at<const int64_t>(sample_rows), tokens, sequences,
-               samples, table_width, at<const int32_t>(kept_rows), at<const int32_t>(kept_at)});
+               samples, table_width, at<const int32_t>(kept_rows), at<const int32_t>(kept_at),
+               at<const int64_t>(window_slots), at<const int32_t>(window_table)});
       });
 }

@@ -215,6 +215,7 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
   const Value& in = values_[i.in];
   const Value& out = values_[i.out];
   const LayerCache& cache = caches_[i.layer];
+  const int64_t* slots = cache.windowed ? batch.window_slots : batch.kv_slots;
   const int64_t dim = cache.dim, half = dim / 2;
   pool_->run(batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
@@ -233,12 +234,12 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
             for (int64_t n = 0; n < dim; ++n) query[n] *= factor;
           }
         } else {
-          kernels_.write_key(cache, batch.kv_slots[row], h - i.heads, head);
+          kernels_.write_key(cache, slots[row], h - i.heads, head);
         }
       }
       for (int64_t h = 0; h < i.kv_heads; ++h, head += dim) {
         if (i.vector3) kernels_.rms_norm_row(head, i.vector3, i.scalar, dim, head);
-        kernels_.write_value(cache, batch.kv_slots[row], h, head);
+        kernels_.write_value(cache, slots[row], h, head);
       }
     }
   });
@@ -261,6 +262,7 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
   const Value& in = values_[i.in];
   const Value& out = values_[i.out];
   const LayerCache& cache = caches_[i.layer];
+  const int32_t* table = cache.windowed ? batch.window_table : batch.page_table;
   const int64_t dim = cache.dim, share = i.heads / cache.heads;
   const int64_t tokens_a_task = std::max<int64_t>(1, kQueryRows / share);
   struct Task {
@@ -282,7 +284,7 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
     for (int64_t n = first; n < last; ++n) {
       const Task& task = list[static_cast<size_t>(n / cache.heads)];
       const int64_t head = n % cache.heads;
-      const int32_t* pages = batch.page_table + batch.table_rows[task.sequence] * batch.table_width;
+      const int32_t* pages = table + batch.table_rows[task.sequence] * batch.table_width;
       for (int64_t part = 0; part < share; part += kQueryRows) {
         int rows = 0;
         for (int64_t t = 0; t < task.count; ++t) {

@@ -31,6 +31,8 @@ struct Batch {
   int64_t tokens, sequences, samples, table_width;
   const int32_t* kept_rows;  // null where no layer keeps a state
   const int32_t* kept_at;
+  const int64_t* window_slots;  // null where all layers share their pages
+  const int32_t* window_table;
 };
 
 enum class Op {

@@ -38,6 +38,7 @@ def program_of(
     sequences: int = 4,
     invariant: bool = False,
     collectives: Collectives | None = None,
+    window_pages: int = 0,
 ) -> tuple[GpuProgram, GpuBackend]:
     """A model from a checkpoint, or a rank's shard of one."""
     dtype = "float32" if weights in ("float32", "auto") else "bfloat16"
@@ -52,7 +53,8 @@ def program_of(
     model = load_model(open_checkpoint(path), backend, shard=shard)
     config = model.config
     context = min(config.max_context, 256)
-    backend.allocate_cache(cache_layout(model, page_size, cache, context), pages, states=8)
+    layout = cache_layout(model, page_size, cache, context)
+    backend.allocate_cache(layout, pages, states=8, window_pages=window_pages)
     recorder = Recorder()
     tape = recorder.finish(model.forward(recorder))
     return backend.compile(tape, rows, sequences), backend

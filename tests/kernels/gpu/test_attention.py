@@ -36,6 +36,7 @@ def both(
     invariant: bool = False,
     norms: bool = False,
     sinks: torch.Tensor | None = None,
+    windowed: bool = False,
     **changes: float,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Outputs of the reference and of the kernels after the same writes, and the written keys."""
@@ -44,8 +45,9 @@ def both(
     keys = torch.randn(shape, generator=generator).to(dtype)
     values = torch.randn(shape, generator=generator).to(dtype)
     rows, sequences = len(batch.token_ids), len(batch.context_lengths)
-    staging = Staging(rows + 3, sequences + 2, batch.page_table.shape[1], PAGES * SIZE, HOST)
-    staging.copy(batch)
+    width, trash = batch.page_table.shape[1], PAGES * SIZE
+    staging = Staging(rows + 3, sequences + 2, width, trash, HOST, trash if windowed else 0)
+    staging.copy(in_window_pages(batch) if windowed else batch)
     if quantized:
         steps = [t.abs().amax(-1) / 127 for t in (keys, values)]
         numbers = [(t / s[..., None]).round() for t, s in zip((keys, values), steps, strict=True)]
@@ -54,10 +56,11 @@ def both(
         cache = GpuCache(
             *(torch.cat([n, torch.zeros(1, *shape[1:])]).to(torch.int8) for n in numbers),
             *(torch.cat([s, spare]) for s in steps),
+            windowed=windowed,
         )
     else:
         spare = torch.zeros(1, *shape[1:], dtype=dtype)
-        cache = GpuCache(torch.cat([keys, spare]), torch.cat([values, spare]))
+        cache = GpuCache(torch.cat([keys, spare]), torch.cat([values, spare]), windowed=windowed)
     reference = ReferenceOps([LayerCache(keys.clone(), values.clone())], SIZE)
     reference.begin(batch)
     ops = GpuOps([cache], SIZE, staging, Workspace(HOST), dtype, 256, invariant)
@@ -102,6 +105,27 @@ def test_a_window_hides_what_lies_before_it(mixture: str, window: int) -> None:
     batch = random_batch(np.random.default_rng(2), *MIXTURES[mixture])
     wanted, found, _ = both(Heads(4, 2, 16), batch, window)
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def in_window_pages(batch: Batch) -> Batch:
+    """The same for a layer with window pages; those of other layers lie elsewhere."""
+    return replace(
+        batch,
+        window_slots=batch.kv_slots,
+        window_table=batch.page_table,
+        kv_slots=np.zeros_like(batch.kv_slots),
+        page_table=np.zeros_like(batch.page_table),
+    )
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_layers_with_window_pages_read_and_write_those(mixture: str, *, quantized: bool) -> None:
+    batch = random_batch(np.random.default_rng(2), *MIXTURES[mixture])
+    heads = Heads(4, 2, 16)
+    wanted, found, (written, stored) = both(heads, batch, 5, quantized=quantized, windowed=True)
+    assert torch.allclose(stored, written, atol=0.1 if quantized else 1e-5)
+    assert torch.allclose(found, wanted, atol=0.05 if quantized else 1e-5)
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
