@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.backend import CacheDType, CacheLayout
+from kernels.batch import Batch
 from kernels.cpu.native_backend import CACHE_FORMATS, native_module, unavailable_reason
+from kernels.cpu.native_program import run
 from kernels.cpu.native_weights import BF16, F32, Q4, Q8, TERNARY
 from kernels.ops import Heads
 
@@ -61,46 +63,31 @@ class Work:
     product: str = "int8"
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A step's inputs, kept alive while its addresses are used."""
-
-    arrays: tuple[np.ndarray[Any, Any], ...]
-    counts: tuple[int, int, int, int]
-
-    def run(self, program: Any) -> None:
-        """One step."""
-        no_states = (0, 0)
-        program.run(*(array.ctypes.data for array in self.arrays), *self.counts, *no_states)
-
-
 def decode_batch(rows: int, context: int) -> Batch:
     """One token for each of `rows` sequences of `context` tokens."""
     pages = -(-context // PAGE)
     table = np.arange(rows * pages, dtype=np.int32).reshape(rows, pages)
     position = np.full(rows, context - 1)
     slots = table[:, -1].astype(np.int64) * PAGE + (context - 1) % PAGE
-    arrays = (
+    return Batch(
         np.arange(rows) % 16, position, slots, np.arange(rows + 1, dtype=np.int32),
         np.full(rows, context, np.int32), np.arange(rows, dtype=np.int32), table, np.arange(rows),
     )  # fmt: skip
-    return Batch(arrays, (rows, rows, rows, pages))
 
 
 def prefill_batch(rows: int) -> Batch:
     """One prompt of `rows` tokens."""
     pages = -(-rows // PAGE)
     table = np.arange(pages, dtype=np.int32)[None]
-    arrays = (
+    return Batch(
         np.arange(rows) % 16, np.arange(rows), np.arange(rows), np.array([0, rows], np.int32),
         np.array([rows], np.int32), np.zeros(1, np.int32), table, np.array([rows - 1]),
     )  # fmt: skip
-    return Batch(arrays, (rows, 1, 1, pages))
 
 
 def shape_of(batch: Batch, context: int) -> str:
     """How the table calls a batch of attention: decodes that see `context` tokens, or a prompt."""
-    rows, sequences = batch.counts[:2]
+    rows, sequences = len(batch.token_ids), len(batch.context_lengths)
     return f"{rows} x {context}" if sequences == rows else f"prompt of {rows}"
 
 
@@ -121,11 +108,11 @@ class Bench:
 
     def seconds(self, program: Any, op: str, count: int, batch: Batch) -> float:
         """Median time of one `op` of a program that holds `count` of them."""
-        batch.run(program)
+        run(program, batch)
         times = []
         for _ in range(7):
             program.profile(True)
-            batch.run(program)
+            run(program, batch)
             times.append(program.nanoseconds()[op] / count / 1e9)
         return float(np.median(times))
 
@@ -162,7 +149,7 @@ class Bench:
         self, cache: CacheDType, batch: Batch, context: int, pages: int
     ) -> tuple[Work, float]:
         """One layer's attention over cold pages; `context` counts what all rows see together."""
-        rows = batch.counts[0]
+        rows = len(batch.token_ids)
         program, q = self.program(rows, HEADS * DIM)
         y = program.add_buffer(HEADS * DIM, floats=True, groups=False, whole=False, bf16=False)
         heads = Heads(HEADS, KV_HEADS, DIM)

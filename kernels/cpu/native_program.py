@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.backend import Rotation, rotation_tables
@@ -36,6 +37,32 @@ FLOAT_WRITERS = (
 )
 # Bytes a value: groups of 32 have a scale, a sum and an offset.
 FORM_BYTES = (4.0, 1.0 + 12 / 32, 1.0, 2.0)
+
+
+def run(program: Any, batch: Batch) -> None:
+    """One step of a native program."""
+
+    def at(array: npt.NDArray[Any] | None) -> int:
+        return 0 if array is None else address(array)
+
+    program.run(
+        address(batch.token_ids),
+        address(batch.positions),
+        address(batch.kv_slots),
+        address(batch.query_starts),
+        address(batch.context_lengths),
+        address(batch.table_rows),
+        address(batch.page_table),
+        address(batch.sample_rows),
+        len(batch.token_ids),
+        len(batch.context_lengths),
+        len(batch.sample_rows),
+        batch.page_table.shape[1],
+        at(batch.kept_rows),
+        at(batch.kept_at),
+        at(batch.window_slots),
+        at(batch.window_table),
+    )
 
 
 class NativeProgram:
@@ -78,24 +105,7 @@ class NativeProgram:
 
     def forward(self, batch: Batch) -> None:
         self._rows = len(batch.sample_rows)
-        self._program.run(
-            address(batch.token_ids),
-            address(batch.positions),
-            address(batch.kv_slots),
-            address(batch.query_starts),
-            address(batch.context_lengths),
-            address(batch.table_rows),
-            address(batch.page_table),
-            address(batch.sample_rows),
-            len(batch.token_ids),
-            len(batch.context_lengths),
-            self._rows,
-            batch.page_table.shape[1],
-            address(batch.kept_rows) if batch.kept_rows is not None else 0,
-            address(batch.kept_at) if batch.kept_at is not None else 0,
-            address(batch.window_slots) if batch.window_slots is not None else 0,
-            address(batch.window_table) if batch.window_table is not None else 0,
-        )
+        run(self._program, batch)
 
     @torch.inference_mode()
     def sample(self, sampling: Sampling) -> Samples:

@@ -60,7 +60,7 @@ def backend(folder: Path) -> GpuBackend:
     model = load_model(open_checkpoint(folder), made)
     made.allocate_cache(cache_layout(model, SIZE, "float32", 64), 8)
     generator = torch.Generator().manual_seed(0)
-    for tensor in made._tensors:
+    for tensor in made._tensors[False]:
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return made
 
