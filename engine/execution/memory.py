@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -193,40 +193,35 @@ def cache_size(
             )
     if section.tokens:
         pages = -(-section.tokens // section.page_size)
-        return CacheSize(pages, snapshots, _of_configured(section, footprint, batch, pages))
-    most = running * -(-max_context // section.page_size)
+        found = _held_windows(section, footprint, batch)
+        counts = (2 * found[1], found[1]) if found is not None else ()
+        windows = next((count for count in counts if count < pages), 0)
+        return CacheSize(pages, snapshots, windows)
+    needed = -(-max_context // section.page_size)
+    most = running * needed
     pages = min(budget // page_bytes, most)
     if pages < 1:
         raise ConfigError(
             f"cache.memory_fraction leaves {budget} bytes for the KV cache, "
             f"but one page needs {page_bytes}; free memory or raise the fraction"
         )
-    if pages < most and _splits(section, footprint):
-        return _split(section, footprint, batch, budget, CacheSize(pages), most)
-    return CacheSize(pages, snapshots)
+    size = CacheSize(pages, snapshots)
+    if pages < most:
+        size = _split(section, footprint, batch, budget, size, needed)
+    return replace(size, pages=min(size.pages, most))
 
 
-def _splits(section: CacheSection, footprint: Footprint) -> bool:
-    """Whether layers that see a window may have pages of their own."""
-    return section.windows == "auto" and footprint.window_page > 0 and not footprint.state
-
-
-def _ample(section: CacheSection, footprint: Footprint, batch: SchedulerSection) -> int:
-    """Window pages for all that may run, and as many for others to begin from."""
-    size = section.page_size
-    in_flight = -(-2 * batch.max_batch_tokens // size)
-    return 2 * (batch.max_running * most_window_pages(footprint.window, size) + in_flight)
-
-
-def _of_configured(
-    section: CacheSection, footprint: Footprint, batch: SchedulerSection, pages: int
-) -> int:
-    """Window pages beside a configured number of pages; 0 if all would have one."""
-    if not _splits(section, footprint):
-        return 0
-    least = least_window_pages(footprint.window, batch.max_batch_tokens, section.page_size)
-    windows = max(least, _ample(section, footprint, batch))
-    return windows if windows < pages else 0
+def _held_windows(
+    section: CacheSection, footprint: Footprint, batch: SchedulerSection
+) -> tuple[int, int] | None:
+    """Window pages that one sequence alone needs, and that all who may run hold at most; None if
+    layers that see a window are to have no pages of their own."""
+    if section.windows == "whole" or not footprint.window_page or footprint.state:
+        return None
+    size, tokens = section.page_size, batch.max_batch_tokens
+    least = least_window_pages(footprint.window, tokens, size)
+    most = batch.max_running * most_window_pages(footprint.window, size) + -(-2 * tokens // size)
+    return least, max(least, most)
 
 
 def _split(
@@ -235,17 +230,22 @@ def _split(
     batch: SchedulerSection,
     budget: int,
     shared: CacheSize,
-    most: int,
+    needed: int,
 ) -> CacheSize:
-    """Pages and window pages within a budget, of which half at most is for windows; or what all
-    layers can share, if that is no less."""
-    rest = footprint.page - footprint.window_page
-    affordable = (budget // 2 if rest else budget) // footprint.window_page
-    least = least_window_pages(footprint.window, batch.max_batch_tokens, section.page_size)
-    windows = max(least, min(affordable, _ample(section, footprint, batch)))
+    """Pages and window pages within a budget; or what is `shared` by all layers, if that is no
+    less. Half of it is for windows, but no more than all who run can hold twice, so that others can
+    begin there, and less if that leaves the `needed` pages of a whole context."""
+    held = _held_windows(section, footprint, batch)
+    if held is None:
+        return shared
+    (least, most), each = held, footprint.window_page
+    rest = footprint.page - each
+    windows = max(least, min((budget // 2 if rest else budget) // each, 2 * most))
     # Names take memory, too, where pages themselves take none.
-    pages = (budget - windows * footprint.window_page) // rest if rest else NAMED * windows
-    pages = min(pages, most)
+    pages = (budget - windows * each) // rest if rest else NAMED * windows
+    room = (budget - needed * rest) // each
+    if pages < needed and room >= least:
+        windows, pages = min(windows, room), needed
     return CacheSize(pages, 0, windows) if pages > shared.pages else shared
 
 

@@ -110,6 +110,8 @@ def test_layers_with_windows_keep_no_more_than_those_where_memory_is_short(
     assert sized(section, monkeypatch, 100_000) == CacheSize(126, 0, 31)
     assert sized(section, monkeypatch, 40_000) == CacheSize(32, 0, 17), "one gets on with 17"
     assert sized(section, monkeypatch, 32_000) == CacheSize(16), "with them, fewer would be left"
+    # Where that leaves room for a whole context, it is less.
+    assert sized(section, monkeypatch, 300_000) == CacheSize(625, 0, 31)
     assert sized(section, monkeypatch, 4_000_000) == CacheSize(1250), "there is room for all"
     whole = CacheSection(memory_fraction=0.5, windows="whole")
     assert sized(whole, monkeypatch, 400_000) == CacheSize(200)
@@ -119,7 +121,8 @@ def test_configured_tokens_are_those_that_all_layers_but_windowed_ones_keep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert sized(CacheSection(tokens=16_000), monkeypatch, 1) == CacheSize(1000, 0, 48)
-    assert sized(CacheSection(tokens=640), monkeypatch, 1) == CacheSize(40)
+    assert sized(CacheSection(tokens=640), monkeypatch, 1) == CacheSize(40, 0, 24)
+    assert sized(CacheSection(tokens=320), monkeypatch, 1) == CacheSize(20)
     assert sized(CacheSection(tokens=16_000, windows="whole"), monkeypatch, 1) == CacheSize(1000)
 
 
