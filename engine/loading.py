@@ -171,7 +171,11 @@ def _assemble(config: Config, device: Device, tokenizer: Tokenizer, cost: CostMo
     if device.size.window_pages:
         footprint = device.facts[0].footprint
         windows = WindowPages(
-            device.size.window_pages, footprint.window, section.page_size, shape.pages
+            device.size.window_pages,
+            footprint.window,
+            section.page_size,
+            shape.pages,
+            batch.max_batch_tokens,
         )
     scheduler = Scheduler(
         PagePool(shape.pages, section.page_size, section.eviction, windows),

@@ -81,8 +81,8 @@ def _stalled(text: str) -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes by what they are for. Nothing else grows with use: pages are all of one size, so any
-    free page serves any sequence and the pool cannot fragment; activations and staging are
+    """Bytes by what they are for. Nothing else grows with use: all pages of a kind are of one size,
+    so any free one serves any sequence and the pool cannot fragment; activations and staging are
     allocated once, for the largest step."""
 
     program: int
@@ -232,13 +232,15 @@ def _split(
     shared: CacheSize,
     needed: int,
 ) -> CacheSize:
-    """Pages and window pages within a budget; or what is `shared` by all layers, if that is no
-    less. Half of it is for windows, but no more than all who run can hold twice, so that others can
-    begin there, and less if that leaves the `needed` pages of a whole context."""
+    """Pages and window pages within a budget; or what is `shared` by all layers, if no fewer whole
+    contexts fit there. Half of it is for windows, but no more than all who run can hold twice, so
+    that others can begin there, and less if that leaves the `needed` pages of a whole context."""
     held = _held_windows(section, footprint, batch)
     if held is None:
         return shared
     (least, most), each = held, footprint.window_page
+    if least * each > budget:
+        return shared
     rest = footprint.page - each
     windows = max(least, min((budget // 2 if rest else budget) // each, 2 * most))
     # Names take memory, too, where pages themselves take none.
@@ -246,7 +248,10 @@ def _split(
     room = (budget - needed * rest) // each
     if pages < needed and room >= least:
         windows, pages = min(windows, room), needed
-    return CacheSize(pages, 0, windows) if pages > shared.pages else shared
+    # Contexts that fit: of short ones window pages hold no less than pages do.
+    window = min(needed, most_window_pages(footprint.window, section.page_size))
+    fit = min(pages / needed, windows / window)
+    return CacheSize(pages, 0, windows) if fit > shared.pages / needed else shared
 
 
 def _snapshots(section: CacheSection, max_running: int, fitting: int) -> int:

@@ -41,7 +41,7 @@ class Shape(msgspec.Struct, frozen=True):
         """The same with no more pages than make a difference to what is measured."""
         longest = -(-self.context // self.page_size) + 1
         pages = min(self.pages, max(longest, self.filled))
-        window_pages = min(self.window_pages, pages)
+        window_pages = min(self.window_pages, self.filled)
         return msgspec.structs.replace(self, pages=pages, window_pages=window_pages)
 
     @property

@@ -48,13 +48,19 @@ class ColdIndex:
         self._by_name.update(dict.fromkeys(fresh, slot))
         return slot
 
-    def complete(self, name: bytes) -> int | None:
-        """The slot in which what lies beside a content is still to be put, if there is one."""
-        slot = self._by_name.get(name)
+    def complete(self, name: bytes, slot: int | None) -> int | None:
+        """The slot in which what lies beside a content is still to be put, if there is one: that
+        which it has just got, or where it lies."""
+        slot = self._by_name.get(name) if slot is None else slot
         if slot is None or slot in self._whole:
             return None
         self._whole.add(slot)
         return slot
+
+    def slot_of_whole(self, name: bytes) -> int | None:
+        """Where a content lies with what lay beside it."""
+        slot = self._by_name.get(name)
+        return slot if slot in self._whole else None
 
     def is_whole(self, name: bytes) -> bool:
         """Whether what lay beside a content is here, too."""

@@ -113,7 +113,7 @@ class PagePool:
         """Whether content of this name is here."""
         return digest in self._by_name
 
-    def has_window(self, digest: bytes) -> bool:
+    def is_whole(self, digest: bytes) -> bool:
         """Whether content of this name is here with what all layers keep of it."""
         page = self._by_name.get(digest)
         return page is not None and self._is_whole(page)

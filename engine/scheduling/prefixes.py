@@ -42,6 +42,11 @@ class Prefixes:
             count += 1
         return count
 
+    def _held(self, sequence: Sequence, most: int) -> int:
+        """How many of the first `most` pages somebody holds."""
+        names = (sequence.page_hash(number, self.pool.page_size) for number in range(most))
+        return next((n for n, name in enumerate(names) if not self.pool.is_held(name)), most)
+
     def shares(self, sequence: Sequence) -> bool:
         """Whether the sequence may use what others computed."""
         return self.enabled and not sequence.wants_prompt_logprobs
@@ -98,9 +103,10 @@ class Prefixes:
         """Learn from what a step's moves took; how many of the seconds do not belong to what it
         computed."""
         pages = sum(kind in (Move.RESTORE, Move.DEMOTE) for kind, _, _ in plan.moves)
-        if not pages:
+        beside = any(kind in (Move.RESTORE_WINDOW, Move.DEMOTE_WINDOW) for kind, _, _ in plan.moves)
+        if not pages and not beside:
             return 0.0
-        self.cold.observe(seconds, pages)
+        self.cold.observe(seconds, max(1, pages))
         return seconds
 
     def forget(self) -> None:
@@ -190,6 +196,11 @@ class Prefixes:
         return fresh[0]
 
     def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> None:
+        self._demote(page, names, depth)
+
+    def _demote(self, page: int, names: tuple[bytes, ...], depth: int) -> int | None:
+        """The slot of the cold tier that a page goes to, if it gets one."""
         slot = self.cold.put(names, depth)
         if slot is not None:
             self.moves.append((Move.DEMOTE, page, slot))
+        return slot

@@ -56,10 +56,7 @@ class RecurrentPrefixes(Prefixes):
         if not self.shares(sequence):
             return 0
         count = self._deepest(sequence, 0)
-        names = (sequence.page_hash(number, self.pool.page_size) for number in range(count))
-        if not held:
-            return count
-        return next((n for n, name in enumerate(names) if not self.pool.is_held(name)), count)
+        return self._held(sequence, count) if held else count
 
     def catch_up(self, sequence: Sequence) -> bool:
         size = self.pool.page_size

@@ -40,10 +40,7 @@ class Room:
         base = max(0, self._pool.used - sum(held for held, _ in everyone))
         if base + peak_pages([*everyone, mine]) > self._pool.available:
             return NO_PAGES
-        windows = self._pool.windows
-        if windows is not None and sum(map(self._windows_to_come, [*running, sequence])) > (
-            windows.free
-        ):
+        if self._lacks_windows([*running, sequence]):
             return NO_PAGES
         share = sequence.account.tenant.page_share
         if share < 1:
@@ -65,14 +62,20 @@ class Room:
         )
         return held - found, max(0, -(-length // size) - held)
 
-    def _windows_to_come(self, sequence: Sequence) -> int:
-        """Window pages that it is going to hold beyond those it does."""
-        assert self._pool.windows is not None
-        length = sequence.prompt_length + self._lengths.expected(
-            sequence.generated, sequence.request.max_tokens
-        )
-        most = min(-(-length // self._pool.page_size), self._pool.windows.most)
-        return max(0, most - len(sequence.window_pages) + sequence.window_start)
+    def _lacks_windows(self, sequences: List[Sequence]) -> bool:
+        """Whether there are fewer window pages than sequences are going to hold together: a window
+        each, and what the steps of long prompts take beyond that."""
+        windows, size = self._pool.windows, self._pool.page_size
+        if windows is None:
+            return False
+        held = beyond = 0
+        for sequence in sequences:
+            length = sequence.prompt_length + self._lengths.expected(
+                sequence.generated, sequence.request.max_tokens
+            )
+            held += min(-(-length // size), windows.most)
+            beyond += max(0, -(-sequence.prompt_length // size) - windows.most)
+        return held + min(beyond, windows.in_steps) > windows.total
 
     def exceeds_share(self, account: Account) -> bool:
         """Whether a tenant has its share of the slots, if all who ever asked would ask now; one

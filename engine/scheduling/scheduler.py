@@ -390,6 +390,8 @@ class Scheduler:
         while needed > 0 and not self.prefixes.extend(sequence, needed):
             if sum(len(p) for flying in self.in_flight for p in flying.retired_pages) >= needed:
                 return False
+            if needed <= self.pool.free and sequence.computed < sequence.scheduled:
+                return False  # its own window moves on when its step retires
             # Safe are those in this plan, and the first in order, so that somebody always gets on.
             safe = {*plan.decodes, *(chunk.sequence for chunk in plan.chunks)}
             safe.add(min(self.running, key=by_order))

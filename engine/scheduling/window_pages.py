@@ -26,12 +26,16 @@ def most_window_pages(window: int, page_size: int) -> int:
 
 class WindowPages:
     """Reference-counted window pages, each beside one page of a pool of `pages`; a token sees the
-    `window` positions that end with its own."""
+    `window` positions that end with its own, and a step takes up to `step_tokens`."""
 
-    def __init__(self, total: int, window: int, page_size: int, pages: int) -> None:
+    def __init__(
+        self, total: int, window: int, page_size: int, pages: int, step_tokens: int = 1
+    ) -> None:
         self.total = total
         self.window = window
         self.page_size = page_size
+        # Pages that two steps fill, one in flight and the next.
+        self.in_steps = -(-2 * step_tokens // page_size)
         # Unheld ones that were given up because others needed the place.
         self.evictions = 0
         # Whether what lies beside a page should go after what lies beside others.
@@ -118,13 +122,14 @@ class WindowPages:
         assert sum(n != NONE for n in self._beside) == self.total - len(apart)
 
     def _evict(self) -> int:
-        """The longest unheld, those that are spared last."""
+        """The longest unheld; those that are spared go behind all others."""
         unheld = self._unheld
-        kept = (n for n in unheld if not self.spared(self._page[n]))
-        window_page = next(kept, None)
-        if window_page is None:
+        for _ in range(len(unheld)):
             window_page = next(iter(unheld))
-        del unheld[window_page]
+            if not self.spared(self._page[window_page]):
+                break
+            unheld.move_to_end(window_page)
+        window_page, _ = unheld.popitem(last=False)
         self.evictions += 1
         self._part(window_page)
         return window_page

@@ -27,12 +27,10 @@ class WindowedPrefixes(Prefixes):
     def known_pages(self, sequence: Sequence, *, held: bool = False, cold: bool = False) -> int:
         if not self.shares(sequence):
             return 0
-        size = self.pool.page_size
-        count = min(self._deepest(sequence, 0), (len(sequence.tokens) - 1) // size)
-        if not held:
-            return count
-        names = (sequence.page_hash(number, size) for number in range(count))
-        return next((n for n, name in enumerate(names) if not self.pool.is_held(name)), count)
+        most = (len(sequence.tokens) - 1) // self.pool.page_size
+        if held:
+            most = self._held(sequence, most)
+        return self._deepest(sequence, 0, most)
 
     def catch_up(self, sequence: Sequence) -> bool:
         size, length = self.pool.page_size, len(sequence.tokens)
@@ -42,8 +40,13 @@ class WindowedPrefixes(Prefixes):
             here = sequence.scheduled // size
             if sequence.name_of(here, length, size) in self._claims:
                 return False
-            depth = self._deepest(sequence, here)
-            if depth == here or not self._take_over(sequence, here, depth):
+            # Who goes on within a page needs one of its own for that.
+            most = -(-length // size) if self.pool.spare else length // size
+            depth = self._deepest(sequence, here, most)
+            if depth > here and self._take_over(sequence, here, depth):
+                continue
+            warm = self._deepest(sequence, here, most, cold=False) if depth > here else here
+            if warm == here or not self._take_over(sequence, here, warm):
                 return True
         return True
 
@@ -55,11 +58,15 @@ class WindowedPrefixes(Prefixes):
         sequence.window_pages += [self.windows.beside(page) for page in fresh]
         return True
 
+    def publish(self, sequence: Sequence) -> None:
+        super().publish(sequence)
+        self._pass(sequence, self.windows.first(sequence.computed))
+
     def left(self, sequence: Sequence) -> None:
         self._pass(sequence, len(sequence.window_pages))
 
     def _is_known(self, name: bytes) -> bool:
-        return self.pool.has_window(name)
+        return self.pool.is_whole(name)
 
     def _pass(self, sequence: Sequence, start: int) -> None:
         """A sequence's window has moved on: it does not need what lies beside earlier pages."""
@@ -67,16 +74,17 @@ class WindowedPrefixes(Prefixes):
             self.windows.let_go(sequence.window_pages[sequence.window_start : start])
             sequence.window_start = start
 
-    def _deepest(self, sequence: Sequence, here: int) -> int:
-        """How many leading pages can be taken over by one that has `here` of them."""
+    def _deepest(self, sequence: Sequence, here: int, most: int, *, cold: bool = True) -> int:
+        """How many leading pages, up to `most`, can be taken over by one that has `here` of them,
+        also out of the `cold` tier."""
         size, length = self.pool.page_size, len(sequence.tokens)
         best = whole = here
-        for number in range(here, -(-length // size)):
+        for number in range(here, most):
             name = sequence.name_of(number, length, size)
-            cold = self.cold.worth_restoring(name)
-            if not self.pool.holds(name) and not cold:
+            restorable = cold and self.cold.worth_restoring(name)
+            if not self.pool.holds(name) and not restorable:
                 break
-            if not self.pool.has_window(name) and not (cold and self.cold.is_whole(name)):
+            if not self.pool.is_whole(name) and not (restorable and self.cold.is_whole(name)):
                 whole = number + 1
             # Its own pages behind `here` are whole as far as it needs them.
             if whole <= max(here, self._first(number + 1, length)):
@@ -93,25 +101,32 @@ class WindowedPrefixes(Prefixes):
         room."""
         size, length = self.pool.page_size, len(sequence.tokens)
         end, needed = min(depth * size, length), self._first(depth, length)
-        pages, window_pages, shared = list[int](), list[int](), sequence.shared
-        for number in range(here, depth):
-            name = sequence.name_of(number, length, size)
-            page, found = self._find(name, whole=number >= needed)
-            if page is not None and found and (number + 1) * size > length:
-                page = self._copy(page)  # it will go on in this page by itself
-            elif found:
-                shared = number + 1
-            if page is None:
-                self.windows.let_go(w for w in window_pages if w != NONE)
-                self.pool.release(pages)
-                return False
-            pages.append(page)
-            window_pages.append(self.windows.beside(page) if number >= needed else NONE)
+        names = [sequence.name_of(number, length, size) for number in range(here, depth)]
+        # What is here is held before room is made for what is not.
+        found = [self._hold(name, whole=n >= needed) for n, name in enumerate(names, here)]
+        pages = list(found)
+        missing = [n for n, page in enumerate(found) if page is None]
+        windowed = sum(here + n >= needed for n in missing)
+        if len(missing) <= self.pool.free and windowed <= self.windows.free:
+            for n in missing:
+                pages[n] = self._restored(names[n], whole=here + n >= needed)
+            if end % size and found[-1] is not None:
+                pages[-1] = self._copy(found[-1])  # it will go on in this page by itself
+        taken = [page for page in pages if page is not None]
+        beside = [
+            NONE if page is None or n < needed else self.windows.beside(page)
+            for n, page in enumerate(pages, here)
+        ]
+        if len(taken) < len(pages):
+            self.windows.let_go(window_page for window_page in beside if window_page != NONE)
+            self.pool.release(taken)
+            return False
         self._pass(sequence, min(needed, here))
         sequence.window_start = max(sequence.window_start, needed)
-        sequence.pages += pages
-        sequence.window_pages += window_pages
-        sequence.shared = shared
+        sequence.pages += taken
+        sequence.window_pages += beside
+        own = [here + n for n, page in enumerate(found) if page is not None and page == taken[n]]
+        sequence.shared = own[-1] + 1 if own else sequence.shared
         # The last token is always computed: its logits are what the step is for.
         skipped = min(end, length - 1) - sequence.scheduled
         sequence.scheduled += skipped
@@ -119,40 +134,41 @@ class WindowedPrefixes(Prefixes):
             sequence.cached += skipped
         return True
 
-    def _find(self, name: bytes, *, whole: bool) -> tuple[int | None, bool]:
-        """The page of a name, `whole` with what lies beside it, and whether others have it, too; it
-        is filled from the cold tier if need be. None if there is no room for that."""
+    def _hold(self, name: bytes, *, whole: bool) -> int | None:
+        """The page of a name with a reference taken, `whole` with what lies beside it, if it is
+        here."""
+        if not (self.pool.is_whole(name) if whole else self.pool.holds(name)):
+            return None
         page = self.pool.acquire(name)
-        if page is None:
-            page = self._restore(name)
-            found = False
-        else:
-            found = True
-            if whole and self.windows.beside(page) != NONE:
-                self.windows.hold(page)
-                return page, True
-        if page is not None and whole and not self._restore_window(name, page):
-            self.pool.release([page])
-            return None, False
-        return page, found
+        assert page is not None
+        if whole:
+            self.windows.hold(page)
+        return page
 
-    def _restore_window(self, name: bytes, page: int) -> bool:
-        slot = self.cold.take(name)
-        if slot is None or not self.cold.is_whole(name) or not self.windows.free:
-            return False
+    def _restored(self, name: bytes, *, whole: bool) -> int | None:
+        """A page without a name that is filled from the cold tier; None if making room has pushed
+        it out there."""
+        page = self._restore(name)
+        if page is None or not whole:
+            return page
+        slot = self.cold.slot_of_whole(name)
+        if slot is None:
+            self.pool.release([page])
+            return None
         (window_page,) = self.windows.attach([page])
         self.moves.append((Move.RESTORE_WINDOW, slot, window_page))
-        return True
+        return page
 
     def _copy(self, page: int) -> int | None:
-        fresh, window_page = super()._copy(page), self.windows.beside(page)
+        window_page = self.windows.beside(page)
+        fresh = super()._copy(page)
         if fresh is not None:
             self.moves.append((Move.COPY_WINDOW, window_page, self.windows.beside(fresh)))
         self.windows.let_go([window_page])
         return fresh
 
-    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> None:
-        super()._evicted(page, names, depth)
-        window_page = self.windows.beside(page)
-        if window_page != NONE and (slot := self.cold.complete(names[0])) is not None:
-            self.moves.append((Move.DEMOTE_WINDOW, window_page, slot))
+    def _demote(self, page: int, names: tuple[bytes, ...], depth: int) -> int | None:
+        slot, window_page = super()._demote(page, names, depth), self.windows.beside(page)
+        if window_page != NONE and (place := self.cold.complete(names[0], slot)) is not None:
+            self.moves.append((Move.DEMOTE_WINDOW, window_page, place))
+        return slot

@@ -94,7 +94,8 @@ class World:
             windows = None
             if self.window:
                 few = least_window_pages(self.window, step_tokens, PAGE) + self.spare_windows
-                windows = WindowPages(min(few, self.pages), self.window, PAGE, self.pages)
+                sizes = (min(few, self.pages), self.window, PAGE, self.pages, step_tokens)
+                windows = WindowPages(*sizes)
             scheduler = mock_scheduler(
                 self.pages,
                 PAGE,

@@ -117,6 +117,18 @@ def test_layers_with_windows_keep_no_more_than_those_where_memory_is_short(
     assert sized(whole, monkeypatch, 400_000) == CacheSize(200)
 
 
+def test_where_windows_would_leave_room_for_less_all_layers_share_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of short contexts everything lies within the window; and what is too little is too little."""
+    monkeypatch.setattr(memory, "available_memory", lambda: 400_000)
+    half = CacheSection(memory_fraction=0.5)
+    assert cache_size(half, WINDOWED, 112, SchedulerSection(max_running=64)) == CacheSize(200)
+    every = Footprint(page=800, window_page=800, window=100)
+    monkeypatch.setattr(memory, "available_memory", lambda: 20_000)
+    assert cache_size(half, every, 10_000, FEW) == CacheSize(12)
+
+
 def test_configured_tokens_are_those_that_all_layers_but_windowed_ones_keep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import settings
 
 from engine.scheduling.pages import PagePool
-from engine.scheduling.plan import Move
+from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.room import NO_PAGES
 from engine.scheduling.window_pages import NONE, WindowPages, least_window_pages
+from tests.audit import audit
 from tests.engine.scheduling.bench import SIZE, Bench, counts, generated
 from tests.engine.scheduling.test_scheduler import SchedulerMachine
 from tests.mock import continuation
@@ -20,8 +21,9 @@ PROMPT = list(range(50))
 
 
 def bench(windows: int = 30, pages: int = 64, **options: Any) -> Bench:
-    beside = WindowPages(windows, WINDOW, SIZE, pages)
-    return Bench(pages, **({"budget": 64, "running": 8} | options), windows=beside)
+    chosen = {"budget": 64, "running": 8} | options
+    beside = WindowPages(windows, WINDOW, SIZE, pages, chosen["budget"])
+    return Bench(pages, **chosen, windows=beside)
 
 
 def windows_of(house: Bench) -> WindowPages:
@@ -75,10 +77,10 @@ def test_content_is_found_where_it_is_whole() -> None:
     (old,) = pool.allocate(1) or []
     pool.publish(old, b"a")
     windows.let_go([windows.beside(old)])
-    assert pool.has_window(b"a")
+    assert pool.is_whole(b"a")
     assert pool.allocate(2) is None, "one window page is not two"
     (new,) = pool.allocate(1) or []
-    assert not pool.has_window(b"a")
+    assert not pool.is_whole(b"a")
     pool.publish(new, b"a")
     assert pool.match([b"a"]) == [new]
     pool.release([old])
@@ -145,6 +147,64 @@ def test_nobody_enters_for_whose_window_there_is_no_room() -> None:
     house.drain()
     assert house.scheduler.preemptions == 0
     assert house.scheduler.pool.used == windows_of(house).used == 0
+
+
+@pytest.mark.parametrize("spare", range(8))
+def test_a_long_prompt_beside_an_answer_is_read_once(spare: int) -> None:
+    """However few window pages there are, steps in flight do not make it give way to itself."""
+    windows = WindowPages(least_window_pages(40, 16, SIZE) + spare, 40, SIZE, 160, 16)
+    house = Bench(160, 16, 2, windows=windows)
+    (answer,) = house.add([5, 6, 7], max_tokens=100, ignore_eos=True)
+    for _ in range(60):
+        house.step()
+    prompt = list(range(180))
+    (reader,) = house.add(prompt)
+    flying: list[tuple[Plan, StepResult]] = []
+    while house.scheduler.has_work:
+        plan = house.scheduler.plan()
+        if not plan.is_empty:
+            flying.append((plan, house.execute(plan)))
+        if len(flying) == 2 or plan.is_empty:
+            house.scheduler.commit(*flying.pop(0))
+        audit(house.scheduler)
+    assert house.scheduler.preemptions == 0
+    assert generated(answer) == continuation([5, 6, 7], 100)
+    assert generated(reader) == continuation(prompt, 4)
+
+
+def test_what_a_failed_step_should_have_restored_is_not_there() -> None:
+    house = bench(windows=16, pages=16, cold_slots=40, running=2)
+    for n in (0, 1, 2):
+        house.add([100 * n + m for m in range(50)])
+        house.drain()
+    house.add(list(range(50)))
+    plan = house.scheduler.plan()
+    assert Move.RESTORE_WINDOW in [kind for kind, _, _ in plan.moves]
+    for lost in house.scheduler.discard(plan):
+        house.scheduler.finish(lost, "error")
+    audit(house.scheduler)
+    (again,) = house.add(list(range(50)))
+    plan = house.step()
+    assert again.cached == 0
+    house.drain()
+    assert generated(again) == continuation(list(range(50)), 4)
+
+
+def test_the_cold_tier_is_read_no_further_than_there_is_room() -> None:
+    house = bench(windows=30, pages=30, cold_slots=80, running=3)
+    for n in range(4):
+        house.add([100 * n + m for m in range(80)])
+        house.drain()
+    (holder,) = house.add([5, 6, 7] * 13, max_tokens=80, ignore_eos=True)
+    while len(holder.pages) < 16:
+        house.step()
+    (reader,) = house.add(list(range(80)))
+    restored = 0
+    while not reader.generated:
+        restored += sum(kind is Move.RESTORE for kind, _, _ in house.step().moves)
+    assert restored <= 20, "no page is read twice"
+    house.drain()
+    assert generated(reader) == continuation(list(range(80)), 4)
 
 
 def test_the_cold_tier_keeps_what_lies_beside_its_pages() -> None:
