@@ -186,11 +186,6 @@ class Runner:
         rows = self._shape.slots + MAX_SCORED_ROWS
         return sum(program.buffer_bytes(rows) for program in self._programs) + staging
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one KV page."""
-        return self._cache.page_bytes
-
     def close(self) -> None:
         """Release the device."""
         self._masks.close()

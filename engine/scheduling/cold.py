@@ -58,13 +58,9 @@ class ColdIndex:
         return slot
 
     def slot_of_whole(self, name: bytes) -> int | None:
-        """Where a content lies with what lay beside it."""
+        """Where a content lies with what lay beside it, if that is here, too."""
         slot = self._by_name.get(name)
         return slot if slot in self._whole else None
-
-    def is_whole(self, name: bytes) -> bool:
-        """Whether what lay beside a content is here, too."""
-        return self._by_name.get(name) in self._whole
 
     def worth_restoring(self, name: bytes) -> bool:
         """Whether the content is here and reading it beats computing it."""

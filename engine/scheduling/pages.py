@@ -50,7 +50,7 @@ class PagePool:
         # Cached pages that were forgotten because the machine ran short of memory.
         self.surrendered = 0
         # Called with (page, names, depth) when content that can still be found is about to go.
-        self.on_evict: Callable[[int, tuple[bytes, ...], int], None] = lambda *_: None
+        self.on_evict: Callable[[int, tuple[bytes, ...], int], object] = lambda *_: None
         self._references = [0] * pages
         self._names: list[tuple[bytes, ...]] = [()] * pages
         self._records = [Record() for _ in range(pages)]

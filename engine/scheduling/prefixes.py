@@ -195,10 +195,7 @@ class Prefixes:
         self.moves.append((Move.RESTORE, slot, fresh[0]))
         return fresh[0]
 
-    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> None:
-        self._demote(page, names, depth)
-
-    def _demote(self, page: int, names: tuple[bytes, ...], depth: int) -> int | None:
+    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> int | None:
         """The slot of the cold tier that a page goes to, if it gets one."""
         slot = self.cold.put(names, depth)
         if slot is not None:

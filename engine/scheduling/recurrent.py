@@ -200,9 +200,10 @@ class RecurrentPrefixes(Prefixes):
         if sequence.pages:
             self._last[sequence] = name
 
-    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> None:
-        super()._evicted(page, names, depth)
+    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> int | None:
+        slot = super()._evicted(page, names, depth)
         self.snapshots.drop(n for n in names if not self.cold.worth_restoring(n))
+        return slot
 
     def _dropped(self, names: tuple[bytes, ...]) -> None:
         """The cold tier has forgotten a page."""

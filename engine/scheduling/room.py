@@ -57,10 +57,14 @@ class Room:
             sequence.shared if sequence.pages else self._prefixes.known_pages(sequence, held=True)
         )
         held = -(-len(sequence.tokens) // size)
+        return held - found, max(0, self._last_pages(sequence) - held)
+
+    def _last_pages(self, sequence: Sequence) -> int:
+        """Pages of its whole text, as long as it is expected to become."""
         length = sequence.prompt_length + self._lengths.expected(
             sequence.generated, sequence.request.max_tokens
         )
-        return held - found, max(0, -(-length // size) - held)
+        return -(-length // self._pool.page_size)
 
     def _lacks_windows(self, sequences: List[Sequence]) -> bool:
         """Whether there are fewer window pages than sequences are going to hold together: a window
@@ -70,10 +74,7 @@ class Room:
             return False
         held = beyond = 0
         for sequence in sequences:
-            length = sequence.prompt_length + self._lengths.expected(
-                sequence.generated, sequence.request.max_tokens
-            )
-            held += min(-(-length // size), windows.most)
+            held += min(self._last_pages(sequence), windows.most)
             beyond += max(0, -(-sequence.prompt_length // size) - windows.most)
         return held + min(beyond, windows.in_steps) > windows.total
 

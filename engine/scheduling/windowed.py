@@ -84,7 +84,8 @@ class WindowedPrefixes(Prefixes):
             restorable = cold and self.cold.worth_restoring(name)
             if not self.pool.holds(name) and not restorable:
                 break
-            if not self.pool.is_whole(name) and not (restorable and self.cold.is_whole(name)):
+            kept = restorable and self.cold.slot_of_whole(name) is not None
+            if not kept and not self.pool.is_whole(name):
                 whole = number + 1
             # Its own pages behind `here` are whole as far as it needs them.
             if whole <= max(here, self._first(number + 1, length)):
@@ -167,8 +168,8 @@ class WindowedPrefixes(Prefixes):
         self.windows.let_go([window_page])
         return fresh
 
-    def _demote(self, page: int, names: tuple[bytes, ...], depth: int) -> int | None:
-        slot, window_page = super()._demote(page, names, depth), self.windows.beside(page)
+    def _evicted(self, page: int, names: tuple[bytes, ...], depth: int) -> int | None:
+        slot, window_page = super()._evicted(page, names, depth), self.windows.beside(page)
         if window_page != NONE and (place := self.cold.complete(names[0], slot)) is not None:
             self.moves.append((Move.DEMOTE_WINDOW, window_page, place))
         return slot
