@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from perf.load import Settings, run, served_model, span, summarize
+from perf.load import SEED_HELP, Settings, fresh_seed, run, served_model, span, summarize
 
 # Figure -> where it lies in a summary, and whether more is better.
 FIGURES: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -79,7 +79,7 @@ def main(
     rounds: int = 3,
     prompt_tokens: Annotated[str, Parameter(help="A length, or a span such as 64-256.")] = "128",
     output_tokens: Annotated[str, Parameter(help="A length, or a span such as 64-256.")] = "128",
-    seed: int = 0,
+    seed: Annotated[int | None, Parameter(help=SEED_HELP)] = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
     """Load both servers in turn at each number of streams, and print one table."""
@@ -90,10 +90,11 @@ def main(
             replace(base, url=u.rstrip("/"), model=await served_model(u.rstrip("/"), None))
             for u in (url, against)
         ]
-        rows = []
+        rows, first = [], fresh_seed() if seed is None else seed
         for count in map(int, streams.split(",")):
-            ours, theirs = await alternate(sides, count, count * requests, rounds, seed)
+            ours, theirs = await alternate(sides, count, count * requests, rounds, first)
             rows.append(compare(count, ours, theirs))
+            first += rounds  # else this row's prompts would begin with those of the last
         return rows
 
     rows = anyio.run(measure)

@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from perf.wire import post
+
 WORDS = """
 time year people way day man thing woman life child world school state family student
 group country problem hand part place case week company system program question work
@@ -36,6 +38,7 @@ book eye job word business issue side kind head house service friend father powe
 game line end member law
 """.split()  # noqa: SIM905
 TIMEOUT = 600.0
+SEED_HELP = "Draws the prompts of an earlier run again, which a server may have cached."
 
 
 @dataclass
@@ -80,12 +83,12 @@ class Sizer:
         # The number comes first, so that no two prompts share a prefix.
         return f"{self._count} {self._random.randrange(10**6)} {body}"
 
-    async def calibrate(self, client: httpx.AsyncClient, settings: Settings) -> None:
+    async def calibrate(self, settings: Settings) -> None:
         """Fit tokens = overhead + slope * words from two short requests."""
         points = []
         for words in (20, 120):
             body = " ".join(self._random.choice(WORDS) for _ in range(words))
-            outcome = await request(client, settings, body, 1)
+            outcome = await request(settings, body, 1)
             if outcome.error is not None:
                 raise SystemExit(f"the server does not serve: {outcome.error}")
             points.append((words, outcome.prompt_tokens))
@@ -94,9 +97,7 @@ class Sizer:
         self._overhead = t1 - self._tokens_per_word * w1
 
 
-async def request(
-    client: httpx.AsyncClient, settings: Settings, prompt: str, max_tokens: int
-) -> Outcome:
+async def request(settings: Settings, prompt: str, max_tokens: int) -> Outcome:
     """Send one streaming request and time its events."""
     body: dict[str, Any] = {
         "model": settings.model,
@@ -115,23 +116,30 @@ async def request(
     outcome = Outcome(sent=start)
     events: list[float] = []
     try:
-        async with client.stream("POST", f"{settings.url}/v1/{path}", json=body) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode(errors="replace")
-                outcome.error = f"HTTP {response.status_code}: {text[:400]}"
-                return outcome
-            async for line in response.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    _take(json.loads(line[6:]), time.perf_counter() - start, outcome, events)
-    except (httpx.HTTPError, ValueError) as error:
+        with anyio.fail_after(TIMEOUT):
+            answer = await post(
+                f"{settings.url}/v1/{path}", _headers(settings.api_key), json.dumps(body).encode()
+            )
+        outcome.total = time.perf_counter() - start
+        if answer.status != 200:
+            outcome.error = f"HTTP {answer.status}: {answer.text()[:400]}"
+            return outcome
+        # Read only now: what a client does between two tokens is taken from the server.
+        for at, data in answer.events():
+            if data != b"[DONE]":
+                _take(json.loads(data), at - start, outcome, events)
+    except (OSError, ValueError) as error:  # a timeout is an OSError
         outcome.error = f"{type(error).__name__}: {error}"
         return outcome
-    outcome.total = time.perf_counter() - start
     if not outcome.output_tokens:
         outcome.error = outcome.error or "the stream ended without usage"
         return outcome
     _spread(outcome, events)
     return outcome
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _take(event: dict[str, Any], at: float, outcome: Outcome, events: list[float]) -> None:
@@ -160,32 +168,28 @@ async def run(
     settings: Settings, *, concurrency: int, requests: int, rate: float | None, seed: int
 ) -> tuple[list[Outcome], float]:
     """All requests' outcomes, and the seconds from the first sent to the last ended."""
-    # A connection a request: some servers drop idle ones just as the next request goes out.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    headers = {"authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
     sizer = Sizer(seed)
     lengths = random.Random(seed + 1)
     outcomes: list[Outcome] = []
-    async with httpx.AsyncClient(timeout=TIMEOUT, limits=limits, headers=headers) as client:
-        await sizer.calibrate(client, settings)
-        jobs = [
-            (sizer.prompt(lengths.randint(*settings.prompt_tokens)),
-             lengths.randint(*settings.output_tokens))
-            for _ in range(requests)
-        ]  # fmt: skip
-        with _bar() as bar:
-            task = bar.add_task("requests", total=requests)
+    await sizer.calibrate(settings)
+    jobs = [
+        (sizer.prompt(lengths.randint(*settings.prompt_tokens)),
+         lengths.randint(*settings.output_tokens))
+        for _ in range(requests)
+    ]  # fmt: skip
+    with _bar() as bar:
+        task = bar.add_task("requests", total=requests)
 
-            async def one(prompt: str, tokens: int) -> None:
-                outcomes.append(await request(client, settings, prompt, tokens))
-                bar.advance(task)
+        async def one(prompt: str, tokens: int) -> None:
+            outcomes.append(await request(settings, prompt, tokens))
+            bar.advance(task)
 
-            start = time.perf_counter()
-            if rate is None:
-                await _closed_loop(iter(jobs), concurrency, one)
-            else:
-                await _open_loop(jobs, rate, random.Random(seed + 2), one)
-            return outcomes, time.perf_counter() - start
+        start = time.perf_counter()
+        if rate is None:
+            await _closed_loop(iter(jobs), concurrency, one)
+        else:
+            await _open_loop(jobs, rate, random.Random(seed + 2), one)
+        return outcomes, time.perf_counter() - start
 
 
 async def _closed_loop(jobs: Iterator[tuple[str, int]], clients: int, one: Any) -> None:
@@ -301,10 +305,14 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
+def fresh_seed() -> int:
+    """Of prompts that no server has seen before."""
+    return random.SystemRandom().randrange(10**9)
+
+
 async def served_model(url: str, api_key: str | None) -> str:
     """The first model that the server lists."""
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    async with httpx.AsyncClient(headers=headers, timeout=30) as client:
+    async with httpx.AsyncClient(headers=_headers(api_key), timeout=30) as client:
         response = await client.get(f"{url}/v1/models")
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
@@ -328,11 +336,13 @@ def main(
     ignore_eos: bool = True,
     ttft_limit_ms: float = 1000,
     itl_limit_ms: float = 100,
-    seed: int = 0,
+    seed: Annotated[int | None, Parameter(help=SEED_HELP)] = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
     plot_file: Annotated[Path | None, Parameter(name="--plot")] = None,
 ) -> int:
     """Run the load and print the figures; exit status 1 if a request failed."""
+
+    drawn = fresh_seed() if seed is None else seed
 
     async def measure() -> tuple[list[Outcome], float]:
         settings = Settings(
@@ -344,7 +354,9 @@ def main(
             api_key=api_key,
             ignore_eos=ignore_eos,
         )
-        return await run(settings, concurrency=concurrency, requests=requests, rate=rate, seed=seed)
+        return await run(
+            settings, concurrency=concurrency, requests=requests, rate=rate, seed=drawn
+        )
 
     outcomes, seconds = anyio.run(measure)
     summary = summarize(outcomes, seconds, ttft_limit_ms / 1e3, itl_limit_ms / 1e3)
@@ -354,6 +366,7 @@ def main(
         "rate": rate,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
+        "seed": drawn,
     }
     print_summary(summary, Console())
     if json_file is not None:
