@@ -7,14 +7,15 @@ namespace RYZANSTEIN_ISA {
 namespace {
 
 // The tiles that come after, fetched while these are computed: memory would idle otherwise, since all
-// rows but a pass's first find the weights in the cache.
+// rows but a pass's first find the weights in the cache. Into the second level, since the first is full
+// of these tiles and of activations.
 struct Ahead {
   const uint8_t* at;
   const uint8_t* end;
   int64_t lines;  // a step
 
   void step() {
-    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T0);
+    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
   }
 };
 
@@ -137,7 +138,7 @@ struct Float4 {
 };
 
 struct EightBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 5 : 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 4 : 2;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
 
