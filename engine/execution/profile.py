@@ -23,6 +23,9 @@ logger = logging.getLogger("ryzanstein.engine")
 REPEATS = 3
 # Rows of decodes that are timed with short and with long contexts, and rows of a later chunk.
 DECODES, CHUNK = 16, 64
+# Rows up to which an earlier start's measurement is checked, and how many times what such a step
+# takes now it may have taken then.
+CHECKED, SLOWER = 16, 1.5
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -96,6 +99,14 @@ class Profiler:
         prefill_page = (later - by_rows[chunk]) / (chunk * max(1, before))
         return Profile.measured(table, sample, page, prefill_page)
 
+    def was_disturbed(self, kept: Profile) -> bool:
+        """Whether small steps take much less than when `kept` was measured: something else ran
+        then. That they take more says nothing, since something else may run now."""
+        self._time(self._prefill(1, 0))  # a first step is slow
+        shapes = zip(kept.rows, kept.row_seconds, strict=True)
+        checked = [(n, seconds) for n, seconds in shapes if n <= min(CHECKED, self._most)]
+        return any(SLOWER * self._time(self._prefill(n, 0)) < seconds for n, seconds in checked)
+
     def _time(self, plan: Plan) -> float:
         plan.busy = self._busy
         start = time.perf_counter()
@@ -141,18 +152,23 @@ def load_or_measure(
     *,
     busy: bool = False,
 ) -> Profile:
-    """The profile that an earlier start on this machine and build has kept, or a new one.
+    """The profile that an earlier start on this machine and build has kept, or a new one, if there
+    is none or the machine was busy with something else then.
 
     A folder that cannot be read or written costs the next start a second, and is logged.
     """
+    profiler = Profiler(run, shape, busy=busy)
     if file is None:
-        return Profiler(run, shape, busy=busy).measure(progress)
+        return profiler.measure(progress)
     try:
         if file.exists():
-            return msgspec.json.decode(file.read_bytes(), type=Profile)
+            kept = msgspec.json.decode(file.read_bytes(), type=Profile)
+            if not profiler.was_disturbed(kept):
+                return kept
+            logger.info("the machine was busy when it was measured; it is measured again")
     except (OSError, msgspec.DecodeError) as error:
         logger.warning("the profile in %s is measured again: %s", file.parent, error)
-    profile = Profiler(run, shape, busy=busy).measure(progress)
+    profile = profiler.measure(progress)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")

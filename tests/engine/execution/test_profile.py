@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from engine.execution.profile import Profiler, Shape, load_or_measure
+from engine.scheduling.cost import Profile
 from engine.scheduling.plan import Plan
 
 SHAPE = Shape(step_tokens=64, slots=4, context=256, page_size=16, pages=400, vocab_size=100)
@@ -28,14 +30,59 @@ def plans_of(shape: Shape) -> list[tuple[list[int], list[int]]]:
     return seen
 
 
-def test_an_earlier_starts_measurement_is_taken(tmp_path: Path) -> None:
-    runs: list[Plan] = []
+class Machine:
+    """Takes a millisecond a row, or as many as it is `slowed` to, and remembers what it ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.slowed = 1.0
+        self.ran: list[int] = []
+        self._now = 0.0
+        monkeypatch.setattr("time.perf_counter", lambda: self._now)
+
+    def run(self, plan: Plan) -> None:
+        rows = sum(chunk.count for chunk in plan.chunks)
+        self.ran.append(rows)
+        self._now += 1e-3 * rows * self.slowed
+
+    def start(self, file: Path) -> Profile:
+        self.ran.clear()
+        return load_or_measure(file, self.run, SHAPE, lambda *_: None)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_an_earlier_starts_measurement_is_taken(machine: Machine, tmp_path: Path) -> None:
     file = tmp_path / "deep" / "profile.json"
-    first = load_or_measure(file, runs.append, SHAPE, lambda *_: None)
-    assert runs
-    runs.clear()
-    assert load_or_measure(file, runs.append, SHAPE, lambda *_: None) == first
-    assert not runs
+    first = machine.start(file)
+    assert dict(zip(first.rows, first.row_seconds, strict=True))[16] == pytest.approx(0.016)
+    assert max(machine.ran) == 64
+    assert machine.start(file) == first
+    # A look at small steps is all that it takes.
+    assert machine.ran == [1, 1, 2, 4, 8, 16]
+
+
+def test_what_was_measured_while_the_machine_was_busy_is_measured_again(
+    machine: Machine, tmp_path: Path
+) -> None:
+    file = tmp_path / "profile.json"
+    machine.slowed = 2.0
+    disturbed = machine.start(file)
+    machine.slowed = 1.0
+    quiet = machine.start(file)
+    assert quiet.row_seconds == pytest.approx([s / 2 for s in disturbed.row_seconds])
+    assert machine.start(file) == quiet
+
+
+def test_a_machine_that_is_busy_now_keeps_what_a_quiet_one_took(
+    machine: Machine, tmp_path: Path
+) -> None:
+    file = tmp_path / "profile.json"
+    quiet = machine.start(file)
+    machine.slowed = 3.0
+    assert machine.start(file) == quiet
 
 
 def test_more_memory_is_not_measured_again() -> None:
