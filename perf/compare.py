@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from perf.load import SEED_HELP, Settings, fresh_seed, run, served_model, span, summarize
+from perf.load import SEED_HELP, Settings, drawn_seed, run, served_model, span, summarize
 
 # Figure -> where it lies in a summary, and whether more is better.
 FIGURES: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -90,7 +90,7 @@ def main(
             replace(base, url=u.rstrip("/"), model=await served_model(u.rstrip("/"), None))
             for u in (url, against)
         ]
-        rows, first = [], fresh_seed() if seed is None else seed
+        rows, first = [], drawn_seed(seed)
         for count in map(int, streams.split(",")):
             ours, theirs = await alternate(sides, count, count * requests, rounds, first)
             rows.append(compare(count, ours, theirs))

@@ -305,9 +305,9 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def fresh_seed() -> int:
-    """Of prompts that no server has seen before."""
-    return random.SystemRandom().randrange(10**9)
+def drawn_seed(seed: int | None) -> int:
+    """`seed`, or without one that of prompts that no server has seen before."""
+    return random.SystemRandom().randrange(10**9) if seed is None else seed
 
 
 async def served_model(url: str, api_key: str | None) -> str:
@@ -341,8 +341,7 @@ def main(
     plot_file: Annotated[Path | None, Parameter(name="--plot")] = None,
 ) -> int:
     """Run the load and print the figures; exit status 1 if a request failed."""
-
-    drawn = fresh_seed() if seed is None else seed
+    seed = drawn_seed(seed)
 
     async def measure() -> tuple[list[Outcome], float]:
         settings = Settings(
@@ -354,9 +353,7 @@ def main(
             api_key=api_key,
             ignore_eos=ignore_eos,
         )
-        return await run(
-            settings, concurrency=concurrency, requests=requests, rate=rate, seed=drawn
-        )
+        return await run(settings, concurrency=concurrency, requests=requests, rate=rate, seed=seed)
 
     outcomes, seconds = anyio.run(measure)
     summary = summarize(outcomes, seconds, ttft_limit_ms / 1e3, itl_limit_ms / 1e3)
@@ -366,7 +363,7 @@ def main(
         "rate": rate,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
-        "seed": drawn,
+        "seed": seed,
     }
     print_summary(summary, Console())
     if json_file is not None:

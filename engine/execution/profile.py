@@ -103,9 +103,11 @@ class Profiler:
         """Whether small steps take much less than when `kept` was measured: something else ran
         then. That they take more says nothing, since something else may run now."""
         self._time(self._prefill(1, 0))  # a first step is slow
-        shapes = zip(kept.rows, kept.row_seconds, strict=True)
-        checked = [(n, seconds) for n, seconds in shapes if n <= min(CHECKED, self._most)]
-        return any(SLOWER * self._time(self._prefill(n, 0)) < seconds for n, seconds in checked)
+        return any(
+            SLOWER * self._time(self._prefill(count, 0)) < seconds
+            for count, seconds in zip(kept.rows, kept.row_seconds, strict=True)
+            if count <= CHECKED
+        )
 
     def _time(self, plan: Plan) -> float:
         plan.busy = self._busy
