@@ -47,6 +47,8 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     that begin alike; `auto` are as many as may run, in up to half of the cache's memory. Layers
     with a sliding window keep little more than that of a sequence if memory is short (`windows` is
     `auto`), or as much as the others (`whole`), so that requests can begin anywhere in a context.
+    Host memory for `ahead_mb` of pages is taken from the system before they are needed, while
+    nothing runs.
     """
 
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
@@ -62,6 +64,7 @@ class CacheSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lease_seconds: Annotated[float, Meta(ge=0)] = 120.0
     snapshots: Annotated[int, Meta(ge=0, le=65536)] | Literal["auto"] = "auto"
     windows: Literal["auto", "whole"] = "auto"
+    ahead_mb: Annotated[int, Meta(ge=0, le=1 << 20)] = 1024
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

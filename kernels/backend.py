@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast, runtime_checkable
@@ -149,6 +149,10 @@ class Pages(Protocol):
 
     def discard(self, pages: Sequence[int]) -> None:
         """Give the memory of pages back to the system, where that can be done."""
+        ...
+
+    def populate(self, first: int, last: int) -> Iterator[None]:
+        """Take the memory of pages [first, last) before they are written, where there is a need."""
         ...
 
 

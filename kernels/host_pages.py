@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
+
+# Of <sys/mman.h>, since Linux 5.14: makes pages as a write would, and writes nothing.
+MADV_POPULATE_WRITE = 23
+# What the system takes at once where it can, a huge page.
+PIECE = 2 << 20
 
 
 class HostPages:
@@ -38,6 +44,14 @@ class HostPages:
             for part in self._parts:
                 give_back(part[first:last])
 
+    def populate(self, first: int, last: int) -> Iterator[None]:
+        step = max(1, PIECE // max(part.shape[1] for part in self._parts))
+        for low in range(first, last, step):
+            for part in self._parts:
+                if not take(part[low : min(low + step, last)]):
+                    return
+                yield
+
 
 def spans_of(sizes: Sequence[int]) -> tuple[list[slice], int]:
     """Where parts of so many bytes lie in a page's block, and the bytes of all."""
@@ -51,13 +65,28 @@ def give_back(memory: Bytes) -> None:
     start = memory.ctypes.data
     first, last = -(-start // size) * size, (start + memory.nbytes) // size * size
     if last > first:
-        _madvise(first, last - first)
+        _madvise(first, last - first, mmap.MADV_DONTNEED)
 
 
-def _madvise(address: int, length: int) -> None:
+def take(memory: Bytes) -> bool:
+    """Make the system pages that `memory` (contiguous) lies in, as if it had been written; False on
+    a system that cannot."""
+    size = mmap.PAGESIZE
+    start = memory.ctypes.data
+    first, last = start // size * size, -(-(start + memory.nbytes) // size) * size
+    try:
+        _madvise(first, last - first, MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
+def _madvise(address: int, length: int, advice: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if libc.madvise(address, length, mmap.MADV_DONTNEED):
+    if libc.madvise(address, length, advice):
         raise OSError(ctypes.get_errno(), "madvise failed")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from engine.execution.ahead import Ahead
 from engine.scheduling.plan import WINDOW_MOVES, Move
 from kernels.backend import PageCodec, Pages, States
 
@@ -57,7 +58,8 @@ class Store:
 
 class Cache:
     """All that holds KV pages: those of the device, and the cold tier behind them, where what lies
-    beside a page in `windows` follows it; and `states`, where layers keep some."""
+    beside a page in `windows` follows it; and `states`, where layers keep some. Memory is taken
+    `ahead` for pages, and for those in `windows`."""
 
     def __init__(
         self,
@@ -65,11 +67,13 @@ class Cache:
         cold: ColdFile | None = None,
         states: States | None = None,
         windows: Store | None = None,
+        ahead: Sequence[Ahead] = (),
     ) -> None:
         self._pages = pages
         self._windows = windows
         self._states = states
         self._cold = cold
+        self._ahead = ahead
 
     @property
     def page_bytes(self) -> int:
@@ -77,12 +81,23 @@ class Cache:
         windows = self._windows
         return self._pages.pages.page_bytes + (windows.pages.page_bytes if windows else 0)
 
+    def use(self, *pages: int) -> None:
+        """All pages below the first number may have been handed out, and all window pages below
+        the second."""
+        for ahead, number in zip(self._ahead, pages, strict=False):
+            ahead.use(number)
+
+    def rest(self) -> bool:
+        """Do a little for pages to come; False if there is nothing to do. Not while others move or
+        write pages."""
+        return any(ahead.rest() for ahead in self._ahead)
+
     def move(self, moves: Sequence[tuple[Move, int, int]]) -> None:
         """Make a step's moves, in order."""
         discarded: list[int] = []
         for kind, source, target in moves:
             if kind is not Move.DISCARD and discarded:
-                self._pages.pages.discard(discarded)  # before anything is put where they were
+                self._discard(discarded)  # before anything is put where they were
                 discarded = []
             if kind is Move.RESUME:
                 assert self._states is not None
@@ -96,7 +111,12 @@ class Cache:
             else:
                 self._store(kind).restore(self._block(kind, source), target)
         if discarded:
-            self._pages.pages.discard(discarded)
+            self._discard(discarded)
+
+    def _discard(self, pages: list[int]) -> None:
+        for ahead in self._ahead:
+            ahead.stop()
+        self._pages.pages.discard(pages)
 
     def close(self) -> None:
         """Forget the cold pages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +13,10 @@ import msgspec
 
 from engine.config import CacheSection, Config
 from engine.errors import ConfigError
+from engine.execution.ahead import Ahead
 from engine.execution.cache import Cache, ColdFile, Store
 from engine.execution.masks import Masks
-from engine.execution.memory import CacheSize, Footprint, private_memory
+from engine.execution.memory import CacheSize, Footprint, available_memory, private_memory
 from engine.execution.runner import Runner, StagingShape
 from engine.models import Model, cache_layout, load_model
 from engine.models.shard import Shard
@@ -26,6 +28,7 @@ from engine.weights.sources import cache_folder
 from kernels.backend import (
     Backend,
     CacheDType,
+    CacheLayout,
     WeightFormat,
     available_cores,
     select_backend,
@@ -72,6 +75,7 @@ class Rank:
         self._config = config
         execution = config.execution
         shard = Shard() if place is None else Shard(place.rank, place.ranks)
+        self._ranks = shard.ranks
         cores = max(1, available_cores() // shard.ranks)
         try:
             self._backend, kv_dtype = select_backend(
@@ -154,7 +158,8 @@ class Rank:
             states=layout.delta is not None,
             window_pages=windows,
         )
-        cache = _cache(self._config.cache, backend, layout.dtype, windowed=windows > 0)
+        ahead = _ahead(self._config.cache.ahead_mb << 20, backend, layout, size, self._ranks)
+        cache = _cache(self._config.cache, backend, layout.dtype, windows > 0, ahead)
         return Runner(backend, programs, cache, staging, Masks(compiler))
 
     def _place(
@@ -198,7 +203,34 @@ def weights_identity(path: Path) -> list[tuple[str, int, int]]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def _cache(section: CacheSection, backend: Backend, kv_dtype: str, *, windowed: bool) -> Cache:
+def _ahead(
+    memory: int, backend: Backend, layout: CacheLayout, size: CacheSize, ranks: int
+) -> list[Ahead]:
+    """What takes a rank's part of `memory` for the pools' pages ahead of their use, while half of
+    what the system has left now is there."""
+    whole = layout.bytes_per_page - (layout.bytes_per_window_page if size.window_pages else 0)
+    pools = [(size.pages, whole), (size.window_pages, layout.bytes_per_window_page)]
+    total = ranks * sum(pages * page_bytes for pages, page_bytes in pools)
+    left = available_memory()
+    if left is None or not total:
+        return []
+    enough = partial(_is_left, left // 2)
+    share = min(1.0, memory / total)
+    return [
+        Ahead(backend.pages(windowed=bool(windowed)), pages, math.ceil(share * pages), enough)
+        for windowed, (pages, _) in enumerate(pools)
+        if pages
+    ]
+
+
+def _is_left(memory: int) -> bool:
+    left = available_memory()
+    return left is not None and left > memory
+
+
+def _cache(
+    section: CacheSection, backend: Backend, kv_dtype: str, windowed: bool, ahead: list[Ahead]
+) -> Cache:
     """The cache, and where its evicted pages go."""
     kinds = [False, True] if windowed else [False]
     cold_slots = section.cold_tokens // section.page_size
@@ -213,7 +245,7 @@ def _cache(section: CacheSection, backend: Backend, kv_dtype: str, *, windowed: 
             stores = [Store(s.pages, codec) for s, codec in zip(stores, codecs, strict=True)]
         folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
         cold = ColdFile(folder, cold_slots, sum(store.cold_bytes for store in stores))
-    return Cache(stores[0], cold, backend.states(), stores[1] if windowed else None)
+    return Cache(stores[0], cold, backend.states(), stores[1] if windowed else None, ahead)
 
 
 def _packed_file(

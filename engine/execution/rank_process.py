@@ -131,6 +131,9 @@ class Reporter:
         self._numbers.append(plan.step)
         return self._runner.fill(plan)
 
+    def rest(self) -> bool:
+        return self._runner.rest()
+
     def run(self, filled: Filled) -> StepResult:
         return self._report(self._runner.run(filled))
 

@@ -113,6 +113,10 @@ class Runner:
         self._last, self._decoding = (filled, decodes) if plain else (None, [])
         return filled
 
+    def rest(self) -> bool:
+        """While no step runs: do a little for those to come; False if there is nothing to do."""
+        return self._cache.rest()
+
     def run(self, filled: Filled) -> StepResult:
         """Execute a filled step."""
         batch, fed = filled.batch, filled.fed
@@ -386,12 +390,12 @@ class Runner:
         slot, count = sequence.slot, len(sequence.pages)
         written = self._pages_written[slot]
         if count > written:
-            self._page_table[slot, written:count] = sequence.pages[written:]
+            pages, windows = sequence.pages[written:], sequence.window_pages[written:]
+            self._page_table[slot, written:count] = pages
             if self._shape.window_pages:
                 # What was not attached is never used; any page may stand there.
-                self._window_table[slot, written:count] = np.maximum(
-                    sequence.window_pages[written:], 0
-                )
+                self._window_table[slot, written:count] = np.maximum(windows, 0)
+            self._cache.use(max(pages) + 1, max(windows, default=0) + 1)
             self._pages_written[slot] = count
 
 

@@ -6,6 +6,7 @@ others, a simulator. It never blocks the loop: `fileno()` becomes readable when 
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -20,6 +21,10 @@ from engine.scheduling.plan import Plan, StepResult
 
 # How long closing waits for the step under way.
 CLOSE_SECONDS = 10.0
+# Without a step for so long, the next is not expected at once.
+IDLE_SECONDS = 0.05
+
+logger = logging.getLogger("ryzanstein.engine")
 
 F = TypeVar("F")
 
@@ -78,10 +83,12 @@ class Executor(Protocol[F]):
 
 
 class ThreadStepper(Generic[F]):
-    """Steps an executor on a dedicated thread; a pipe wakes the loop."""
+    """Steps an executor on a dedicated thread; a pipe wakes the loop. When no step has come for a
+    while the thread calls `rest`, which does a little for later ones, until it says False."""
 
-    def __init__(self, executor: Executor[F]) -> None:
+    def __init__(self, executor: Executor[F], rest: Callable[[], bool] | None = None) -> None:
         self._executor = executor
+        self._rest = rest
         self._work: queue.SimpleQueue[tuple[F, float] | None] = queue.SimpleQueue()
         self._outcomes: deque[StepResult | BaseException] = deque()
         self._read, self._write = os.pipe()
@@ -132,9 +139,26 @@ class ThreadStepper(Generic[F]):
         self._executor.close()
 
     def _loop(self) -> None:
-        while (work := self._work.get()) is not None:
+        while (work := self._next()) is not None:
             filled, fill_seconds = work
             self._conclude(partial(self._executor.run, filled), fill_seconds)
+
+    def _next(self) -> tuple[F, float] | None:
+        """What is to be done next, or None to end; resting meanwhile."""
+        patience = IDLE_SECONDS
+        while self._rest is not None:
+            try:
+                return self._work.get(timeout=patience)
+            except queue.Empty:
+                patience = 0.0
+            try:
+                if not self._rest():
+                    break
+            except Exception:
+                # Steps do not depend on it.
+                logger.exception("nothing is done any more while no step runs")
+                self._rest = None
+        return self._work.get()
 
     def _conclude(self, result_of: Callable[[], StepResult], fill_seconds: float) -> None:
         outcome: StepResult | BaseException
@@ -149,11 +173,16 @@ class ThreadStepper(Generic[F]):
 
 
 class AheadExecutor(Executor[F], Protocol[F]):
-    """What an `AheadStepper` drives: its device is given steps while it runs others."""
+    """What `stepper_for` takes, and an `AheadStepper` drives: its device is given steps while it
+    runs others."""
 
     @property
     def runs_behind(self) -> bool:
         """Whether the device can be."""
+        ...
+
+    def rest(self) -> bool:
+        """Do a little for later steps while none runs; False if there is nothing to do."""
         ...
 
     def needs_history(self, filled: F) -> bool:
@@ -196,7 +225,9 @@ class AheadStepper(ThreadStepper[F]):
 
 def stepper_for(executor: AheadExecutor[F]) -> Stepper:
     """What suits an executor's device."""
-    return AheadStepper(executor) if executor.runs_behind else ThreadStepper(executor)
+    if executor.runs_behind:
+        return AheadStepper(executor)
+    return ThreadStepper(executor, executor.rest)
 
 
 def _raise(error: BaseException) -> StepResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,10 @@ class GpuPages:
 
     def discard(self, pages: Sequence[int]) -> None:
         """Nothing: the device's memory is the cache's alone."""
+
+    def populate(self, first: int, last: int) -> Iterator[None]:
+        """Nothing: all of it is there."""
+        return iter(())
 
 
 @triton.jit(do_not_specialize=["page", "pages"])

@@ -25,7 +25,8 @@ PROMPTS, LENGTH = 60, 500
 
 
 def main(model: str, allowed: int) -> None:
-    config = load_config(values={"model.name": model, "cache.tokens": 32_768})
+    # No system tells of this limit, so nothing may be taken ahead.
+    config = load_config(values={"model.name": model, "cache.tokens": 32_768, "cache.ahead_mb": 0})
     limit = 0
     peak = 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.execution.stepper import AheadStepper, ThreadStepper
+from engine.execution.stepper import IDLE_SECONDS, AheadStepper, ThreadStepper
 from engine.scheduling.plan import StepResult
 
 
@@ -110,4 +110,50 @@ def test_a_step_that_needs_what_was_drawn_waits_for_all_before_it() -> None:
     device.gate.set()
     assert [next_of(stepper).ids for _ in range(2)] == [[1], [1000]]
     assert device.launched == [1, 1000]
+    stepper.close()
+
+
+def test_without_steps_it_rests_until_nothing_is_left_to_do() -> None:
+    device, left = Device(), [True, True, False, True, False]
+    rested: list[bool] = []
+
+    def rest() -> bool:
+        rested.append(left.pop(0))
+        return rested[-1]
+
+    device.gate.set()
+    stepper = ThreadStepper(device, rest)
+    until(lambda: len(rested) == 3)
+    threading.Event().wait(0.1)
+    assert len(rested) == 3, "it waits for a step before it rests again"
+    stepper.submit(1)  # type: ignore[arg-type]
+    assert next_of(stepper).ids == [1]
+    until(lambda: len(rested) == 5)
+    stepper.close()
+
+
+def test_a_step_does_not_wait_for_all_that_rest_would_do() -> None:
+    device = Device()
+    device.gate.set()
+    stepper = ThreadStepper(device, lambda: True)
+    threading.Event().wait(2 * IDLE_SECONDS)
+    stepper.submit(1)  # type: ignore[arg-type]
+    assert next_of(stepper).ids == [1]
+    stepper.close()
+    assert device.closed
+
+
+def test_steps_go_on_when_rest_fails(caplog: pytest.LogCaptureFixture) -> None:
+    def rest() -> bool:
+        raise OSError("no memory")
+
+    device = Device()
+    device.gate.set()
+    stepper = ThreadStepper(device, rest)
+    until(lambda: "no memory" in caplog.text)
+    for number in (1, 2):
+        stepper.submit(number)  # type: ignore[arg-type]
+        assert next_of(stepper).ids == [number]
+        threading.Event().wait(2 * IDLE_SECONDS)
+    assert len(caplog.records) == 1
     stepper.close()
