@@ -45,7 +45,7 @@ class HostPages:
                 give_back(part[first:last])
 
     def populate(self, first: int, last: int) -> Iterator[None]:
-        step = max(1, PIECE // max(part.shape[1] for part in self._parts))
+        step = max(1, PIECE // max((part.shape[1] for part in self._parts), default=1))
         for low in range(first, last, step):
             for part in self._parts:
                 if not take(part[low : min(low + step, last)]):

@@ -119,6 +119,11 @@ def test_what_is_taken_takes_memory_and_keeps_what_it_holds() -> None:
     assert not held[0].any()
 
 
+def test_pages_of_no_layer_take_nothing() -> None:
+    # Where all layers have a window, all lies in window pages.
+    assert list(HostPages([]).populate(0, 5)) == []
+
+
 @pytest.mark.parametrize("wanted", [0, 16])
 async def test_an_idle_engine_takes_what_its_settings_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
