@@ -152,7 +152,7 @@ class Pages(Protocol):
         ...
 
     def populate(self, first: int, last: int) -> Iterator[None]:
-        """Take the memory of pages [first, last) before they are written, where there is a need."""
+        """Take the memory of pages [first, last), where that has to be, a piece an item taken."""
         ...
 
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
@@ -83,10 +84,15 @@ def take(memory: Bytes) -> bool:
     return True
 
 
-def _madvise(address: int, length: int, advice: int) -> None:
+@cache
+def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if libc.madvise(address, length, advice):
+    return libc
+
+
+def _madvise(address: int, length: int, advice: int) -> None:
+    if _libc().madvise(address, length, advice):
         raise OSError(ctypes.get_errno(), "madvise failed")
 
 

@@ -28,7 +28,7 @@ from engine.weights.sources import cache_folder
 from kernels.backend import (
     Backend,
     CacheDType,
-    CacheLayout,
+    Pages,
     WeightFormat,
     available_cores,
     select_backend,
@@ -158,8 +158,10 @@ class Rank:
             states=layout.delta is not None,
             window_pages=windows,
         )
-        ahead = _ahead(self._config.cache.ahead_mb << 20, backend, layout, size, self._ranks)
-        cache = _cache(self._config.cache, backend, layout.dtype, windows > 0, ahead)
+        pools = [(backend.pages(), pages)]
+        if windows:
+            pools.append((backend.pages(windowed=True), windows))
+        cache = _cache(self._config.cache, backend, layout.dtype, pools, self._ranks)
         return Runner(backend, programs, cache, staging, Masks(compiler))
 
     def _place(
@@ -203,24 +205,16 @@ def weights_identity(path: Path) -> list[tuple[str, int, int]]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def _ahead(
-    memory: int, backend: Backend, layout: CacheLayout, size: CacheSize, ranks: int
-) -> list[Ahead]:
-    """What takes a rank's part of `memory` for the pools' pages ahead of their use, while half of
-    what the system has left now is there."""
-    whole = layout.bytes_per_page - (layout.bytes_per_window_page if size.window_pages else 0)
-    pools = [(size.pages, whole), (size.window_pages, layout.bytes_per_window_page)]
-    total = ranks * sum(pages * page_bytes for pages, page_bytes in pools)
+def _ahead(memory: int, pools: list[tuple[Pages, int]]) -> list[Ahead]:
+    """What takes `memory` for the pools' pages, of which there are so many, ahead of their use,
+    while half of what the system has left now is there."""
     left = available_memory()
+    total = sum(pages.page_bytes * count for pages, count in pools)
     if left is None or not total:
         return []
     enough = partial(_is_left, left // 2)
     share = min(1.0, memory / total)
-    return [
-        Ahead(backend.pages(windowed=bool(windowed)), pages, math.ceil(share * pages), enough)
-        for windowed, (pages, _) in enumerate(pools)
-        if pages
-    ]
+    return [Ahead(pages, count, math.ceil(share * count), enough) for pages, count in pools]
 
 
 def _is_left(memory: int) -> bool:
@@ -229,23 +223,31 @@ def _is_left(memory: int) -> bool:
 
 
 def _cache(
-    section: CacheSection, backend: Backend, kv_dtype: str, windowed: bool, ahead: list[Ahead]
+    section: CacheSection,
+    backend: Backend,
+    kv_dtype: str,
+    pools: list[tuple[Pages, int]],
+    ranks: int,
 ) -> Cache:
-    """The cache, and where its evicted pages go."""
-    kinds = [False, True] if windowed else [False]
+    """The cache of this many pages, and window pages if there are any, on one of the ranks; and
+    where its evicted pages go."""
     cold_slots = section.cold_tokens // section.page_size
-    stores = [Store(backend.pages(windowed=kind)) for kind in kinds]
+    stores = [Store(pages) for pages, _ in pools]
     cold = None
     if cold_slots:
         if section.cold_dtype != "auto" and section.cold_dtype != kv_dtype:
             try:
-                codecs = [backend.page_codec(section.cold_dtype, windowed=kind) for kind in kinds]
+                codecs = [
+                    backend.page_codec(section.cold_dtype, windowed=number > 0)
+                    for number in range(len(pools))
+                ]
             except ValueError as error:
                 raise ConfigError(str(error)) from error
             stores = [Store(s.pages, codec) for s, codec in zip(stores, codecs, strict=True)]
         folder = Path(section.cold_folder) if section.cold_folder else cache_folder() / "cold"
         cold = ColdFile(folder, cold_slots, sum(store.cold_bytes for store in stores))
-    return Cache(stores[0], cold, backend.states(), stores[1] if windowed else None, ahead)
+    ahead = _ahead((section.ahead_mb << 20) // ranks, pools)
+    return Cache(stores[0], cold, backend.states(), stores[1] if stores[1:] else None, ahead)
 
 
 def _packed_file(
