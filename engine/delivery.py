@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence as ScheduledSequence
 from engine.scheduling.sequence import State
-from engine.streams import TokenStream
+from engine.streams import Handout, TokenStream
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.types import Choice, Clock, Decision, Delta, Listener, Request, RequestStats, Usage
@@ -49,6 +49,7 @@ class Delivery:
         self._clock = clock
         self._active: dict[str, Active] = {}
         self._notes: list[Decision] = []
+        self._handout = Handout()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._active
@@ -122,7 +123,7 @@ class Delivery:
                 active.open -= 1
                 delta = Delta(index=active.offset + sequence.index, finish_reason="abort")
                 delta.usage = _usage(active) if active.open == 0 else None
-                active.stream.push(delta)
+                self._handout.push(active.stream, delta)
         self._close(active, "abort")
 
     def pause(self, request_id: str) -> None:
@@ -231,7 +232,7 @@ class Delivery:
             active.open -= 1
             if active.open == 0:
                 delta.usage = _usage(active)
-        active.stream.push(delta)
+        self._handout.push(active.stream, delta)
         if active.open == 0:
             self._close(active, sequence.finish_reason or "stop")
         return len(fresh)

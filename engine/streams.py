@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from engine.types import Delta
 
@@ -14,10 +14,13 @@ class Waiter:
 
     def __init__(self) -> None:
         self._future: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def next(self) -> asyncio.Future[None]:
         """What is done at the next `wake`."""
-        self._future = asyncio.get_running_loop().create_future()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._future = self._loop.create_future()
         return self._future
 
     async def wait(self, seconds: float | None = None) -> None:
@@ -37,6 +40,9 @@ class Waiter:
             self._future.set_result(None)
 
 
+Taker = Callable[[list[Delta]], Awaitable[None] | None]
+
+
 class TokenStream:
     """Deltas of one or several requests' choices, coalesced until they are read.
 
@@ -54,6 +60,9 @@ class TokenStream:
         self._full = 0
         self._on_full: Callable[[], None] | None = None
         self._waiter = Waiter()
+        # Set while `pour` waits for deltas, and what has to be awaited before it does again.
+        self._taker: Taker | None = None
+        self._rest: Awaitable[None] | None = None
 
     def join(self, request_id: str, choices: int) -> int:
         """Let a request's choices push here; returns the index of its first."""
@@ -63,8 +72,8 @@ class TokenStream:
         self._open += choices
         return first
 
-    def push(self, delta: Delta) -> None:
-        """Add what happened to one choice."""
+    def push(self, delta: Delta) -> bool:
+        """Add what happened to one choice. Whether it is for `hand_out` to pass on."""
         pending = self._pending.get(delta.index)
         if pending is None:
             self._pending[delta.index] = delta
@@ -75,7 +84,10 @@ class TokenStream:
                 on_full()
         if delta.finish_reason is not None:
             self._open -= 1
+        if self._taker is not None and self._open:
+            return True
         self._waiter.wake()
+        return False
 
     @property
     def is_over(self) -> bool:
@@ -109,10 +121,73 @@ class TokenStream:
             if self._error is not None:
                 raise self._error
             return []
-        pending, self._pending = self._pending, {}
-        return list(pending.values())
+        return self._take()
+
+    async def pour(self, take: Taker) -> None:
+        """Give `take` everything as it comes, to the end, without waking this task each time.
+
+        It must return at once, and is called from the event loop's callbacks, too. While what it
+        returned is awaited here, deltas are coalesced. Raises the stream's error, or its own.
+        """
+        while True:
+            if self._pending:
+                rest = take(self._take())
+            elif self._error is not None:
+                raise self._error
+            elif self._open == 0:
+                return
+            else:
+                rest = await self._passed_on(take)
+            if rest is not None:
+                await rest
+
+    async def _passed_on(self, take: Taker) -> Awaitable[None] | None:
+        """Have `hand_out` call `take`, until that is not enough; what has to be awaited first."""
+        self._taker = take
+        try:
+            await self._waiter.next()
+        finally:
+            self._taker = None
+        rest, self._rest = self._rest, None
+        return rest
+
+    def hand_out(self) -> None:
+        """Pass on what is pending, if `pour` waits for it."""
+        if self._taker is None or not self._pending:
+            return
+        try:
+            self._rest = self._taker(self._take())
+        except Exception as error:  # noqa: BLE001  (raised where the stream is read)
+            self._error = error
+        if self._rest is not None or self._error is not None:
+            self._taker = None
+            self._waiter.wake()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while deltas := await self.receive():
             for delta in deltas:
                 yield delta
+
+    def _take(self) -> list[Delta]:
+        pending, self._pending = self._pending, {}
+        return list(pending.values())
+
+
+class Handout:
+    """Has streams pass on what they got, all together, once the engine's turn is over: what readers
+    do with tokens must not hold the next step up."""
+
+    def __init__(self) -> None:
+        self._streams: list[TokenStream] = []
+
+    def push(self, stream: TokenStream, delta: Delta) -> None:
+        """Push to a stream, and remember if it has something to pass on."""
+        if stream.push(delta):
+            if not self._streams:
+                asyncio.get_running_loop().call_soon(self._hand_out)
+            self._streams.append(stream)
+
+    def _hand_out(self) -> None:
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.hand_out()

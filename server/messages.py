@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -25,7 +25,7 @@ from server.messages_protocol import (
 from server.openai import Generation, check_model, read_body, ready_engine
 from server.requests import sampling_fields, terms_of, truncated
 from server.shapes import ChatShape
-from server.streams import EventStream, race_disconnect, reading
+from server.streams import EventStream, Put, completed, race_disconnect, reading
 from server.tenants import client_of
 
 
@@ -50,12 +50,20 @@ async def create(request: Request) -> ASGIApp:
     model = engine.parts.model_name
     composer = MessageComposer(identifier, model, len(ids), answering.parser)
     if body.stream:
+
+        async def produce(put: Put) -> None:
+            await completed(put(_frames(composer.begin())))
+            with reading(engine, stream):
+                await stream.pour(
+                    lambda deltas: put(b"".join(_frames(composer.delta(delta)) for delta in deltas))
+                )
+            await completed(put(_frames(composer.end())))
+
         return EventStream(
-            _events(engine, stream, composer),
+            produce,
             headers,
             lambda: engine.abort(*stream.request_ids),
             settings=request.app.state.settings,
-            raw=True,
             failed=lambda error: _frame(messages_error(error)[1]),
         )
     await race_disconnect(request, lambda: _drain(engine, stream, composer))
@@ -92,19 +100,8 @@ async def _drain(engine: AsyncEngine, stream: TokenStream, composer: MessageComp
                 composer.delta(delta)
 
 
-async def _events(
-    engine: AsyncEngine, stream: TokenStream, composer: MessageComposer
-) -> AsyncGenerator[bytes]:
-    """Anthropic's events of one message."""
-    for event in composer.begin():
-        yield _frame(event)
-    with reading(engine, stream):
-        while batch := await stream.receive():
-            for delta in batch:
-                for event in composer.delta(delta):
-                    yield _frame(event)
-    for event in composer.end():
-        yield _frame(event)
+def _frames(events: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(map(_frame, events))
 
 
 def _frame(event: dict[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -38,7 +38,16 @@ from server.requests import (
     wishes_of,
 )
 from server.shapes import ChatShape, CompletionShape, Echo, Shape
-from server.streams import EventStream, race_disconnect, reading, submit_all
+from server.streams import (
+    DONE,
+    EventStream,
+    Put,
+    completed,
+    event_of,
+    race_disconnect,
+    reading,
+    submit_all,
+)
 from server.structured import asked_form
 from server.tenants import Client, client_of
 
@@ -293,12 +302,19 @@ async def _answer(
     kind = shape.chunk_kind if body.stream else shape.kind
     wrapper = envelope(request_id, kind, engine.parts.model_name, engine.parts.fingerprint)
     if body.stream:
-        frames = _frames(engine, stream, wrapper, generation, body.stream_options)
+        chunks = Chunks(wrapper, generation, body.stream_options or StreamOptions())
+
+        async def produce(put: Put) -> None:
+            with reading(engine, stream):
+                await stream.pour(lambda deltas: put(chunks.of(deltas)))
+            await completed(put(chunks.last()))
+
         return EventStream(
-            frames,
+            produce,
             headers,
             lambda: engine.abort(*stream.request_ids),
             settings=request.app.state.settings,
+            last=DONE,
         )
     whole = await race_disconnect(request, lambda: _whole(engine, stream, wrapper, generation))
     return json_response(whole, headers=headers)
@@ -313,37 +329,47 @@ async def complete(engine: AsyncEngine, generation: Generation, request_id: str)
     return await _whole(engine, stream, wrapper, generation)
 
 
-async def _frames(
-    engine: AsyncEngine,
-    stream: TokenStream,
-    wrapper: Envelope,
-    generation: Generation,
-    options: StreamOptions | None,
-) -> AsyncGenerator[bytes]:
-    """Encoded chunks. With `include_usage` every chunk has a `usage`: null but in the last one, or
-    what there is so far with `continuous_usage_stats`."""
-    shape, options = generation.shape, options or StreamOptions()
-    running = options.include_usage and options.continuous_usage_stats
-    before, after = wrapper.around_choice(**({"usage": None} if options.include_usage else {}))
-    first = generation.more
-    prompt, made = sum(map(len, generation.prompts)), 0
-    usages = []
-    with reading(engine, stream):
-        while batch := await stream.receive():
-            for delta in batch:
-                if delta.usage is not None:
-                    usages.append(delta.usage)
-                made += len(delta.token_ids)
-                for choice in shape.chunk(delta):
-                    if first or running:
-                        usage = Usage(prompt_tokens=prompt, completion_tokens=made)
-                        more = {"usage": usage_body([usage])} if running else {}
-                        yield msgspec.json.encode(wrapper.body([choice], **first, **more))
-                        first = {}
-                    else:
-                        yield before + msgspec.json.encode(choice) + after
-    if options.include_usage:
-        yield msgspec.json.encode(wrapper.body([], usage=usage_body(_shown(usages, shape))))
+class Chunks:
+    """A stream's events. With `include_usage` every chunk has a `usage`: null but in the last one,
+    or what there is so far with `continuous_usage_stats`."""
+
+    def __init__(self, wrapper: Envelope, generation: Generation, options: StreamOptions) -> None:
+        self._wrapper = wrapper
+        self._shape = generation.shape
+        self._counted = options.include_usage
+        self._running = options.include_usage and options.continuous_usage_stats
+        before, after = wrapper.around_choice(**({"usage": None} if self._counted else {}))
+        self._before, self._after = b"data: " + before, after + b"\n\n"
+        self._first = generation.more
+        self._prompt, self._made = sum(map(len, generation.prompts)), 0
+        self._usages: list[Usage] = []
+
+    def of(self, deltas: Sequence[Delta]) -> bytes:
+        """The events of some deltas; none if there is nothing to show."""
+        events = []
+        for delta in deltas:
+            if delta.usage is not None:
+                self._usages.append(delta.usage)
+            self._made += len(delta.token_ids)
+            for choice in self._shape.chunk(delta):
+                if self._first or self._running:
+                    events.append(self._with_more(choice))
+                else:
+                    events += self._before, msgspec.json.encode(choice), self._after
+        return b"".join(events)
+
+    def last(self) -> bytes:
+        """The event behind all choices, if usage is wanted."""
+        if not self._counted:
+            return b""
+        usage = usage_body(_shown(self._usages, self._shape))
+        return event_of(self._wrapper.body([], usage=usage))
+
+    def _with_more(self, choice: dict[str, Any]) -> bytes:
+        usage = Usage(prompt_tokens=self._prompt, completion_tokens=self._made)
+        more = {"usage": usage_body([usage])} if self._running else {}
+        first, self._first = self._first, {}
+        return event_of(self._wrapper.body([choice], **first, **more))
 
 
 async def _whole(

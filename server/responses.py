@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -22,7 +20,7 @@ from server.responses_protocol import (
     tools_of_servers,
 )
 from server.store import Record, Store
-from server.streams import EventStream, race_disconnect
+from server.streams import EventStream, Put, completed, race_disconnect
 from server.tenants import client_of
 
 PAGE, MOST = 20, 100
@@ -160,21 +158,21 @@ def _stream(request: Request, record: Record, after: int, headers: dict[str, str
     """A record's events; leaving early counts as its reader's going."""
     store = store_of(request)
     cursor = store.read(record, after)
+
+    async def produce(put: Put) -> None:
+        number = cursor.position
+        while (event := await cursor.next()) is not None:
+            name, body = event
+            frame = b"event: %b\nid: %d\ndata: %b\n\n" % (name.encode(), number, body)
+            await completed(put(frame))
+            number += 1
+
     return EventStream(
-        _events(cursor),
+        produce,
         headers,
         lambda: store.leave(record, cursor),
         settings=request.app.state.settings,
-        raw=True,
     )
-
-
-async def _events(cursor: Cursor) -> AsyncGenerator[bytes]:
-    number = cursor.position
-    while (event := await cursor.next()) is not None:
-        name, body = event
-        yield b"event: %b\nid: %d\ndata: %b\n\n" % (name.encode(), number, body)
-        number += 1
 
 
 async def _drain(cursor: Cursor) -> None:

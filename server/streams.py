@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
@@ -120,32 +120,36 @@ async def race_disconnect(request: Request, work: Callable[[], Awaitable[T]]) ->
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
+Put = Callable[[bytes], Awaitable[None] | None]
+"""Sends events, encoded and framed; what remains to be awaited, if the client is slow."""
+
+
 class EventStream:
     """An ASGI response of server-sent events; ends early, and tidily, if the client leaves.
 
-    `frames` yields encoded event payloads, or with `raw` whole events. An error on the way becomes
-    an `error` event, by `describe`. Comments break every silence of `keepalive_seconds`. A client
-    that takes nothing for `slow_consumer_seconds` is given up. `on_end` is called however it ends,
-    also if the client left before the first frame.
+    `produce` is given what it puts its events into. An error on the way becomes an `error` event,
+    by `failed`, and `last` comes behind it all. Comments break every silence of
+    `keepalive_seconds`. A client that takes nothing for `slow_consumer_seconds` is given up.
+    `on_end` is called however it ends, also if the client left before the first event.
     """
 
     def __init__(
         self,
-        frames: AsyncGenerator[bytes],
+        produce: Callable[[Put], Awaitable[None]],
         headers: Mapping[str, str] = NO_HEADERS,
         on_end: Callable[[], None] = lambda: None,
         *,
         settings: ServerSection,
-        raw: bool = False,
+        last: bytes = b"",
         failed: Callable[[Exception], bytes] | None = None,
     ) -> None:
-        self._frames = frames
-        self._raw = raw
+        self._produce = produce
+        self._last = last
         self._failed = failed or failed_event
         self._settings = settings
         self._sending = False
         self._ended = False
-        self._last = 0.0
+        self._sent_at = 0.0
         self._on_end = on_end
         self._headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -155,55 +159,104 @@ class EventStream:
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        middle = scope.get(MIDDLE, send)
+        self._middle = scope.get(MIDDLE, send)
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._write, send, middle, group.cancel_scope)
-                group.start_soon(self._watch, middle, group.cancel_scope)
+                group.start_soon(self._write, send, group.cancel_scope)
+                group.start_soon(self._watch, group.cancel_scope)
                 await _disconnected(receive)
                 group.cancel_scope.cancel()
         finally:
             self._on_end()
 
-    async def _write(self, send: Send, middle: Send, scope: anyio.CancelScope) -> None:
+    async def _write(self, send: Send, scope: anyio.CancelScope) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             try:
-                async for frame in self._frames:
-                    await self._body(middle, frame if self._raw else b"data: " + frame + b"\n\n")
+                await self._produce(self._put)
             except Exception as error:  # noqa: BLE001  (told to the client, and logged if it is ours)
-                await self._body(middle, self._failed(error))
-            if not self._raw:
-                await self._body(middle, DONE)
+                await completed(self._put(self._failed(error)))
+            if self._last:
+                await completed(self._put(self._last))
             self._ended = True
             self._sending = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._frames.aclose()
             scope.cancel()
 
-    async def _body(self, send: Send, body: bytes) -> None:
+    def _put(self, body: bytes) -> Awaitable[None] | None:
+        if not body:
+            return None
         self._sending = True
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        self._sending = False
-        self._last = time.monotonic()
+        message = {"type": "http.response.body", "body": body, "more_body": True}
+        return begun(self._middle(message), self._sent)
 
-    async def _watch(self, send: Send, scope: anyio.CancelScope) -> None:
+    def _sent(self) -> None:
+        self._sending = False
+        self._sent_at = time.monotonic()
+
+    async def _watch(self, scope: anyio.CancelScope) -> None:
         """Break silences; give up on a client that takes nothing of what is sent."""
         keepalive, patience = self._settings.keepalive_seconds, self._settings.slow_consumer_seconds
-        self._last = time.monotonic()
+        self._sent_at = time.monotonic()
         while True:
             await anyio.sleep(min(keepalive, patience) / 2)
-            silence = time.monotonic() - self._last
+            silence = time.monotonic() - self._sent_at
             if self._sending and silence > patience:
                 logger.warning("a client took nothing for %g s; its stream ends", patience)
                 scope.cancel()
             elif not (self._sending or self._ended) and silence >= keepalive / 2:
                 with anyio.move_on_after(patience) as limit:
-                    await self._body(send, b": keep-alive\n\n")
+                    await completed(self._put(b": keep-alive\n\n"))
                 if limit.cancelled_caught:
                     scope.cancel()
+
+
+async def completed(rest: Awaitable[None] | None) -> None:
+    """Await what remains of something, if anything does."""
+    if rest is not None:
+        await rest
+
+
+def begun(work: Awaitable[None], then: Callable[[], None]) -> Awaitable[None] | None:
+    """Do as much as can be done at once, in whatever task this is, and `then` what follows it.
+    What remains to be awaited, if the work has to wait."""
+    steps = work.__await__()
+    try:
+        waits_for = next(steps)
+    except StopIteration:
+        then()
+        return None
+    return _Rest(steps, waits_for, then)
+
+
+class _Rest:
+    """Work that another task than the one that began it awaits."""
+
+    def __init__(
+        self, steps: Generator[Any, Any, None], waits_for: Any, then: Callable[[], None]
+    ) -> None:
+        self._steps = steps
+        self._waits_for = waits_for
+        self._then = then
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waits_for = self._waits_for
+        try:
+            while True:
+                try:
+                    yield waits_for
+                except BaseException as error:  # noqa: BLE001  (the work's, as what is awaited is)
+                    waits_for = self._steps.throw(error)
+                else:
+                    waits_for = next(self._steps)
+        except StopIteration:
+            self._then()
+
+
+def event_of(body: Any) -> bytes:
+    """An event without a name."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def failed_event(error: Exception) -> bytes:
