@@ -37,7 +37,7 @@ class Room:
         everyone = [self.need(s) for s in running]
         mine = self.need(sequence)
         # Pages that several share are held once, whoever ends.
-        base = max(0, self._pool.used - sum(held for held, _ in everyone))
+        base = max(0, self._pool.used - sum(map(self._own, running)))
         if base + peak_pages([*everyone, mine]) > self._pool.available:
             return NO_PAGES
         if self._lacks_windows([*running, sequence]):
@@ -58,6 +58,11 @@ class Room:
         )
         held = -(-len(sequence.tokens) // size)
         return held - found, max(0, self._last_pages(sequence) - held)
+
+    def _own(self, sequence: Sequence) -> int:
+        """Those of `need` that it has already."""
+        held = -(-len(sequence.tokens) // self._pool.page_size)
+        return min(held, len(sequence.pages)) - sequence.shared
 
     def _last_pages(self, sequence: Sequence) -> int:
         """Pages of its whole text, as long as it is expected to become."""

@@ -388,8 +388,9 @@ class Scheduler:
         size = self.pool.page_size
         needed = -(-(sequence.scheduled + count) // size) - len(sequence.pages)
         while needed > 0 and not self.prefixes.extend(sequence, needed):
-            if sum(len(p) for flying in self.in_flight for p in flying.retired_pages) >= needed:
-                return False
+            coming = sum(len(p) for flying in self.in_flight for p in flying.retired_pages)
+            if coming >= needed or any(s.scheduled >= s.final_length - 1 for s in self.decoding):
+                return False  # they come with steps in flight, also those of who ends there
             if needed <= self.pool.free and sequence.computed < sequence.scheduled:
                 return False  # its own window moves on when its step retires
             # Safe are those in this plan, and the first in order, so that somebody always gets on.
