@@ -55,6 +55,9 @@ class PagePool:
         self._names: list[tuple[bytes, ...]] = [()] * pages
         self._records = [Record() for _ in range(pages)]
         self._by_name: dict[bytes, int] = {}
+        # The same for what a page's content begins with; whoever goes on otherwise copies it.
+        self._beginnings: dict[int, tuple[bytes, ...]] = {}
+        self._by_beginning: dict[bytes, int] = {}
         # Free pages without content; low numbers are handed out first.
         self._blank = list(range(pages - 1, -1, -1))
         self._adaptive = Adaptive(pages) if policy == "adaptive" else None
@@ -135,14 +138,16 @@ class PagePool:
                 del self._ghosts[digest]
                 self.regrets += 1
             return None
-        if self._references[page] == 0:
-            self._take_out(page)
-        self._references[page] += 1
-        record = self._records[page]
-        record.hits += 1
-        record.visited = True
+        self._hold(page)
         if self._adaptive is not None:
-            self._follow(digest, record.depth)
+            self._follow(digest, self._records[page].depth)
+        return page
+
+    def acquire_beginning(self, digest: bytes) -> int | None:
+        """A page whose content begins as this name says, with a reference taken, or None."""
+        page = self._by_beginning.get(digest)
+        if page is not None:
+            self._hold(page)
         return page
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
@@ -169,10 +174,12 @@ class PagePool:
             self.windows.attach(pages)
         return pages
 
-    def publish(self, page: int, digest: bytes, depth: int = 0) -> None:
-        """Make a held page's content findable, once it has been computed; a page can have several
-        names. If the same content is already published elsewhere, that page stays the one found,
-        unless it has lost what lay beside it.
+    def publish(
+        self, page: int, digest: bytes, depth: int = 0, beginnings: Sequence[bytes] = ()
+    ) -> None:
+        """Make a held page's content findable, once it has been computed, and what it begins with;
+        a page can have several names. If the same content is already published elsewhere, that page
+        stays the one found, unless it has lost what lay beside it.
         """
         assert self._references[page] > 0
         other = self._by_name.get(digest)
@@ -186,6 +193,10 @@ class PagePool:
                 self._follow(digest, depth)
         self._by_name[digest] = page
         self._names[page] += (digest,)
+        fresh = tuple(name for name in beginnings if name not in self._by_beginning)
+        if fresh:
+            self._beginnings[page] = self._beginnings.get(page, ()) + fresh
+            self._by_beginning.update(dict.fromkeys(fresh, page))
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one reference to each page. Later pages of a chain are reused first, since a
@@ -279,10 +290,21 @@ class PagePool:
             assert digest in self._names[page], "a name leads to a page with others"
         for page in (*self._blank, *self._parked):
             assert not self._names[page], "a blank page has a name"
+            assert page not in self._beginnings, "a blank page begins with something"
         assert sum(map(len, self._names)) == len(self._by_name), "a name is lost"
+        found = {name: page for page, names in self._beginnings.items() for name in names}
+        assert found == self._by_beginning, "a beginning is lost"
         leased = {page for name, page in self._by_name.items() if name in self._leases}
         assert set(self._kept) == leased & unused, "the kept pages differ from the leased ones"
         assert not any(page in self._order for page in self._kept), "a kept page may go early"
+
+    def _hold(self, page: int) -> None:
+        """Take a reference to a page with content."""
+        if self._references[page] == 0:
+            self._take_out(page)
+        self._references[page] += 1
+        self._records[page].hits += 1
+        self._records[page].visited = True
 
     def _evict(self) -> int:
         page = self._order.pop() if len(self._order) else self._kept.popitem(last=False)[0]
@@ -329,6 +351,7 @@ class PagePool:
 
     def _make_blank(self, page: int) -> None:
         """A free page has no content any more."""
+        self._forget_beginnings(page)
         self._blank.append(page)
         if self.windows is not None:
             self.windows.detach(page)
@@ -341,9 +364,14 @@ class PagePool:
         for digest in names:
             del self._by_name[digest]
             self._ghosts[digest] = None
+        self._forget_beginnings(page)
         while len(self._ghosts) > self.total:
             self._ghosts.popitem(last=False)
         self._names[page] = ()
+
+    def _forget_beginnings(self, page: int) -> None:
+        for name in self._beginnings.pop(page, ()):
+            del self._by_beginning[name]
 
     def _follow(self, digest: bytes, depth: int) -> None:
         assert self._adaptive is not None

@@ -71,13 +71,11 @@ class Prefixes:
             else:
                 page = self._restore(name)
             if page is None:
+                self._begin_alike(sequence)
                 return True
             sequence.pages.append(page)
             # The last token is always computed: its logits are what the step is for.
-            skipped = min(end, length - 1) - sequence.scheduled
-            sequence.scheduled += skipped
-            if not sequence.preemptions:
-                sequence.cached += skipped
+            self._skip(sequence, min(end, length - 1) - sequence.scheduled)
         return True
 
     def extend(self, sequence: Sequence, count: int) -> bool:
@@ -157,7 +155,8 @@ class Prefixes:
         if self.enabled:
             for number in range(sequence.published, full):
                 digest = sequence.page_hash(number, size)
-                self.pool.publish(sequence.pages[number], digest, number)
+                names = [name for _, name in sequence.beginnings(number, size)]
+                self.pool.publish(sequence.pages[number], digest, number, names)
         sequence.published = full
 
     def publish_tail(self, sequence: Sequence) -> None:
@@ -167,6 +166,27 @@ class Prefixes:
             number = length // size
             name = sequence.name_of(number, length, size)
             self.pool.publish(sequence.pages[number], name, number)
+
+    def _begin_alike(self, sequence: Sequence) -> None:
+        """Copy a page that goes as the sequence's next one for a while, if there is one."""
+        size, start = self.pool.page_size, sequence.scheduled
+        for count, name in sequence.beginnings(start // size, size):
+            if start + count >= len(sequence.tokens):
+                continue  # the last token is always computed
+            page = self.pool.acquire_beginning(name)
+            if page is None:
+                continue
+            copy = self._copy(page)
+            if copy is not None:
+                sequence.pages.append(copy)
+                self._skip(sequence, count)
+            return
+
+    def _skip(self, sequence: Sequence, count: int) -> None:
+        """Tokens of a sequence need not be computed."""
+        sequence.scheduled += count
+        if not sequence.preemptions:
+            sequence.cached += count
 
     def _is_known(self, name: bytes) -> bool:
         """Whether nobody has to compute the content of this name."""

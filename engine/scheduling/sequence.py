@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from engine.scheduling.tenants import Account
 
 
+# Fewer tokens than these at a page's beginning are computed again rather than copied.
+LEAST_BEGINNING = 4
+
+
 class State(Enum):
     """Where a sequence stands."""
 
@@ -150,6 +154,16 @@ class Sequence:
             return self.page_hash(number, page_size)
         parent = self.page_hash(number - 1, page_size) if number else self.root
         return chain(parent, self.tokens[number * page_size : length])
+
+    def beginnings(self, number: int, page_size: int) -> list[tuple[int, bytes]]:
+        """How many of the first tokens of page `number`, and the name of such a beginning: quarters
+        of a page, the longest first."""
+        step = max(LEAST_BEGINNING, page_size // 4)
+        start = number * page_size
+        return [
+            (count, self.name_of(number, start + count, page_size))
+            for count in range((page_size - 1) // step * step, 0, -step)
+        ]
 
 
 def by_order(sequence: Sequence) -> tuple[float, ...]:

@@ -32,7 +32,7 @@ def test_a_seed_replays_exactly() -> None:
     assert first.outcomes["served"] > 50
 
 
-def broken_publish(self: PagePool, page: int, digest: bytes, depth: int = 0) -> None:
+def broken_publish(self: PagePool, page: int, digest: bytes, *_: object) -> None:
     self._by_name[b"any" * 6] = page
     self._names[page] = (b"any" * 6,)
 

@@ -34,7 +34,6 @@ from tests.simulation.model import FakeStepper, expected
 
 # Virtual seconds within which everybody has to be served once nobody comes any more.
 PATIENCE = 3600.0
-PAGE = 4
 # In houses of so many tenants the model keeps states.
 RECURRENT = 2
 PROFILE = Profile((1, 1001), (0.0024, 0.4024), 0.0, 0.0, 0.0)
@@ -63,7 +62,9 @@ class World:
     def __post_init__(self) -> None:
         chance = self.chance
         self.pages = chance.choice([12, 20, 40])
-        self.context = min(self.pages * PAGE, chance.choice([40, 60]))
+        # Of the larger ones, a prompt may take over one half.
+        self.page_size = chance.choice([4, 4, 8])
+        self.context = min(self.pages * self.page_size, chance.choice([40, 60]))
         self.running = chance.choice([2, 4, 8])
         self.capped = chance.random() < 0.3
         self.failures = chance.choice([0.0, 0.0, 0.002])
@@ -90,15 +91,18 @@ class World:
         chance = self.chance
 
         def parts() -> Parts:
-            step_tokens = self.running + chance.choice([4, 8, 24])
+            step_tokens = self.running + self.page_size + chance.choice([0, 4, 20])
             windows = None
             if self.window:
-                few = least_window_pages(self.window, step_tokens, PAGE) + self.spare_windows
-                sizes = (min(few, self.pages), self.window, PAGE, self.pages, step_tokens)
+                few = (
+                    least_window_pages(self.window, step_tokens, self.page_size)
+                    + self.spare_windows
+                )
+                sizes = (min(few, self.pages), self.window, self.page_size, self.pages, step_tokens)
                 windows = WindowPages(*sizes)
             scheduler = mock_scheduler(
                 self.pages,
-                PAGE,
+                self.page_size,
                 loop,
                 step_tokens=step_tokens,
                 running=self.running,
@@ -113,7 +117,7 @@ class World:
                 snapshots=self.snapshots,
                 windows=windows,
             )
-            guesser = Guesser(scheduler.cost, PAGE, scheduler.limits)
+            guesser = Guesser(scheduler.cost, self.page_size, scheduler.limits)
             guesser.rows = scheduler.limits.max_batch_tokens
             guesser.chance = chance
             scheduler.speculator = scheduler._committer._speculator = guesser
@@ -129,7 +133,7 @@ class World:
                     loop,
                     chance,
                     self.pages,
-                    PAGE,
+                    self.page_size,
                     self.failures,
                     recurrent=self.snapshots is not None,
                     windows=windows,
@@ -204,7 +208,7 @@ class Watcher:
         if len(waiting) > 1:
             counters = [a.counter for a in waiting]
             # A sequence's last token is served, but never lies in the cache.
-            held = world.pages * PAGE + world.running
+            held = world.pages * world.page_size + world.running
             most = max(INPUT_WEIGHT * world.context, OUTPUT_WEIGHT * held)
             bound = most / min(a.tenant.weight for a in waiting)
             gap = max(counters) - min(counters)
@@ -234,7 +238,7 @@ class Guests:
     async def squeeze(self) -> None:
         """Memory that comes and goes: the pool is made smaller and larger while it serves."""
         pool, chance = self._engine.parts.scheduler.pool, self._world.chance
-        least = -(-self._world.context // PAGE)
+        least = -(-self._world.context // self._world.page_size)
         while self.open:
             await anyio.sleep(chance.expovariate(2))
             self._engine.parts.scheduler.resize(chance.randint(least, pool.total))

@@ -36,13 +36,14 @@ class Bench:
         budget: int = 16,
         running: int = 4,
         choose: Callable[[list[int]], int] = next_token,
+        size: int = SIZE,
         **options: Any,
     ) -> None:
         self.clock = Clock()
         self.scheduler = mock_scheduler(
-            pages, SIZE, self.clock, step_tokens=budget, running=running, **options
+            pages, size, self.clock, step_tokens=budget, running=running, **options
         )
-        self.executor = MockExecutor(pages, SIZE, choose)
+        self.executor = MockExecutor(pages, size, choose)
         self.count = 0
 
     def add(

@@ -97,6 +97,21 @@ def test_content_published_twice_keeps_its_first_page() -> None:
     pool.audit([pages])
 
 
+def test_a_beginning_is_found_until_its_page_is_used_again() -> None:
+    pool = PagePool(2, page_size=8)
+    pages = pool.allocate(2)
+    assert pages is not None
+    pool.publish(pages[0], b"first", 0, [b"alike", b"a"])
+    pool.publish(pages[1], b"second", 0, [b"another", b"a"])
+    pool.release(pages)
+    assert [pool.acquire_beginning(name) for name in (b"a", b"another", b"none")] == [0, 1, None]
+    pool.audit([pages])
+    pool.release(pages)
+    pool.allocate(2)
+    assert pool.acquire_beginning(b"a") is None
+    pool.audit([pages])
+
+
 def test_audit_notices_a_lost_reference() -> None:
     pool = PagePool(2, page_size=1)
     pages = pool.allocate(1)

@@ -142,6 +142,56 @@ def test_a_repeated_prompt_costs_only_its_last_token(length: int) -> None:
     assert generated(second) == generated(first)
 
 
+@pytest.mark.parametrize(("alike", "copied"), [(19, 0), (20, 4), (23, 4), (24, 8), (31, 12)])
+def test_a_prompt_that_parts_from_another_within_a_page_copies_what_they_share(
+    alike: int, copied: int
+) -> None:
+    bench = Bench(size=16, budget=64)
+    bench.add(list(range(40)))
+    bench.drain()
+    prompt = [*range(alike), *range(100, 120)]
+    (sequence,) = bench.add(prompt)
+    bench.step()
+    assert sequence.cached == 16 + copied
+    bench.drain()
+    assert generated(sequence) == continuation(prompt, 4)
+
+
+def test_the_last_token_is_computed_though_a_page_begins_with_it() -> None:
+    bench = Bench(size=16, budget=64)
+    bench.add(list(range(40)))
+    bench.drain()
+    (sequence,) = bench.add(list(range(8)))
+    bench.step()
+    assert sequence.cached == 4
+
+
+def test_a_beginning_goes_with_its_page() -> None:
+    bench = Bench(pages=4, size=16, budget=64)
+    bench.add(list(range(20)))
+    bench.drain()
+    bench.add(list(range(200, 263)), max_tokens=1)  # takes every page
+    bench.drain()
+    (sequence,) = bench.add([*range(12), 99, 98])
+    bench.step()
+    assert sequence.cached == 0
+
+
+def test_nobody_makes_way_whose_last_token_is_on_its_way() -> None:
+    bench = Bench(pages=3)
+    for _ in range(20):
+        bench.scheduler.lengths.record(1)  # both are let in, though they do not fit
+    bench.add(list(range(7)), max_tokens=4)
+    (short,) = bench.add([50, 51, 52], max_tokens=2)
+    bench.step()
+    plan = bench.scheduler.plan()
+    assert bench.scheduler.plan().is_empty, "the first needs a third page, which comes anyway"
+    bench.scheduler.commit(plan, bench.execute(plan))
+    assert short.state is State.FINISHED
+    assert (short.generated, short.preemptions) == (2, 0)
+    bench.drain()
+
+
 def test_output_pages_are_reused_by_the_next_turn_of_a_conversation() -> None:
     bench = Bench()
     (first,) = bench.add(list(range(8)), max_tokens=9)
