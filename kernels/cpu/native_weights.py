@@ -21,15 +21,15 @@ from kernels.cpu.packed_file import PackedFile
 from kernels.ops import Weight
 
 # Numbers of the packed formats, as in native/weight.h.
-F32, BF16, Q8, Q4, Q4_WIDE, TERNARY, FLOAT4 = range(7)
+F32, BF16, Q8, Q4, Q4_WIDE, TERNARY, FLOAT4, Q4_EVEN = range(8)
 GROUP = 32
-# ggml's type -> its packed format, and the function that repacks its blocks.
+# ggml's type -> packed formats that hold it, the best first, and what repacks its blocks.
 BLOCKS = {
-    "Q4_0": (Q4, "pack_q4_0"),
-    "Q4_1": (Q4, "pack_q4_1"),
-    "Q8_0": (Q8, "pack_q8_0"),
-    "Q4_K": (Q4_WIDE, "pack_q4_k"),
-    "MXFP4": (FLOAT4, "pack_mxfp4"),
+    "Q4_0": ((Q4_EVEN, Q4), "pack_q4_0"),
+    "Q4_1": ((Q4,), "pack_q4_1"),
+    "Q8_0": ((Q8,), "pack_q8_0"),
+    "Q4_K": ((Q4_WIDE,), "pack_q4_k"),
+    "MXFP4": ((FLOAT4,), "pack_mxfp4"),
 }
 FLOATS = ("F32", "F16", "BF16")
 PACKERS = {F32: "pack_f32", BF16: "pack_bf16", Q8: "pack_int8", Q4: "pack_int4"}
@@ -168,10 +168,10 @@ class NativeWeights:
             return floats
         if self._format == "int8":
             return Q8
-        targets = {BLOCKS[kind][0] if kind in BLOCKS else None for kind in formats}
-        if self._format == "int4" and targets not in ({Q4}, {Q4_WIDE}, {FLOAT4}):
+        target = _shared_target(formats)
+        if self._format == "int4" and target in (None, Q8):
             return Q4 if bits <= FOUR_BITS else Q8
-        if len(targets) == 1 and (target := targets.pop()) is not None:
+        if target is not None:
             return target
         return floats if formats & set(FLOATS) else Q8
 
@@ -191,10 +191,16 @@ class NativeWeights:
             self._native.pack_ternary(packed, first, signs.data_ptr(), rows, ternary.scale)
             return
         kind = BLOCKS.get(part.format)
-        if kind is not None and kind[0] == packed.format:
+        if kind is not None and packed.format in kind[0]:
             blocks = part.packed().contiguous()
             getattr(self._native, kind[1])(packed, first, blocks.data_ptr(), rows)
             return
         values = part.dense().float().contiguous()
         pack = PACKERS[packed.format]
         getattr(self._native, pack)(packed, first, values.data_ptr(), rows)
+
+
+def _shared_target(formats: set[str]) -> int | None:
+    """The best packed format that holds blocks of all these types; None if none does."""
+    choices = [BLOCKS[kind][0] if kind in BLOCKS else () for kind in formats]
+    return next((t for t in choices[0] if all(t in others for others in choices)), None)

@@ -92,7 +92,7 @@ def batch_of(tokens: Sequence[int], samples: Sequence[int]) -> Batch:
 
 
 def run_linear(
-    weight: Host,
+    weight: Host | list[Host],
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -100,12 +100,14 @@ def run_linear(
     instructions: str = "auto",
     weights: Any = "auto",
 ) -> torch.Tensor:
-    """`x @ weight.T (+ bias)` through a program: the inputs are the rows of an embedding table."""
+    """`x @ weight.T (+ bias)` through a program: the inputs are the rows of an embedding table.
+    Several weights are laid below each other."""
     backend = NativeBackend(weights, threads, instructions)
     backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "bfloat16", 16), 1)
     # The table is never rounded, so that every activation can be had.
     table = NativeBackend("float32", 1, instructions).load([Host(x)])
-    placed = backend.load([weight], [Host(bias)] if bias is not None else [])
+    parts = weight if isinstance(weight, list) else [weight]
+    placed = backend.load(parts, [Host(bias)] if bias is not None else [])
     recorder = Recorder()
     hidden = recorder.select_rows(recorder.embed(table, 1.0))
     program = backend.compile(recorder.finish(recorder.linear(hidden, placed)), len(x))

@@ -8,10 +8,14 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
+from kernels.backend import CacheLayout
 from kernels.cpu.native_backend import NativeBackend
+from kernels.ops import Heads
+from kernels.tape import Recorder
 from tests.kernels.native import (
     INSTRUCTION_SETS,
     Host,
+    batch_of,
     groups_of,
     needs_native,
     quantized,
@@ -53,6 +57,20 @@ def test_quantized_linear_is_exact_up_to_its_activations(
         assert relative_error(found, groups_of(x) @ weight.values.T) < 1e-5, count
 
 
+@every_set
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.MXFP4])
+def test_a_table_gives_back_the_values_that_it_holds(kind: Type, instructions: str) -> None:
+    weight = quantized(kind, 20, 96)
+    backend = NativeBackend("auto", 1, instructions)
+    backend.allocate_cache(CacheLayout((Heads(1, 1, 16),), 16, "bfloat16", 16), 1)
+    whole = NativeBackend("float32", 1, instructions).load([Host(torch.eye(96))])
+    recorder = Recorder()
+    rows = recorder.select_rows(recorder.embed(backend.load([weight]), 1.0))
+    program = backend.compile(recorder.finish(recorder.linear(rows, whole)), 20)
+    program.forward(batch_of(range(20), range(20)))
+    assert torch.allclose(program.logits(), weight.values, rtol=1e-6, atol=1e-7)
+
+
 def stored(weight: Host, weights: str) -> torch.Tensor:
     """What a matrix has become: its products with unit vectors, which int8 groups hold exactly."""
     unit = torch.eye(weight.shape[1]) * 127
@@ -84,6 +102,22 @@ def test_int4_leaves_blocks_of_four_bits_alone_and_rounds_others() -> None:
         assert torch.equal(stored(weight, "int4"), stored(weight, "auto"))
     eight = quantized(Type.Q8_0, 32, 64)
     assert 0.0 < float((stored(eight, "int4") - eight.values).abs().max()) < 0.4
+
+
+@every_set
+def test_matrices_of_four_bits_with_and_without_a_minimum_become_one(instructions: str) -> None:
+    parts = [quantized(kind, 32, 96) for kind in (Type.Q4_0, Type.Q4_1)]
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    backend = NativeBackend("auto", 1, instructions)
+    weight = backend.load(parts)
+    assert weight.packed.bytes * 8 == 64 * 96 * 5.0  # type: ignore[attr-defined]
+    expected = groups_of(x) @ torch.cat([part.values for part in parts]).T
+    assert relative_error(run_linear(parts, x, instructions=instructions), expected) < 1e-5
+
+
+def test_four_bits_without_a_minimum_take_no_room_for_one() -> None:
+    packed = NativeBackend("auto", 1).load([quantized(Type.Q4_0, 32, 64)]).packed  # type: ignore[attr-defined]
+    assert packed.bytes * 8 == 32 * 64 * 4.5
 
 
 @pytest.mark.parametrize(("bits", "stored_bits"), [(4, 5.0), (8, 8.5), (16, 16.0)])

@@ -26,8 +26,7 @@ struct Ahead {
 template <Format kFormat>
 struct FourBit {
   static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 4 : 2;
-  static constexpr bool kHalf = kFormat == Format::kQ4;
-  static constexpr int64_t kHead = kHalf ? 64 : 128;
+  static constexpr bool kEven = kFormat == Format::kQ4Even, kHalf = kFormat != Format::kQ4Wide;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
 
@@ -42,17 +41,21 @@ struct FourBit {
     const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
     const uint8_t* data = w.tile(tile);
     const int8_t* values = x.values + row * width;
-    for (int64_t g = 0; g < groups; ++g, data += kHead + 256) {
+    for (int64_t g = 0; g < groups; ++g) {
       ahead.step();
+      const uint8_t* head = data + Weight::scales_at(kFormat, g);
+      const uint8_t* bytes = data + Weight::bytes_at(kFormat, g);
       Partial dot[T][R];
-      UNROLL for (int t = 0; t < T; ++t) {
-        UNROLL for (int r = 0; r < R; ++r) dot[t][r] = no_products();
+      int32_t middle[R];  // what 8 a weight adds; nothing where there is a minimum
+      UNROLL for (int r = 0; r < R; ++r) {
+        middle[r] = kEven ? x.offsets[(row + r) * groups + g] / 16 : 0;
+        UNROLL for (int t = 0; t < T; ++t) dot[t][r] = products_from(middle[r]);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         Bytes first[T], second[T];
         UNROLL for (int t = 0; t < T; ++t) {
-          const Bytes packed = load_bytes(data + t * stride + kHead + 64 * j);
+          const Bytes packed = load_bytes(bytes + t * stride + 64 * j);
           first[t] = field<0, 4>(packed);
           second[t] = field<4, 4>(packed);
         }
@@ -66,13 +69,17 @@ struct FourBit {
         }
       }
       UNROLL for (int t = 0; t < T; ++t) {
-        const Floats scale = scales(data + t * stride);
-        const Floats minimum = scales(data + t * stride + kHead / 2);
+        const Floats scale = scales(head + t * stride);
         UNROLL for (int r = 0; r < R; ++r) {
           const int64_t at = (row + r) * groups + g;
           const Floats factor = mul(scale, set1(x.scales[at]));
-          sum[t][r] = fma(to_floats(widen(dot[t][r])), factor, sum[t][r]);
-          sum[t][r] = fma(minimum, set1(x.sums[at]), sum[t][r]);
+          sum[t][r] = fma(to_floats(products_of(dot[t][r], middle[r])), factor, sum[t][r]);
+        }
+        if constexpr (!kEven) {
+          const Floats minimum = scales(head + t * stride + (kHalf ? 32 : 64));
+          UNROLL for (int r = 0; r < R; ++r) {
+            sum[t][r] = fma(minimum, set1(x.sums[(row + r) * groups + g]), sum[t][r]);
+          }
         }
       }
     }
@@ -364,6 +371,8 @@ void matmul(const Weight& w, const Activations& x, int64_t row, int64_t rows, co
     case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, row, rows, bias, y, first, last);
     case Format::kQ4Wide:
       return multiply<FourBit<Format::kQ4Wide>>(w, x, row, rows, bias, y, first, last);
+    case Format::kQ4Even:
+      return multiply<FourBit<Format::kQ4Even>>(w, x, row, rows, bias, y, first, last);
     case Format::kFloat4: return multiply<Float4>(w, x, row, rows, bias, y, first, last);
     case Format::kTernary: return multiply<Ternary>(w, x, row, rows, bias, y, first, last);
   }

@@ -40,6 +40,9 @@ constexpr int64_t kPartialDots = int64_t{1} << 40;
 inline Partial no_products() { return set1_int(0); }
 inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
 inline Ints widen(Partial sum) { return sum; }
+// A sum of them that begins at a number.
+inline Partial products_from(int32_t start) { return set1_int(start); }
+inline Ints products_of(Partial sum, int32_t) { return sum; }
 #endif
 
 inline Pairs load_pairs(const void* p) { return as_pairs(load_bytes(p)); }

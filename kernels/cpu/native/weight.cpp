@@ -172,6 +172,8 @@ int64_t Weight::tile_bytes() const {
     case Format::kF32: return columns * kTile * 4;
     case Format::kBf16: return columns * kTile * 2;
     case Format::kQ8: return groups() / 2 * kPairBytes + groups() % 2 * (64 + 512);
+    case Format::kQ4Even:
+      return groups() / 2 * kEvenPairBytes + groups() % 2 * (64 + 256);
     case Format::kTernary: return chunks() * 64 + 64;
     case Format::kFloat4:
       return groups() / 4 * kQuadBytes + (groups() % 4 ? 64 + groups() % 4 * 256 : 0);
@@ -194,7 +196,8 @@ std::shared_ptr<void> Arena::allocate(size_t bytes) {
 
 std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns) {
   const bool grouped = format == Format::kQ8 || format == Format::kQ4 ||
-                       format == Format::kQ4Wide || format == Format::kFloat4;
+                       format == Format::kQ4Wide || format == Format::kFloat4 ||
+                       format == Format::kQ4Even;
   if (rows <= 0 || columns <= 0 || (grouped && columns % kGroup) ||
       (format == Format::kBf16 && columns % 2)) {
     throw std::invalid_argument("the columns do not fill whole groups");
@@ -215,6 +218,11 @@ void pack_q4_0(const Weight& w, int64_t first, const uint8_t* blocks, int64_t co
   each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
     const uint8_t* block = blocks + index * 18;
     const uint16_t scale = read16(block);
+    if (w.format == Format::kQ4Even) {
+      put(tile + w.scales_at(group), lane, scale);
+      put_nibbles(tile + w.bytes_at(group), lane, block + 2);
+      return;
+    }
     const uint16_t minimum = float_to_half(-8.0f * half_to_float(scale));
     put_q4(tile + w.scales_at(group), lane, scale, minimum, block + 2);
   });

@@ -12,6 +12,7 @@ constexpr int kTile = 16;   // output rows a tile
 constexpr int kGroup = 32;  // inputs that share a scale
 constexpr int kChunk = 16;  // ternary inputs in 64 bytes a tile
 constexpr int kPairBytes = 64 + 2 * 512;  // two int8 groups of a tile and their scales
+constexpr int kEvenPairBytes = 64 + 2 * 256;  // two kQ4Even groups of a tile and their scales
 constexpr int kQuadBytes = 64 + 4 * 256;  // four groups of kFloat4 and their scales
 
 struct FreeDeleter {
@@ -42,9 +43,11 @@ Buffer<T> allocate(size_t count) {
 // kFloat4: [four groups] of 4 x 16 scales and 4 x 256 bytes; a last quad has only the groups that there are.
 //      Bytes as in kQ4, nibbles the floats of two exponent bits and one mantissa bit that MXFP4 has; scales
 //      are powers of two, the exponent plus 127.
+// kQ4Even: [pair of groups] of 2 x 16 fp16 scales and 2 x 256 bytes; an odd last group has 256 only. Bytes as
+//      in kQ4; value = scale * (nibble - 8).
 // The numbers are part of the packed files' format.
 enum class Format : int32_t {
-  kF32 = 0, kBf16 = 1, kQ8 = 2, kQ4 = 3, kQ4Wide = 4, kTernary = 5, kFloat4 = 6
+  kF32 = 0, kBf16 = 1, kQ8 = 2, kQ4 = 3, kQ4Wide = 4, kTernary = 5, kFloat4 = 6, kQ4Even = 7
 };
 
 // Twice what a nibble of kFloat4 stands for, and kFloat4Offset more.
@@ -65,16 +68,20 @@ struct Weight {
   int64_t tile_bytes() const;
   uint8_t* tile(int64_t number) const { return data + number * tile_bytes(); }
   // Offsets in a tile of a group's scales and bytes.
-  int64_t scales_at(int64_t group) const {
+  static constexpr int64_t scales_at(Format format, int64_t group) {
     if (format == Format::kQ8) return group / 2 * kPairBytes + group % 2 * 32;
+    if (format == Format::kQ4Even) return group / 2 * kEvenPairBytes + group % 2 * 32;
     if (format == Format::kFloat4) return group / 4 * kQuadBytes + group % 4 * 16;
     return group * (format == Format::kQ4 ? 320 : 384);
   }
-  int64_t bytes_at(int64_t group) const {
+  static constexpr int64_t bytes_at(Format format, int64_t group) {
     if (format == Format::kQ8) return group / 2 * kPairBytes + 64 + group % 2 * 512;
+    if (format == Format::kQ4Even) return group / 2 * kEvenPairBytes + 64 + group % 2 * 256;
     if (format == Format::kFloat4) return group / 4 * kQuadBytes + 64 + group % 4 * 256;
-    return scales_at(group) + (format == Format::kQ4 ? 64 : 128);
+    return scales_at(format, group) + (format == Format::kQ4 ? 64 : 128);
   }
+  int64_t scales_at(int64_t group) const { return scales_at(format, group); }
+  int64_t bytes_at(int64_t group) const { return bytes_at(format, group); }
 };
 
 // Memory for many weights in few large pieces, so that all of it lies on huge pages: a matmul with few
