@@ -30,7 +30,14 @@ from kernels.ops import Heads
 # SmolLM2-135M's: rows and columns of a linear, and its attention.
 SHAPES = {"qkv": (960, 576), "out": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}
 HEADS, KV_HEADS, DIM, PAGE = 9, 3, 64, 16
-FORMATS = {"q4": Q4, "q4_0": Q4_EVEN, "q8": Q8, "ternary": TERNARY, "bfloat16": BF16, "float32": F32}
+FORMATS = {
+    "q4": Q4,
+    "q4_0": Q4_EVEN,
+    "q8": Q8,
+    "ternary": TERNARY,
+    "bfloat16": BF16,
+    "float32": F32,
+}
 # The probe's kinds, and which of them bounds a format's products.
 PROBES = {"int8": 0, "bfloat16": 1, "float32": 2}
 PRODUCTS = {"bfloat16": "bfloat16", "float32": "float32"}

@@ -179,7 +179,7 @@ void Program::multiply_experts(const Experts& e, const std::vector<Weight>& weig
       const Weight& w = weights[static_cast<size_t>(expert)];
       kernels_.matmul(w, x, e.starts[expert], e.starts[expert + 1] - e.starts[expert],
                       bias ? bias + expert * w.rows : nullptr, y, cut(n % pieces),
-                      cut(n % pieces + 1));
+                      cut(n % pieces + 1), Soon{});
     }
   });
 }

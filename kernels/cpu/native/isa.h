@@ -8,7 +8,7 @@ namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 
 void matmul(const Weight&, const Activations&, int64_t, int64_t, const float*, float*, int64_t,
-            int64_t);
+            int64_t, const Soon&);
 void store_forms(const float*, int64_t, int64_t, const Activations&);
 void embed_row(const Weight&, int64_t, float, float*);
 void rms_norm_row(const float*, const float*, float, int64_t, float*);

@@ -141,6 +141,15 @@ struct Penalty {
   float repetition, presence, frequency;
 };
 
+// Memory that is read soon, by another op: whoever computes meanwhile fetches it.
+struct Soon {
+  struct Piece {
+    const uint8_t *begin, *end;
+  };
+  const Piece* pieces = nullptr;
+  int64_t count = 0;
+};
+
 // Work whose speed bounds everything else.
 enum class Probe : int32_t { kInt8Dot = 0, kBf16Dot = 1, kFloat = 2, kRead = 3 };
 
@@ -150,9 +159,10 @@ struct Kernels {
   bool rounds_pairs;
 
   // y[r, out] = x[r] . w[out] (+ bias[out]) for rows [row, row + rows) and tiles [first, last) of 16
-  // outputs.
+  // outputs. If there are more than a few rows, what is read `soon` is fetched on the way, as far as that
+  // costs little.
   void (*matmul)(const Weight& w, const Activations& x, int64_t row, int64_t rows,
-                 const float* bias, float* y, int64_t first, int64_t last);
+                 const float* bias, float* y, int64_t first, int64_t last, const Soon& soon);
   // Writes row `row` in every quantized or narrow form that `out` has room for.
   void (*store_forms)(const float* x, int64_t width, int64_t row, const Activations& out);
   // out = row `index` of the table times `scale`.

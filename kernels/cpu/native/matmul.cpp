@@ -6,6 +6,33 @@ namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 namespace {
 
+// Lines of `Soon` that a step fetches at most: some 7 GB/s a thread, which leaves the weights their share.
+constexpr int64_t kSoonLines = 4;
+
+// What other ops read soon, fetched from step to step.
+class Fetcher {
+ public:
+  Fetcher(const Soon& soon, int64_t steps)
+      : piece_(soon.pieces), end_(soon.pieces + soon.count), at_(soon.count ? piece_->begin : nullptr) {
+    int64_t bytes = 0;
+    for (const Soon::Piece* piece = piece_; piece != end_; ++piece) bytes += piece->end - piece->begin;
+    lines_ = least((bytes / 64 + steps - 1) / steps, kSoonLines);
+  }
+
+  void step() {
+    for (int64_t i = 0; i < lines_ && piece_ != end_; ++i) {
+      _mm_prefetch(at_, _MM_HINT_T1);
+      at_ += 64;
+      if (at_ >= piece_->end && ++piece_ != end_) at_ = piece_->begin;
+    }
+  }
+
+ private:
+  const Soon::Piece *piece_, *end_;
+  const uint8_t* at_;
+  int64_t lines_;
+};
+
 // The tiles that come after, fetched while these are computed: memory would idle otherwise, since all
 // rows but a pass's first find the weights in the cache. Into the second level, since the first is full
 // of these tiles and of activations.
@@ -13,9 +40,11 @@ struct Ahead {
   const uint8_t* at;
   const uint8_t* end;
   int64_t lines;  // a step
+  Fetcher* soon;  // goes on from pass to pass
 
   void step() {
     for (int64_t i = 0; i < lines && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+    if (soon) soon->step();
   }
 };
 
@@ -316,14 +345,15 @@ template <class F>
 void multiply_few(const Weight& w, const Activations& x, int64_t row, int64_t rows,
                   const float* bias, float* y, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
-    pass_of<F, 1, F::kFew>(rows, w, x, row, tile, Ahead{nullptr, nullptr, 0}, bias, y);
+    pass_of<F, 1, F::kFew>(rows, w, x, row, tile, Ahead{nullptr, nullptr, 0, nullptr}, bias, y);
   }
 }
 
 // Rows [row, row + rows) of tiles [first, last). With `fetch` the next tiles are fetched meanwhile.
 template <class F>
 void multiply_block(const Weight& w, const Activations& x, int64_t row, int64_t rows,
-                    const float* bias, float* y, int64_t first, int64_t last, bool fetch) {
+                    const float* bias, float* y, int64_t first, int64_t last, bool fetch,
+                    Fetcher* soon) {
   // Passes of nearly equal size: 8 rows are 4 + 4, not 6 + 2.
   const int64_t passes = (rows + F::kRows - 1) / F::kRows, bytes = F::kTiles * w.tile_bytes();
   const int64_t lines = fetch ? bytes / 64 / (passes * F::steps(w)) + 1 : 0;
@@ -333,7 +363,8 @@ void multiply_block(const Weight& w, const Activations& x, int64_t row, int64_t 
     for (int64_t n = 0, done = 0; n < passes; ++n) {
       const int64_t count = (rows - done + passes - n - 1) / (passes - n);
       const uint8_t* share = next + bytes * (n + 1) / passes;
-      const Ahead ahead{next + bytes * n / passes / 64 * 64, share < end ? share : end, lines};
+      const Ahead ahead{next + bytes * n / passes / 64 * 64, share < end ? share : end, lines,
+                        soon};
       if (last - tile >= F::kTiles) {
         pass_of<F, F::kTiles, F::kRows>(count, w, x, row + done, tile, ahead, bias, y);
       } else {
@@ -349,13 +380,16 @@ constexpr int64_t kBlockBytes = 192 << 10;
 
 template <class F>
 void multiply(const Weight& w, const Activations& x, int64_t row, int64_t rows, const float* bias,
-              float* y, int64_t first, int64_t last) {
+              float* y, int64_t first, int64_t last, const Soon& soon) {
   if (rows <= F::kFew) return multiply_few<F>(w, x, row, rows, bias, y, first, last);
   const int64_t fitting = most(kBlockBytes / (w.columns * F::kBytes), 4 * F::kRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
+  const int64_t passes = (rows + F::kRows - 1) / F::kRows;
+  Fetcher fetcher(soon, F::steps(w) * passes * ((last - first + F::kTiles - 1) / F::kTiles));
   for (int64_t n = 0, done = 0; n < blocks; ++n) {
     const int64_t count = (rows - done + blocks - n - 1) / (blocks - n);
-    multiply_block<F>(w, x, row + done, count, bias, y, first, last, n == 0);
+    multiply_block<F>(w, x, row + done, count, bias, y, first, last, n == 0,
+                      soon.count ? &fetcher : nullptr);
     done += count;
   }
 }
@@ -363,18 +397,18 @@ void multiply(const Weight& w, const Activations& x, int64_t row, int64_t rows, 
 }  // namespace
 
 void matmul(const Weight& w, const Activations& x, int64_t row, int64_t rows, const float* bias,
-            float* y, int64_t first, int64_t last) {
+            float* y, int64_t first, int64_t last, const Soon& soon) {
   switch (w.format) {
-    case Format::kF32: return multiply<Float>(w, x, row, rows, bias, y, first, last);
-    case Format::kBf16: return multiply<Bf16>(w, x, row, rows, bias, y, first, last);
-    case Format::kQ8: return multiply<EightBit>(w, x, row, rows, bias, y, first, last);
-    case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, row, rows, bias, y, first, last);
+    case Format::kF32: return multiply<Float>(w, x, row, rows, bias, y, first, last, soon);
+    case Format::kBf16: return multiply<Bf16>(w, x, row, rows, bias, y, first, last, soon);
+    case Format::kQ8: return multiply<EightBit>(w, x, row, rows, bias, y, first, last, soon);
+    case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, row, rows, bias, y, first, last, soon);
     case Format::kQ4Wide:
-      return multiply<FourBit<Format::kQ4Wide>>(w, x, row, rows, bias, y, first, last);
+      return multiply<FourBit<Format::kQ4Wide>>(w, x, row, rows, bias, y, first, last, soon);
     case Format::kQ4Even:
-      return multiply<FourBit<Format::kQ4Even>>(w, x, row, rows, bias, y, first, last);
-    case Format::kFloat4: return multiply<Float4>(w, x, row, rows, bias, y, first, last);
-    case Format::kTernary: return multiply<Ternary>(w, x, row, rows, bias, y, first, last);
+      return multiply<FourBit<Format::kQ4Even>>(w, x, row, rows, bias, y, first, last, soon);
+    case Format::kFloat4: return multiply<Float4>(w, x, row, rows, bias, y, first, last, soon);
+    case Format::kTernary: return multiply<Ternary>(w, x, row, rows, bias, y, first, last, soon);
   }
 }
 

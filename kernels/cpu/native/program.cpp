@@ -78,6 +78,9 @@ void Program::add(Instruction i) {
     values_[i.out].samples =
         i.op == Op::kSelectRows || (i.in >= 0 && values_[i.in].samples);
   }
+  const int number = static_cast<int>(instructions_.size());
+  if (i.op == Op::kAttention) plan_reading(number);
+  if (i.op == Op::kLinear && i.out >= 0) linears_.push_back(number);
   if (i.out2 >= 0) values_[i.out2].samples = values_[i.in].samples;
   instructions_.push_back(std::move(i));
 }
@@ -114,7 +117,7 @@ void Program::store_row(const Value& value, int64_t row, const float* row_values
 
 void Program::step(const Instruction& i, const Batch& batch) {
   switch (i.op) {
-    case Op::kLinear: return linear_step(i, rows_of(i.in, batch));
+    case Op::kLinear: return linear_step(i, rows_of(i.in, batch), batch);
     case Op::kRopeWriteKv: return rope_step(i, batch);
     case Op::kSoftcap: return softcap_step(i, batch.samples);
     case Op::kAttention: return attention_step(i, batch);
@@ -187,7 +190,7 @@ void Program::step(const Instruction& i, const Batch& batch) {
   });
 }
 
-void Program::linear_step(const Instruction& i, int64_t rows) {
+void Program::linear_step(const Instruction& i, int64_t rows, const Batch& batch) {
   if (rows == 0) return;
   const Weight& weight = *i.weight;
   float* out = i.target ? i.target : values_[i.out].floats.get();
@@ -201,12 +204,17 @@ void Program::linear_step(const Instruction& i, int64_t rows) {
   // Even, since a pass may cover two tiles.
   const int64_t grain = (std::max(least, weight.tiles() * blocks / (threads * 8)) + 1) / 2 * 2;
   const int64_t pieces = (weight.tiles() + grain - 1) / grain;
-  pool_->run(blocks * pieces, 1, [&](int64_t first, int64_t last) {
+  const std::vector<Soon::Piece>& cached = read_soon(i, batch);
+  const int64_t count = static_cast<int64_t>(cached.size()), jobs = blocks * pieces;
+  pool_->run(jobs, 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
+      // The same share of it as of the work, since a thread attends to the same share of the sequences.
+      const int64_t begin = count * n / jobs;
+      const Soon soon{cached.data() + begin, count * (n + 1) / jobs - begin};
       const int64_t block = n / pieces, tile = n % pieces * grain;
       const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
       kernels_.matmul(weight, x, row, end - row, i.vector, out, tile,
-                      std::min(tile + grain, weight.tiles()));
+                      std::min(tile + grain, weight.tiles()), soon);
     }
   });
 }

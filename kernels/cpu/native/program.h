@@ -103,6 +103,8 @@ struct Instruction {
   int64_t window = 0;           // or the width of a norm, or of logits
   int64_t first = 0;            // token of an embedding table's first row, or column of what is gated
   std::vector<int64_t> widths;  // of the ranks' parts
+  int reader = -1;              // the attention for which a linear fetches keys and values
+  double soon_from = 0.0, soon_to = 0.0;  // which share of them
   std::shared_ptr<Experts> experts;
   std::shared_ptr<Delta> delta;
 };
@@ -161,7 +163,11 @@ class Program {
   };
 
   void step(const Instruction& i, const Batch& batch);
-  void linear_step(const Instruction& i, int64_t rows);
+  void linear_step(const Instruction& i, int64_t rows, const Batch& batch);
+  // Shares what an attention reads of its cache out among the linears before it.
+  void plan_reading(int attention);
+  // What a linear has to fetch of it.
+  const std::vector<Soon::Piece>& read_soon(const Instruction& i, const Batch& batch) const;
   void rope_step(const Instruction& i, const Batch& batch);
   // Of the logits, in place.
   void softcap_step(const Instruction& i, int64_t rows) const;
@@ -195,6 +201,7 @@ class Program {
   std::vector<LayerCache> caches_;
   std::vector<LayerStates> states_;
   std::vector<Instruction> instructions_;
+  std::vector<int> linears_;  // since the last attention
   bool profiling_ = false;
   std::array<int64_t, kOpNames.size()> nanoseconds_{};
 };

@@ -1,0 +1,67 @@
+// Keys and values are fetched while linears compute. An attention of decodes is bound by memory, which idles
+// while a linear of several rows is bound by its products: so the linears before an attention fetch what it
+// is going to read.
+#include <algorithm>
+
+#include "program.h"
+
+namespace ryzanstein {
+namespace {
+
+// What is fetched for an attention, at most, for each thread: it has to stay in caches until then. Where it is
+// more, nothing is.
+constexpr int64_t kSoonBytes = int64_t{3} << 20;
+
+}  // namespace
+
+void Program::plan_reading(int attention) {
+  int64_t work = 0, before = 0;
+  for (int n : linears_) work += static_cast<int64_t>(instructions_[n].weight->bytes);
+  for (int n : linears_) {
+    Instruction& linear = instructions_[n];
+    linear.reader = attention;
+    linear.soon_from = static_cast<double>(before) / static_cast<double>(work);
+    before += static_cast<int64_t>(linear.weight->bytes);
+    linear.soon_to = static_cast<double>(before) / static_cast<double>(work);
+  }
+  linears_.clear();
+}
+
+const std::vector<Soon::Piece>& Program::read_soon(const Instruction& i, const Batch& batch) const {
+  static thread_local std::vector<int32_t> seen;
+  static thread_local std::vector<Soon::Piece> pieces;
+  seen.clear();
+  pieces.clear();
+  if (i.reader < 0) return pieces;
+  const Instruction& reader = instructions_[static_cast<size_t>(i.reader)];
+  const LayerCache& cache = caches_[static_cast<size_t>(reader.layer)];
+  const int32_t* table = cache.windowed ? batch.window_table : batch.page_table;
+  const int64_t size = cache.page_size, tokens = cache.heads * size;
+  const int64_t bytes = tokens * cache.vector_bytes(), scales = tokens * cache.scale_bytes();
+  const int64_t room = kSoonBytes * pool_->threads() / (2 * (bytes + scales));
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    const int32_t* pages = table + batch.table_rows[s] * batch.table_width;
+    const int64_t end = batch.positions[batch.query_starts[s + 1] - 1] + 1;
+    const int64_t begin = reader.window ? std::max<int64_t>(0, end - reader.window) : 0;
+    const int64_t first = begin / size, last = (end + size - 1) / size;
+    if (static_cast<int64_t>(seen.size()) + last - first > room) return pieces;
+    seen.insert(seen.end(), pages + first, pages + last);
+  }
+  const auto cut = [&](double share) {
+    return static_cast<size_t>(share * static_cast<double>(seen.size()));
+  };
+  const auto add = [&](const void* memory, int64_t page, int64_t length) {
+    const auto* first = static_cast<const uint8_t*>(memory) + page * length;
+    pieces.push_back({first, first + length});
+  };
+  for (size_t n = cut(i.soon_from); n < cut(i.soon_to); ++n) {
+    add(cache.keys, seen[n], bytes);
+    add(cache.values, seen[n], bytes);
+    if (scales == 0) continue;
+    add(cache.key_scales, seen[n], scales);
+    add(cache.value_scales, seen[n], scales);
+  }
+  return pieces;
+}
+
+}  // namespace ryzanstein
