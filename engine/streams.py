@@ -60,9 +60,10 @@ class TokenStream:
         self._full = 0
         self._on_full: Callable[[], None] | None = None
         self._waiter = Waiter()
-        # Set while `pour` waits for deltas, and what has to be awaited before it does again.
+        # Set while `pour` waits for deltas; what has to be awaited before it does again, or raised.
         self._taker: Taker | None = None
         self._rest: Awaitable[None] | None = None
+        self._broken: Exception | None = None
 
     def join(self, request_id: str, choices: int) -> int:
         """Let a request's choices push here; returns the index of its first."""
@@ -73,7 +74,8 @@ class TokenStream:
         return first
 
     def push(self, delta: Delta) -> bool:
-        """Add what happened to one choice. Whether it is for `hand_out` to pass on."""
+        """Add what happened to one choice. True if nobody has been woken: `hand_out` has to be
+        called soon, as a `Handout` does."""
         pending = self._pending.get(delta.index)
         if pending is None:
             self._pending[delta.index] = delta
@@ -148,6 +150,8 @@ class TokenStream:
             await self._waiter.next()
         finally:
             self._taker = None
+        if self._broken is not None:
+            raise self._broken
         rest, self._rest = self._rest, None
         return rest
 
@@ -157,9 +161,9 @@ class TokenStream:
             return
         try:
             self._rest = self._taker(self._take())
-        except Exception as error:  # noqa: BLE001  (raised where the stream is read)
-            self._error = error
-        if self._rest is not None or self._error is not None:
+        except Exception as error:  # noqa: BLE001  (raised where the stream is poured)
+            self._broken = error
+        if self._rest is not None or self._broken is not None:
             self._taker = None
             self._waiter.wake()
 

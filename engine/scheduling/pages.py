@@ -3,7 +3,8 @@
 A page's content is named by a hash chain, so a prefix is found by looking up its pages' hashes. A
 freed page keeps its names until it is reused: the free pages, in the order of eviction, are the
 cache. The idea of hashing full pages comes from vLLM's prefix caching (arXiv 2309.06180). The page
-that a prompt ends in has a name too, so that whoever repeats the prompt can copy it.
+that a prompt ends in has a name too, so that whoever repeats the prompt can copy it; and what pages
+begin with has names of its own, for prompts that go the same way for a while.
 """
 
 from __future__ import annotations

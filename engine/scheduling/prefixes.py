@@ -17,6 +17,9 @@ class Prefixes:
     """Finds, claims and publishes pages. `moves` are those that the next step has to make, and
     `sources` the pages that have to stay until it has."""
 
+    # Whether a page can be gone on from within, other than where a prompt has ended.
+    copies_beginnings = True
+
     def __init__(self, pool: PagePool, cold: ColdIndex, *, enabled: bool) -> None:
         self.pool = pool
         self.cold = cold
@@ -154,25 +157,31 @@ class Prefixes:
         full = sequence.computed // size
         if self.enabled:
             for number in range(sequence.published, full):
-                digest = sequence.page_hash(number, size)
-                names = [name for _, name in sequence.beginnings(number, size)]
-                self.pool.publish(sequence.pages[number], digest, number, names)
+                self._publish(sequence, number, (number + 1) * size)
         sequence.published = full
 
     def publish_tail(self, sequence: Sequence) -> None:
         """Name the page in which a prompt ends, as far as the prompt."""
         size, length = self.pool.page_size, sequence.computed
         if self.enabled and length % size:
-            number = length // size
-            name = sequence.name_of(number, length, size)
-            self.pool.publish(sequence.pages[number], name, number)
+            self._publish(sequence, length // size, length)
+
+    def _publish(self, sequence: Sequence, number: int, length: int) -> None:
+        """Make page `number` of the first `length` tokens findable, unless the same is already."""
+        size = self.pool.page_size
+        name = sequence.name_of(number, length, size)
+        names: list[bytes] = []
+        if self.copies_beginnings and not self.pool.is_whole(name):
+            begun = sequence.beginnings(number, size, length - number * size)
+            names = [name for _, name in begun]
+        self.pool.publish(sequence.pages[number], name, number, names)
 
     def _begin_alike(self, sequence: Sequence) -> None:
         """Copy a page that goes as the sequence's next one for a while, if there is one."""
         size, start = self.pool.page_size, sequence.scheduled
-        for count, name in sequence.beginnings(start // size, size):
-            if start + count >= len(sequence.tokens):
-                continue  # the last token is always computed
+        # The last token is always computed.
+        most = len(sequence.tokens) - 1 - start
+        for count, name in sequence.beginnings(start // size, size, most):
             page = self.pool.acquire_beginning(name)
             if page is None:
                 continue

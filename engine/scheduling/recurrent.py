@@ -34,6 +34,8 @@ def prefixes_of(
 class RecurrentPrefixes(Prefixes):
     """Prefixes of models whose layers keep states; see `Prefixes`."""
 
+    copies_beginnings = False
+
     def __init__(
         self, pool: PagePool, cold: ColdIndex, snapshots: Snapshots, *, enabled: bool
     ) -> None:

@@ -155,14 +155,14 @@ class Sequence:
         parent = self.page_hash(number - 1, page_size) if number else self.root
         return chain(parent, self.tokens[number * page_size : length])
 
-    def beginnings(self, number: int, page_size: int) -> list[tuple[int, bytes]]:
-        """How many of the first tokens of page `number`, and the name of such a beginning: quarters
-        of a page, the longest first."""
-        step = max(LEAST_BEGINNING, page_size // 4)
-        start = number * page_size
+    def beginnings(self, number: int, page_size: int, most: int) -> list[tuple[int, bytes]]:
+        """How many of the first tokens of page `number`, fewer than all and `most` at most, and the
+        name of such a beginning: quarters of a page, the longest first."""
+        step, start = max(LEAST_BEGINNING, page_size // 4), number * page_size
+        longest = min(page_size - 1, most) // step * step
         return [
             (count, self.name_of(number, start + count, page_size))
-            for count in range((page_size - 1) // step * step, 0, -step)
+            for count in range(longest, 0, -step)
         ]
 
 

@@ -18,6 +18,8 @@ class WindowedPrefixes(Prefixes):
     """Prefixes of models with windows; see `Prefixes`. Window pages are given up at once: steps run
     in order, so whoever gets one next writes it after the steps in flight have read it."""
 
+    copies_beginnings = False
+
     def __init__(
         self, pool: PagePool, cold: ColdIndex, windows: WindowPages, *, enabled: bool
     ) -> None:

@@ -124,6 +124,18 @@ async def test_a_reader_that_fails_ends_its_own_stream_alone() -> None:
     assert other.texts == ["a", "b"]
 
 
+async def test_a_reader_that_fails_is_given_nothing_more() -> None:
+    stream, reader, handout = opened(), Reader(), Handout()
+    task = asyncio.create_task(stream.pour(reader.take))
+    await turn()
+    handout.push(stream, said("broken"))
+    stream.hand_out()
+    handout.push(stream, said("later", last=True))
+    with pytest.raises(ValueError, match="broken"):
+        await task
+    assert reader.texts == []
+
+
 async def test_nothing_is_lost_when_pouring_is_given_up() -> None:
     stream, reader, handout = opened(), Reader(), Handout()
     with anyio.move_on_after(0.01):

@@ -16,7 +16,7 @@ class Fetcher {
       : piece_(soon.pieces), end_(soon.pieces + soon.count), at_(soon.count ? piece_->begin : nullptr) {
     int64_t bytes = 0;
     for (const Soon::Piece* piece = piece_; piece != end_; ++piece) bytes += piece->end - piece->begin;
-    lines_ = least((bytes / 64 + steps - 1) / steps, kSoonLines);
+    lines_ = bytes ? least((bytes / 64 + steps - 1) / steps, kSoonLines) : 0;
   }
 
   void step() {

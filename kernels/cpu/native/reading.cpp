@@ -11,6 +11,8 @@ namespace {
 // What is fetched for an attention, at most, for each thread: it has to stay in caches until then. Where it is
 // more, nothing is.
 constexpr int64_t kSoonBytes = int64_t{3} << 20;
+// A linear of fewer rows is bound by memory itself.
+constexpr int64_t kSoonRows = 5;
 
 }  // namespace
 
@@ -32,20 +34,26 @@ const std::vector<Soon::Piece>& Program::read_soon(const Instruction& i, const B
   static thread_local std::vector<Soon::Piece> pieces;
   seen.clear();
   pieces.clear();
-  if (i.reader < 0) return pieces;
+  if (i.reader < 0 || batch.tokens < kSoonRows) return pieces;
   const Instruction& reader = instructions_[static_cast<size_t>(i.reader)];
   const LayerCache& cache = caches_[static_cast<size_t>(reader.layer)];
   const int32_t* table = cache.windowed ? batch.window_table : batch.page_table;
   const int64_t size = cache.page_size, tokens = cache.heads * size;
   const int64_t bytes = tokens * cache.vector_bytes(), scales = tokens * cache.scale_bytes();
   const int64_t room = kSoonBytes * pool_->threads() / (2 * (bytes + scales));
+  const int32_t* before = nullptr;
+  int64_t known = 0;
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int32_t* pages = table + batch.table_rows[s] * batch.table_width;
     const int64_t end = batch.positions[batch.query_starts[s + 1] - 1] + 1;
     const int64_t begin = reader.window ? std::max<int64_t>(0, end - reader.window) : 0;
-    const int64_t first = begin / size, last = (end + size - 1) / size;
-    if (static_cast<int64_t>(seen.size()) + last - first > room) return pieces;
-    seen.insert(seen.end(), pages + first, pages + last);
+    for (int64_t p = begin / size; p * size < end; ++p) {
+      // Whoever has a beginning in common with the one before.
+      if (before != nullptr && p < known && before[p] == pages[p]) continue;
+      if (static_cast<int64_t>(seen.size()) == room) return pieces;
+      seen.push_back(pages[p]);
+    }
+    before = pages, known = (end + size - 1) / size;
   }
   const auto cut = [&](double share) {
     return static_cast<size_t>(share * static_cast<double>(seen.size()));

@@ -166,6 +166,18 @@ def test_the_last_token_is_computed_though_a_page_begins_with_it() -> None:
     assert sequence.cached == 4
 
 
+def test_the_page_that_a_prompt_ends_in_can_be_begun_with_too() -> None:
+    bench = Bench(size=16, budget=64)
+    bench.add(list(range(10)))
+    bench.drain()
+    prompt = [*range(9), 99, 98]
+    (sequence,) = bench.add(prompt)
+    bench.step()
+    assert sequence.cached == 8
+    bench.drain()
+    assert generated(sequence) == continuation(prompt, 4)
+
+
 def test_a_beginning_goes_with_its_page() -> None:
     bench = Bench(pages=4, size=16, budget=64)
     bench.add(list(range(20)))
