@@ -7,6 +7,7 @@ sums run in the order of the ranks, so every rank and every run gets the same bi
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ class ProcessGroup:
             f"/proc/self/fd/{place.memory}", place.ranks
         )
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks)
+        if self._ordered:
+            # Its threads have to end before the libraries do, or the process aborts as it exits.
+            atexit.register(dist.destroy_process_group)
         # Its buffers are taken now, so that whoever counts free memory counts them, too.
         device = "cuda" if backend == "nccl" else "cpu"
         dist.all_reduce(torch.zeros(1, device=device))
