@@ -176,8 +176,7 @@ class EventStream:
                 await self._produce(self._put)
             except Exception as error:  # noqa: BLE001  (told to the client, and logged if it is ours)
                 await completed(self._put(self._failed(error)))
-            if self._last:
-                await completed(self._put(self._last))
+            await completed(self._put(self._last))
             self._ended = True
             self._sending = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -51,36 +51,38 @@ class Room:
 
     def need(self, sequence: Sequence) -> tuple[int, int]:
         """Pages that are its own, those of its prompt included, and those that are to come."""
-        size = self._pool.page_size
         # What is only cached is free now, and will not be any more.
         found = (
             sequence.shared if sequence.pages else self._prefixes.known_pages(sequence, held=True)
         )
-        held = -(-len(sequence.tokens) // size)
+        held = self._pages(len(sequence.tokens))
         return held - found, max(0, self._last_pages(sequence) - held)
 
     def _own(self, sequence: Sequence) -> int:
         """Those of `need` that it has already."""
-        held = -(-len(sequence.tokens) // self._pool.page_size)
-        return min(held, len(sequence.pages)) - sequence.shared
+        return min(self._pages(len(sequence.tokens)), len(sequence.pages)) - sequence.shared
+
+    def _pages(self, length: int) -> int:
+        """Pages of so many tokens."""
+        return -(-length // self._pool.page_size)
 
     def _last_pages(self, sequence: Sequence) -> int:
         """Pages of its whole text, as long as it is expected to become."""
         length = sequence.prompt_length + self._lengths.expected(
             sequence.generated, sequence.request.max_tokens
         )
-        return -(-length // self._pool.page_size)
+        return self._pages(length)
 
     def _lacks_windows(self, sequences: List[Sequence]) -> bool:
         """Whether there are fewer window pages than sequences are going to hold together: a window
         each, and what the steps of long prompts take beyond that."""
-        windows, size = self._pool.windows, self._pool.page_size
+        windows = self._pool.windows
         if windows is None:
             return False
         held = beyond = 0
         for sequence in sequences:
             held += min(self._last_pages(sequence), windows.most)
-            beyond += max(0, -(-sequence.prompt_length // size) - windows.most)
+            beyond += max(0, self._pages(sequence.prompt_length) - windows.most)
         return held + min(beyond, windows.in_steps) > windows.total
 
     def exceeds_share(self, account: Account) -> bool:

@@ -128,7 +128,7 @@ struct Float4 {
     const int8_t* values = x.values + row * width;
     for (int64_t g = 0; g < groups; ++g) {
       ahead.step();
-      const uint8_t* bytes = data + w.bytes_at(g);
+      const uint8_t* bytes = data + Weight::bytes_at(Format::kFloat4, g);
       Ints whole[T][R];
       UNROLL for (int r = 0; r < R; ++r) {
         // What the codes' offset adds: an offset of int8 is -128 times the sum of activations.
@@ -163,7 +163,7 @@ struct Float4 {
         }
       }
       UNROLL for (int t = 0; t < T; ++t) {
-        const Floats scale = load_exponents(data + w.scales_at(g) + t * stride);
+        const Floats scale = load_exponents(data + Weight::scales_at(Format::kFloat4, g) + t * stride);
         UNROLL for (int r = 0; r < R; ++r) {
           const Floats factor = mul(scale, set1(0.5f * x.scales[(row + r) * groups + g]));
           sum[t][r] = fma(to_floats(whole[t][r]), factor, sum[t][r]);
@@ -186,7 +186,7 @@ struct EightBit {
     const int8_t* values = x.values + row * width;
     for (int64_t g = 0; g < groups; ++g) {
       ahead.step();
-      const uint8_t* bytes = data + g / 2 * kPairBytes + 64 + g % 2 * 512;
+      const uint8_t* bytes = data + Weight::bytes_at(Format::kQ8, g);
       Ints dot[T][R];
       UNROLL for (int r = 0; r < R; ++r) {
         UNROLL for (int t = 0; t < T; ++t) dot[t][r] = start_signed(x.offsets + (row + r) * groups + g);
@@ -201,7 +201,7 @@ struct EightBit {
         }
       }
       UNROLL for (int t = 0; t < T; ++t) {
-        const uint8_t* scales = data + g / 2 * kPairBytes + g % 2 * 32 + t * stride;
+        const uint8_t* scales = data + Weight::scales_at(Format::kQ8, g) + t * stride;
         const Floats scale = load_half(reinterpret_cast<const uint16_t*>(scales));
         UNROLL for (int r = 0; r < R; ++r) {
           const Floats factor = mul(scale, set1(x.scales[(row + r) * groups + g]));

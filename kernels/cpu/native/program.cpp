@@ -90,6 +90,7 @@ void Program::run(const Batch& batch) {
     throw std::invalid_argument("the step has more rows than the program's buffers");
   }
   const Pool::Awake awake(*pool_);
+  pages_read_.clear();
   for (const Instruction& instruction : instructions_) {
     if (!profiling_) {
       step(instruction, batch);

@@ -167,7 +167,10 @@ class Program {
   // Shares what an attention reads of its cache out among the linears before it.
   void plan_reading(int attention);
   // What a linear has to fetch of it.
-  const std::vector<Soon::Piece>& read_soon(const Instruction& i, const Batch& batch) const;
+  const std::vector<Soon::Piece>& read_soon(const Instruction& i, const Batch& batch);
+  // What attentions of a kind read in the step under way; listed once a step.
+  const std::vector<int32_t>& pages_read(const LayerCache& cache, int64_t window,
+                                         const Batch& batch);
   void rope_step(const Instruction& i, const Batch& batch);
   // Of the logits, in place.
   void softcap_step(const Instruction& i, int64_t rows) const;
@@ -202,6 +205,13 @@ class Program {
   std::vector<LayerStates> states_;
   std::vector<Instruction> instructions_;
   std::vector<int> linears_;  // since the last attention
+  struct PagesRead {
+    bool windowed;
+    int64_t window;
+    std::vector<int32_t> pages;
+  };
+  std::vector<PagesRead> pages_read_;
+  std::vector<Soon::Piece> soon_;
   bool profiling_ = false;
   std::array<int64_t, kOpNames.size()> nanoseconds_{};
 };

@@ -2,6 +2,7 @@
 // while a linear of several rows is bound by its products: so the linears before an attention fetch what it
 // is going to read.
 #include <algorithm>
+#include <utility>
 
 #include "program.h"
 
@@ -29,47 +30,56 @@ void Program::plan_reading(int attention) {
   linears_.clear();
 }
 
-const std::vector<Soon::Piece>& Program::read_soon(const Instruction& i, const Batch& batch) const {
-  static thread_local std::vector<int32_t> seen;
-  static thread_local std::vector<Soon::Piece> pieces;
-  seen.clear();
-  pieces.clear();
-  if (i.reader < 0 || batch.tokens < kSoonRows) return pieces;
+const std::vector<Soon::Piece>& Program::read_soon(const Instruction& i, const Batch& batch) {
+  soon_.clear();
+  if (i.reader < 0 || batch.tokens < kSoonRows) return soon_;
   const Instruction& reader = instructions_[static_cast<size_t>(i.reader)];
   const LayerCache& cache = caches_[static_cast<size_t>(reader.layer)];
-  const int32_t* table = cache.windowed ? batch.window_table : batch.page_table;
-  const int64_t size = cache.page_size, tokens = cache.heads * size;
+  const std::vector<int32_t>& pages = pages_read(cache, reader.window, batch);
+  const int64_t tokens = cache.heads * cache.page_size;
   const int64_t bytes = tokens * cache.vector_bytes(), scales = tokens * cache.scale_bytes();
-  const int64_t room = kSoonBytes * pool_->threads() / (2 * (bytes + scales));
+  const int64_t all = static_cast<int64_t>(pages.size()) * 2 * (bytes + scales);
+  if (all > kSoonBytes * pool_->threads()) return soon_;
+  const auto cut = [&](double share) {
+    return static_cast<size_t>(share * static_cast<double>(pages.size()));
+  };
+  const auto add = [&](const void* memory, int64_t page, int64_t length) {
+    const auto* first = static_cast<const uint8_t*>(memory) + page * length;
+    soon_.push_back({first, first + length});
+  };
+  for (size_t n = cut(i.soon_from); n < cut(i.soon_to); ++n) {
+    add(cache.keys, pages[n], bytes);
+    add(cache.values, pages[n], bytes);
+    if (scales == 0) continue;
+    add(cache.key_scales, pages[n], scales);
+    add(cache.value_scales, pages[n], scales);
+  }
+  return soon_;
+}
+
+const std::vector<int32_t>& Program::pages_read(const LayerCache& cache, int64_t window,
+                                                const Batch& batch) {
+  for (const PagesRead& read : pages_read_) {
+    if (read.windowed == cache.windowed && read.window == window) return read.pages;
+  }
+  std::vector<int32_t> found;
+  const int32_t* table = cache.windowed ? batch.window_table : batch.page_table;
+  const int64_t size = cache.page_size;
   const int32_t* before = nullptr;
   int64_t known = 0;
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int32_t* pages = table + batch.table_rows[s] * batch.table_width;
     const int64_t end = batch.positions[batch.query_starts[s + 1] - 1] + 1;
-    const int64_t begin = reader.window ? std::max<int64_t>(0, end - reader.window) : 0;
+    const int64_t begin = window ? std::max<int64_t>(0, end - window) : 0;
     for (int64_t p = begin / size; p * size < end; ++p) {
       // Whoever has a beginning in common with the one before.
-      if (before != nullptr && p < known && before[p] == pages[p]) continue;
-      if (static_cast<int64_t>(seen.size()) == room) return pieces;
-      seen.push_back(pages[p]);
+      if (p < known && before[p] == pages[p]) continue;
+      found.push_back(pages[p]);
     }
     before = pages, known = (end + size - 1) / size;
   }
-  const auto cut = [&](double share) {
-    return static_cast<size_t>(share * static_cast<double>(seen.size()));
-  };
-  const auto add = [&](const void* memory, int64_t page, int64_t length) {
-    const auto* first = static_cast<const uint8_t*>(memory) + page * length;
-    pieces.push_back({first, first + length});
-  };
-  for (size_t n = cut(i.soon_from); n < cut(i.soon_to); ++n) {
-    add(cache.keys, seen[n], bytes);
-    add(cache.values, seen[n], bytes);
-    if (scales == 0) continue;
-    add(cache.key_scales, seen[n], scales);
-    add(cache.value_scales, seen[n], scales);
-  }
-  return pieces;
+  pages_read_.push_back({cache.windowed, window, std::move(found)});
+  return pages_read_.back().pages;
 }
 
 }  // namespace ryzanstein
