@@ -121,6 +121,13 @@ class ServerProcess:
         assert found is not None, f"{name} is not in\n{text}"
         return float(found[1])
 
+    def wait_for_metric(self, name: str, least: float, seconds: float = 20) -> None:
+        """Wait until a sample of `/metrics` is `least` or more."""
+        end = time.monotonic() + seconds
+        while (value := self.metric(name)) < least:
+            assert time.monotonic() < end, f"{name} is {value}, not {least}, after {seconds} s"
+            time.sleep(0.005)
+
     def held(self) -> tuple[int, int]:
         """Open descriptors, and tasks of the event loop (of the mock server)."""
         descriptors = len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))

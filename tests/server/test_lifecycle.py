@@ -30,8 +30,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
     answers: list[httpx.Response] = []
     running = threading.Thread(target=lambda: answers.append(complete(server, 60)))
     running.start()
-    while server.metric("ryzanstein_requests_running") == 0:
-        time.sleep(0.01)
+    server.wait_for_metric("ryzanstein_requests_running", 1)
     server.terminate()
     while httpx.get(f"{server.url}/health/ready").status_code == 200:
         time.sleep(0.005)
@@ -57,8 +56,7 @@ def test_a_drain_has_an_end(mock_server: MockFactory) -> None:
     answers: list[httpx.Response] = []
     running = threading.Thread(target=lambda: answers.append(complete(server, 150)))
     running.start()
-    while server.metric("ryzanstein_requests_running") == 0:
-        time.sleep(0.01)
+    server.wait_for_metric("ryzanstein_requests_running", 1)
     start = time.monotonic()
     server.terminate()
     assert server.wait() == 0
@@ -71,8 +69,7 @@ def test_a_drain_has_an_end(mock_server: MockFactory) -> None:
 def test_a_second_signal_ends_the_drain(mock_server: MockFactory) -> None:
     server = mock_server(delay=0.05)
     threading.Thread(target=lambda: _ignore_end(server), daemon=True).start()
-    while server.metric("ryzanstein_requests_running") == 0:
-        time.sleep(0.01)
+    server.wait_for_metric("ryzanstein_requests_running", 1)
     start = time.monotonic()
     server.terminate()
     time.sleep(0.2)
@@ -227,11 +224,13 @@ def free_port() -> int:
 
 def test_a_full_queue_is_not_ready_for_more(mock_server: MockFactory) -> None:
     server = mock_server(delay=0.05, max_running=1, max_waiting=2)
-    threads = [threading.Thread(target=lambda: complete(server, 30)) for _ in range(3)]
-    for thread in threads:
+    threads = [threading.Thread(target=complete, args=(server, n)) for n in (60, 5, 5)]
+    threads[0].start()
+    # Three that come in one turn would all be in the queue, and the third refused.
+    server.wait_for_metric("ryzanstein_requests_running", 1)
+    for thread in threads[1:]:
         thread.start()
-    while server.metric("ryzanstein_requests_waiting") < 2:
-        time.sleep(0.005)
+    server.wait_for_metric("ryzanstein_requests_waiting", 2)
     answer = httpx.get(f"{server.url}/health/ready")
     assert (answer.status_code, answer.json()) == (503, {"status": "overloaded"})
     assert httpx.get(f"{server.url}/health/live").status_code == 200
