@@ -132,6 +132,12 @@ class NativeProgram:
         times: dict[str, int] = self._program.nanoseconds()
         return times
 
+    @property
+    def lanes(self) -> int:
+        """Among how many threads the last step was shared out by sequences; 0 if it was by ops."""
+        lanes: int = self._program.lanes
+        return lanes
+
     def _build(self, tape: Tape) -> None:
         """One call an instruction; a buffer that has been read goes to the next of its kind."""
         kinds = {

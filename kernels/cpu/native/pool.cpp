@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <algorithm>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -32,12 +34,17 @@ void futex_wake(std::atomic<uint32_t>* word) {
 
 }  // namespace
 
-Pool::Pool(int threads, uint64_t jobs) : tickets_(static_cast<size_t>(threads)), jobs_(jobs) {
+Pool::Pool(int threads, uint64_t jobs) : boards_(static_cast<size_t>(threads) + 1) {
+  for (Board& board : boards_) {
+    std::vector<Ticket> spans(&board == boards_.data() ? static_cast<size_t>(threads) : 1);
+    board.spans.swap(spans);
+    board.jobs = jobs;
+  }
   // All at once: the number of threads may not change under a worker's eyes.
   std::vector<std::thread> workers(static_cast<size_t>(threads - 1));
   workers_.swap(workers);
   try {
-    for (int i = 1; i < threads; ++i) workers_[i - 1] = std::thread([this, i] { work(i); });
+    for (int i = 1; i < threads; ++i) workers_[i - 1] = std::thread([this, i] { work(static_cast<size_t>(i)); });
   } catch (...) {
     stop();
     throw;
@@ -66,62 +73,70 @@ void Pool::end() {
   if (!workers_.empty()) awake_.fetch_add(1, std::memory_order_release);
 }
 
-void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain) {
-  call_.store(call, std::memory_order_relaxed);
-  body_.store(body, std::memory_order_relaxed);
-  count_.store(count, std::memory_order_relaxed);
-  grain_.store(grain, std::memory_order_relaxed);
-  done_.store(0, std::memory_order_relaxed);
+void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain, Board& board) {
+  board.call.store(call, std::memory_order_relaxed);
+  board.body.store(body, std::memory_order_relaxed);
+  board.count.store(count, std::memory_order_relaxed);
+  board.grain.store(grain, std::memory_order_relaxed);
+  board.done.store(0, std::memory_order_relaxed);
   // A ticket has room for 32 bits of it, and a ticket of zero means that no job is open.
-  if (static_cast<uint32_t>(++jobs_) == 0) ++jobs_;
+  if (static_cast<uint32_t>(++board.jobs) == 0) ++board.jobs;
   const int64_t pieces = (count + grain - 1) / grain;
-  for (int i = threads() - 1; i >= 0; --i) {
-    const uint64_t first = static_cast<uint64_t>(span(pieces, i));
-    tickets_[i].next.store(jobs_ << 32 | first, std::memory_order_release);
+  for (size_t i = board.spans.size(); i-- > 0;) {
+    const uint64_t first = static_cast<uint64_t>(board.first(pieces, i));
+    board.spans[i].next.store(board.jobs << 32 | first, std::memory_order_release);
   }
-  while (claim_and_run(0)) {
+  while (board.claim_and_run(0)) {
   }
-  for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
+  const bool free = &board == boards_.data();  // a lane's thread has its own work to go on with
+  for (int spins = 0; board.done.load(std::memory_order_acquire) != count; ++spins) {
+    if (free && help()) spins = 0;
     relax();
     // A worker without a core cannot finish: give it ours.
     if (spins > kSpins) sched_yield();
   }
-  for (Ticket& ticket : tickets_) ticket.next.store(0, std::memory_order_seq_cst);
+  for (Ticket& ticket : board.spans) ticket.next.store(0, std::memory_order_seq_cst);
 }
 
-// Runs the next piece, if there is one left.
-bool Pool::claim_and_run(int thread) {
-  for (int i = 0; i < threads(); ++i) {
-    if (claim_from((thread + i) % threads())) return true;
+bool Pool::Board::claim_and_run(size_t own) {
+  for (size_t i = 0; i < spans.size(); ++i) {
+    if (claim_from((own + i) % spans.size())) return true;
   }
   return false;
 }
 
-bool Pool::claim_from(int span_of) {
-  std::atomic<uint64_t>& next = tickets_[span_of].next;
+bool Pool::Board::claim_from(size_t span) {
+  std::atomic<uint64_t>& next = spans[span].next;
   uint64_t ticket = next.load(std::memory_order_acquire);
   while (ticket != 0) {
     const int64_t piece = static_cast<int64_t>(ticket & 0xffffffff);
-    const Call call = call_.load(std::memory_order_relaxed);
-    const void* body = body_.load(std::memory_order_relaxed);
-    const int64_t count = count_.load(std::memory_order_relaxed);
-    const int64_t grain = grain_.load(std::memory_order_relaxed);
-    if (piece >= span((count + grain - 1) / grain, span_of + 1)) return false;
+    const Call run = call.load(std::memory_order_relaxed);
+    const void* on = body.load(std::memory_order_relaxed);
+    const int64_t all = count.load(std::memory_order_relaxed);
+    const int64_t size = grain.load(std::memory_order_relaxed);
+    if (piece >= first((all + size - 1) / size, span + 1)) return false;
     if (next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
                                    std::memory_order_acquire)) {
-      const int64_t first = piece * grain, last = first + grain < count ? first + grain : count;
-      call(body, first, last);
-      done_.fetch_add(last - first, std::memory_order_release);
+      const int64_t begin = piece * size, end = std::min(begin + size, all);
+      run(on, begin, end);
+      done.fetch_add(end - begin, std::memory_order_release);
       return true;
     }
   }
   return false;
 }
 
-void Pool::work(int thread) {
+bool Pool::help() {
+  for (size_t i = 1; i < boards_.size(); ++i) {
+    if (boards_[i].claim_and_run(0)) return true;
+  }
+  return false;
+}
+
+void Pool::work(size_t thread) {
   for (int spins = 0;; ++spins) {
     if (stop_.load(std::memory_order_relaxed)) return;
-    if (claim_and_run(thread)) {
+    if (boards_[0].claim_and_run(thread) || help()) {
       spins = 0;
       continue;
     }

@@ -17,6 +17,8 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
+  static constexpr int kNoLane = -1;
+
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // While one of these lives the workers stay awake, so that `run` costs well under a microsecond.
@@ -36,8 +38,12 @@ class Pool {
   // wrote; done with that, it takes pieces of the others' spans. Only pieces are waited for, never
   // threads: one that the system has put aside delays at most the piece that it holds.
   // A body may not throw.
+  //
+  // A piece may itself be a lane: a long piece of work that runs jobs of its own, under a number from
+  // [0, threads()) that no other has. Its thread does them alone, as long as all are busy; whoever has
+  // nothing else to do takes pieces of lanes.
   template <typename Body>
-  void run(int64_t count, int64_t grain, const Body& body) {
+  void run(int64_t count, int64_t grain, const Body& body, int lane = kNoLane) {
     if (count <= grain || workers_.empty()) {
       if (count > 0) body(int64_t{0}, count);
       return;
@@ -46,7 +52,7 @@ class Pool {
         [](const void* raw, int64_t first, int64_t last) noexcept {
           (*static_cast<const Body*>(raw))(first, last);
         },
-        &body, count, grain);
+        &body, count, grain, boards_[static_cast<size_t>(lane + 1)]);
   }
 
  private:
@@ -57,25 +63,36 @@ class Pool {
     std::atomic<uint64_t> next{0};
   };
 
+  // Where a job is put up: one board for those of all threads, with a span for each, and one for each
+  // lane. A thread reads what the job is between loading a ticket and claiming from it; if the claim
+  // succeeds the ticket has not changed, so what was read belongs to it.
+  struct Board {
+    std::vector<Ticket> spans;
+    std::atomic<Call> call{nullptr};
+    std::atomic<const void*> body{nullptr};
+    std::atomic<int64_t> count{0}, grain{1};
+    uint64_t jobs = 0;
+    alignas(64) std::atomic<int64_t> done{0};
+
+    // The first piece of a span; that of `spans.size()` is the number of pieces.
+    int64_t first(int64_t pieces, size_t span) const {
+      return pieces * static_cast<int64_t>(span) / static_cast<int64_t>(spans.size());
+    }
+    // Runs the next piece, of span `own` first; false if none is left.
+    bool claim_and_run(size_t own);
+    bool claim_from(size_t span);
+  };
+
   void begin();
   void end();
   void stop();
-  void dispatch(Call call, const void* body, int64_t count, int64_t grain);
-  // The first piece of a span; that of `threads()` is the number of pieces.
-  int64_t span(int64_t pieces, int thread) const { return pieces * thread / threads(); }
-  bool claim_and_run(int thread);
-  bool claim_from(int span_of);
-  void work(int thread);
+  void dispatch(Call call, const void* body, int64_t count, int64_t grain, Board& board);
+  // Runs a piece of any lane.
+  bool help();
+  void work(size_t thread);
 
   std::vector<std::thread> workers_;
-  std::vector<Ticket> tickets_;
-  // The job under way. A worker reads these between loading a ticket and claiming from it; if the
-  // claim succeeds the ticket has not changed, so what was read belongs to it.
-  std::atomic<Call> call_{nullptr};
-  std::atomic<const void*> body_{nullptr};
-  std::atomic<int64_t> count_{0}, grain_{1};
-  uint64_t jobs_;
-  alignas(64) std::atomic<int64_t> done_{0};
+  std::vector<Board> boards_;
   alignas(64) std::atomic<uint32_t> awake_{0};
   std::atomic<bool> stop_{false};
 };

@@ -37,7 +37,8 @@ Program::Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max
     : pool_(std::move(pool)),
       kernels_(*kernels),
       max_rows_(max_rows),
-      exchange_(std::move(exchange)) {}
+      exchange_(std::move(exchange)),
+      readings_(static_cast<size_t>(pool_->threads()) + 1) {}
 
 int Program::add_buffer(int64_t width, bool floats, bool groups, bool whole, bool bf16,
                         int64_t times) {
@@ -90,8 +91,12 @@ void Program::run(const Batch& batch) {
     throw std::invalid_argument("the step has more rows than the program's buffers");
   }
   const Pool::Awake awake(*pool_);
-  pages_read_.clear();
-  for (const Instruction& instruction : instructions_) {
+  for (Reading& reading : readings_) reading.pages.clear();
+  const std::vector<Batch> lanes = lanes_of(batch);
+  lanes_ = static_cast<int>(lanes.size());
+  run_lanes(lanes);
+  for (size_t n = lanes.empty() ? 0 : lane_end_; n < instructions_.size(); ++n) {
+    const Instruction& instruction = instructions_[n];
     if (!profiling_) {
       step(instruction, batch);
       continue;
@@ -126,13 +131,13 @@ void Program::step(const Instruction& i, const Batch& batch) {
     case Op::kShortConv: return short_conv_step(i, batch);
     case Op::kExperts: return experts_step(i, rows_of(i.in, batch));
     case Op::kAllReduce:
-    case Op::kAllGather: return collective_step(i, rows_of(i.in, batch));
+    case Op::kAllGather: return collective_step(i, rows_of(i.in, batch), batch);
     default: break;
   }
   const Value& out = values_[i.out];
   const Value* in = i.in >= 0 ? &values_[i.in] : nullptr;
   const int64_t rows = rows_of(i.out, batch), width = out.width;
-  pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
+  share_out(batch, batch.first_token, rows, kRowGrain, [&](int64_t first, int64_t last) {
     float* row_values = scratch(width);
     for (int64_t row = first; row < last; ++row) {
       const float* x = in ? in->floats.get() + row * in->width : nullptr;
@@ -192,28 +197,29 @@ void Program::step(const Instruction& i, const Batch& batch) {
 }
 
 void Program::linear_step(const Instruction& i, int64_t rows, const Batch& batch) {
-  if (rows == 0) return;
+  const int64_t begin = batch.first_token, most = rows - begin;
+  if (most == 0) return;
   const Weight& weight = *i.weight;
   float* out = i.target ? i.target : values_[i.out].floats.get();
   const Activations x = values_[i.in].activations();
   // Many rows are shared out by rows, so that what a thread wrote is what it reads next; few rows by
   // outputs, so that every weight is read once.
-  const int64_t threads = pool_->threads();
-  const int64_t blocks = rows >= kSplitRows * threads ? threads : 1;
+  const int64_t threads = batch.lane < 0 ? pool_->threads() : 1;
+  const int64_t blocks = most >= kSplitRows * threads ? threads : 1;
   // Several pieces a thread, but none so small that fetching it costs more than computing it.
-  const int64_t least = std::max<int64_t>(1, 8 * blocks / rows);
+  const int64_t least = std::max<int64_t>(1, 8 * blocks / most);
   // Even, since a pass may cover two tiles.
   const int64_t grain = (std::max(least, weight.tiles() * blocks / (threads * 8)) + 1) / 2 * 2;
   const int64_t pieces = (weight.tiles() + grain - 1) / grain;
   const std::vector<Soon::Piece>& cached = read_soon(i, batch);
   const int64_t count = static_cast<int64_t>(cached.size()), jobs = blocks * pieces;
-  pool_->run(jobs, 1, [&](int64_t first, int64_t last) {
+  share_out(batch, 0, jobs, 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
       // The same share of it as of the work, since a thread attends to the same share of the sequences.
-      const int64_t begin = count * n / jobs;
-      const Soon soon{cached.data() + begin, count * (n + 1) / jobs - begin};
+      const int64_t fetched = count * n / jobs;
+      const Soon soon{cached.data() + fetched, count * (n + 1) / jobs - fetched};
       const int64_t block = n / pieces, tile = n % pieces * grain;
-      const int64_t row = rows * block / blocks, end = rows * (block + 1) / blocks;
+      const int64_t row = begin + most * block / blocks, end = begin + most * (block + 1) / blocks;
       kernels_.matmul(weight, x, row, end - row, i.vector, out, tile,
                       std::min(tile + grain, weight.tiles()), soon);
     }
@@ -226,7 +232,7 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
   const LayerCache& cache = caches_[i.layer];
   const int64_t* slots = cache.windowed ? batch.window_slots : batch.kv_slots;
   const int64_t dim = cache.dim, half = dim / 2;
-  pool_->run(batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
+  share_out(batch, batch.first_token, batch.tokens, kRowGrain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       float* head = in.floats.get() + row * in.width;
       const float* cosine = i.cosine + batch.positions[row] * half;
@@ -279,13 +285,13 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
   };
   static thread_local std::vector<Task> tasks;
   tasks.clear();
-  for (int64_t s = 0; s < batch.sequences; ++s) {
+  for (int64_t s = batch.first_sequence; s < batch.sequences; ++s) {
     for (int64_t t = batch.query_starts[s]; t < batch.query_starts[s + 1]; t += tokens_a_task) {
       tasks.push_back({s, t, std::min<int64_t>(tokens_a_task, batch.query_starts[s + 1] - t)});
     }
   }
   const std::vector<Task>& list = tasks;
-  pool_->run(static_cast<int64_t>(list.size()) * cache.heads, 1, [&](int64_t first, int64_t last) {
+  share_out(batch, 0, static_cast<int64_t>(list.size()) * cache.heads, 1, [&](int64_t first, int64_t last) {
     const float* queries[kQueryRows];
     int64_t positions[kQueryRows];
     float sinks[kQueryRows];
@@ -310,10 +316,10 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
       }
     }
   });
-  make_forms(out, batch.tokens);
+  make_forms(out, batch.tokens, batch);
 }
 
-void Program::collective_step(const Instruction& i, int64_t rows) {
+void Program::collective_step(const Instruction& i, int64_t rows, const Batch& batch) {
   const Value& in = values_[i.in];
   float* out = i.target ? i.target : values_[i.out].floats.get();
   if (i.op == Op::kAllReduce) {
@@ -321,12 +327,12 @@ void Program::collective_step(const Instruction& i, int64_t rows) {
   } else {
     exchange_->gather(*pool_, in.floats.get(), rows, i.widths, out);
   }
-  if (i.out >= 0) make_forms(values_[i.out], rows);
+  if (i.out >= 0) make_forms(values_[i.out], rows, batch);
 }
 
-void Program::make_forms(const Value& value, int64_t rows) const {
+void Program::make_forms(const Value& value, int64_t rows, const Batch& batch) const {
   if (!value.values && !value.row_values && !value.bf16) return;
-  pool_->run(rows, kRowGrain, [&](int64_t first, int64_t last) {
+  share_out(batch, batch.first_token, rows, kRowGrain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const float* floats = value.floats.get() + row * value.width;
       kernels_.store_forms(floats, value.width, row, value.activations());

@@ -31,21 +31,22 @@ void Program::plan_reading(int attention) {
 }
 
 const std::vector<Soon::Piece>& Program::read_soon(const Instruction& i, const Batch& batch) {
-  soon_.clear();
-  if (i.reader < 0 || batch.tokens < kSoonRows) return soon_;
+  std::vector<Soon::Piece>& soon = reading(batch).soon;
+  soon.clear();
+  if (i.reader < 0 || batch.tokens - batch.first_token < kSoonRows) return soon;
   const Instruction& reader = instructions_[static_cast<size_t>(i.reader)];
   const LayerCache& cache = caches_[static_cast<size_t>(reader.layer)];
   const std::vector<int32_t>& pages = pages_read(cache, reader.window, batch);
   const int64_t tokens = cache.heads * cache.page_size;
   const int64_t bytes = tokens * cache.vector_bytes(), scales = tokens * cache.scale_bytes();
   const int64_t all = static_cast<int64_t>(pages.size()) * 2 * (bytes + scales);
-  if (all > kSoonBytes * pool_->threads()) return soon_;
+  if (all > kSoonBytes * (batch.lane < 0 ? pool_->threads() : 1)) return soon;
   const auto cut = [&](double share) {
     return static_cast<size_t>(share * static_cast<double>(pages.size()));
   };
   const auto add = [&](const void* memory, int64_t page, int64_t length) {
     const auto* first = static_cast<const uint8_t*>(memory) + page * length;
-    soon_.push_back({first, first + length});
+    soon.push_back({first, first + length});
   };
   for (size_t n = cut(i.soon_from); n < cut(i.soon_to); ++n) {
     add(cache.keys, pages[n], bytes);
@@ -54,12 +55,13 @@ const std::vector<Soon::Piece>& Program::read_soon(const Instruction& i, const B
     add(cache.key_scales, pages[n], scales);
     add(cache.value_scales, pages[n], scales);
   }
-  return soon_;
+  return soon;
 }
 
 const std::vector<int32_t>& Program::pages_read(const LayerCache& cache, int64_t window,
                                                 const Batch& batch) {
-  for (const PagesRead& read : pages_read_) {
+  std::vector<PagesRead>& listed = reading(batch).pages;
+  for (const PagesRead& read : listed) {
     if (read.windowed == cache.windowed && read.window == window) return read.pages;
   }
   std::vector<int32_t> found;
@@ -67,7 +69,7 @@ const std::vector<int32_t>& Program::pages_read(const LayerCache& cache, int64_t
   const int64_t size = cache.page_size;
   const int32_t* before = nullptr;
   int64_t known = 0;
-  for (int64_t s = 0; s < batch.sequences; ++s) {
+  for (int64_t s = batch.first_sequence; s < batch.sequences; ++s) {
     const int32_t* pages = table + batch.table_rows[s] * batch.table_width;
     const int64_t end = batch.positions[batch.query_starts[s + 1] - 1] + 1;
     const int64_t begin = window ? std::max<int64_t>(0, end - window) : 0;
@@ -78,8 +80,8 @@ const std::vector<int32_t>& Program::pages_read(const LayerCache& cache, int64_t
     }
     before = pages, known = (end + size - 1) / size;
   }
-  pages_read_.push_back({cache.windowed, window, std::move(found)});
-  return pages_read_.back().pages;
+  listed.push_back({cache.windowed, window, std::move(found)});
+  return listed.back().pages;
 }
 
 }  // namespace ryzanstein

@@ -159,7 +159,7 @@ void Program::delta_step(const Instruction& i, const Batch& batch) {
   pool_->run(batch.sequences, 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) keep_inputs(s, values_[i.in], batch, n);
   });
-  make_forms(values_[i.out], batch.tokens);
+  make_forms(values_[i.out], batch.tokens, batch);
 }
 
 void Program::short_conv_step(const Instruction& i, const Batch& batch) {
