@@ -44,8 +44,8 @@ T = TypeVar("T")
 # Longer prompts than this are tokenized on another thread.
 LONG_TEXT = 16_384
 UPKEEP_SECONDS = 1.0
-# How far off a step's predicted end may be.
-LEAD_SHARE = 0.1
+# How far off a step's predicted end may be: a tenth, or of a short one a quarter, up to a tick.
+LEAD_SHARE, SHORT_SHARE, TICK_SECONDS = 0.1, 0.25, 0.005
 
 
 class AsyncEngine:
@@ -351,9 +351,9 @@ class AsyncEngine:
         plan, begun = self._flying[0]
         if self._look_ahead and len(self._flying) == 1:
             # As late as it can be, so that arrivals and aborts are in it.
-            expected = begun + plan.predicted
-            lead = self.parts.stepper.lead + LEAD_SHARE * plan.predicted
-            await self._step_end(expected - lead)
+            expected = plan.predicted
+            doubt = max(LEAD_SHARE * expected, min(SHORT_SHARE * expected, TICK_SECONDS))
+            await self._step_end(begun + expected - doubt - self.parts.stepper.lead)
             if not self.parts.stepper.ready():
                 self._submit()
         await self._step_end()

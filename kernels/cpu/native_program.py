@@ -133,10 +133,10 @@ class NativeProgram:
         return times
 
     @property
-    def lanes(self) -> int:
+    def strands(self) -> int:
         """Among how many threads the last step was shared out by sequences; 0 if it was by ops."""
-        lanes: int = self._program.lanes
-        return lanes
+        strands: int = self._program.strands
+        return strands
 
     def _build(self, tape: Tape) -> None:
         """One call an instruction; a buffer that has been read goes to the next of its kind."""

@@ -335,7 +335,7 @@ NB_MODULE(_native, m) {
            },
            "op"_a, "given"_a)
       .def("profile", &Program::profile)
-      .def_prop_ro("lanes", &Program::lanes)
+      .def_prop_ro("strands", &Program::strands)
       .def("nanoseconds",
            [](const Program& p) {
              nb::dict result;

@@ -16,6 +16,9 @@ namespace {
 // Spins between looks at a flag before giving the core away; about 20 microseconds.
 constexpr int kSpins = 2000;
 
+// Jobs that are put up before workers are missed; some 100 microseconds, twice what waking one takes.
+constexpr int kPatience = 4;
+
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -34,7 +37,8 @@ void futex_wake(std::atomic<uint32_t>* word) {
 
 }  // namespace
 
-Pool::Pool(int threads, uint64_t jobs) : boards_(static_cast<size_t>(threads) + 1) {
+Pool::Pool(int threads, uint64_t jobs)
+    : boards_(static_cast<size_t>(threads) + 1), places_(static_cast<size_t>(threads)) {
   for (Board& board : boards_) {
     std::vector<Ticket> spans(&board == boards_.data() ? static_cast<size_t>(threads) : 1);
     board.spans.swap(spans);
@@ -66,6 +70,8 @@ void Pool::stop() {
 void Pool::begin() {
   if (workers_.empty()) return;
   awake_.fetch_add(1, std::memory_order_release);
+  places_[0].core.store(sched_getcpu(), std::memory_order_relaxed);
+  looks_ = 0;
   futex_wake(&awake_);
 }
 
@@ -74,6 +80,7 @@ void Pool::end() {
 }
 
 void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain, Board& board) {
+  settle(caller());
   board.call.store(call, std::memory_order_relaxed);
   board.body.store(body, std::memory_order_relaxed);
   board.count.store(count, std::memory_order_relaxed);
@@ -88,7 +95,7 @@ void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain, B
   }
   while (board.claim_and_run(0)) {
   }
-  const bool free = &board == boards_.data();  // a lane's thread has its own work to go on with
+  const bool free = &board == boards_.data();  // a strand's thread has its own work to go on with
   for (int spins = 0; board.done.load(std::memory_order_acquire) != count; ++spins) {
     if (free && help()) spins = 0;
     relax();
@@ -133,6 +140,51 @@ bool Pool::help() {
   return false;
 }
 
+size_t Pool::caller() const {
+  const std::thread::id here = std::this_thread::get_id();
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    if (workers_[i].get_id() == here) return i + 1;
+  }
+  return 0;
+}
+
+void Pool::settle(size_t thread) {
+  const int core = sched_getcpu();
+  places_[thread].core.store(core, std::memory_order_relaxed);
+  if (thread == 0) {
+    if (++looks_ == kPatience && !all_came()) sched_yield();
+    return;
+  }
+  const uint32_t step = awake_.load(std::memory_order_relaxed);
+  if (places_[thread].moved == step) return;
+  for (size_t other = 0; other < thread; ++other) {
+    if (places_[other].core.load(std::memory_order_relaxed) != core) continue;
+    places_[thread].moved = step;
+    leave_core(thread);
+    places_[thread].core.store(sched_getcpu(), std::memory_order_relaxed);
+    return;
+  }
+}
+
+void Pool::leave_core(size_t thread) const {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;  // more cores than it has room for
+  cpu_set_t others = allowed;
+  for (size_t other = 0; other < places_.size(); ++other) {
+    const int core = places_[other].core.load(std::memory_order_relaxed);
+    if (other != thread && core >= 0 && core < CPU_SETSIZE) CPU_CLR(core, &others);
+  }
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return;
+  sched_setaffinity(0, sizeof(allowed), &allowed);
+}
+
+bool Pool::all_came() const {
+  for (size_t thread = 1; thread < places_.size(); ++thread) {
+    if (places_[thread].core.load(std::memory_order_relaxed) == kAsleep) return false;
+  }
+  return true;
+}
+
 void Pool::work(size_t thread) {
   for (int spins = 0;; ++spins) {
     if (stop_.load(std::memory_order_relaxed)) return;
@@ -145,8 +197,11 @@ void Pool::work(size_t thread) {
     spins = 0;
     const uint32_t awake = awake_.load(std::memory_order_acquire);
     if (awake % 2 == 0) {
+      places_[thread].core.store(kAsleep, std::memory_order_relaxed);
       futex_wait(&awake_, awake);
+      settle(thread);
     } else {
+      settle(thread);
       sched_yield();
     }
   }

@@ -17,7 +17,7 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  static constexpr int kNoLane = -1;
+  static constexpr int kNoStrand = -1;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -39,11 +39,11 @@ class Pool {
   // threads: one that the system has put aside delays at most the piece that it holds.
   // A body may not throw.
   //
-  // A piece may itself be a lane: a long piece of work that runs jobs of its own, under a number from
+  // A piece may itself be a strand: a long piece of work that runs jobs of its own, under a number from
   // [0, threads()) that no other has. Its thread does them alone, as long as all are busy; whoever has
-  // nothing else to do takes pieces of lanes.
+  // nothing else to do takes pieces of strands.
   template <typename Body>
-  void run(int64_t count, int64_t grain, const Body& body, int lane = kNoLane) {
+  void run(int64_t count, int64_t grain, const Body& body, int strand = kNoStrand) {
     if (count <= grain || workers_.empty()) {
       if (count > 0) body(int64_t{0}, count);
       return;
@@ -52,7 +52,7 @@ class Pool {
         [](const void* raw, int64_t first, int64_t last) noexcept {
           (*static_cast<const Body*>(raw))(first, last);
         },
-        &body, count, grain, boards_[static_cast<size_t>(lane + 1)]);
+        &body, count, grain, boards_[static_cast<size_t>(strand + 1)]);
   }
 
  private:
@@ -64,7 +64,7 @@ class Pool {
   };
 
   // Where a job is put up: one board for those of all threads, with a span for each, and one for each
-  // lane. A thread reads what the job is between loading a ticket and claiming from it; if the claim
+  // strand. A thread reads what the job is between loading a ticket and claiming from it; if the claim
   // succeeds the ticket has not changed, so what was read belongs to it.
   struct Board {
     std::vector<Ticket> spans;
@@ -87,12 +87,28 @@ class Pool {
   void end();
   void stop();
   void dispatch(Call call, const void* body, int64_t count, int64_t grain, Board& board);
-  // Runs a piece of any lane.
+  // Runs a piece of any strand.
   bool help();
+  // A system may put two of the threads on one core while another is free, for a tick or two: so a worker
+  // that finds itself where another thread is goes elsewhere, once a step, and the caller lets those run
+  // that have not come.
+  void settle(size_t thread);
+  // Which of the threads calls this; whoever is no worker is the first.
+  size_t caller() const;
+  void leave_core(size_t thread) const;
+  bool all_came() const;
   void work(size_t thread);
 
   std::vector<std::thread> workers_;
   std::vector<Board> boards_;
+  // The core that each thread was last seen on; none while it sleeps.
+  struct alignas(64) Place {
+    std::atomic<int> core{kAsleep};
+    uint32_t moved = 0;  // the step in which it last went elsewhere
+  };
+  static constexpr int kAsleep = -1;
+  std::vector<Place> places_;
+  int looks_ = 0;  // how often the caller has looked for others in this step
   alignas(64) std::atomic<uint32_t> awake_{0};
   std::atomic<bool> stop_{false};
 };

@@ -92,10 +92,10 @@ void Program::run(const Batch& batch) {
   }
   const Pool::Awake awake(*pool_);
   for (Reading& reading : readings_) reading.pages.clear();
-  const std::vector<Batch> lanes = lanes_of(batch);
-  lanes_ = static_cast<int>(lanes.size());
-  run_lanes(lanes);
-  for (size_t n = lanes.empty() ? 0 : lane_end_; n < instructions_.size(); ++n) {
+  const std::vector<Batch> strands = strands_of(batch);
+  strands_ = static_cast<int>(strands.size());
+  run_strands(strands);
+  for (size_t n = strands.empty() ? 0 : strand_end_; n < instructions_.size(); ++n) {
     const Instruction& instruction = instructions_[n];
     if (!profiling_) {
       step(instruction, batch);
@@ -204,7 +204,7 @@ void Program::linear_step(const Instruction& i, int64_t rows, const Batch& batch
   const Activations x = values_[i.in].activations();
   // Many rows are shared out by rows, so that what a thread wrote is what it reads next; few rows by
   // outputs, so that every weight is read once.
-  const int64_t threads = batch.lane < 0 ? pool_->threads() : 1;
+  const int64_t threads = batch.strand < 0 ? pool_->threads() : 1;
   const int64_t blocks = most >= kSplitRows * threads ? threads : 1;
   // Several pieces a thread, but none so small that fetching it costs more than computing it.
   const int64_t least = std::max<int64_t>(1, 8 * blocks / most);

@@ -34,9 +34,9 @@ struct Batch {
   const int32_t* kept_at;
   const int64_t* window_slots;  // null where all layers share their pages
   const int32_t* window_table;
-  // Of a lane: where its rows and chunks begin; `tokens` and `sequences` are where they end.
+  // Of a strand: where its rows and chunks begin; `tokens` and `sequences` are where they end.
   int64_t first_token = 0, first_sequence = 0;
-  int lane = Pool::kNoLane;
+  int strand = Pool::kNoStrand;
 };
 
 enum class Op {
@@ -142,8 +142,8 @@ class Program {
 
   void run(const Batch& batch);
 
-  // Among how many lanes the last step was shared out; 0 if it was not. Not while profiling.
-  int lanes() const { return lanes_; }
+  // Among how many strands the last step was shared out; 0 if it was not. Not while profiling.
+  int strands() const { return strands_; }
 
   // Nanoseconds spent in each kind of instruction since profiling began.
   void profile(bool on) {
@@ -179,19 +179,19 @@ class Program {
     std::vector<Soon::Piece> soon;
   };
 
-  // The step's lanes: a share of its sequences for each thread, whose rows it takes through the layers by
+  // The step's strands: a share of its sequences for each thread, whose rows it takes through the layers by
   // itself. None where that would not pay.
-  std::vector<Batch> lanes_of(const Batch& batch);
-  void run_lanes(const std::vector<Batch>& lanes);
-  // Finds out what lanes run, and what it costs.
-  void plan_lanes();
+  std::vector<Batch> strands_of(const Batch& batch);
+  void run_strands(const std::vector<Batch>& strands);
+  // Finds out what strands run, and what it costs.
+  void plan_strands();
   // Nanoseconds of a sequence's chunk, roughly.
   double cost_of(const Batch& batch, int64_t sequence) const;
   void step(const Instruction& i, const Batch& batch);
   void linear_step(const Instruction& i, int64_t rows, const Batch& batch);
   // Shares what an attention reads of its cache out among the linears before it.
   void plan_reading(int attention);
-  Reading& reading(const Batch& batch) { return readings_[static_cast<size_t>(batch.lane + 1)]; }
+  Reading& reading(const Batch& batch) { return readings_[static_cast<size_t>(batch.strand + 1)]; }
   // What a linear has to fetch of it.
   const std::vector<Soon::Piece>& read_soon(const Instruction& i, const Batch& batch);
   // What attentions of a kind read in the step under way; listed once a step.
@@ -221,11 +221,11 @@ class Program {
   // Finishes a row that was computed into `row_values`: stores it in every form of `value`.
   void store_row(const Value& value, int64_t row, const float* row_values) const;
   int64_t rows_of(int value, const Batch& batch) const;
-  // Calls body(first, last) for pieces of [begin, end), `grain` at a time, in the batch's lane if it is one.
+  // Calls body(first, last) for pieces of [begin, end), `grain` at a time, in the batch's strand if it is one.
   template <typename Body>
   void share_out(const Batch& batch, int64_t begin, int64_t end, int64_t grain, const Body& body) const {
     pool_->run(end - begin, grain,
-               [&](int64_t first, int64_t last) { body(begin + first, begin + last); }, batch.lane);
+               [&](int64_t first, int64_t last) { body(begin + first, begin + last); }, batch.strand);
   }
 
   std::shared_ptr<Pool> pool_;
@@ -238,12 +238,12 @@ class Program {
   std::vector<Instruction> instructions_;
   // The first instructions, whose rows need nothing of other rows but from the cache, or 0; what a row costs
   // there, and a token that attentions with a window read. Known from the first step on.
-  size_t lane_end_ = 0;
-  int lanes_ = 0;
+  size_t strand_end_ = 0;
+  int strands_ = 0;
   double row_cost_ = 0.0;
   std::vector<std::pair<int64_t, double>> read_costs_;
   std::vector<int> linears_;  // since the last attention
-  std::vector<Reading> readings_;  // of all threads, then of each lane
+  std::vector<Reading> readings_;  // of all threads, then of each strand
   bool profiling_ = false;
   std::array<int64_t, kOpNames.size()> nanoseconds_{};
 };

@@ -13,12 +13,12 @@ namespace {
 // nanosecond. Roughly, since whoever is done first helps.
 constexpr double kProducts = 150.0, kReads = 20.0;
 
-// How much more than its share the largest lane may be.
+// How much more than its share the largest strand may be.
 constexpr double kLargest = 1.4;
 
-// Rows a thread from which lanes pay, measured with two threads: each reads all weights, which costs more the
+// Rows a thread from which strands pay, measured with two threads: each reads all weights, which costs more the
 // more of them there are.
-constexpr int64_t lane_rows(int64_t threads) { return threads > 2 ? 24 : 6; }
+constexpr int64_t strand_rows(int64_t threads) { return threads > 2 ? 24 : 6; }
 
 bool rows_alone(Op op) {
   switch (op) {
@@ -37,13 +37,13 @@ bool rows_alone(Op op) {
 
 }  // namespace
 
-void Program::plan_lanes() {
-  while (lane_end_ < instructions_.size() && rows_alone(instructions_[lane_end_].op)) ++lane_end_;
+void Program::plan_strands() {
+  while (strand_end_ < instructions_.size() && rows_alone(instructions_[strand_end_].op)) ++strand_end_;
   // The rows that are asked for go on from there by themselves, shared out by outputs.
-  const bool whole = lane_end_ < instructions_.size() && instructions_[lane_end_].op == Op::kSelectRows;
-  if (!whole) lane_end_ = 0;
+  const bool whole = strand_end_ < instructions_.size() && instructions_[strand_end_].op == Op::kSelectRows;
+  if (!whole) strand_end_ = 0;
   row_cost_ = 1.0;
-  for (size_t n = 0; n < lane_end_; ++n) {
+  for (size_t n = 0; n < strand_end_; ++n) {
     const Instruction& i = instructions_[n];
     if (i.op == Op::kLinear) row_cost_ += static_cast<double>(i.weight->rows * i.weight->columns) / kProducts;
     if (i.op != Op::kAttention) continue;
@@ -65,28 +65,28 @@ double Program::cost_of(const Batch& batch, int64_t sequence) const {
   return cost;
 }
 
-std::vector<Batch> Program::lanes_of(const Batch& batch) {
+std::vector<Batch> Program::strands_of(const Batch& batch) {
   const int64_t threads = pool_->threads();
-  if (row_cost_ == 0.0) plan_lanes();
-  if (threads == 1 || lane_end_ == 0 || profiling_) return {};
-  if (batch.tokens < lane_rows(threads) * threads || batch.sequences < threads) return {};
+  if (row_cost_ == 0.0) plan_strands();
+  if (threads == 1 || strand_end_ == 0 || profiling_) return {};
+  if (batch.tokens < strand_rows(threads) * threads || batch.sequences < threads) return {};
   double all = 0.0;
   for (int64_t s = 0; s < batch.sequences; ++s) all += cost_of(batch, s);
   const double share = all / static_cast<double>(threads);
-  std::vector<Batch> lanes(static_cast<size_t>(threads), batch);
+  std::vector<Batch> strands(static_cast<size_t>(threads), batch);
   double sum = 0.0, begun = 0.0;
   int64_t s = 0;
-  for (int lane = 0; lane < threads; ++lane) {
-    Batch& mine = lanes[static_cast<size_t>(lane)];
-    mine.lane = lane;
+  for (int strand = 0; strand < threads; ++strand) {
+    Batch& mine = strands[static_cast<size_t>(strand)];
+    mine.strand = strand;
     mine.first_sequence = s;
     mine.first_token = batch.query_starts[s];
-    const bool last = lane + 1 == threads;
+    const bool last = strand + 1 == threads;
     for (; s < batch.sequences; ++s) {
       const double cost = cost_of(batch, s);
       // Chunks of one sequence read what those before them write.
       const bool begins = s == 0 || batch.table_rows[s] != batch.table_rows[s - 1];
-      if (!last && begins && sum + cost / 2 > share * (lane + 1)) break;
+      if (!last && begins && sum + cost / 2 > share * (strand + 1)) break;
       sum += cost;
     }
     if (s == mine.first_sequence || sum - begun > kLargest * share) return {};
@@ -94,18 +94,18 @@ std::vector<Batch> Program::lanes_of(const Batch& batch) {
     mine.sequences = s;
     mine.tokens = batch.query_starts[s];
   }
-  return lanes;
+  return strands;
 }
 
-void Program::run_lanes(const std::vector<Batch>& lanes) {
-  std::vector<std::exception_ptr> failed(lanes.size());
-  pool_->run(static_cast<int64_t>(lanes.size()), 1, [&](int64_t first, int64_t last) {
+void Program::run_strands(const std::vector<Batch>& strands) {
+  std::vector<std::exception_ptr> failed(strands.size());
+  pool_->run(static_cast<int64_t>(strands.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
-      const size_t lane = static_cast<size_t>(n);
+      const size_t strand = static_cast<size_t>(n);
       try {
-        for (size_t k = 0; k < lane_end_; ++k) step(instructions_[k], lanes[lane]);
+        for (size_t k = 0; k < strand_end_; ++k) step(instructions_[k], strands[strand]);
       } catch (...) {
-        failed[lane] = std::current_exception();
+        failed[strand] = std::current_exception();
       }
     }
   });

@@ -55,18 +55,18 @@ def test_shares_of_two_threads_give_the_bits_of_one(tmp_path: Path, cache: str) 
     company.step([9] * 16)
     for _ in range(10):
         company.step([1] * 16)
-        assert company.program.lanes == 2
+        assert company.program.strands == 2
     company.step([1] * 15 + [16])
     company.step([0, 1, 1, 8, 5] + [1] * 8 + [3, 0, 2])
-    assert company.program.lanes == 2
+    assert company.program.strands == 2
 
 
 def test_three_threads_share_as_well(tmp_path: Path) -> None:
     company = Company(model(tmp_path), 24, 3)
     company.step([3] * 24)
-    assert company.program.lanes == 3
+    assert company.program.strands == 3
     company.step([2] * 12 + [5] * 12)
-    assert company.program.lanes == 3
+    assert company.program.strands == 3
 
 
 def test_windows_and_float_weights_are_shared_out_alike(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_windows_and_float_weights_are_shared_out_alike(tmp_path: Path) -> None:
     company.step([2] * 16)
     for _ in range(3):
         company.step([1, 10] * 8)
-        assert company.program.lanes == 2
+        assert company.program.strands == 2
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_steps_that_cannot_be_shared_evenly_are_shared_by_ops(
 ) -> None:
     company = Company(model(tmp_path), len(counts), 2)
     company.step(counts)
-    assert company.program.lanes == 0
+    assert company.program.strands == 0
 
 
 def of_one_sequence(program: NativeProgram, batch: Batch) -> torch.Tensor:
@@ -102,15 +102,15 @@ def test_chunks_of_one_sequence_stay_together(tmp_path: Path) -> None:
     batch = chunks_batch([tokens[:10], tokens[10:]], [0, 10], table, SIZE)
     program, alone = program_of(path, threads=2)[0], program_of(path, threads=1)[0]
     assert torch.equal(of_one_sequence(program, batch), of_one_sequence(alone, batch))
-    assert program.lanes == 0
+    assert program.strands == 0
 
 
 def test_a_profile_times_ops_one_by_one(tmp_path: Path) -> None:
     company = Company(model(tmp_path), 16, 2)
     company.program.profile(True)
     company.step([1] * 16)
-    assert company.program.lanes == 0
+    assert company.program.strands == 0
     assert company.program.nanoseconds()["linear"] > 0
     company.program.profile(False)
     company.step([1] * 16)
-    assert company.program.lanes == 2
+    assert company.program.strands == 2

@@ -1,0 +1,47 @@
+"""Where the threads of the native pool run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Type
+
+from tests.engine.weights.test_gguf import write_gguf
+from tests.kernels.native import chunks_batch, needs_native, program_of
+
+pytestmark = needs_native
+TASKS = Path("/proc/self/task")
+
+
+def core_of(thread: int) -> int:
+    """That it runs on, or ran on last."""
+    return int((TASKS / str(thread) / "stat").read_text().rsplit(")", 1)[1].split()[36])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="with one core there is no other")
+def test_a_worker_leaves_the_core_that_the_caller_is_on(tmp_path: Path) -> None:
+    """The system would leave both there for a tick or more, while another core is free."""
+    write_gguf(tmp_path / "model.gguf", kind=Type.Q4_1)
+    before = {int(task.name) for task in TASKS.iterdir()}
+    program, _ = program_of(tmp_path / "model.gguf", threads=2)
+    (worker,) = {int(task.name) for task in TASKS.iterdir()} - before
+    batch = chunks_batch([[7] * 240], [0], np.arange(15)[None], 16)
+    cores = os.sched_getaffinity(0)
+    here = min(cores)
+    apart = 0
+    try:
+        os.sched_setaffinity(0, {here})
+        for _ in range(60):
+            os.sched_setaffinity(worker, {here})
+            time.sleep(0.001)  # asleep
+            os.sched_setaffinity(worker, cores)
+            program.forward(batch)
+            apart += core_of(worker) != here
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert os.sched_getaffinity(worker) == cores
+    assert apart >= 54
