@@ -27,8 +27,8 @@ class Batch:
     `[sequences + 1]`, first row of each chunk; `context_lengths` int32 `[sequences]`, tokens in the
     cache after this step's writes; `table_rows` int32 `[sequences]`, each chunk's row in
     `page_table` int32 `[slots, pages per sequence]`; `sample_rows` int64 `[samples]`, the token
-    rows whose logits are wanted. A chunk may read what chunks of its own `table_rows` before it
-    write in the same step, and nothing that others do.
+    rows whose logits are wanted. A chunk may read what those right before it write in the same
+    step, if they have the same `table_rows`, and nothing that others do.
 
     Layers that see a window only may have pages of their own, which need not be there for all of a
     sequence: `window_slots` and `window_table` are theirs, as the others are, and None where all

@@ -69,9 +69,9 @@ void Pool::stop() {
 // `awake_` is odd while a step runs; workers sleep on an even value.
 void Pool::begin() {
   if (workers_.empty()) return;
-  awake_.fetch_add(1, std::memory_order_release);
   places_[0].core.store(sched_getcpu(), std::memory_order_relaxed);
   looks_ = 0;
+  awake_.fetch_add(1, std::memory_order_release);
   futex_wake(&awake_);
 }
 
@@ -95,9 +95,9 @@ void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain, B
   }
   while (board.claim_and_run(0)) {
   }
-  const bool free = &board == boards_.data();  // a strand's thread has its own work to go on with
+  const bool idle = &board == boards_.data();  // a strand's thread has its own work to go on with
   for (int spins = 0; board.done.load(std::memory_order_acquire) != count; ++spins) {
-    if (free && help()) spins = 0;
+    if (idle && help()) spins = 0;
     relax();
     // A worker without a core cannot finish: give it ours.
     if (spins > kSpins) sched_yield();
@@ -150,12 +150,13 @@ size_t Pool::caller() const {
 
 void Pool::settle(size_t thread) {
   const int core = sched_getcpu();
+  if (core < 0) return;  // the system does not say
   places_[thread].core.store(core, std::memory_order_relaxed);
   if (thread == 0) {
     if (++looks_ == kPatience && !all_came()) sched_yield();
     return;
   }
-  const uint32_t step = awake_.load(std::memory_order_relaxed);
+  const uint32_t step = awake_.load(std::memory_order_acquire);
   if (places_[thread].moved == step) return;
   for (size_t other = 0; other < thread; ++other) {
     if (places_[other].core.load(std::memory_order_relaxed) != core) continue;

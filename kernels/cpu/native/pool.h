@@ -41,7 +41,7 @@ class Pool {
   //
   // A piece may itself be a strand: a long piece of work that runs jobs of its own, under a number from
   // [0, threads()) that no other has. Its thread does them alone, as long as all are busy; whoever has
-  // nothing else to do takes pieces of strands.
+  // nothing else to do takes pieces of strands. If its thread is put aside, the strand waits with it.
   template <typename Body>
   void run(int64_t count, int64_t grain, const Body& body, int strand = kNoStrand) {
     if (count <= grain || workers_.empty()) {
@@ -91,7 +91,7 @@ class Pool {
   bool help();
   // A system may put two of the threads on one core while another is free, for a tick or two: so a worker
   // that finds itself where another thread is goes elsewhere, once a step, and the caller lets those run
-  // that have not come.
+  // that have not come. Where it may run does not change, but for the moment of going.
   void settle(size_t thread);
   // Which of the threads calls this; whoever is no worker is the first.
   size_t caller() const;

@@ -84,6 +84,7 @@ void Program::add(Instruction i) {
   if (i.op == Op::kLinear && i.out >= 0) linears_.push_back(number);
   if (i.out2 >= 0) values_[i.out2].samples = values_[i.in].samples;
   instructions_.push_back(std::move(i));
+  row_cost_ = 0.0;
 }
 
 void Program::run(const Batch& batch) {
@@ -279,15 +280,15 @@ void Program::attention_step(const Instruction& i, const Batch& batch) {
   const LayerCache& cache = caches_[i.layer];
   const int32_t* table = cache.windowed ? batch.window_table : batch.page_table;
   const int64_t dim = cache.dim, share = i.heads / cache.heads;
-  const int64_t tokens_a_task = std::max<int64_t>(1, kQueryRows / share);
+  const int64_t most = tokens_a_task(share);
   struct Task {
     int64_t sequence, first, count;
   };
   static thread_local std::vector<Task> tasks;
   tasks.clear();
   for (int64_t s = batch.first_sequence; s < batch.sequences; ++s) {
-    for (int64_t t = batch.query_starts[s]; t < batch.query_starts[s + 1]; t += tokens_a_task) {
-      tasks.push_back({s, t, std::min<int64_t>(tokens_a_task, batch.query_starts[s + 1] - t)});
+    for (int64_t t = batch.query_starts[s]; t < batch.query_starts[s + 1]; t += most) {
+      tasks.push_back({s, t, std::min<int64_t>(most, batch.query_starts[s + 1] - t)});
     }
   }
   const std::vector<Task>& list = tasks;

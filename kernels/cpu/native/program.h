@@ -1,10 +1,10 @@
 // A recorded forward pass: instructions over preallocated buffers, the row counts as run-time values.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "exchange.h"
@@ -15,6 +15,8 @@ namespace ryzanstein {
 
 // Rows of cheap work that one thread takes at a time.
 constexpr int64_t kRowGrain = 4;
+// Rows of a chunk that attention takes together, if so many heads share a key.
+inline int64_t tokens_a_task(int64_t share) { return std::max<int64_t>(1, kQueryRows / share); }
 // A thread's room for a row of `width` values, and a row of zeros.
 float* scratch(int64_t width);
 const float* zeros(int64_t width);
@@ -174,7 +176,7 @@ class Program {
     int64_t window;
     std::vector<int32_t> pages;
   };
-  struct Reading {
+  struct alignas(64) Reading {
     std::vector<PagesRead> pages;
     std::vector<Soon::Piece> soon;
   };
@@ -237,11 +239,15 @@ class Program {
   std::vector<LayerStates> states_;
   std::vector<Instruction> instructions_;
   // The first instructions, whose rows need nothing of other rows but from the cache, or 0; what a row costs
-  // there, and a token that attentions with a window read. Known from the first step on.
+  // there, and a token that attentions of a kind read.
   size_t strand_end_ = 0;
   int strands_ = 0;
-  double row_cost_ = 0.0;
-  std::vector<std::pair<int64_t, double>> read_costs_;
+  double row_cost_ = 0.0;  // 0 until it is known
+  struct ReadCost {
+    int64_t window, rows;  // every so many rows of a chunk read it again
+    double cost;
+  };
+  std::vector<ReadCost> read_costs_;
   std::vector<int> linears_;  // since the last attention
   std::vector<Reading> readings_;  // of all threads, then of each strand
   bool profiling_ = false;

@@ -38,6 +38,8 @@ bool rows_alone(Op op) {
 }  // namespace
 
 void Program::plan_strands() {
+  strand_end_ = 0;
+  read_costs_.clear();
   while (strand_end_ < instructions_.size() && rows_alone(instructions_[strand_end_].op)) ++strand_end_;
   // The rows that are asked for go on from there by themselves, shared out by outputs.
   const bool whole = strand_end_ < instructions_.size() && instructions_[strand_end_].op == Op::kSelectRows;
@@ -49,18 +51,21 @@ void Program::plan_strands() {
     if (i.op != Op::kAttention) continue;
     const LayerCache& cache = caches_[static_cast<size_t>(i.layer)];
     const int64_t bytes = 2 * cache.heads * (cache.vector_bytes() + cache.scale_bytes());
-    const auto same = [&](const auto& read) { return read.first == i.window; };
+    const int64_t rows = tokens_a_task(i.heads / cache.heads);
+    const auto same = [&](const ReadCost& read) { return read.window == i.window && read.rows == rows; };
     auto found = std::find_if(read_costs_.begin(), read_costs_.end(), same);
-    if (found == read_costs_.end()) found = read_costs_.insert(found, {i.window, 0.0});
-    found->second += static_cast<double>(bytes) / kReads;
+    if (found == read_costs_.end()) found = read_costs_.insert(found, {i.window, rows, 0.0});
+    found->cost += static_cast<double>(bytes) / kReads;
   }
 }
 
 double Program::cost_of(const Batch& batch, int64_t sequence) const {
   const int64_t context = batch.context_lengths[sequence];
-  double cost = row_cost_ * static_cast<double>(batch.query_starts[sequence + 1] - batch.query_starts[sequence]);
-  for (const auto& [window, read] : read_costs_) {
-    cost += read * static_cast<double>(window ? std::min(window, context) : context);
+  const int64_t rows = batch.query_starts[sequence + 1] - batch.query_starts[sequence];
+  double cost = row_cost_ * static_cast<double>(rows);
+  for (const ReadCost& read : read_costs_) {
+    const int64_t tokens = read.window ? std::min(read.window, context) : context;
+    cost += read.cost * static_cast<double>(tokens * ((rows + read.rows - 1) / read.rows));
   }
   return cost;
 }
