@@ -27,6 +27,7 @@ from kernels.batch import Batch
 PARTS = ("plan", "fill", "forward", "sample", "commit", "stream")
 LAG_INTERVAL = 0.004
 ALONE_RUNS = 30
+REST_INTERVAL, REST_SECONDS = 0.2, 30.0
 
 
 class StepRecorder:
@@ -86,6 +87,7 @@ async def measure(
         steps = recorder.steps
         if recorder.batch is None or len(steps) < 2:
             raise SystemExit("too few steady steps were seen; ask for more tokens")
+        await at_rest()
         alone = forward_alone(runner, recorder.batch)
     medians = {p: statistics.median(s.seconds[p] for s in steps) * 1e6 for p in PARTS}
     loop = statistics.median(b - a for a, b in itertools.pairwise(recorder.loop_seconds))
@@ -104,6 +106,16 @@ async def measure(
         "loop_lag_p50_us": round(statistics.median(lags) * 1e6, 1),
         "loop_lag_p99_us": round(lags[int(len(lags) * 0.99)] * 1e6, 1),
     }
+
+
+async def at_rest() -> None:
+    """Wait until the process has nothing more to do: where no step runs, memory is taken ahead."""
+    spent = float("inf")
+    with anyio.fail_after(REST_SECONDS):
+        while spent > 0.1 * REST_INTERVAL:
+            before = time.process_time()
+            await anyio.sleep(REST_INTERVAL)
+            spent = time.process_time() - before
 
 
 def forward_alone(runner: Any, batch: Batch) -> float:
