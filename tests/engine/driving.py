@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from engine import (
-    AsyncEngine,
-    SamplingParams,
-)
+from engine import AsyncEngine, SamplingParams
 from engine.types import Delta, RequestStats, StepStats
 from tests.mock import continuation
 

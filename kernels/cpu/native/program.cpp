@@ -124,7 +124,7 @@ void Program::store_row(const Value& value, int64_t row, const float* row_values
 
 void Program::step(const Instruction& i, const Batch& batch) {
   switch (i.op) {
-    case Op::kLinear: return linear_step(i, rows_of(i.in, batch), batch);
+    case Op::kLinear: return linear_step(i, batch);
     case Op::kRopeWriteKv: return rope_step(i, batch);
     case Op::kSoftcap: return softcap_step(i, batch.samples);
     case Op::kAttention: return attention_step(i, batch);
@@ -197,18 +197,18 @@ void Program::step(const Instruction& i, const Batch& batch) {
   });
 }
 
-void Program::linear_step(const Instruction& i, int64_t rows, const Batch& batch) {
-  const int64_t begin = batch.first_token, most = rows - begin;
-  if (most == 0) return;
+void Program::linear_step(const Instruction& i, const Batch& batch) {
+  const int64_t begin = batch.first_token, rows = rows_of(i.in, batch) - begin;
+  if (rows == 0) return;
   const Weight& weight = *i.weight;
   float* out = i.target ? i.target : values_[i.out].floats.get();
   const Activations x = values_[i.in].activations();
   // Many rows are shared out by rows, so that what a thread wrote is what it reads next; few rows by
   // outputs, so that every weight is read once.
-  const int64_t threads = batch.strand < 0 ? pool_->threads() : 1;
-  const int64_t blocks = most >= kSplitRows * threads ? threads : 1;
+  const int64_t threads = threads_of(batch);
+  const int64_t blocks = rows >= kSplitRows * threads ? threads : 1;
   // Several pieces a thread, but none so small that fetching it costs more than computing it.
-  const int64_t least = std::max<int64_t>(1, 8 * blocks / most);
+  const int64_t least = std::max<int64_t>(1, 8 * blocks / rows);
   // Even, since a pass may cover two tiles.
   const int64_t grain = (std::max(least, weight.tiles() * blocks / (threads * 8)) + 1) / 2 * 2;
   const int64_t pieces = (weight.tiles() + grain - 1) / grain;
@@ -220,7 +220,7 @@ void Program::linear_step(const Instruction& i, int64_t rows, const Batch& batch
       const int64_t fetched = count * n / jobs;
       const Soon soon{cached.data() + fetched, count * (n + 1) / jobs - fetched};
       const int64_t block = n / pieces, tile = n % pieces * grain;
-      const int64_t row = begin + most * block / blocks, end = begin + most * (block + 1) / blocks;
+      const int64_t row = begin + rows * block / blocks, end = begin + rows * (block + 1) / blocks;
       kernels_.matmul(weight, x, row, end - row, i.vector, out, tile,
                       std::min(tile + grain, weight.tiles()), soon);
     }

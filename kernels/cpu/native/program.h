@@ -190,7 +190,7 @@ class Program {
   // Nanoseconds of a sequence's chunk, roughly.
   double cost_of(const Batch& batch, int64_t sequence) const;
   void step(const Instruction& i, const Batch& batch);
-  void linear_step(const Instruction& i, int64_t rows, const Batch& batch);
+  void linear_step(const Instruction& i, const Batch& batch);
   // Shares what an attention reads of its cache out among the linears before it.
   void plan_reading(int attention);
   Reading& reading(const Batch& batch) { return readings_[static_cast<size_t>(batch.strand + 1)]; }
@@ -223,6 +223,10 @@ class Program {
   // Finishes a row that was computed into `row_values`: stores it in every form of `value`.
   void store_row(const Value& value, int64_t row, const float* row_values) const;
   int64_t rows_of(int value, const Batch& batch) const;
+  // How many threads share the batch: one a strand, though others may help.
+  int64_t threads_of(const Batch& batch) const {
+    return batch.strand == Pool::kNoStrand ? pool_->threads() : 1;
+  }
   // Calls body(first, last) for pieces of [begin, end), `grain` at a time, in the batch's strand if it is one.
   template <typename Body>
   void share_out(const Batch& batch, int64_t begin, int64_t end, int64_t grain, const Body& body) const {

@@ -40,7 +40,7 @@ const std::vector<Soon::Piece>& Program::read_soon(const Instruction& i, const B
   const int64_t tokens = cache.heads * cache.page_size;
   const int64_t bytes = tokens * cache.vector_bytes(), scales = tokens * cache.scale_bytes();
   const int64_t all = static_cast<int64_t>(pages.size()) * 2 * (bytes + scales);
-  if (all > kSoonBytes * (batch.strand < 0 ? pool_->threads() : 1)) return soon;
+  if (all > kSoonBytes * threads_of(batch)) return soon;
   const auto cut = [&](double share) {
     return static_cast<size_t>(share * static_cast<double>(pages.size()));
   };
