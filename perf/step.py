@@ -12,7 +12,6 @@ import itertools
 import json
 import statistics
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import AsyncEngine, RequestStats, SamplingParams, StepStats
-from kernels.batch import Batch
 
 PARTS = ("plan", "fill", "forward", "sample", "commit", "stream")
 LAG_INTERVAL = 0.004
@@ -31,23 +29,21 @@ REST_INTERVAL, REST_SECONDS = 0.2, 30.0
 
 
 class StepRecorder:
-    """Keeps every steady decode step, the loop's processor time at each, and one step's batch."""
+    """Keeps every steady decode step, the loop's processor time at each, and the last as the runner
+    got it ready."""
 
     def __init__(self, streams: int, runner: Any) -> None:
         self._streams = streams
         self._runner = runner
         self.steps: list[StepStats] = []
         self.loop_seconds: list[float] = []
-        self.batch: Batch | None = None
+        self.last: Any = None
 
     def on_step(self, stats: StepStats) -> None:
         if stats.prefill_tokens == 0 and stats.decode_rows == self._streams:
             self.steps.append(stats)
             self.loop_seconds.append(time.thread_time())
-            # Copied, since the runner reuses its arrays.
-            now = self._runner._last.batch
-            arrays = {f.name: getattr(now, f.name) for f in fields(Batch)}
-            self.batch = Batch(**{n: a.copy() for n, a in arrays.items() if a is not None})
+            self.last = self._runner._last
 
     def on_request(self, stats: RequestStats) -> None:
         pass
@@ -85,10 +81,10 @@ async def measure(
                     group.start_soon(stream, number)
             outer.cancel_scope.cancel()
         steps = recorder.steps
-        if recorder.batch is None or len(steps) < 2:
+        if recorder.last is None or len(steps) < 2:
             raise SystemExit("too few steady steps were seen; ask for more tokens")
         await at_rest()
-        alone = forward_alone(runner, recorder.batch)
+        alone = forward_alone(runner, recorder.last)
     medians = {p: statistics.median(s.seconds[p] for s in steps) * 1e6 for p in PARTS}
     loop = statistics.median(b - a for a, b in itertools.pairwise(recorder.loop_seconds))
     between = [b.at - a.at for a, b in itertools.pairwise(steps)]
@@ -118,13 +114,9 @@ async def at_rest() -> None:
             spent = time.process_time() - before
 
 
-def forward_alone(runner: Any, batch: Batch) -> float:
-    """Median seconds of the forward pass of one batch while nothing else runs."""
-    times = []
-    for _ in range(ALONE_RUNS):
-        start = time.perf_counter()
-        runner._programs[0].forward(batch)
-        times.append(time.perf_counter() - start)
+def forward_alone(runner: Any, step: Any) -> float:
+    """Median seconds of the forward pass of one step while nothing else runs."""
+    times = [float(runner.run(step).seconds["forward"]) for _ in range(ALONE_RUNS)]
     return statistics.median(times)
 
 

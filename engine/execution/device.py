@@ -12,6 +12,7 @@ from engine.config import Config
 from engine.execution.memory import CacheSize, Footprint, cache_size
 from engine.execution.parallel import RankStepper
 from engine.execution.profile import Shape
+from engine.execution.queued import QueuedStepper
 from engine.execution.rank import Rank, RankFacts
 from engine.execution.stepper import Stepper, stepper_for
 from engine.scheduling.plan import Plan, StepResult
@@ -53,7 +54,7 @@ def place_model(
         compiler = GrammarCompiler(lambda: tokenizer, rank.facts.vocab_size)
         runner = rank.allocate(size, compiler)
     return Device(
-        stepper_for(runner),
+        stepper_for(runner) if runner.queue is None else QueuedStepper(runner),
         lambda plan: runner.run(runner.fill(plan)),
         [rank.facts],
         step_shape(config, rank.facts, size),

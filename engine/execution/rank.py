@@ -15,9 +15,10 @@ from engine.config import CacheSection, Config
 from engine.errors import ConfigError
 from engine.execution.ahead import Ahead
 from engine.execution.cache import Cache, ColdFile, Store
+from engine.execution.filled import StagingShape
 from engine.execution.masks import Masks
 from engine.execution.memory import CacheSize, Footprint, available_memory, private_memory
-from engine.execution.runner import Runner, StagingShape
+from engine.execution.runner import Runner
 from engine.models import Model, cache_layout, load_model
 from engine.models.shard import Shard
 from engine.text.grammar import GrammarCompiler
@@ -162,7 +163,9 @@ class Rank:
         if windows:
             pools.append((backend.pages(windowed=True), windows))
         cache = _cache(self._config.cache, backend, layout.dtype, pools, self._ranks)
-        return Runner(backend, programs, cache, staging, Masks(compiler))
+        # What ranks have done is told by Python, step by step.
+        queued = self._backend.collectives is None
+        return Runner(backend, programs, cache, staging, Masks(compiler), queued=queued)
 
     def _place(
         self,

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import ConfigError
+from engine.execution.filled import Filled, Queued
 from engine.execution.messages import (
     PULSE_SECONDS,
     Alive,
@@ -43,7 +44,7 @@ from engine.execution.messages import (
 )
 from engine.execution.mirror import PlanReader
 from engine.execution.rank import Rank
-from engine.execution.runner import Filled, Runner
+from engine.execution.runner import Runner
 from engine.execution.stepper import Stepper, stepper_for
 from engine.execution.tokenizer import open_tokenizer
 from engine.scheduling.plan import Plan, StepResult
@@ -127,20 +128,20 @@ class Reporter:
     def runs_behind(self) -> bool:
         return self._runner.runs_behind
 
-    def fill(self, plan: Plan) -> Filled:
+    def fill(self, plan: Plan) -> Filled | Queued:
         self._numbers.append(plan.step)
         return self._runner.fill(plan)
 
     def rest(self) -> bool:
         return self._runner.rest()
 
-    def run(self, filled: Filled) -> StepResult:
+    def run(self, filled: Filled | Queued) -> StepResult:
         return self._report(self._runner.run(filled))
 
-    def needs_history(self, filled: Filled) -> bool:
+    def needs_history(self, filled: Filled | Queued) -> bool:
         return self._runner.needs_history(filled)
 
-    def launch(self, filled: Filled) -> Callable[[], StepResult]:
+    def launch(self, filled: Filled | Queued) -> Callable[[], StepResult]:
         collect = self._runner.launch(filled)
         return lambda: self._report(collect())
 

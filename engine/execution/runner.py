@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from engine.execution.cache import Cache
+from engine.execution.filled import Filled, Queued, StagingShape
 from engine.execution.history import Histories
-from engine.execution.masks import Held, Masks
+from engine.execution.masks import Masks
 from engine.scheduling.budget import MAX_SCORED_ROWS
-from engine.scheduling.plan import Move, Plan, StepResult
+from engine.scheduling.plan import Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from kernels.backend import AheadProgram, Backend, Program
 from kernels.batch import Batch, Int32, Int64, Sampling, counter_uniform
+from kernels.steps import QueueProgram, StepQueue, Tables
 
 LOWEST_TEMPERATURE = 1e-5
 # Sampling parameters by their place in the staging matrices.
@@ -31,40 +33,10 @@ FLOATS = (
 INTS = ("top_k", "logprobs", "prompt_logprobs")
 
 
-@dataclass(frozen=True)
-class StagingShape:
-    """What the staging buffers hold at most. The page behind the pool's last one takes what is
-    written for nobody, as does that behind the window pages. `states` says whether the model keeps
-    some."""
-
-    slots: int
-    pages: int
-    pages_per_sequence: int
-    page_size: int
-    vocab_size: int
-    states: bool = False
-    window_pages: int = 0
-
-
-@dataclass(slots=True)
-class Filled:
-    """A step that is ready to run on `program`. The tokens of the first `fed` rows are those last
-    drawn at their slots; `drawn` are the logits rows that draw, for `slots`, `held` those with a
-    grammar."""
-
-    batch: Batch
-    sampling: Sampling
-    fed: int
-    drawn: list[int]
-    slots: list[int]
-    moves: list[tuple[Move, int, int]]
-    held: list[tuple[int, Held]]
-    program: Program
-
-
 class Runner:
     """Per-sequence values live at its slot; a step's arrays are its own, so that the next step can
-    be filled while it runs. Of the `programs` the last runs steps that are busy."""
+    be filled while it runs. Of the `programs` the last runs steps that are busy. With `queued`
+    steps go to the device's queue, if it has one, wherever they need nothing of Python."""
 
     def __init__(
         self,
@@ -73,6 +45,8 @@ class Runner:
         cache: Cache,
         shape: StagingShape,
         masks: Masks,
+        *,
+        queued: bool = False,
     ) -> None:
         self._backend = backend
         self._programs = programs
@@ -95,30 +69,68 @@ class Runner:
         self._behind = isinstance(programs[0], AheadProgram)
         # The last step, if it only decoded and nothing but positions changes in the next.
         self._decoding: list[Sequence] = []
-        self._last: Filled | None = None
+        self._last: Filled | Queued | None = None
+        self.queue: StepQueue | None = None
+        if queued and isinstance(programs[0], QueueProgram):
+            window_table = self._window_table if shape.window_pages else None
+            size = shape.page_size
+            self.queue = programs[0].queue(
+                Tables(self._page_table, window_table, size, self._seed, self._last_ids)
+            )
 
-    def fill(self, plan: Plan) -> Filled:
+    def fill(self, plan: Plan) -> Filled | Queued:
         """Copy everything the step needs out of the plan; the plan may change afterwards."""
         for sequence in plan.admitted:
             self._enter(sequence)
         for sequence in plan.grown:
             self._write_pages(sequence)
         decodes = plan.decodes
-        same = not plan.chunks and not plan.kept and decodes == self._decoding
-        if self._last is not None and same:
-            filled = self._advance(self._last, plan)
+        last = self._last
+        same = last is not None and not plan.chunks and not plan.kept and decodes == self._decoding
+        if same and isinstance(last, Queued) and not plan.moves:
+            assert self.queue is not None
+            self._last = Queued(self.queue.following(last.step), self._program(plan))
+            return self._last
+        if same and isinstance(last, Filled):
+            filled = self._advance(last, plan)
         else:
             filled = self._fill(plan)
+        ready = self._queued(filled)
         plain = not plan.chunks and not plan.kept and not any(self._edits[s.slot] for s in decodes)
-        self._last, self._decoding = (filled, decodes) if plain else (None, [])
-        return filled
+        self._last, self._decoding = (ready, decodes) if plain else (None, [])
+        return ready
 
     def rest(self) -> bool:
         """While no step runs: do a little for those to come; False if there is nothing to do."""
         return self._cache.rest()
 
-    def run(self, filled: Filled) -> StepResult:
-        """Execute a filled step."""
+    def start(self, queued: Queued, told: int) -> None:
+        """Have the queue run a step; `told`, a file descriptor, gets a byte when it has ended."""
+        assert self.queue is not None
+        self.queue.submit(queued.step, queued.program, told)
+
+    def collect(self, queued: Queued) -> StepResult:
+        """What a queued step gave, once it has ended. Raises what it raised."""
+        ids, forward, sample = queued.step.result()
+        seconds = {"forward": forward, "sample": sample, "fill": queued.fill_seconds}
+        return StepResult(ids, [None] * len(ids), [[]] * len(ids), seconds)
+
+    def drain(self) -> None:
+        """Wait until all queued steps have ended."""
+        assert self.queue is not None
+        self.queue.drain()
+
+    def end(self, seconds: float) -> bool:
+        """Queue no more steps; False if those there are take longer."""
+        assert self.queue is not None
+        return self.queue.close(seconds)
+
+    def run(self, filled: Filled | Queued) -> StepResult:
+        """Execute a filled step while no other runs."""
+        if isinstance(filled, Queued):
+            self.start(filled, -1)
+            self.drain()
+            return self.collect(filled)
         batch, fed = filled.batch, filled.fed
         start = time.perf_counter()
         seconds = {}
@@ -147,12 +159,14 @@ class Runner:
         """Whether the device can be given a step while it runs another."""
         return self._behind
 
-    def needs_history(self, filled: Filled) -> bool:
+    def needs_history(self, filled: Filled | Queued) -> bool:
         """Whether a step depends on what those before it drew, beyond their last tokens."""
+        assert isinstance(filled, Filled), "a device that runs behind has no queue"
         return bool(filled.sampling.penalties or filled.held)
 
-    def launch(self, filled: Filled) -> Callable[[], StepResult]:
+    def launch(self, filled: Filled | Queued) -> Callable[[], StepResult]:
         """Start a filled step on a device that runs behind; what is returned waits for it."""
+        assert isinstance(filled, Filled), "a device that runs behind has no queue"
         assert isinstance(filled.program, AheadProgram)
         start = time.perf_counter()
         if filled.moves:
@@ -198,6 +212,17 @@ class Runner:
 
     def _program(self, plan: Plan) -> Program:
         return self._programs[-1 if plan.busy else 0]
+
+    def _queued(self, filled: Filled) -> Filled | Queued:
+        """The same for the queue, if it can run this step by itself."""
+        sampling = filled.sampling
+        plain = not (filled.moves or filled.held or sampling.edited) and len(sampling.targets)
+        if self.queue is None or not plain:
+            return filled
+        if (sampling.targets >= 0).any() or (sampling.top_logprobs >= 0).any():
+            return filled
+        step = self.queue.step(filled.batch, sampling, filled.fed, filled.drawn, filled.slots)
+        return Queued(step, filled.program)
 
     def _advance(self, last: Filled, plan: Plan) -> Filled:
         """The last step again, one token further: most steps are that."""

@@ -130,18 +130,26 @@ class ThreadStepper(Generic[F]):
         if self._closed:
             return
         self._closed = True
-        self._work.put(None)
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
+        if not self._end():
             raise EngineFailed("the step under way hangs; it was left behind")
         os.close(self._read)
         os.close(self._write)
         self._executor.close()
 
+    def _end(self) -> bool:
+        """Take no more steps; False if those under way take too long."""
+        self._work.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        return not self._thread.is_alive()
+
     def _loop(self) -> None:
         while (work := self._next()) is not None:
             filled, fill_seconds = work
             self._conclude(partial(self._executor.run, filled), fill_seconds)
+
+    def _may_rest(self) -> bool:
+        """Whether no step runs, nor is expected at once, when none has been asked of the thread."""
+        return True
 
     def _next(self) -> tuple[F, float] | None:
         """What is to be done next, or None to end; resting meanwhile."""
@@ -150,7 +158,9 @@ class ThreadStepper(Generic[F]):
             try:
                 return self._work.get(timeout=patience)
             except queue.Empty:
-                patience = 0.0
+                patience = 0.0 if self._may_rest() else IDLE_SECONDS
+            if patience:
+                continue
             try:
                 if not self._rest():
                     break
@@ -167,9 +177,10 @@ class ThreadStepper(Generic[F]):
             outcome.seconds["fill"] = fill_seconds
         except BaseException as error:  # noqa: BLE001  (handed to the loop, which raises it)
             outcome = error
-        # In this order, so that whoever sees the outcome finds the byte, which may not block.
-        os.write(self._write, b"\0")
+        # In this order: who is told may take this core at once, and must not ask in vain until it
+        # is given back.
         self._outcomes.append(outcome)
+        os.write(self._write, b"\0")
 
 
 class AheadExecutor(Executor[F], Protocol[F]):
@@ -224,7 +235,7 @@ class AheadStepper(ThreadStepper[F]):
 
 
 def stepper_for(executor: AheadExecutor[F]) -> Stepper:
-    """What suits an executor's device."""
+    """What suits an executor's device, if that has no queue of its own."""
     if executor.runs_behind:
         return AheadStepper(executor)
     return ThreadStepper(executor, executor.rest)

@@ -12,8 +12,10 @@ import torch
 from kernels.backend import Rotation, rotation_tables
 from kernels.batch import Batch, Samples, Sampling
 from kernels.cpu.native_sampling import NativeChooser, address
+from kernels.cpu.native_steps import NativeQueue
 from kernels.ops import DeltaHeads, Experts, HeadNorms, Heads, Rope
 from kernels.sampling import sample
+from kernels.steps import Tables
 from kernels.tape import Handle, Instruction, Tape
 from kernels.tape import Rows as RowCount
 
@@ -77,6 +79,7 @@ class NativeProgram:
         max_context: int,
         exchange: Any = None,
     ) -> None:
+        self._native, self._device = native, device
         self._choose = NativeChooser(device)
         self._program = native.Program(device, max_rows, exchange)
         self._tape = tape  # the program holds addresses into its weights
@@ -110,6 +113,14 @@ class NativeProgram:
     @torch.inference_mode()
     def sample(self, sampling: Sampling) -> Samples:
         return sample(self.logits(), sampling, self._choose)
+
+    def queue(self, tables: Tables) -> NativeQueue:
+        return NativeQueue(self._native, self._device, tables)
+
+    @property
+    def handle(self) -> tuple[Any, int, int]:
+        """The native program, where its logits lie, and their width."""
+        return self._program, self._logits.data_ptr(), self._tape.logits.width
 
     def buffer_bytes(self, sampled_rows: int) -> int:
         sampled = min(sampled_rows, self._max_rows)

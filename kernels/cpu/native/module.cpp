@@ -4,6 +4,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -14,8 +15,10 @@
 #include <tuple>
 #include <vector>
 
+#include "choosing.h"
 #include "codec.h"
 #include "program.h"
+#include "steps.h"
 
 namespace nb = nanobind;
 using namespace ryzanstein;
@@ -57,65 +60,13 @@ struct Device {
   Device(const std::string& name, int threads, uint64_t jobs)
       : kernels(kernels_named(name)), pool(std::make_shared<Pool>(threads, jobs)) {}
 
-  // ids[i] = the token of logits row rows[i]: a draw where temperature[row] > 0, else the likeliest.
-  // `edits` are (row, ids' address, addends' address, their number, counts' and seen's address or 0,
-  // repetition, presence, frequency, mask's address or 0): what is changed about a row's logits
-  // before. A mask has a bit for each token that is allowed.
-  using Edit = std::tuple<int64_t, uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, float, float,
-                          float, uintptr_t>;
   void choose(uintptr_t logits, int64_t vocab, uintptr_t rows, int64_t count, uintptr_t temperature,
               uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform, uintptr_t ids,
               const std::vector<Edit>& edits) const {
     nb::gil_scoped_release release;
-    const auto choose_rows = [&](int64_t first, int64_t last) {
-      static thread_local std::vector<uint8_t> scratch;
-      static thread_local std::vector<float> edited;
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t row = at<const int64_t>(rows)[i];
-        const float* x = at<const float>(logits) + row * vocab;
-        const auto edit = std::find_if(edits.begin(), edits.end(),
-                                       [&](const Edit& e) { return std::get<0>(e) == row; });
-        if (edit != edits.end()) {
-          edited.resize(static_cast<size_t>(vocab));
-          apply(*edit, x, vocab, edited.data());
-          x = edited.data();
-        }
-        const Filters filters{at<const float>(temperature)[row], at<const int32_t>(top_k)[row],
-                              at<const float>(top_p)[row], at<const float>(min_p)[row],
-                              at<const double>(uniform)[row]};
-        int64_t& id = at<int64_t>(ids)[i];
-        if (filters.temperature <= 0.0f) {
-          id = kernels->argmax(x, vocab);
-          continue;
-        }
-        scratch.resize(std::max<size_t>(scratch.size(), static_cast<size_t>(vocab * kDrawBytes)));
-        id = kernels->draw(x, vocab, filters, scratch.data());
-      }
-    };
-    // One row is not worth waking anybody.
-    if (count <= 1) return choose_rows(0, count);
-    const Pool::Awake awake(*pool);
-    pool->run(count, 1, choose_rows);
-  }
-
-  void apply(const Edit& edit, const float* logits, int64_t vocab, float* x) const {
-    const auto& [row, tokens, addends, count, counts, seen, repetition, presence, frequency, mask] =
-        edit;
-    if (count == 0 && counts == 0 && mask != 0) {
-      return kernels->forbid(at<const uint32_t>(mask), logits, vocab, x);
-    }
-    std::copy_n(logits, vocab, x);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = at<const int64_t>(tokens)[i];
-      // An end of sequence that the model has no logit for needs no forbidding.
-      if (token >= 0 && token < vocab) x[token] += at<const float>(addends)[i];
-    }
-    if (counts != 0) {
-      kernels->penalize(
-          x, vocab,
-          {at<const int32_t>(counts), at<const bool>(seen), repetition, presence, frequency});
-    }
-    if (mask != 0) kernels->forbid(at<const uint32_t>(mask), x, vocab, x);
+    const Choice choice{at<const int64_t>(rows), count, at<const float>(temperature), at<const int32_t>(top_k),
+                        at<const float>(top_p), at<const float>(min_p), at<const double>(uniform)};
+    ryzanstein::choose(*pool, *kernels, at<const float>(logits), vocab, choice, edits, at<int64_t>(ids));
   }
 
   // Operations, or bytes of `memory` read, a second on all threads: the best of several rounds.
@@ -192,6 +143,50 @@ Instruction instruction(const std::string& op, const nb::kwargs& given) {
   fields.take("widths", i.widths);
   if (!fields.all_taken()) throw std::invalid_argument("an argument of " + op + " is unknown");
   return i;
+}
+
+// What an array holds, or None: nothing. An address would not do, since steps outlive what they are made of.
+template <typename T>
+std::vector<T> values_of(const nb::object& array) {
+  std::vector<T> values;
+  if (array.is_none()) return values;
+  Py_buffer view;
+  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_C_CONTIGUOUS) != 0) throw nb::python_error();
+  const bool fits = view.itemsize == sizeof(T);
+  if (fits) values.assign(static_cast<const T*>(view.buf), static_cast<const T*>(view.buf) + view.len / view.itemsize);
+  PyBuffer_Release(&view);
+  if (!fits) throw std::invalid_argument("an array of a step has values of another size");
+  return values;
+}
+
+std::unique_ptr<Step> make_step(const nb::object& token_ids, const nb::object& positions, const nb::object& kv_slots,
+                                const nb::object& window_slots, const nb::object& sample_rows,
+                                const nb::object& query_starts, const nb::object& context_lengths,
+                                const nb::object& table_rows, const nb::object& kept_rows, const nb::object& kept_at,
+                                int64_t fed, const nb::object& temperature, const nb::object& top_p,
+                                const nb::object& min_p, const nb::object& top_k, const nb::object& uniform,
+                                std::vector<int64_t> drawn, std::vector<int64_t> slots) {
+  auto step = std::make_unique<Step>();
+  step->inputs = {values_of<int64_t>(token_ids),
+                  values_of<int64_t>(positions),
+                  values_of<int64_t>(kv_slots),
+                  values_of<int64_t>(window_slots),
+                  values_of<int64_t>(sample_rows),
+                  values_of<int32_t>(query_starts),
+                  values_of<int32_t>(context_lengths),
+                  values_of<int32_t>(table_rows),
+                  values_of<int32_t>(kept_rows),
+                  values_of<int32_t>(kept_at),
+                  fed,
+                  values_of<float>(temperature),
+                  values_of<float>(top_p),
+                  values_of<float>(min_p),
+                  values_of<int32_t>(top_k),
+                  values_of<double>(uniform),
+                  std::move(drawn),
+                  std::move(slots)};
+  step->inputs.check();
+  return step;
 }
 
 }  // namespace
@@ -356,4 +351,38 @@ NB_MODULE(_native, m) {
                samples, table_width, at<const int32_t>(kept_rows), at<const int32_t>(kept_at),
                at<const int64_t>(window_slots), at<const int32_t>(window_table)});
       });
+
+  nb::class_<Step>(m, "Step")
+      .def_prop_ro("done", [](const Step& s) { return s.done.load(std::memory_order_acquire); })
+      .def_prop_ro("rows", [](const Step& s) { return s.inputs.token_ids.size(); })
+      // (ids, seconds of the forward pass, seconds of choosing); raises what went wrong.
+      .def("result", [](const Step& s) {
+        if (s.error) std::rethrow_exception(s.error);
+        return std::make_tuple(s.ids, s.forward, s.sample);
+      });
+  m.def("make_step", &make_step, nb::kw_only(), "token_ids"_a, "positions"_a, "kv_slots"_a,
+        "window_slots"_a.none(), "sample_rows"_a, "query_starts"_a, "context_lengths"_a, "table_rows"_a,
+        "kept_rows"_a.none(), "kept_at"_a.none(), "fed"_a, "temperature"_a, "top_p"_a, "min_p"_a, "top_k"_a,
+        "uniform"_a, "drawn"_a, "slots"_a);
+  nb::class_<StepQueue>(m, "StepQueue")
+      .def("__init__",
+           [](StepQueue* q, const Device& device, uintptr_t pages, uintptr_t windows, int64_t width,
+              int64_t page_size, uintptr_t seeds, uintptr_t last_ids) {
+             new (q) StepQueue(device.pool, device.kernels,
+                               {at<const int32_t>(pages), at<const int32_t>(windows), width, page_size,
+                                at<const uint64_t>(seeds), at<int64_t>(last_ids)});
+           },
+           "device"_a, nb::kw_only(), "pages"_a, "windows"_a, "width"_a, "page_size"_a, "seeds"_a, "last_ids"_a)
+      .def("following",
+           [](const StepQueue& q, const Step& step) {
+             auto next = std::make_unique<Step>();
+             next->inputs = step.inputs.following(q.tables());
+             return next;
+           })
+      .def("submit",
+           [](StepQueue& q, Step& step, Program& program, uintptr_t logits, int64_t vocab, int told) {
+             q.submit(step, program, at<const float>(logits), vocab, told);
+           })
+      .def("drain", &StepQueue::drain, nb::call_guard<nb::gil_scoped_release>())
+      .def("close", &StepQueue::close, nb::call_guard<nb::gil_scoped_release>(), "seconds"_a);
 }
