@@ -26,6 +26,10 @@ class Tables:
     last_ids: Int64
 
 
+Copy = tuple[int, int, bool]
+"""From which page to which; whether they are window pages."""
+
+
 class Step(Protocol):
     """A step that is ready to run; nothing that it was made of is needed any more."""
 
@@ -34,9 +38,9 @@ class Step(Protocol):
         """Whether it has ended."""
         ...
 
-    def result(self) -> tuple[list[int], float, float]:
-        """What its logits rows drew, and the seconds of the forward pass and of choosing. Raises
-        what it raised."""
+    def result(self) -> tuple[list[int], float, float, float]:
+        """What its logits rows drew, and the seconds of copying pages, of the forward pass and of
+        choosing. Raises what it raised."""
         ...
 
 
@@ -44,12 +48,18 @@ class StepQueue(Protocol):
     """Runs steps in order, each as soon as the one before it has ended."""
 
     def step(
-        self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
+        self,
+        batch: Batch,
+        sampling: Sampling,
+        fed: int,
+        drawn: Sequence[int],
+        slots: Sequence[int],
+        copies: Sequence[Copy] = (),
     ) -> Step:
         """A step whose logits rows all draw, of their models' own logits, without logprobs.
 
         The first `fed` rows take the token last drawn at their slot (`batch.table_rows`); what the
-        logits rows `drawn` draw stays at `slots`.
+        logits rows `drawn` draw stays at `slots`. Pages are copied before anything is computed.
         """
         ...
 

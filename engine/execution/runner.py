@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from engine.execution.bias import add_bias
 from engine.execution.cache import Cache
 from engine.execution.filled import Filled, Queued, StagingShape
 from engine.execution.history import Histories
 from engine.execution.masks import Masks
 from engine.scheduling.budget import MAX_SCORED_ROWS
-from engine.scheduling.plan import Plan, StepResult
+from engine.scheduling.plan import Move, Plan, StepResult
 from engine.scheduling.sequence import Sequence
 from kernels.backend import AheadProgram, Backend, Program
 from kernels.batch import Batch, Int32, Int64, Sampling, counter_uniform
@@ -31,6 +32,8 @@ FLOATS = (
     "frequency_penalty",
 )
 INTS = ("top_k", "logprobs", "prompt_logprobs")
+# Moves that a queue makes itself.
+COPIES = (Move.COPY, Move.COPY_WINDOW)
 
 
 class Runner:
@@ -111,8 +114,10 @@ class Runner:
 
     def collect(self, queued: Queued) -> StepResult:
         """What a queued step gave, once it has ended. Raises what it raised."""
-        ids, forward, sample = queued.step.result()
+        ids, move, forward, sample = queued.step.result()
         seconds = {"forward": forward, "sample": sample, "fill": queued.fill_seconds}
+        if move:
+            seconds["move"] = move
         return StepResult(ids, [None] * len(ids), [[]] * len(ids), seconds)
 
     def drain(self) -> None:
@@ -216,12 +221,15 @@ class Runner:
     def _queued(self, filled: Filled) -> Filled | Queued:
         """The same for the queue, if it can run this step by itself."""
         sampling = filled.sampling
-        plain = not (filled.moves or filled.held or sampling.edited) and len(sampling.targets)
-        if self.queue is None or not plain:
+        if self.queue is None or filled.held or sampling.edited or not len(filled.batch.token_ids):
             return filled
         if (sampling.targets >= 0).any() or (sampling.top_logprobs >= 0).any():
             return filled
-        step = self.queue.step(filled.batch, sampling, filled.fed, filled.drawn, filled.slots)
+        if any(kind not in COPIES for kind, _, _ in filled.moves):
+            return filled
+        copies = [(page, to, kind is Move.COPY_WINDOW) for kind, page, to in filled.moves]
+        batch, drawn, slots = filled.batch, filled.drawn, filled.slots
+        step = self.queue.step(batch, sampling, filled.fed, drawn, slots, copies)
         return Queued(step, filled.program)
 
     def _advance(self, last: Filled, plan: Plan) -> Filled:
@@ -357,7 +365,7 @@ class Runner:
         penalties, grammars = [], []
         for row, sequence, place in drawing:
             if self._edits[sequence.slot]:
-                _add_bias(sequence, row, place - sequence.prompt_length, bias)
+                add_bias(sequence, row, place - sequence.prompt_length, bias)
             if (penalty := self._histories.penalty(sequence.slot, row)) is not None:
                 penalties.append(penalty)
             if (held := self._masks.held(sequence.slot)) is not None:
@@ -427,20 +435,3 @@ class Runner:
 def _slots(table: Int32, rows: Int32, positions: Int64, size: int) -> Int64:
     """Flat slots of positions, by their rows of a table of pages."""
     return table[rows, positions // size].astype(np.int64) * size + positions % size
-
-
-def _add_bias(
-    sequence: Sequence,
-    row: int,
-    generated: int,
-    bias: tuple[list[int], list[int], list[float]],
-) -> None:
-    """The request's logit bias, and no end of sequence before `min_tokens`."""
-    sampling = sequence.request.sampling
-    addends = dict(sampling.logit_bias)
-    if generated < sampling.min_tokens:
-        ends = {*sampling.stop_token_ids, *sequence.request.eos_token_ids}
-        addends.update(dict.fromkeys(ends, float("-inf")))
-    bias[0].extend([row] * len(addends))
-    bias[1].extend(addends)
-    bias[2].extend(addends.values())

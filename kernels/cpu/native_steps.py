@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kernels.backend import Program
 from kernels.batch import Batch, Sampling
 from kernels.cpu.native_sampling import address
-from kernels.steps import Step, Tables
+from kernels.steps import Copy, Step, Tables
 
 if TYPE_CHECKING:
     from kernels.cpu.native_program import NativeProgram
@@ -36,7 +36,13 @@ class NativeQueue:
         self.close = self._queue.close
 
     def step(
-        self, batch: Batch, sampling: Sampling, fed: int, drawn: Sequence[int], slots: Sequence[int]
+        self,
+        batch: Batch,
+        sampling: Sampling,
+        fed: int,
+        drawn: Sequence[int],
+        slots: Sequence[int],
+        copies: Sequence[Copy] = (),
     ) -> Step:
         step: Step = self._make_step(
             token_ids=batch.token_ids,
@@ -57,6 +63,7 @@ class NativeQueue:
             uniform=sampling.uniform,
             drawn=drawn,
             slots=slots,
+            copies=copies,
         )
         return step
 

@@ -26,9 +26,10 @@ SLOTS = 8
 class Line:
     """Three sequences at slots of a table, and a queue that takes them on."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
-        path = write_llama(folder / "tiny")
-        self.program, self.alone = (program_of(path, pages=64)[0] for _ in range(2))
+    def __init__(self, folder: Path, cache: str = "bfloat16", **changes: Any) -> None:
+        path = write_llama(folder / "tiny", head_dim=32)
+        made = (program_of(path, pages=64, cache=cache)[0] for _ in range(2))
+        self.program, self.alone = made
         random = np.random.default_rng(3)
         pages = random.permutation(64)[: SLOTS * 8].reshape(SLOTS, 8).astype(np.int32)
         seeds = random.integers(0, 2**63, SLOTS, np.uint64)
@@ -100,7 +101,8 @@ def test_steps_draw_what_they_would_one_by_one(tmp_path: Path, changes: dict[str
     assert drawn == line.one_by_one(40)
     assert line.last[line.slots].tolist() == drawn[-1]
     assert set(line.last[[1, 2, 4, 6, 7]]) == {-7}
-    forward, sample = steps[-1].result()[1:]
+    move, forward, sample = steps[-1].result()[1:]
+    assert move == 0
     assert forward > 0
     assert sample > 0
 
@@ -110,6 +112,25 @@ def test_greedy_and_drawn_rows_mix(tmp_path: Path) -> None:
     steps = [line.first(), line.decodes(LENGTHS)]
     steps.append(line.queue.following(steps[-1]))
     assert line.run(*steps) == line.one_by_one(3)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8", "int4"])
+def test_pages_are_copied_before_a_step_reads_them(tmp_path: Path, cache: str) -> None:
+    line = Line(tmp_path, cache=cache, temperature=0.0)
+    table = line.tables.pages
+    # The second prompt lies in two pages; another slot begins with copies of them.
+    copies = [(int(table[0, n]), int(table[6, n]), False) for n in range(2)]
+    line.run(line.first())
+    token, length = line.last[0], LENGTHS[1]
+    both = chunks_batch([[token]] * 2, [length] * 2, table[[0, 6]], SIZE)
+    both = replace(both, table_rows=np.array([0, 6], np.int32), page_table=table)
+    step = line.queue.step(both, options(2, temperature=0.0), 0, [0, 1], [0, 6], copies)
+    (drawn,) = line.run(step)
+    assert drawn[0] == drawn[1] == line.one_by_one(2)[1][1]
+    assert step.result()[1] > 0, "copying is timed"
+    following = line.queue.following(step)
+    line.run(following)
+    assert following.result()[1] == 0, "and done once"
 
 
 def test_what_fails_is_told_and_the_next_step_runs(tmp_path: Path) -> None:

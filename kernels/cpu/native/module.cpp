@@ -165,7 +165,8 @@ std::unique_ptr<Step> make_step(const nb::object& token_ids, const nb::object& p
                                 const nb::object& table_rows, const nb::object& kept_rows, const nb::object& kept_at,
                                 int64_t fed, const nb::object& temperature, const nb::object& top_p,
                                 const nb::object& min_p, const nb::object& top_k, const nb::object& uniform,
-                                std::vector<int64_t> drawn, std::vector<int64_t> slots) {
+                                std::vector<int64_t> drawn, std::vector<int64_t> slots,
+                                const std::vector<std::tuple<int64_t, int64_t, bool>>& copies) {
   auto step = std::make_unique<Step>();
   step->inputs = {values_of<int64_t>(token_ids),
                   values_of<int64_t>(positions),
@@ -184,7 +185,9 @@ std::unique_ptr<Step> make_step(const nb::object& token_ids, const nb::object& p
                   values_of<int32_t>(top_k),
                   values_of<double>(uniform),
                   std::move(drawn),
-                  std::move(slots)};
+                  std::move(slots),
+                  {}};
+  for (const auto& [source, target, windowed] : copies) step->inputs.copies.push_back({source, target, windowed});
   step->inputs.check();
   return step;
 }
@@ -355,15 +358,15 @@ NB_MODULE(_native, m) {
   nb::class_<Step>(m, "Step")
       .def_prop_ro("done", [](const Step& s) { return s.done.load(std::memory_order_acquire); })
       .def_prop_ro("rows", [](const Step& s) { return s.inputs.token_ids.size(); })
-      // (ids, seconds of the forward pass, seconds of choosing); raises what went wrong.
+      // (ids, seconds of copying, of the forward pass, and of choosing); raises what went wrong.
       .def("result", [](const Step& s) {
         if (s.error) std::rethrow_exception(s.error);
-        return std::make_tuple(s.ids, s.forward, s.sample);
+        return std::make_tuple(s.ids, s.move, s.forward, s.sample);
       });
   m.def("make_step", &make_step, nb::kw_only(), "token_ids"_a, "positions"_a, "kv_slots"_a,
         "window_slots"_a.none(), "sample_rows"_a, "query_starts"_a, "context_lengths"_a, "table_rows"_a,
         "kept_rows"_a.none(), "kept_at"_a.none(), "fed"_a, "temperature"_a, "top_p"_a, "min_p"_a, "top_k"_a,
-        "uniform"_a, "drawn"_a, "slots"_a);
+        "uniform"_a, "drawn"_a, "slots"_a, "copies"_a);
   nb::class_<StepQueue>(m, "StepQueue")
       .def("__init__",
            [](StepQueue* q, const Device& device, uintptr_t pages, uintptr_t windows, int64_t width,

@@ -87,6 +87,25 @@ void Program::add(Instruction i) {
   row_cost_ = 0.0;
 }
 
+void Program::copy_page(const PageCopy& copy) {
+  const Pool::Awake awake(*pool_);
+  const auto copy_part = [&](void* part, int64_t bytes) {
+    uint8_t* const pages = static_cast<uint8_t*>(part);
+    if (bytes > 0) std::memcpy(pages + copy.target * bytes, pages + copy.source * bytes, static_cast<size_t>(bytes));
+  };
+  pool_->run(static_cast<int64_t>(caches_.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const LayerCache& layer = caches_[static_cast<size_t>(n)];
+      if (layer.windowed != copy.windowed) continue;
+      const int64_t vectors = layer.heads * layer.page_size;
+      copy_part(layer.keys, vectors * layer.vector_bytes());
+      copy_part(layer.values, vectors * layer.vector_bytes());
+      copy_part(layer.key_scales, vectors * layer.scale_bytes());
+      copy_part(layer.value_scales, vectors * layer.scale_bytes());
+    }
+  });
+}
+
 void Program::run(const Batch& batch) {
   if (batch.tokens > max_rows_ || batch.samples > max_rows_) {
     throw std::invalid_argument("the step has more rows than the program's buffers");

@@ -41,6 +41,11 @@ struct Batch {
   int strand = Pool::kNoStrand;
 };
 
+struct PageCopy {
+  int64_t source, target;
+  bool windowed;
+};
+
 enum class Op {
   kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
   kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kGate, kShortConv, kAdd, kSoftcap
@@ -141,6 +146,9 @@ class Program {
 
   // `channels` is a buffer of a third of the width of `in`.
   void add_short_conv(int in, int out, int layer, const float* taps, int channels);
+
+  // Copies pages of all layers that share them, or their window pages.
+  void copy_page(const PageCopy& copy);
 
   void run(const Batch& batch);
 

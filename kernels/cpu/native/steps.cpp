@@ -34,7 +34,10 @@ double counter_uniform(uint64_t seed, int64_t position) {
 void run_step(Step& step, Program& program, const float* logits, int64_t vocab, Pool& pool, const Kernels& kernels,
               const Tables& tables) {
   StepInputs& in = step.inputs;
+  const auto begin = Clock::now();
+  for (const PageCopy& copy : in.copies) program.copy_page(copy);
   const auto start = Clock::now();
+  step.move = in.copies.empty() ? 0.0 : seconds_between(begin, start);
   for (int64_t row = 0; row < in.fed; ++row) in.token_ids[row] = tables.last_ids[in.table_rows[row]];
   const int64_t rows = static_cast<int64_t>(in.sample_rows.size());
   program.run({in.token_ids.data(), in.positions.data(), in.kv_slots.data(), in.query_starts.data(),
@@ -75,6 +78,7 @@ StepInputs StepInputs::following(const Tables& tables) const {
     throw std::invalid_argument("only a step that decodes is followed by its like");
   }
   StepInputs next = *this;
+  next.copies.clear();
   for (size_t row = 0; row < table_rows.size(); ++row) {
     const int64_t position = ++next.positions[row];
     ++next.context_lengths[row];

@@ -36,6 +36,7 @@ struct StepInputs {
   std::vector<int32_t> top_k;
   std::vector<double> uniform;
   std::vector<int64_t> drawn, slots;
+  std::vector<PageCopy> copies;  // made before anything is computed
 
   // Throws std::invalid_argument if the sizes do not fit.
   void check() const;
@@ -47,7 +48,7 @@ struct StepInputs {
 struct Step {
   StepInputs inputs;
   std::vector<int64_t> ids;
-  double forward = 0.0, sample = 0.0;  // seconds
+  double move = 0.0, forward = 0.0, sample = 0.0;  // seconds
   std::exception_ptr error;
   std::atomic<bool> done{false};
 };
