@@ -24,6 +24,8 @@ class Active:
     detokenizers: list[Detokenizer]
     open: int
     offset: int
+    plain: bool
+    """Whether its tokens are text and no more, and no text ends it."""
     pushed: list[int] = field(default_factory=list)
     """Tokens of each choice that its stream has."""
     first_token: float | None = None
@@ -86,6 +88,9 @@ class Delivery:
             detokenizers,
             open=len(sequences),
             offset=stream.join(request.id, len(sequences)),
+            plain=not sampling.stop
+            and sampling.logprobs is None
+            and sampling.prompt_logprobs is None,
             pushed=[0] * len(sequences),
             last_tokens=[None] * len(sequences),
         )
@@ -105,6 +110,14 @@ class Delivery:
                 gaps[now - last] = gaps.get(now - last, 0) + 1
             elif active.first_token is None:
                 active.first_token = now
+            begin = sequence.prompt_length + active.pushed[sequence.index]
+            if (
+                active.plain
+                and sequence.finish_reason is None
+                and len(sequence.tokens) == begin + 1
+            ):
+                self._push_one(active, sequence.index, sequence.tokens[begin])
+                continue
             count = self._push(active, sequence, now)
             if count > 1:
                 gaps[0.0] = gaps.get(0.0, 0) + count - 1
@@ -236,6 +249,13 @@ class Delivery:
         if active.open == 0:
             self._close(active, sequence.finish_reason or "stop")
         return len(fresh)
+
+    def _push_one(self, active: Active, index: int, token: int) -> None:
+        """A token that is one of many, as most are: what `_push` does, and does not have to."""
+        active.pushed[index] += 1
+        text, _ = active.detokenizers[index].push(token)
+        delta = Delta(index=active.offset + index, text=text, token_ids=[token])
+        self._handout.push(active.stream, delta)
 
     def _note(self, kind: str, sequence: ScheduledSequence, reason: str) -> None:
         if self._listeners:

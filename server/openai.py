@@ -340,17 +340,25 @@ class Chunks:
         self._running = options.include_usage and options.continuous_usage_stats
         before, after = wrapper.around_choice(**({"usage": None} if self._counted else {}))
         self._before, self._after = b"data: " + before, after + b"\n\n"
+        # The bytes of an event before and after its text, by choice.
+        self._around: dict[int, tuple[bytes, bytes]] = {}
         self._first = generation.more
         self._prompt, self._made = sum(map(len, generation.prompts)), 0
         self._usages: list[Usage] = []
 
     def of(self, deltas: Sequence[Delta]) -> bytes:
         """The events of some deltas; none if there is nothing to show."""
-        events = []
+        events: list[bytes] = []
         for delta in deltas:
             if delta.usage is not None:
                 self._usages.append(delta.usage)
             self._made += len(delta.token_ids)
+            text = None if self._first or self._running else self._shape.text(delta)
+            if text is not None:
+                if text:
+                    before, after = self._around.get(delta.index) or self._around_text(delta.index)
+                    events += before, msgspec.json.encode(text), after
+                continue
             for choice in self._shape.chunk(delta):
                 if self._first or self._running:
                     events.append(self._with_more(choice))
@@ -364,6 +372,13 @@ class Chunks:
             return b""
         usage = usage_body(_shown(self._usages, self._shape))
         return event_of(self._wrapper.body([], usage=usage))
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        choice = msgspec.json.encode(self._shape.spoken(index, ""))
+        before, _, after = choice.partition(b'""')
+        around = self._before + before, after + self._after
+        self._around[index] = around
+        return around
 
     def _with_more(self, choice: dict[str, Any]) -> bytes:
         usage = Usage(prompt_tokens=self._prompt, completion_tokens=self._made)

@@ -14,7 +14,6 @@ from typing import Any
 
 import uvicorn
 from rich.console import Console
-from starlette.applications import Starlette
 
 from engine import AsyncEngine, Config, ConfigError
 from engine.config import ServerSection
@@ -22,6 +21,7 @@ from engine.embedding.alone import load_both
 from engine.embedding.embedder import Embedder
 from engine.parts import Parts
 from server.app import Lifecycle, LoadingStopped, create_app
+from server.chunked import Connected
 from server.journal import open_journal
 from server.progress import StartupProgress, print_summary
 from server.security import is_local
@@ -33,7 +33,8 @@ class DrainingServer(uvicorn.Server):
     """SIGTERM or SIGINT drains while still answering; a second ends the drain, a third exits."""
 
     def __init__(self, lifecycle: Lifecycle, settings: ServerSection, *more: Any) -> None:
-        super().__init__(_uvicorn_config(create_app(lifecycle, settings, *more), settings))
+        app = Connected(create_app(lifecycle, settings, *more))
+        super().__init__(_uvicorn_config(app, settings))
         self._lifecycle = lifecycle
         self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,7 +123,7 @@ def listen(settings: ServerSection) -> socket.socket:
     return listener
 
 
-def _uvicorn_config(app: Starlette, settings: ServerSection) -> uvicorn.Config:
+def _uvicorn_config(app: Connected, settings: ServerSection) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="httptools",

@@ -32,6 +32,14 @@ class Shape(Protocol):
         """Choice objects to stream for a delta; the finish reason comes in one of its own."""
         ...
 
+    def text(self, delta: Delta) -> str | None:
+        """The text of a delta whose chunk is `spoken` and no more, as most are; else None."""
+        ...
+
+    def spoken(self, index: int, text: str) -> dict[str, Any]:
+        """The choice object of a chunk that adds text."""
+        ...
+
     def whole(self, delta: Delta) -> dict[str, Any]:
         """The choice object of a merged delta."""
         ...
@@ -110,6 +118,14 @@ class ChatShape:
         self._make_parser = parser
         # What has begun, by choice.
         self._answers: dict[int, Answer] = {}
+        self._plain = parser is None and not logprobs and not token_ids
+
+    def text(self, delta: Delta) -> str | None:
+        plain = self._plain and delta.finish_reason is None and delta.index in self._answers
+        return delta.text if plain else None
+
+    def spoken(self, index: int, text: str) -> dict[str, Any]:
+        return self._choice(index, {"content": text})
 
     def chunk(self, delta: Delta) -> list[dict[str, Any]]:
         choices = []
@@ -192,6 +208,14 @@ class CompletionShape:
         self._ids = prompt_ids
         self.hidden_tokens = 1 if prompt_only else 0
         self._scores: dict[int, CompletionLogprobs] = {}
+        self._plain = not logprobs and prompt_ids is None and not prompt_only
+
+    def text(self, delta: Delta) -> str | None:
+        plain = self._plain and delta.finish_reason is None and delta.index in self._scores
+        return (delta.text or None) if plain else None
+
+    def spoken(self, index: int, text: str) -> dict[str, Any]:
+        return self._choice(index, text, None)
 
     def chunk(self, delta: Delta) -> list[dict[str, Any]]:
         choices = []

@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engine import AsyncEngine, InvalidRequest, SamplingParams, Terms, TokenStream
 from engine.config import ServerSection
+from server.chunked import Chunks, chunks_of
 from server.errors import describe
 from server.requests import Prompt
 
@@ -147,6 +148,7 @@ class EventStream:
         self._last = last
         self._failed = failed or failed_event
         self._settings = settings
+        self._chunks: Chunks | None = None
         self._sending = False
         self._ended = False
         self._sent_at = 0.0
@@ -160,6 +162,7 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._middle = scope.get(MIDDLE, send)
+        self._chunks = chunks_of(scope)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._write, send, group.cancel_scope)
@@ -185,6 +188,9 @@ class EventStream:
 
     def _put(self, body: bytes) -> Awaitable[None] | None:
         if not body:
+            return None
+        if self._chunks is not None and not self._sending and self._chunks.write(body):
+            self._sent_at = time.monotonic()
             return None
         self._sending = True
         message = {"type": "http.response.body", "body": body, "more_body": True}

@@ -171,7 +171,9 @@ class Prefixes:
         size = self.pool.page_size
         name = sequence.name_of(number, length, size)
         names: list[bytes] = []
-        if self.copies_beginnings and not self.pool.is_whole(name):
+        # An answer that others go along with for a while is rare, and naming takes time each step.
+        asked = number * size < sequence.prompt_length
+        if self.copies_beginnings and asked and not self.pool.is_whole(name):
             begun = sequence.beginnings(number, size, length - number * size)
             names = [name for _, name in begun]
         self.pool.publish(sequence.pages[number], name, number, names)
