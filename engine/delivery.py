@@ -21,18 +21,28 @@ class Active:
     request: Request
     stream: TokenStream
     sequences: list[ScheduledSequence]
-    detokenizers: list[Detokenizer]
     open: int
     offset: int
-    plain: bool
-    """Whether its tokens are text and no more, and no text ends it."""
-    pushed: list[int] = field(default_factory=list)
-    """Tokens of each choice that its stream has."""
     first_token: float | None = None
-    # When each choice got its last token.
-    last_tokens: list[float | None] = field(default_factory=list)
-    # When each ended.
+    # When each choice ended.
     ends: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Outlet:
+    """Where one choice's tokens go: all that a token needs, since whatever else it touched would
+    come from memory each time. `index` is the choice's in its stream, `known` how many of the
+    sequence's tokens that has. The tokens of `plain` ones are text and no more, and no text ends
+    them."""
+
+    active: Active
+    stream: TokenStream
+    index: int
+    detokenizer: Detokenizer
+    plain: bool
+    known: int
+    # When it got its last token.
+    last: float | None = None
 
 
 class Delivery:
@@ -50,6 +60,7 @@ class Delivery:
         self._scheduler = scheduler
         self._clock = clock
         self._active: dict[str, Active] = {}
+        self._outlets: dict[ScheduledSequence, Outlet] = {}
         self._notes: list[Decision] = []
         self._handout = Handout()
 
@@ -72,53 +83,49 @@ class Delivery:
     ) -> None:
         """Start delivering a request's tokens to `stream`."""
         sampling = request.sampling
-        detokenizers = [
-            Detokenizer(
+        offset = stream.join(request.id, len(sequences))
+        active = Active(request, stream, sequences, open=len(sequences), offset=offset)
+        self._active[request.id] = active
+        scored = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+        for sequence in sequences:
+            detokenizer = Detokenizer(
                 self._tokenizer,
                 sampling.stop,
                 include_stop=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
             )
-            for _ in sequences
-        ]
-        self._active[request.id] = Active(
-            request,
-            stream,
-            sequences,
-            detokenizers,
-            open=len(sequences),
-            offset=stream.join(request.id, len(sequences)),
-            plain=not sampling.stop
-            and sampling.logprobs is None
-            and sampling.prompt_logprobs is None,
-            pushed=[0] * len(sequences),
-            last_tokens=[None] * len(sequences),
-        )
+            self._outlets[sequence] = Outlet(
+                active,
+                stream,
+                offset + sequence.index,
+                detokenizer,
+                plain=not sampling.stop and not scored,
+                known=sequence.prompt_length,
+            )
 
     def deliver(self, moved: Sequence[ScheduledSequence]) -> dict[float, int]:
         """Push the new tokens of each sequence; ends those that finished or hit a stop string.
 
         Returns how many tokens came how many seconds after the one before them.
         """
-        actives, now = self._active, self._clock.now()
+        outlets, now = self._outlets, self._clock.now()
         gaps: dict[float, int] = {}
         for sequence in moved:
-            active = actives[sequence.request.id]
-            last = active.last_tokens[sequence.index]
-            active.last_tokens[sequence.index] = now
+            outlet = outlets[sequence]
+            last, outlet.last = outlet.last, now
             if last is not None:
                 gaps[now - last] = gaps.get(now - last, 0) + 1
-            elif active.first_token is None:
-                active.first_token = now
-            begin = sequence.prompt_length + active.pushed[sequence.index]
-            if (
-                active.plain
-                and sequence.finish_reason is None
-                and len(sequence.tokens) == begin + 1
-            ):
-                self._push_one(active, sequence.index, sequence.tokens[begin])
+            elif outlet.active.first_token is None:
+                outlet.active.first_token = now
+            tokens = sequence.tokens
+            if outlet.plain and sequence.finish_reason is None and len(tokens) == outlet.known + 1:
+                # One of many, as most are: what `_push` does, and does not have to.
+                outlet.known += 1
+                text, _ = outlet.detokenizer.push(tokens[-1])
+                delta = Delta(index=outlet.index, text=text, token_ids=[tokens[-1]])
+                self._handout.push(outlet.stream, delta)
                 continue
-            count = self._push(active, sequence, now)
+            count = self._push(outlet, sequence, now)
             if count > 1:
                 gaps[0.0] = gaps.get(0.0, 0) + count - 1
         return gaps
@@ -156,7 +163,7 @@ class Delivery:
                     self._note("unpause", sequence, "")
                     if sequence.generated:
                         # Its reader waits for the next token from now on.
-                        active.last_tokens[sequence.index] = now
+                        self._outlets[sequence].last = now
                 self._scheduler.unpause(sequence)
 
     def notes(self) -> list[Decision]:
@@ -206,24 +213,23 @@ class Delivery:
             if not begun or self.waiting(request_id) is None:
                 self.fail(request_id, error)
 
-    def _push(self, active: Active, sequence: ScheduledSequence, now: float) -> int:
+    def _push(self, outlet: Outlet, sequence: ScheduledSequence, now: float) -> int:
         """The new tokens of one sequence, which came just now; how many there are."""
+        active, begin = outlet.active, outlet.known
         sampling = active.request.sampling
-        begin = sequence.prompt_length + active.pushed[sequence.index]
         fresh = sequence.tokens[begin:]
-        delta = Delta(index=active.offset + sequence.index, token_ids=fresh)
-        if sequence.wants_prompt_logprobs and not active.pushed[sequence.index]:
+        delta = Delta(index=outlet.index, token_ids=fresh)
+        if sequence.wants_prompt_logprobs and begin == sequence.prompt_length:
             delta.prompt_logprobs = sequence.prompt_logprobs
-        detokenizer = active.detokenizers[sequence.index]
         stop: str | None = None
         # The token that ended the sequence is not part of the text, unless asked for.
         shown = sequence.finish_reason != "stop" or sampling.include_stop_str_in_output
         for number, token in enumerate(fresh, 1):
             if number == len(fresh) and not shown:
                 break
-            generated = active.pushed[sequence.index] + number
+            generated = begin + number - sequence.prompt_length
             armed = not sampling.min_tokens or generated >= sampling.min_tokens
-            text, stop = detokenizer.push(token, match=armed)
+            text, stop = outlet.detokenizer.push(token, match=armed)
             delta.text += text
             if stop is not None:
                 # What was drawn together with the end of the text is none of it.
@@ -232,14 +238,14 @@ class Delivery:
                 self._scheduler.finish(sequence, "stop")
                 sequence.finish_reason = "stop"
                 break
-        active.pushed[sequence.index] += len(fresh)
+        outlet.known += len(fresh)
         if sampling.logprobs is not None:
-            del sequence.logprobs[active.pushed[sequence.index] :]
+            del sequence.logprobs[outlet.known - sequence.prompt_length :]
             delta.logprobs = sequence.logprobs[-len(fresh) :]
         if sequence.state is State.FINISHED:
             active.ends[sequence.index] = now
             if stop is None:
-                delta.text += detokenizer.flush()
+                delta.text += outlet.detokenizer.flush()
             delta.finish_reason = sequence.finish_reason
             delta.stop_reason = stop if stop is not None else sequence.stop_reason
             active.open -= 1
@@ -249,13 +255,6 @@ class Delivery:
         if active.open == 0:
             self._close(active, sequence.finish_reason or "stop")
         return len(fresh)
-
-    def _push_one(self, active: Active, index: int, token: int) -> None:
-        """A token that is one of many, as most are: what `_push` does, and does not have to."""
-        active.pushed[index] += 1
-        text, _ = active.detokenizers[index].push(token)
-        delta = Delta(index=active.offset + index, text=text, token_ids=[token])
-        self._handout.push(active.stream, delta)
 
     def _note(self, kind: str, sequence: ScheduledSequence, reason: str) -> None:
         if self._listeners:
@@ -282,6 +281,8 @@ class Delivery:
         for listener in self._listeners:
             listener.on_request(stats)
         del self._active[active.request.id]
+        for sequence in active.sequences:
+            del self._outlets[sequence]
 
 
 def _choices(active: Active) -> tuple[Choice, ...]:

@@ -422,7 +422,12 @@ class Runner:
     def _write_pages(self, sequence: Sequence) -> None:
         slot, count = sequence.slot, len(sequence.pages)
         written = self._pages_written[slot]
-        if count > written:
+        if count == written + 1 and not self._shape.window_pages:
+            # The next page, as most are.
+            page = self._page_table[slot, written] = sequence.pages[written]
+            self._cache.use(page + 1, 0)
+            self._pages_written[slot] = count
+        elif count > written:
             pages, windows = sequence.pages[written:], sequence.window_pages[written:]
             self._page_table[slot, written:count] = pages
             if self._shape.window_pages:

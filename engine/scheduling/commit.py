@@ -24,6 +24,8 @@ class Committer:
         """One token each."""
         size, dropped, ids = self._prefixes.pool.page_size, plan.dropped, result.ids
         moved = []
+        # Tokens that were drawn for one account, in a row: most have the same.
+        account, drawn = None, 0
         for row, sequence in enumerate(plan.decodes):
             if dropped and sequence in dropped:
                 continue
@@ -41,7 +43,13 @@ class Committer:
                 self._append(sequence, result, row)
             else:
                 tokens.append(token)
-                sequence.account.take_output()
+                if sequence.account is not account:
+                    if account is not None:
+                        account.take_output(drawn)
+                    account, drawn = sequence.account, 0
+                drawn += 1
+        if account is not None:
+            account.take_output(drawn)
         return moved
 
     def prompt(self, chunk: Chunk, result: StepResult, first: int) -> bool:

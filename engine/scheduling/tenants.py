@@ -77,10 +77,10 @@ class Account:
         self.counter += INPUT_WEIGHT * tokens / self.tenant.weight
         self._spend(tokens)
 
-    def take_output(self) -> None:
-        """Charge a token that was drawn for it."""
-        self.counter += self.charge
-        self._spend(1)
+    def take_output(self, tokens: int = 1) -> None:
+        """Charge tokens that were drawn for it."""
+        self.counter += self.charge * tokens
+        self._spend(tokens)
 
     def give_back_output(self, tokens: int) -> None:
         """Some that were drawn are of no use to it."""

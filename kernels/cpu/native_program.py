@@ -93,6 +93,8 @@ class NativeProgram:
         # Of all buffers; memory is taken for the rows that are ever written.
         self._row_bytes = dict.fromkeys(RowCount, 0.0)
         self._max_rows = max_rows
+        # The native program, where its logits lie, and their width.
+        self.handle = self._program, self._logits.data_ptr(), tape.logits.width
         self._positions = max_context
         self._build(tape)
 
@@ -116,11 +118,6 @@ class NativeProgram:
 
     def queue(self, tables: Tables) -> NativeQueue:
         return NativeQueue(self._native, self._device, tables)
-
-    @property
-    def handle(self) -> tuple[Any, int, int]:
-        """The native program, where its logits lie, and their width."""
-        return self._program, self._logits.data_ptr(), self._tape.logits.width
 
     def buffer_bytes(self, sampled_rows: int) -> int:
         sampled = min(sampled_rows, self._max_rows)

@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from engine import (
+    AsyncEngine,
     EngineFailed,
     SamplingParams,
     Terms,
@@ -16,6 +17,12 @@ from engine.execution import stepper
 from engine.types import StepStats
 from tests.engine.driving import Recorder, collect, text_of
 from tests.mock import mock_engine
+
+
+async def retired(engine: AsyncEngine) -> None:
+    """Until no step is in flight: one behind a failed step still names its pages."""
+    while engine.parts.scheduler.in_flight:
+        await anyio.sleep(0.001)
 
 
 async def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
@@ -27,6 +34,7 @@ async def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
         with caplog.at_level(logging.ERROR), pytest.raises(EngineFailed, match="RuntimeError"):
             await collect(engine, "hello", max_tokens=3)
         assert "device lost" in caplog.text
+        await retired(engine)
         assert engine.parts.scheduler.pool.used == 0
         assert (await collect(engine, "hello", max_tokens=3)).text == text_of("hello", 3)
         assert engine.health() == "ok"
@@ -36,8 +44,7 @@ async def test_three_failed_steps_in_a_row_stop_the_engine() -> None:
     engine, executor = mock_engine()
     async with engine:
         for _ in range(3):
-            while engine.parts.scheduler.in_flight:  # or a step behind the last one would take it
-                await anyio.sleep(0.001)
+            await retired(engine)  # or a step behind the last one would take it
             executor.error = RuntimeError("device lost")
             with pytest.raises(EngineFailed):
                 await collect(engine, "hello", max_tokens=3)
