@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from engine.config import Config
 from engine.errors import ConfigError, DeviceLost, EngineFailed
+from engine.execution.bell import Bell
 from engine.execution.crew import Crew, RankLost
 from engine.execution.memory import CacheSize
 from engine.execution.messages import (
@@ -125,7 +126,7 @@ class RankStepper:
         self._lost = False
         self._steps = 0
         self._closing = False
-        self._read, self._write = os.pipe()
+        self._bell = Bell()
         self._wake_read, self._wake_write = os.pipe()
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -161,12 +162,13 @@ class RankStepper:
                 self._wake()
 
     def ready(self) -> bool:
+        self._bell.settle()
         return bool(self._outcomes)
 
     def result(self) -> StepResult:
-        os.read(self._read, 1)
         with self._lock:
             outcome = self._outcomes.popleft()
+            self._bell.answered()
             if isinstance(outcome, StepResult):
                 return outcome
             self._writer, self._lost = PlanWriter(), False
@@ -176,13 +178,13 @@ class RankStepper:
         """Submit a plan and wait for its result."""
         self.submit(plan)
         poll = select.poll()
-        poll.register(self._read, select.POLLIN)
+        poll.register(self._bell.reading, select.POLLIN)
         while not self.ready():
             poll.poll()
         return self.result()
 
     def fileno(self) -> int:
-        return self._read
+        return self._bell.reading
 
     def close(self) -> None:
         if self._closing:
@@ -192,8 +194,9 @@ class RankStepper:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             raise EngineFailed("the thread that watches the ranks hangs; it was left behind")
-        for descriptor in (self._read, self._write, self._wake_read, self._wake_write):
-            os.close(descriptor)
+        self._bell.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     def _wake(self) -> None:
         os.write(self._wake_write, b"\0")
@@ -333,9 +336,8 @@ class RankStepper:
             self._put(DeviceLost(message))
 
     def _put(self, outcome: StepResult | DeviceLost) -> None:
-        # In this order, so that whoever sees the outcome finds the byte, which may not block.
-        os.write(self._write, b"\0")
         self._outcomes.append(outcome)
+        self._bell.ring()
 
 
 def _refusal(error: BaseException) -> BaseException:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -63,7 +62,7 @@ class QueuedStepper(ThreadStepper[Filled | Queued]):
                 filled.fill_seconds = seconds
                 self._expected.append(filled)
                 if not aside:
-                    self._queue.start(filled, self._write)
+                    self._queue.start(filled, self._bell.writing)
                     return
             else:
                 self._expected.append(None)
@@ -71,6 +70,7 @@ class QueuedStepper(ThreadStepper[Filled | Queued]):
         self._work.put((filled, seconds))
 
     def ready(self) -> bool:
+        self._bell.settle()
         if not self._expected:
             return False
         queued = self._expected[0]
@@ -81,7 +81,7 @@ class QueuedStepper(ThreadStepper[Filled | Queued]):
         queued = self._expected.popleft()
         if queued is None:
             return super().result()
-        os.read(self._read, 1)
+        self._bell.answered()
         return self._queue.collect(queued)
 
     def _end(self) -> bool:
@@ -92,7 +92,7 @@ class QueuedStepper(ThreadStepper[Filled | Queued]):
             self._resting = False
             filled, fill_seconds = work
             if isinstance(filled, Queued):
-                self._queue.start(filled, self._write)
+                self._queue.start(filled, self._bell.writing)
             else:
                 self._queue.drain()
                 self._conclude(partial(self._executor.run, filled), fill_seconds)

@@ -7,7 +7,6 @@ others, a simulator. It never blocks the loop: `fileno()` becomes readable when 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -17,6 +16,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from engine.errors import EngineFailed
+from engine.execution.bell import Bell
 from engine.scheduling.plan import Plan, StepResult
 
 # How long closing waits for the step under way.
@@ -91,7 +91,7 @@ class ThreadStepper(Generic[F]):
         self._rest = rest
         self._work: queue.SimpleQueue[tuple[F, float] | None] = queue.SimpleQueue()
         self._outcomes: deque[StepResult | BaseException] = deque()
-        self._read, self._write = os.pipe()
+        self._bell = Bell()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="ryzanstein-step", daemon=True)
         self._thread.start()
@@ -114,17 +114,18 @@ class ThreadStepper(Generic[F]):
         return 0.002
 
     def ready(self) -> bool:
+        self._bell.settle()
         return bool(self._outcomes)
 
     def result(self) -> StepResult:
-        os.read(self._read, 1)
         outcome = self._outcomes.popleft()
+        self._bell.answered()
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
     def fileno(self) -> int:
-        return self._read
+        return self._bell.reading
 
     def close(self) -> None:
         if self._closed:
@@ -132,8 +133,7 @@ class ThreadStepper(Generic[F]):
         self._closed = True
         if not self._end():
             raise EngineFailed("the step under way hangs; it was left behind")
-        os.close(self._read)
-        os.close(self._write)
+        self._bell.close()
         self._executor.close()
 
     def _end(self) -> bool:
@@ -177,10 +177,8 @@ class ThreadStepper(Generic[F]):
             outcome.seconds["fill"] = fill_seconds
         except BaseException as error:  # noqa: BLE001  (handed to the loop, which raises it)
             outcome = error
-        # In this order: who is told may take this core at once, and must not ask in vain until it
-        # is given back.
         self._outcomes.append(outcome)
-        os.write(self._write, b"\0")
+        self._bell.ring()
 
 
 class AheadExecutor(Executor[F], Protocol[F]):

@@ -32,6 +32,7 @@ class Line(threading.Thread):
         self.tasks: list[tuple[Any, int]] = []
         self.ended: list[int] = []
         self.running = False
+        self.late = 0.0
         self.start()
 
     def run(self) -> None:
@@ -43,6 +44,7 @@ class Line(threading.Thread):
             assert self.gate.wait(10)
             self.ended.append(step.number)
             step.done = True
+            threading.Event().wait(self.late)
             os.write(told, b"\0")
             with self.changed:
                 self.running = False
@@ -146,6 +148,23 @@ def test_what_needs_python_waits_for_the_queue_and_the_queue_for_it() -> None:
     assert device.line.ended == []
     device.line.gate.set()
     assert [next_of(stepper) for _ in range(3)] == [[1], [-2], [3]]
+    stepper.close()
+
+
+def test_a_result_may_be_taken_before_its_byte_has_come() -> None:
+    device = Device()
+    device.line.gate.set()
+    device.line.late = 0.05
+    stepper = QueuedStepper(device)
+    submit(stepper, 1)
+    until(stepper.ready)
+    assert stepper.result().ids == [1]
+    assert not stepper.ready()
+    assert select.select([stepper.fileno()], [], [], 10)[0]
+    assert not stepper.ready(), "it was told of before"
+    assert not select.select([stepper.fileno()], [], [], 0)[0], "and does not wake again"
+    submit(stepper, 2)
+    assert next_of(stepper) == [2]
     stepper.close()
 
 
