@@ -110,11 +110,16 @@ class Delivery:
         """
         outlets, now = self._outlets, self._clock.now()
         gaps: dict[float, int] = {}
+        # Most got their last token when the one before them got its.
+        before, alike = now, 0
         for sequence in moved:
             outlet = outlets[sequence]
             last, outlet.last = outlet.last, now
-            if last is not None:
-                gaps[now - last] = gaps.get(now - last, 0) + 1
+            if last == before:
+                alike += 1
+            elif last is not None:
+                _add(gaps, now - before, alike)
+                before, alike = last, 1
             elif outlet.active.first_token is None:
                 outlet.active.first_token = now
             tokens = sequence.tokens
@@ -126,8 +131,8 @@ class Delivery:
                 self._handout.push(outlet.stream, delta)
                 continue
             count = self._push(outlet, sequence, now)
-            if count > 1:
-                gaps[0.0] = gaps.get(0.0, 0) + count - 1
+            _add(gaps, 0.0, count - 1)
+        _add(gaps, now - before, alike)
         return gaps
 
     def abort(self, request_id: str) -> None:
@@ -283,6 +288,11 @@ class Delivery:
         del self._active[active.request.id]
         for sequence in active.sequences:
             del self._outlets[sequence]
+
+
+def _add(counts: dict[float, int], key: float, count: int) -> None:
+    if count > 0:
+        counts[key] = counts.get(key, 0) + count
 
 
 def _choices(active: Active) -> tuple[Choice, ...]:

@@ -12,6 +12,15 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 # Where a request's scope has its server's own `send`.
 CONNECTION = "ryzanstein.connection"
+# What is looked at of uvicorn's, which another version might not have.
+USED = (
+    "transport",
+    "flow",
+    "disconnected",
+    "response_started",
+    "response_complete",
+    "chunked_encoding",
+)
 
 
 class Connected:
@@ -52,4 +61,6 @@ class Chunks:
 def chunks_of(scope: Scope) -> Chunks | None:
     """What writes to a request's connection; None under a server that has no such thing."""
     cycle = getattr(scope.get(CONNECTION), "__self__", None)
-    return Chunks(cycle) if isinstance(cycle, RequestResponseCycle) else None
+    if not isinstance(cycle, RequestResponseCycle) or not all(hasattr(cycle, n) for n in USED):
+        return None
+    return Chunks(cycle)

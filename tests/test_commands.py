@@ -64,6 +64,7 @@ NOT_RUN = {
     "systemctl": "needs systemd; see test_the_service_is_where_it_is_installed",
     "mypy --strict": "is what make check runs, over all sources",
     "py-spy": "looks into a process that hangs; not installed with the server",
+    "gdb": "the same, for threads without Python",
     "dmesg": "needs root, and a process that the kernel has killed",
     "docker build": "needs docker; see test_the_image_takes_what_docker_run_gives",
     "docker run": "needs docker; see test_the_image_takes_what_docker_run_gives",

@@ -12,6 +12,9 @@ from engine.execution.filled import Filled, Queued
 from engine.execution.stepper import CLOSE_SECONDS, IDLE_SECONDS, Executor, ThreadStepper
 from engine.scheduling.plan import Plan, StepResult
 
+# Whose step hangs on a thread without Python, which uses their memory.
+LEFT_BEHIND: list[QueuedStepper] = []
+
 
 class QueueExecutor(Executor[Filled | Queued], Protocol):
     """What a `QueuedStepper` drives."""
@@ -85,7 +88,12 @@ class QueuedStepper(ThreadStepper[Filled | Queued]):
         return self._queue.collect(queued)
 
     def _end(self) -> bool:
-        return super()._end() and self._queue.end(CLOSE_SECONDS)
+        if not super()._end():
+            return False
+        if not self._queue.end(CLOSE_SECONDS):
+            LEFT_BEHIND.append(self)
+            return False
+        return True
 
     def _loop(self) -> None:
         while (work := self._next()) is not None:

@@ -153,13 +153,13 @@ class ThreadStepper(Generic[F]):
 
     def _next(self) -> tuple[F, float] | None:
         """What is to be done next, or None to end; resting meanwhile."""
-        patience = IDLE_SECONDS
+        quiet = False
         while self._rest is not None:
             try:
-                return self._work.get(timeout=patience)
+                return self._work.get(timeout=0.0 if quiet else IDLE_SECONDS)
             except queue.Empty:
-                patience = 0.0 if self._may_rest() else IDLE_SECONDS
-            if patience:
+                quiet = self._may_rest()
+            if not quiet:
                 continue
             try:
                 if not self._rest():

@@ -60,6 +60,7 @@ class Detokenizer:
         skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self._plain_texts = tokenizer.plain_texts
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._whole = True  # no character has begun and not ended
@@ -70,15 +71,22 @@ class Detokenizer:
 
         With `match` off (fewer than min_tokens so far) stop strings are let through.
         """
+        known = self._plain_texts.get(token_id) if self._whole else None
+        text = known if known is not None else self._decode(token_id)
+        return self._matcher.push(text) if match and self._matcher is not None else (text, None)
+
+    def _decode(self, token_id: int) -> str:
         if token_id in self._hidden:
-            return "", None
+            return ""
         data = self._tokenizer.token_bytes(token_id)
-        if self._whole and data.isascii():
-            text = data.decode("ascii")
-        else:
+        if not self._whole or not data.isascii():
             text = self._decoder.decode(data)
             self._whole = not self._decoder.getstate()[0]
-        return self._matcher.push(text) if match and self._matcher is not None else (text, None)
+            return text
+        text = data.decode("ascii")
+        if token_id not in self._tokenizer.special_ids:
+            self._plain_texts[token_id] = text
+        return text
 
     def flush(self) -> str:
         """What was held back when the sequence ends: half a stop string, half a character."""

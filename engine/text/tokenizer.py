@@ -96,6 +96,8 @@ class Tokenizer:
         self._alphabet = byte_alphabet() if '"ByteLevel"' in decoder else None
         self._added = {i: self._added_bytes(token) for i, token in added.items()}
         self._bytes: dict[int, bytes] = {}
+        # Texts of tokens that are ASCII and not special, as far as they have been streamed.
+        self.plain_texts: dict[int, str] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the model's own prefix (BOS) if `add_special_tokens`.

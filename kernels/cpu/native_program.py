@@ -87,7 +87,6 @@ class NativeProgram:
         self._logits = _lazy_floats(max_rows, tape.logits.width)
         self.memory: list[LayerMemory] = []
         self.states: list[LayerStates] = []
-        self._rows = 0
         self._experts: dict[Any, list[int]] = {}
         self._deltas: dict[DeltaHeads, tuple[int, int]] = {}
         # Of all buffers; memory is taken for the rows that are ever written.
@@ -109,7 +108,6 @@ class NativeProgram:
         self._program.add_states(states)
 
     def forward(self, batch: Batch) -> None:
-        self._rows = len(batch.sample_rows)
         run(self._program, batch)
 
     @torch.inference_mode()
@@ -129,7 +127,7 @@ class NativeProgram:
         )
 
     def logits(self) -> torch.Tensor:
-        return self._logits[: self._rows]
+        return self._logits[: self._program.samples]
 
     def profile(self, on: bool) -> None:
         """Start or stop timing instructions; both set the times back to zero."""

@@ -167,29 +167,28 @@ std::unique_ptr<Step> make_step(const nb::object& token_ids, const nb::object& p
                                 const nb::object& min_p, const nb::object& top_k, const nb::object& uniform,
                                 std::vector<int64_t> drawn, std::vector<int64_t> slots,
                                 const std::vector<std::tuple<int64_t, int64_t, bool>>& copies) {
-  auto step = std::make_unique<Step>();
-  step->inputs = {values_of<int64_t>(token_ids),
-                  values_of<int64_t>(positions),
-                  values_of<int64_t>(kv_slots),
-                  values_of<int64_t>(window_slots),
-                  values_of<int64_t>(sample_rows),
-                  values_of<int32_t>(query_starts),
-                  values_of<int32_t>(context_lengths),
-                  values_of<int32_t>(table_rows),
-                  values_of<int32_t>(kept_rows),
-                  values_of<int32_t>(kept_at),
-                  fed,
-                  values_of<float>(temperature),
-                  values_of<float>(top_p),
-                  values_of<float>(min_p),
-                  values_of<int32_t>(top_k),
-                  values_of<double>(uniform),
-                  std::move(drawn),
-                  std::move(slots),
-                  {}};
-  for (const auto& [source, target, windowed] : copies) step->inputs.copies.push_back({source, target, windowed});
-  step->inputs.check();
-  return step;
+  StepInputs inputs{values_of<int64_t>(token_ids),
+                    values_of<int64_t>(positions),
+                    values_of<int64_t>(kv_slots),
+                    values_of<int64_t>(window_slots),
+                    values_of<int64_t>(sample_rows),
+                    values_of<int32_t>(query_starts),
+                    values_of<int32_t>(context_lengths),
+                    values_of<int32_t>(table_rows),
+                    values_of<int32_t>(kept_rows),
+                    values_of<int32_t>(kept_at),
+                    fed,
+                    values_of<float>(temperature),
+                    values_of<float>(top_p),
+                    values_of<float>(min_p),
+                    values_of<int32_t>(top_k),
+                    values_of<double>(uniform),
+                    std::move(drawn),
+                    std::move(slots),
+                    {}};
+  for (const auto& [source, target, windowed] : copies) inputs.copies.push_back({source, target, windowed});
+  inputs.check();
+  return std::make_unique<Step>(std::move(inputs));
 }
 
 }  // namespace
@@ -334,6 +333,7 @@ NB_MODULE(_native, m) {
            "op"_a, "given"_a)
       .def("profile", &Program::profile)
       .def_prop_ro("strands", &Program::strands)
+      .def_prop_ro("samples", &Program::samples)
       .def("nanoseconds",
            [](const Program& p) {
              nb::dict result;
@@ -357,7 +357,6 @@ NB_MODULE(_native, m) {
 
   nb::class_<Step>(m, "Step")
       .def_prop_ro("done", [](const Step& s) { return s.done.load(std::memory_order_acquire); })
-      .def_prop_ro("rows", [](const Step& s) { return s.inputs.token_ids.size(); })
       // (ids, seconds of copying, of the forward pass, and of choosing); raises what went wrong.
       .def("result", [](const Step& s) {
         if (s.error) std::rethrow_exception(s.error);
@@ -378,9 +377,7 @@ NB_MODULE(_native, m) {
            "device"_a, nb::kw_only(), "pages"_a, "windows"_a, "width"_a, "page_size"_a, "seeds"_a, "last_ids"_a)
       .def("following",
            [](const StepQueue& q, const Step& step) {
-             auto next = std::make_unique<Step>();
-             next->inputs = step.inputs.following(q.tables());
-             return next;
+             return std::make_unique<Step>(step.inputs.following(q.tables()));
            })
       .def("submit",
            [](StepQueue& q, Step& step, Program& program, uintptr_t logits, int64_t vocab, int told) {

@@ -114,6 +114,7 @@ void Program::run(const Batch& batch) {
   for (Reading& reading : readings_) reading.pages.clear();
   const std::vector<Batch> strands = strands_of(batch);
   strands_ = static_cast<int>(strands.size());
+  samples_ = batch.samples;
   run_strands(strands);
   for (size_t n = strands.empty() ? 0 : strand_end_; n < instructions_.size(); ++n) {
     const Instruction& instruction = instructions_[n];

@@ -154,6 +154,8 @@ class Program {
 
   // Among how many strands the last step was shared out; 0 if it was not. Not while profiling.
   int strands() const { return strands_; }
+  // How many rows of logits the last step had.
+  int64_t samples() const { return samples_; }
 
   // Nanoseconds spent in each kind of instruction since profiling began.
   void profile(bool on) {
@@ -254,6 +256,7 @@ class Program {
   // there, and a token that attentions of a kind read.
   size_t strand_end_ = 0;
   int strands_ = 0;
+  int64_t samples_ = 0;
   double row_cost_ = 0.0;  // 0 until it is known
   struct ReadCost {
     int64_t window, rows;  // every so many rows of a chunk read it again

@@ -33,14 +33,14 @@ double counter_uniform(uint64_t seed, int64_t position) {
 
 void run_step(Step& step, Program& program, const float* logits, int64_t vocab, Pool& pool, const Kernels& kernels,
               const Tables& tables) {
-  StepInputs& in = step.inputs;
+  const StepInputs& in = step.inputs;
   const auto begin = Clock::now();
   for (const PageCopy& copy : in.copies) program.copy_page(copy);
   const auto start = Clock::now();
   step.move = in.copies.empty() ? 0.0 : seconds_between(begin, start);
-  for (int64_t row = 0; row < in.fed; ++row) in.token_ids[row] = tables.last_ids[in.table_rows[row]];
+  for (int64_t row = 0; row < in.fed; ++row) step.token_ids[row] = tables.last_ids[in.table_rows[row]];
   const int64_t rows = static_cast<int64_t>(in.sample_rows.size());
-  program.run({in.token_ids.data(), in.positions.data(), in.kv_slots.data(), in.query_starts.data(),
+  program.run({step.token_ids.data(), in.positions.data(), in.kv_slots.data(), in.query_starts.data(),
                in.context_lengths.data(), in.table_rows.data(), tables.pages, in.sample_rows.data(),
                static_cast<int64_t>(in.token_ids.size()), static_cast<int64_t>(in.table_rows.size()), rows, tables.width,
                data_or_null(in.kept_rows), data_or_null(in.kept_at), data_or_null(in.window_slots), tables.windows});
@@ -123,7 +123,7 @@ void StepQueue::drain() {
 }
 
 bool StepQueue::close(double seconds) {
-  if (!thread_.joinable()) return true;
+  if (!thread_.joinable()) return !left_;
   {
     std::unique_lock<std::mutex> lock(line_->mutex);
     line_->ends = true;
@@ -131,6 +131,7 @@ bool StepQueue::close(double seconds) {
     const auto patience = std::chrono::duration<double>(seconds);
     if (!line_->changed.wait_for(lock, patience, [&] { return line_->ended; })) {
       thread_.detach();
+      left_ = true;
       return false;
     }
   }

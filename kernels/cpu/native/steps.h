@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "choosing.h"
@@ -46,11 +47,14 @@ struct StepInputs {
 
 // A step, and once it is `done` what it gave.
 struct Step {
-  StepInputs inputs;
+  const StepInputs inputs;
+  std::vector<int64_t> token_ids;  // those of the inputs, with what was drawn at the slots of the first
   std::vector<int64_t> ids;
   double move = 0.0, forward = 0.0, sample = 0.0;  // seconds
   std::exception_ptr error;
   std::atomic<bool> done{false};
+
+  explicit Step(StepInputs given) : inputs(std::move(given)), token_ids(inputs.token_ids) {}
 };
 
 class StepQueue {
@@ -67,7 +71,8 @@ class StepQueue {
   void submit(Step& step, Program& program, const float* logits, int64_t vocab, int told);
   // Waits until all steps have ended.
   void drain();
-  // Ends the thread once all steps have; false, and the thread is left behind, if that takes longer.
+  // Ends the thread once all steps have; false, and the thread is left behind with all that it uses, if that
+  // takes longer.
   bool close(double seconds);
 
  private:
@@ -91,6 +96,7 @@ class StepQueue {
   Tables tables_;
   std::shared_ptr<Line> line_;
   std::thread thread_;
+  bool left_ = false;
 };
 
 }  // namespace ryzanstein

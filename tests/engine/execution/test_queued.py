@@ -207,6 +207,8 @@ def test_a_step_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(EngineFailed, match="hangs"):
         stepper.close()
     assert not device.closed
+    assert stepper in module.LEFT_BEHIND, "its memory is still used"
+    module.LEFT_BEHIND.remove(stepper)
     device.line.gate.set()
 
 
