@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 
@@ -14,12 +14,20 @@ from engine.errors import ConfigError
 from engine.scheduling.controller import Readings
 from engine.scheduling.window_pages import least_window_pages, most_window_pages
 
-# Limit and usage of the control group, in version 2 and version 1.
+# What the machine has, in bytes by their names.
+MEMORY_TABLE = "/proc/meminfo"
+
+# Limit, usage and statistics of the control group, in version 2 and version 1.
 MEMORY_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        "/sys/fs/cgroup/memory.stat",
+    ),
     (
         "/sys/fs/cgroup/memory/memory.limit_in_bytes",
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
     ),
 )
 
@@ -27,7 +35,10 @@ MEMORY_FILES = (
 NAMED = 16
 
 # Stalls for memory, of the control group and of the machine (pressure stall information).
-PRESSURE_FILES = (Path("/sys/fs/cgroup/memory.pressure"), Path("/proc/pressure/memory"))
+PRESSURE_FILES = ("/sys/fs/cgroup/memory.pressure", "/proc/pressure/memory")
+
+# The system's files are read in one piece, for which all of them are short enough.
+MOST_BYTES = 65536
 
 
 def available_memory() -> int | None:
@@ -35,22 +46,20 @@ def available_memory() -> int | None:
 
     None where the system does not say.
     """
-    available = _field(Path("/proc/meminfo"), "MemAvailable")
+    available = _field(MEMORY_TABLE, "MemAvailable")
     if available is None:
         return None
-    for limit, usage in MEMORY_FILES:
-        bound, used = _number(Path(limit)), _number(Path(usage))
+    for limit, usage, statistics in MEMORY_FILES:
+        bound, used = _number(limit), _number(usage)
         if bound is not None:
-            used = max(0, (used or 0) - _reclaimable(Path(usage).with_name("memory.stat")))
+            used = max(0, (used or 0) - _reclaimable(statistics))
             available = min(available, max(0, bound - used))
     return available
 
 
-def _reclaimable(file: Path) -> int:
+def _reclaimable(file: str) -> int:
     """Bytes of files that the system holds in memory and can drop at any time."""
-    if not file.exists():
-        return 0
-    for line in file.read_text().splitlines():
+    for line in (_text(file) or "").splitlines():
         name, _, value = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file"):
             return int(value)
@@ -64,9 +73,8 @@ def read_pressure() -> Readings | None:
         return None
     stalled = 0.0
     for file in PRESSURE_FILES:
-        if file.exists():
-            with suppress(OSError):  # a kernel may have the file and refuse to read it
-                stalled = max(stalled, _stalled(file.read_text()))
+        with suppress(OSError):  # a kernel may have the file and refuse to read it
+            stalled = max(stalled, _stalled(_text(file) or ""))
     return Readings(available, stalled)
 
 
@@ -118,23 +126,37 @@ def device_memory() -> tuple[int, int] | None:
 
 def private_memory() -> int:
     """Bytes of memory that are this process's own (files that it has mapped are not)."""
-    return _field(Path("/proc/self/status"), "RssAnon") or 0
+    return _field("/proc/self/status", "RssAnon") or 0
 
 
-def _field(file: Path, name: str) -> int | None:
+def _field(file: str, name: str) -> int | None:
     """Bytes that one of /proc's tables gives under a name; None if there is no such file."""
-    if not file.exists():
+    text = _text(file)
+    if text is None:
         return None
-    fields = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
-    return int(fields[name].split()[0]) * 1024
+    _, found, rest = text.partition(f"{name}:")
+    if not found:
+        raise LookupError(f"{file} has no line {name}")
+    return int(rest.split(None, 1)[0]) * 1024
 
 
-def _number(file: Path) -> int | None:
+def _number(file: str) -> int | None:
     """A file's number; None if there is no such file, or it says `max`."""
-    if not file.exists():
-        return None
-    text = file.read_text().strip()
+    text = (_text(file) or "").strip()
     return int(text) if text.isdigit() else None
+
+
+def _text(file: str) -> str | None:
+    """What is in one of the system's files; None if there is no such file. Not through the layers
+    of `open`: this is called on the event loop, over and over."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.read(descriptor, MOST_BYTES).decode()
+    finally:
+        os.close(descriptor)
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):

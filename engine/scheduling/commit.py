@@ -33,7 +33,7 @@ class Committer:
             length = len(tokens)
             sequence.computed = length
             if not length % size:
-                self._prefixes.publish(sequence)
+                self._prefixes.filled(sequence)
             moved.append(sequence)
             if (
                 token in sequence.ends

@@ -35,6 +35,7 @@ class Leases:
     def keep(self, key: Hashable, sequence: Sequence) -> None:
         """Keep what a sequence has computed for `key`, in place of what that had; nothing for an
         empty one."""
+        self._prefixes.publish(sequence)
         names = tuple(sequence.hashes[: sequence.published])
         if key in self._held and len(self._held[key][0]) > len(names):
             names = self._held[key][0]  # it has not come back to all of it yet

@@ -148,8 +148,13 @@ class Prefixes:
     def grew(self, sequence: Sequence, plan: Plan) -> None:
         """A sequence that decodes is about to begin a page."""
 
+    def filled(self, sequence: Sequence) -> None:
+        """A sequence that decodes has filled a page. What it has filled is named when it leaves:
+        few go on from an answer before its end, and a name costs more than a token does."""
+
     def left(self, sequence: Sequence) -> None:
-        """A sequence has given up its slot."""
+        """A sequence is about to give up its slot and pages."""
+        self.publish(sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Make pages findable whose every token has now been computed."""

@@ -119,7 +119,12 @@ class RecurrentPrefixes(Prefixes):
             else:
                 self.snapshots.give_back(kept.place)
 
+    def filled(self, sequence: Sequence) -> None:
+        # States are kept for pages that have a name.
+        self.publish(sequence)
+
     def left(self, sequence: Sequence) -> None:
+        super().left(sequence)
         self._last.pop(sequence, None)
         self._awaited.pop(sequence, None)
         if self._goals.pop(sequence, None) is not None:

@@ -64,7 +64,12 @@ class WindowedPrefixes(Prefixes):
         super().publish(sequence)
         self._pass(sequence, self.windows.first(sequence.computed))
 
+    def filled(self, sequence: Sequence) -> None:
+        # Its name is found only while what lies beside it is there.
+        self.publish(sequence)
+
     def left(self, sequence: Sequence) -> None:
+        super().left(sequence)
         self._pass(sequence, len(sequence.window_pages))
 
     def _is_known(self, name: bytes) -> bool:

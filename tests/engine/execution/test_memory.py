@@ -46,12 +46,14 @@ def test_free_memory_respects_a_cgroup_limit(
     whole = available_memory()
     assert whole is not None
     assert whole > 1 << 20
-    limit, usage = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(memory, "MEMORY_FILES", ((str(limit), str(usage)),))
+    limit, usage, statistics = (tmp_path / f"memory.{name}" for name in ("max", "current", "stat"))
+    monkeypatch.setattr(memory, "MEMORY_FILES", ((str(limit), str(usage), str(statistics)),))
     limit.write_text("1048576\n")
     assert available_memory() == 1048576
     usage.write_text("48576\n")
     assert available_memory() == 1000000
+    statistics.write_text("anon 20000\ninactive_file 30000\n")  # the latter can be dropped
+    assert available_memory() == 1030000
     usage.write_text("2000000\n")
     assert available_memory() == 0
     limit.write_text("max\n")
@@ -59,7 +61,7 @@ def test_free_memory_respects_a_cgroup_limit(
 
 
 def test_systems_that_do_not_say_get_a_modest_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setattr(memory, "MEMORY_TABLE", "/nowhere/meminfo")
     assert available_memory() is None
     pages = cache_size(CacheSection(memory_fraction=0.5), PAGE, 1 << 30, batch(64)).pages
     assert pages == (2 << 30) // LAYOUT.bytes_per_page

@@ -77,6 +77,22 @@ def test_output_pages_are_reused_by_the_next_turn_of_a_conversation() -> None:
     assert second.cached == 16
 
 
+@pytest.mark.parametrize("how", ["aborted", "paused"])
+def test_what_an_answer_has_filled_is_found_once_it_is_broken_off(how: str) -> None:
+    bench = Bench()
+    (first,) = bench.add(list(range(8)), max_tokens=30)
+    for _ in range(10):
+        bench.step()
+    assert first.published == 2  # the prompt's: naming those of an answer would slow its tokens
+    if how == "aborted":
+        bench.scheduler.finish(first, "abort")
+    else:
+        bench.scheduler.pause(first)
+    (second,) = bench.add([*first.tokens, 5])
+    bench.step()
+    assert second.cached == 16
+
+
 def test_prompt_logprobs_bypass_the_cache_and_score_every_position() -> None:
     bench = Bench()
     prompt = list(range(10))
