@@ -33,7 +33,7 @@ class Outlet:
     """Where one choice's tokens go: all that a token needs, since whatever else it touched would
     come from memory each time. `index` is the choice's in its stream, `known` how many of the
     sequence's tokens that has. The tokens of `plain` ones are text and no more, and no text ends
-    them."""
+    them. `whole` is the detokenizer's `is_whole`."""
 
     active: Active
     stream: TokenStream
@@ -41,6 +41,7 @@ class Outlet:
     detokenizer: Detokenizer
     plain: bool
     known: int
+    whole: bool = True
     # When it got its last token.
     last: float | None = None
 
@@ -108,7 +109,7 @@ class Delivery:
 
         Returns how many tokens came how many seconds after the one before them.
         """
-        outlets, now = self._outlets, self._clock.now()
+        outlets, texts, now = self._outlets, self._tokenizer.plain_texts, self._clock.now()
         gaps: dict[float, int] = {}
         # Most got their last token when the one before them got its.
         before, alike = now, 0
@@ -126,8 +127,12 @@ class Delivery:
             if outlet.plain and sequence.finish_reason is None and len(tokens) == outlet.known + 1:
                 # One of many, as most are: what `_push` does, and does not have to.
                 outlet.known += 1
-                text, _ = outlet.detokenizer.push(tokens[-1])
-                delta = Delta(index=outlet.index, text=text, token_ids=[tokens[-1]])
+                token = tokens[-1]
+                text = texts.get(token) if outlet.whole else None
+                if text is None:
+                    text, _ = outlet.detokenizer.push(token)
+                    outlet.whole = outlet.detokenizer.is_whole
+                delta = Delta(index=outlet.index, text=text, token_ids=[token])
                 self._handout.push(outlet.stream, delta)
                 continue
             count = self._push(outlet, sequence, now)
@@ -244,6 +249,7 @@ class Delivery:
                 sequence.finish_reason = "stop"
                 break
         outlet.known += len(fresh)
+        outlet.whole = outlet.detokenizer.is_whole
         if sampling.logprobs is not None:
             del sequence.logprobs[outlet.known - sequence.prompt_length :]
             delta.logprobs = sequence.logprobs[-len(fresh) :]

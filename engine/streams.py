@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable
+from operator import attrgetter
 
 from engine.types import Delta
 
@@ -51,11 +53,27 @@ class TokenStream:
     the error given to `fail`.
     """
 
+    # One piece of memory: what a token needs of a stream has left the caches since the last one.
+    __slots__ = (
+        "_broken",
+        "_choices",
+        "_error",
+        "_full",
+        "_on_full",
+        "_open",
+        "_pending",
+        "_rest",
+        "_taker",
+        "_waiter",
+        "request_ids",
+    )
+
     def __init__(self) -> None:
         self.request_ids: list[str] = []
         self._choices = 0
         self._open = 0
-        self._pending: dict[int, Delta] = {}
+        # In the order of their choices.
+        self._pending: list[Delta] = []
         self._error: Exception | None = None
         self._full = 0
         self._on_full: Callable[[], None] | None = None
@@ -76,14 +94,10 @@ class TokenStream:
     def push(self, delta: Delta) -> bool:
         """Add what happened to one choice. True if nobody has been woken: `hand_out` has to be
         called soon, as a `Handout` does."""
-        pending = self._pending.get(delta.index)
-        if pending is None:
-            self._pending[delta.index] = delta
+        if not self._pending or self._pending[-1].index < delta.index:
+            self._pending.append(delta)
         else:
-            pending.merge(delta)
-            if self._on_full is not None and len(pending.token_ids) >= self._full:
-                on_full, self._on_full = self._on_full, None
-                on_full()
+            self._merge(delta)
         if delta.finish_reason is not None:
             self._open -= 1
         if self._taker is not None and self._open:
@@ -112,7 +126,7 @@ class TokenStream:
         self._waiter.wake()
 
     async def receive(self) -> list[Delta]:
-        """Everything since the last call, at most one delta per choice; empty at the end.
+        """Everything since the last call, a delta per choice at most, in order; empty at the end.
 
         Raises the stream's error once pending deltas have been read.
         """
@@ -172,9 +186,24 @@ class TokenStream:
             for delta in deltas:
                 yield delta
 
+    def _merge(self, delta: Delta) -> None:
+        """Add a delta that belongs before the end of those pending, or to one of them."""
+        at = bisect_left(self._pending, delta.index, key=_index)
+        pending = self._pending[at]
+        if pending.index != delta.index:
+            self._pending.insert(at, delta)
+            return
+        pending.merge(delta)
+        if self._on_full is not None and len(pending.token_ids) >= self._full:
+            on_full, self._on_full = self._on_full, None
+            on_full()
+
     def _take(self) -> list[Delta]:
-        pending, self._pending = self._pending, {}
-        return list(pending.values())
+        pending, self._pending = self._pending, []
+        return pending
+
+
+_index = attrgetter("index")
 
 
 class Handout:

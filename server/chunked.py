@@ -13,14 +13,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 # Where a request's scope has its server's own `send`.
 CONNECTION = "ryzanstein.connection"
 # What is looked at of uvicorn's, which another version might not have.
-USED = (
-    "transport",
-    "flow",
-    "disconnected",
-    "response_started",
-    "response_complete",
-    "chunked_encoding",
-)
+USED = ("transport", "response_started", "chunked_encoding")
 
 
 class Connected:
@@ -43,18 +36,26 @@ class Connected:
 class Chunks:
     """Parts of a response's body, in the chunked coding of HTTP/1.1 (RFC 9112, 7.1)."""
 
+    __slots__ = ("_cycle", "_transport", "_under_way")
+
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
+        self._transport = cycle.transport
+        # The response has begun, in chunks. From then on the transport alone is asked: each object
+        # that a token has to do with costs memory's time.
+        self._under_way = False
 
     def write(self, body: bytes) -> bool:
         """Write a part that is not empty. False if it has to be sent as a message: the response is
         not under way, or not chunked, or the client is slow, or has left."""
-        cycle = self._cycle
-        if cycle.disconnected or cycle.flow.write_paused or cycle.response_complete:
+        transport = self._transport
+        if transport.is_closing() or transport.get_write_buffer_size():
             return False
-        if not cycle.response_started or not cycle.chunked_encoding:
-            return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        if not self._under_way:
+            self._under_way = self._cycle.response_started and bool(self._cycle.chunked_encoding)
+            if not self._under_way:
+                return False
+        transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
 

@@ -12,8 +12,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream, Usage
+from engine import AsyncEngine, Delta, InvalidRequest, SamplingParams, Terms, TokenStream
 from server.answering import for_template, prepare_answer
+from server.chunk_events import ChunkEvents, asked_usages
 from server.dialect import dialect_of
 from server.errors import HTTPError, json_response
 from server.format import Envelope, envelope, usage_body
@@ -43,7 +44,6 @@ from server.streams import (
     EventStream,
     Put,
     completed,
-    event_of,
     race_disconnect,
     reading,
     submit_all,
@@ -302,11 +302,13 @@ async def _answer(
     kind = shape.chunk_kind if body.stream else shape.kind
     wrapper = envelope(request_id, kind, engine.parts.model_name, engine.parts.fingerprint)
     if body.stream:
-        chunks = Chunks(wrapper, generation, body.stream_options or StreamOptions())
+        prompt = sum(map(len, generation.prompts))
+        options = body.stream_options or StreamOptions()
+        chunks = ChunkEvents(wrapper, shape, prompt, generation.more, options)
 
         async def produce(put: Put) -> None:
             with reading(engine, stream):
-                await stream.pour(lambda deltas: put(chunks.of(deltas)))
+                await stream.pour(chunks.into(put))
             await completed(put(chunks.last()))
 
         return EventStream(
@@ -329,64 +331,6 @@ async def complete(engine: AsyncEngine, generation: Generation, request_id: str)
     return await _whole(engine, stream, wrapper, generation)
 
 
-class Chunks:
-    """A stream's events. With `include_usage` every chunk has a `usage`: null but in the last one,
-    or what there is so far with `continuous_usage_stats`."""
-
-    def __init__(self, wrapper: Envelope, generation: Generation, options: StreamOptions) -> None:
-        self._wrapper = wrapper
-        self._shape = generation.shape
-        self._counted = options.include_usage
-        self._running = options.include_usage and options.continuous_usage_stats
-        before, after = wrapper.around_choice(**({"usage": None} if self._counted else {}))
-        self._before, self._after = b"data: " + before, after + b"\n\n"
-        # The bytes of an event before and after its text, by choice.
-        self._around: dict[int, tuple[bytes, bytes]] = {}
-        self._first = generation.more
-        self._prompt, self._made = sum(map(len, generation.prompts)), 0
-        self._usages: list[Usage] = []
-
-    def of(self, deltas: Sequence[Delta]) -> bytes:
-        """The events of some deltas; none if there is nothing to show."""
-        events: list[bytes] = []
-        for delta in deltas:
-            if delta.usage is not None:
-                self._usages.append(delta.usage)
-            self._made += len(delta.token_ids)
-            text = None if self._first or self._running else self._shape.text(delta)
-            if text is not None:
-                if text:
-                    before, after = self._around.get(delta.index) or self._around_text(delta.index)
-                    events += before, msgspec.json.encode(text), after
-                continue
-            for choice in self._shape.chunk(delta):
-                if self._first or self._running:
-                    events.append(self._with_more(choice))
-                else:
-                    events += self._before, msgspec.json.encode(choice), self._after
-        return b"".join(events)
-
-    def last(self) -> bytes:
-        """The event behind all choices, if usage is wanted."""
-        if not self._counted:
-            return b""
-        usage = usage_body(_shown(self._usages, self._shape))
-        return event_of(self._wrapper.body([], usage=usage))
-
-    def _around_text(self, index: int) -> tuple[bytes, bytes]:
-        choice = msgspec.json.encode(self._shape.spoken(index, ""))
-        before, _, after = choice.partition(b'""')
-        around = self._before + before, after + self._after
-        self._around[index] = around
-        return around
-
-    def _with_more(self, choice: dict[str, Any]) -> bytes:
-        usage = Usage(prompt_tokens=self._prompt, completion_tokens=self._made)
-        more = {"usage": usage_body([usage])} if self._running else {}
-        first, self._first = self._first, {}
-        return event_of(self._wrapper.body([choice], **first, **more))
-
-
 async def _whole(
     engine: AsyncEngine, stream: TokenStream, wrapper: Envelope, generation: Generation
 ) -> dict[str, Any]:
@@ -403,14 +347,7 @@ async def _whole(
                 else:
                     merged[delta.index] = delta
     choices = [shape.whole(merged[index]) for index in sorted(merged)]
-    return wrapper.body(choices, usage=usage_body(_shown(usages, shape)), **generation.more)
-
-
-def _shown(usages: list[Usage], shape: Shape) -> list[Usage]:
-    """Usage without the tokens that nobody asked for."""
-    if not shape.hidden_tokens:
-        return usages
-    return [msgspec.structs.replace(u, completion_tokens=0) for u in usages]
+    return wrapper.body(choices, usage=usage_body(asked_usages(usages, shape)), **generation.more)
 
 
 def _models(request: Request) -> list[dict[str, Any]]:

@@ -32,8 +32,9 @@ class Shape(Protocol):
         """Choice objects to stream for a delta; the finish reason comes in one of its own."""
         ...
 
-    def text(self, delta: Delta) -> str | None:
-        """The text of a delta whose chunk is `spoken` and no more, as most are; else None."""
+    def is_plain(self, index: int) -> bool:
+        """Whether the chunks of a choice are, up to its end, what is `spoken` and no more. One that
+        is stays so."""
         ...
 
     def spoken(self, index: int, text: str) -> dict[str, Any]:
@@ -120,9 +121,8 @@ class ChatShape:
         self._answers: dict[int, Answer] = {}
         self._plain = parser is None and not logprobs and not token_ids
 
-    def text(self, delta: Delta) -> str | None:
-        plain = self._plain and delta.finish_reason is None and delta.index in self._answers
-        return delta.text if plain else None
+    def is_plain(self, index: int) -> bool:
+        return self._plain and index in self._answers
 
     def spoken(self, index: int, text: str) -> dict[str, Any]:
         return self._choice(index, {"content": text})
@@ -210,9 +210,8 @@ class CompletionShape:
         self._scores: dict[int, CompletionLogprobs] = {}
         self._plain = not logprobs and prompt_ids is None and not prompt_only
 
-    def text(self, delta: Delta) -> str | None:
-        plain = self._plain and delta.finish_reason is None and delta.index in self._scores
-        return (delta.text or None) if plain else None
+    def is_plain(self, index: int) -> bool:
+        return self._plain and index in self._scores
 
     def spoken(self, index: int, text: str) -> dict[str, Any]:
         return self._choice(index, text, None)

@@ -134,6 +134,20 @@ class EventStream:
     `on_end` is called however it ends, also if the client left before the first event.
     """
 
+    __slots__ = (
+        "_chunks",
+        "_ended",
+        "_failed",
+        "_headers",
+        "_last",
+        "_middle",
+        "_on_end",
+        "_produce",
+        "_sending",
+        "_sent_at",
+        "_settings",
+    )
+
     def __init__(
         self,
         produce: Callable[[Put], Awaitable[None]],

@@ -11,6 +11,8 @@ from engine.text.tokenizer import Tokenizer
 class StopMatcher:
     """Finds the first stop string in a growing text, releasing only what cannot become one."""
 
+    __slots__ = ("_held", "_include", "_stops")
+
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
         self._include = include
@@ -51,6 +53,8 @@ class StopMatcher:
 class Detokenizer:
     """One choice's text, incrementally. The joined pieces equal the whole decoded at once."""
 
+    __slots__ = ("_decoder", "_hidden", "_matcher", "_plain_texts", "_tokenizer", "is_whole")
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -63,7 +67,8 @@ class Detokenizer:
         self._plain_texts = tokenizer.plain_texts
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._whole = True  # no character has begun and not ended
+        # No character has begun and not ended: a token's plain text is what it adds.
+        self.is_whole = True
         self._matcher = StopMatcher(stops, include=include_stop) if stops else None
 
     def push(self, token_id: int, *, match: bool = True) -> tuple[str, str | None]:
@@ -71,7 +76,7 @@ class Detokenizer:
 
         With `match` off (fewer than min_tokens so far) stop strings are let through.
         """
-        known = self._plain_texts.get(token_id) if self._whole else None
+        known = self._plain_texts.get(token_id) if self.is_whole else None
         text = known if known is not None else self._decode(token_id)
         return self._matcher.push(text) if match and self._matcher is not None else (text, None)
 
@@ -79,9 +84,9 @@ class Detokenizer:
         if token_id in self._hidden:
             return ""
         data = self._tokenizer.token_bytes(token_id)
-        if not self._whole or not data.isascii():
+        if not self.is_whole or not data.isascii():
             text = self._decoder.decode(data)
-            self._whole = not self._decoder.getstate()[0]
+            self.is_whole = not self._decoder.getstate()[0]
             return text
         text = data.decode("ascii")
         if token_id not in self._tokenizer.special_ids:
