@@ -1,7 +1,8 @@
 """Where a step's time goes: plan, fill, forward, sample, commit, stream; and the loop's lag.
 
-`alone_us` is the same forward pass with nothing beside it, `loop_cpu_us` the processor time that
-the event loop's thread took a step: what the forward pass may lose to it and what it loses.
+`loop_cpu_us` is the processor time that the event loop's thread took a step, `alone_us` the same
+forward pass with nothing beside it, and `slowed_us` how much longer it takes, in turns with that,
+beside a thread that takes as much of a core as the loop did.
 
 python -m perf.step --model smollm2-135m --streams 1,8,32
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +26,10 @@ from engine import AsyncEngine, RequestStats, SamplingParams, StepStats
 
 PARTS = ("plan", "fill", "forward", "sample", "commit", "stream")
 LAG_INTERVAL = 0.004
-ALONE_RUNS = 30
+# Of each of the two: the forward pass alone, and beside somebody.
+TURNS = 100
+# When that one begins, counted from the step's begin; the loop does most of its work then.
+ENTERS_SECONDS = 0.0005
 REST_INTERVAL, REST_SECONDS = 0.2, 30.0
 
 
@@ -83,10 +88,10 @@ async def measure(
         steps = recorder.steps
         if recorder.last is None or len(steps) < 2:
             raise SystemExit("too few steady steps were seen; ask for more tokens")
+        loop = statistics.median(b - a for a, b in itertools.pairwise(recorder.loop_seconds))
         await at_rest()
-        alone = forward_alone(runner, recorder.last)
+        alone, slowed = forward_beside(runner, recorder.last, loop)
     medians = {p: statistics.median(s.seconds[p] for s in steps) * 1e6 for p in PARTS}
-    loop = statistics.median(b - a for a, b in itertools.pairwise(recorder.loop_seconds))
     between = [b.at - a.at for a, b in itertools.pairwise(steps)]
     whole = statistics.median(between) * 1e6
     lags.sort()
@@ -97,6 +102,7 @@ async def measure(
         "step_us": round(whole, 1),
         "alone_us": round(alone * 1e6, 1),
         "loop_cpu_us": round(loop * 1e6, 1),
+        "slowed_us": round(slowed * 1e6, 1),
         "python_us": round(sum(medians[p] for p in ("plan", "fill", "commit", "stream")), 1),
         "tokens_per_second": round(streams / whole * 1e6, 1),
         "loop_lag_p50_us": round(statistics.median(lags) * 1e6, 1),
@@ -114,10 +120,44 @@ async def at_rest() -> None:
             spent = time.process_time() - before
 
 
-def forward_alone(runner: Any, step: Any) -> float:
-    """Median seconds of the forward pass of one step while nothing else runs."""
-    times = [float(runner.run(step).seconds["forward"]) for _ in range(ALONE_RUNS)]
-    return statistics.median(times)
+class Neighbour(threading.Thread):
+    """Takes `seconds` of a core each time that it is called, a little later."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(daemon=True)
+        self._seconds = seconds
+        self._called = threading.Semaphore(0)
+        self._served = threading.Semaphore(0)
+
+    def call(self) -> None:
+        self._called.release()
+
+    def wait(self) -> None:
+        """Until it has done what it was called for."""
+        self._served.acquire()
+
+    def run(self) -> None:
+        while True:
+            self._called.acquire()
+            time.sleep(ENTERS_SECONDS)
+            until = time.thread_time() + self._seconds
+            while time.thread_time() < until:
+                pass
+            self._served.release()
+
+
+def forward_beside(runner: Any, step: Any, seconds: float) -> tuple[float, float]:
+    """Median seconds of the forward pass of one step while nothing else runs, and how much longer
+    it takes beside a thread that takes so many seconds of a core."""
+    neighbour = Neighbour(seconds)
+    neighbour.start()
+    alone, beside = [], []
+    for _ in range(TURNS):
+        alone.append(float(runner.run(step).seconds["forward"]))
+        neighbour.call()
+        beside.append(float(runner.run(step).seconds["forward"]))
+        neighbour.wait()
+    return statistics.median(alone), statistics.median(beside) - statistics.median(alone)
 
 
 app = App(name="perf.step", help=__doc__, help_format="plaintext")
