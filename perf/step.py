@@ -2,7 +2,8 @@
 
 `loop_cpu_us` is the processor time that the event loop's thread took a step, `alone_us` the same
 forward pass with nothing beside it, and `slowed_us` how much longer it takes, in turns with that,
-beside a thread that takes as much of a core as the loop did.
+beside a thread that takes as much of a core as the loop did (of native kernels; a step of torch's
+may wait for the interpreter as well).
 
 python -m perf.step --model smollm2-135m --streams 1,8,32
 """
@@ -126,6 +127,7 @@ class Neighbour(threading.Thread):
     def __init__(self, seconds: float) -> None:
         super().__init__(daemon=True)
         self._seconds = seconds
+        self._ended = False
         self._called = threading.Semaphore(0)
         self._served = threading.Semaphore(0)
 
@@ -136,9 +138,16 @@ class Neighbour(threading.Thread):
         """Until it has done what it was called for."""
         self._served.acquire()
 
+    def end(self) -> None:
+        self._ended = True
+        self.call()
+        self.join()
+
     def run(self) -> None:
         while True:
             self._called.acquire()
+            if self._ended:
+                return
             time.sleep(ENTERS_SECONDS)
             until = time.thread_time() + self._seconds
             while time.thread_time() < until:
@@ -157,6 +166,7 @@ def forward_beside(runner: Any, step: Any, seconds: float) -> tuple[float, float
         neighbour.call()
         beside.append(float(runner.run(step).seconds["forward"]))
         neighbour.wait()
+    neighbour.end()
     return statistics.median(alone), statistics.median(beside) - statistics.median(alone)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from engine import Delta, Usage
-from engine.streams import Taker
 from server.format import Envelope, usage_body
 from server.protocol import StreamOptions
 from server.shapes import Shape
@@ -16,8 +15,8 @@ from server.streams import Put, event_of
 
 
 class ChunkEvents:
-    """A stream's events; `first` is put into the first of them. With `include_usage` every chunk
-    has a `usage`: null but in the last one, or what there is so far with
+    """A stream's events, for `put`; `first` is put into the first of them. With `include_usage`
+    every chunk has a `usage`: null but in the last one, or what there is so far with
     `continuous_usage_stats`."""
 
     __slots__ = (
@@ -37,12 +36,14 @@ class ChunkEvents:
 
     def __init__(
         self,
+        put: Put,
         wrapper: Envelope,
         shape: Shape,
         prompt_tokens: int,
         first: dict[str, Any],
         options: StreamOptions,
     ) -> None:
+        self._put = put
         self._wrapper = wrapper
         self._shape = shape
         self._counted = options.include_usage
@@ -52,16 +53,13 @@ class ChunkEvents:
         # The bytes of an event before and after its text, by choice, where there is nothing else.
         self._around: dict[int, tuple[bytes, bytes]] = {}
         self._first = first
-        self._prompt, self._made = prompt_tokens, 0
+        self._prompt = prompt_tokens
+        # Tokens so far, where that is asked for.
+        self._made = 0
         self._usages: list[Usage] = []
-        self._put: Put
 
-    def into(self, put: Put) -> Taker:
-        """What sends deltas as events by `put`."""
-        self._put = put
-        return self._pass_on
-
-    def _pass_on(self, deltas: Sequence[Delta]) -> Awaitable[None] | None:
+    def pass_on(self, deltas: Sequence[Delta]) -> Awaitable[None] | None:
+        """Put the events of some deltas; what remains to be awaited."""
         return self._put(self.of(deltas))
 
     def of(self, deltas: Sequence[Delta]) -> bytes:

@@ -304,11 +304,11 @@ async def _answer(
     if body.stream:
         prompt = sum(map(len, generation.prompts))
         options = body.stream_options or StreamOptions()
-        chunks = ChunkEvents(wrapper, shape, prompt, generation.more, options)
 
         async def produce(put: Put) -> None:
+            chunks = ChunkEvents(put, wrapper, shape, prompt, generation.more, options)
             with reading(engine, stream):
-                await stream.pour(chunks.into(put))
+                await stream.pour(chunks.pass_on)
             await completed(put(chunks.last()))
 
         return EventStream(

@@ -70,7 +70,7 @@ class Committer:
         right = 0
         while True:
             sequence.computed = len(sequence.tokens)
-            self._prefixes.publish(sequence)
+            self._prefixes.filled(sequence)
             self._append(sequence, result, first + right)
             if sequence.state is State.FINISHED or right == len(guess):
                 break

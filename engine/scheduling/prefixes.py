@@ -2,7 +2,8 @@
 
 Nobody computes a page that another is computing or has computed: at every page boundary a prompt
 looks for its next page, and waits a step if that is on its way. So requests that arrive together
-with the same beginning, and the choices of one request, compute it once.
+with the same beginning, and the choices of one request, compute it once. What an answer adds can
+be found some pages late, or once it has ended.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from engine.scheduling.cold import ColdIndex
 from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan
 from engine.scheduling.sequence import Sequence
+
+# Pages of an answer.
+NAMED_TOGETHER = 8
 
 
 class Prefixes:
@@ -149,17 +153,20 @@ class Prefixes:
         """A sequence that decodes is about to begin a page."""
 
     def filled(self, sequence: Sequence) -> None:
-        """A sequence that decodes has filled a page. What it has filled is named when it leaves:
-        few go on from an answer before its end, and a name costs more than a token does."""
+        """A sequence that decodes has filled a page. Some are named together, each sequence in a
+        step of its own: few go on from an answer before its end, and what names a page has left the
+        caches by the next one, so that one alone costs ten times as much."""
+        if (sequence.computed // self.pool.page_size + sequence.slot) % NAMED_TOGETHER == 0:
+            self.publish(sequence)
 
     def left(self, sequence: Sequence) -> None:
-        """A sequence is about to give up its slot and pages."""
-        self.publish(sequence)
+        """A sequence has given up its slot."""
 
     def publish(self, sequence: Sequence) -> None:
         """Make pages findable whose every token has now been computed."""
         size = self.pool.page_size
-        full = sequence.computed // size
+        # A stop string cuts tokens off that have been computed.
+        full = min(sequence.computed, len(sequence.tokens)) // size
         if self.enabled:
             for number in range(sequence.published, full):
                 self._publish(sequence, number, (number + 1) * size)
@@ -176,7 +183,7 @@ class Prefixes:
         size = self.pool.page_size
         name = sequence.name_of(number, length, size)
         names: list[bytes] = []
-        # An answer that others go along with for a while is rare, and naming takes time each step.
+        # An answer that others go along with for a while is rare, and naming takes time.
         asked = number * size < sequence.prompt_length
         if self.copies_beginnings and asked and not self.pool.is_whole(name):
             begun = sequence.beginnings(number, size, length - number * size)

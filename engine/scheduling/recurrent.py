@@ -124,7 +124,6 @@ class RecurrentPrefixes(Prefixes):
         self.publish(sequence)
 
     def left(self, sequence: Sequence) -> None:
-        super().left(sequence)
         self._last.pop(sequence, None)
         self._awaited.pop(sequence, None)
         if self._goals.pop(sequence, None) is not None:

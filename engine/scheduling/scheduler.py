@@ -175,12 +175,11 @@ class Scheduler:
             if reason in ("stop", "length"):
                 self.lengths.record(sequence.generated)
                 self.leases.keep(sequence.request.lease, sequence)
-            self._vacate(sequence)
+            self._vacate(sequence, named=reason != "error")
         elif sequence.state is State.WAITING:
             self.queue.remove(sequence)
         sequence.state = State.FINISHED
-        sequence.finish_reason = reason
-        sequence.stop_reason = stop_reason
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
 
     def pause(self, sequence: Sequence) -> None:
         """Set an unfinished sequence aside, alone, until `unpause`; a second call does nothing."""
@@ -220,9 +219,8 @@ class Scheduler:
         given = self._plan_given(plan)
         if given is None:
             return
-        for sequence in (
-            list(self.decoding) if self.pool.spare < len(self.decoding) else self.decoding
-        ):
+        decoding = list(self.decoding) if self.pool.spare < len(self.decoding) else self.decoding
+        for sequence in decoding:
             if given and sequence in given:
                 continue
             at = sequence.scheduled
@@ -267,9 +265,8 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, plan: Plan) -> bool:
         """Let a sequence that decodes go on, if it has tokens left to draw."""
-        if not sequence.decoding or sequence.scheduled >= sequence.final_length - 1:
-            return False
-        return self._grow(sequence, 1, plan)
+        goes_on = sequence.decoding and sequence.scheduled < sequence.final_length - 1
+        return goes_on and self._grow(sequence, 1, plan)
 
     def _plan_prefills(self, plan: Plan) -> None:
         """Prompts share what is left of the step: shortest remaining first, after those whose
@@ -418,8 +415,11 @@ class Scheduler:
         self.queue.put_back(sequence)
         plan.note("preempt", sequence, reason, self._clock.now())
 
-    def _vacate(self, sequence: Sequence) -> None:
-        """Take slot and pages; while a step is in flight that may name them, when it retires."""
+    def _vacate(self, sequence: Sequence, *, named: bool = True) -> None:
+        """Take slot and pages; while a step is in flight that may name them, when it retires. What
+        it has computed can be found from now on, if that is to be `named`."""
+        if named:
+            self.prefixes.publish(sequence)
         if sequence.decoding:
             take_out(self.decoding, sequence)
         else:

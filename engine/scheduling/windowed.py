@@ -69,7 +69,6 @@ class WindowedPrefixes(Prefixes):
         self.publish(sequence)
 
     def left(self, sequence: Sequence) -> None:
-        super().left(sequence)
         self._pass(sequence, len(sequence.window_pages))
 
     def _is_known(self, name: bytes) -> bool:

@@ -25,4 +25,5 @@ def test_every_part_of_a_step_is_reported(tmp_path: Path) -> None:
     assert four["python_us"] < four["step_us"]
     assert four["loop_lag_p50_us"] <= four["loop_lag_p99_us"]
     assert four["alone_us"] > 0
+    assert abs(four["slowed_us"]) < four["step_us"]
     assert four["loop_cpu_us"] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from tests.engine.scheduling.bench import SIZE, Bench, counts, generated
@@ -83,7 +85,7 @@ def test_what_an_answer_has_filled_is_found_once_it_is_broken_off(how: str) -> N
     (first,) = bench.add(list(range(8)), max_tokens=30)
     for _ in range(10):
         bench.step()
-    assert first.published == 2  # the prompt's: naming those of an answer would slow its tokens
+    assert first.published == 2  # the prompt's
     if how == "aborted":
         bench.scheduler.finish(first, "abort")
     else:
@@ -91,6 +93,39 @@ def test_what_an_answer_has_filled_is_found_once_it_is_broken_off(how: str) -> N
     (second,) = bench.add([*first.tokens, 5])
     bench.step()
     assert second.cached == 16
+
+
+def test_an_answers_pages_are_named_together_each_sequence_in_a_step_of_its_own() -> None:
+    bench = Bench(pages=64)
+    for prompt in ([1] * 8, [2] * 8):
+        bench.add(prompt, max_tokens=80)
+    named: list[list[int]] = []
+    while len(named) < 64:
+        bench.step()
+        named.append([s.published for s in bench.scheduler.running])
+    jumps = [[b - a for a, b in zip(x, y, strict=True)] for x, y in pairwise(named[1:])]
+    assert {max(jump) for jump in jumps} == {0, 5, 6, 8}
+    assert not any(all(jump) for jump in jumps)
+
+
+def test_what_a_stop_string_cuts_off_is_in_no_pages_name() -> None:
+    bench = Bench()
+    (first,) = bench.add(list(range(8)), max_tokens=30)
+    for _ in range(10):
+        bench.step()
+    assert first.computed == 17
+    del first.tokens[14:]
+    bench.scheduler.finish(first, "stop")
+    assert len(first.hashes) == 3
+
+
+def test_what_a_failed_request_computed_is_not_named() -> None:
+    bench = Bench()
+    (first,) = bench.add(list(range(8)), max_tokens=30)
+    for _ in range(10):
+        bench.step()
+    bench.scheduler.finish(first, "error")
+    assert len(first.hashes) == 2
 
 
 def test_prompt_logprobs_bypass_the_cache_and_score_every_position() -> None:
