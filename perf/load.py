@@ -211,6 +211,15 @@ async def _open_loop(
             await anyio.sleep(arrivals.expovariate(rate))
 
 
+async def loop_seconds(url: str, api_key: str | None) -> float | None:
+    """Processor time that the server's event loop has taken, if it says so as ours does."""
+    async with httpx.AsyncClient(headers=_headers(api_key), timeout=30) as client:
+        response = await client.get(f"{url}/metrics")
+    lines = response.text.splitlines() if response.status_code == 200 else []
+    found = (line.split() for line in lines if line.startswith("ryzanstein_loop_cpu_seconds_total"))
+    return next((float(value) for _, value in found), None)
+
+
 def summarize(
     outcomes: list[Outcome], seconds: float, ttft_limit: float, itl_limit: float
 ) -> dict[str, Any]:
@@ -290,6 +299,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         f"{summary['errors']} errors of {summary['requests']}, "
         f"{summary['seconds']:.1f} s, client CPU {summary['client_cpu_seconds']:.1f} s"
     )
+    if (loop := summary.get("server_loop_us_per_token")) is not None:
+        console.print(f"{loop:.1f} µs of the server's event loop an output token")
     if summary["first_error"]:
         console.print(f"first error: {summary['first_error']}", markup=False, soft_wrap=True)
 
@@ -343,20 +354,29 @@ def main(
     """Run the load and print the figures; exit status 1 if a request failed."""
     seed = drawn_seed(seed)
 
-    async def measure() -> tuple[list[Outcome], float]:
+    async def measure() -> tuple[list[Outcome], float, float | None]:
+        base = url.rstrip("/")
         settings = Settings(
-            url=url.rstrip("/"),
-            model=model or await served_model(url.rstrip("/"), api_key),
+            url=base,
+            model=model or await served_model(base, api_key),
             prompt_tokens=span(prompt_tokens),
             output_tokens=span(output_tokens),
             chat=not completions,
             api_key=api_key,
             ignore_eos=ignore_eos,
         )
-        return await run(settings, concurrency=concurrency, requests=requests, rate=rate, seed=seed)
+        before = await loop_seconds(base, api_key)
+        outcomes, seconds = await run(
+            settings, concurrency=concurrency, requests=requests, rate=rate, seed=seed
+        )
+        after = await loop_seconds(base, api_key)
+        taken = None if before is None or after is None else after - before
+        return outcomes, seconds, taken
 
-    outcomes, seconds = anyio.run(measure)
+    outcomes, seconds, loop = anyio.run(measure)
     summary = summarize(outcomes, seconds, ttft_limit_ms / 1e3, itl_limit_ms / 1e3)
+    if loop is not None and summary["output_tokens"]:
+        summary["server_loop_us_per_token"] = round(loop / summary["output_tokens"] * 1e6, 1)
     summary["settings"] = {
         "url": url,
         "concurrency": concurrency,

@@ -8,6 +8,7 @@ somebody scrapes.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
@@ -251,6 +252,9 @@ class Metrics(Collector):
         yield gauge("ryzanstein_engine_state", "1 for the state that it is in", states, ["state"])
         text = "How late the event loop comes to what is due"
         yield self._lag.family("ryzanstein_loop_lag_seconds", text)
+        # Whoever collects does so on the loop.
+        text = "Processor time of the event loop's thread"
+        yield counter("ryzanstein_loop_cpu_seconds", text, time.thread_time())
         handlers = logging.getLogger().handlers
         dropped = sum(h.dropped for h in handlers if isinstance(h, Journal))
         text = "Lines that could not be logged in time, or at all"

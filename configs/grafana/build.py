@@ -203,6 +203,7 @@ HARDWARE: list[Panel] = [
         "none",
         {
             "{{instance}}": f"rate(process_cpu_seconds_total{ON}{RATE})",
+            "{{instance}}: event loop": f"rate({on('loop_cpu_seconds_total')}{RATE})",
         },
     ),
     ("Memory of the server", "bytes", {"{{instance}}": f"process_resident_memory_bytes{ON}"}),

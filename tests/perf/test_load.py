@@ -37,6 +37,7 @@ def test_closed_loop_figures_and_plot(mock_server: MockFactory, tmp_path: Path) 
     assert figures["ttft_ms"]["p50"] <= figures["ttft_ms"]["p99"] <= figures["e2e_ms"]["p99"]
     assert figures["itl_ms"]["p50"] > 1
     assert figures["client_cpu_seconds"] > 0
+    assert 0 < figures["server_loop_us_per_token"] < 1e6 * figures["seconds"]
     assert "output tokens/s" in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
