@@ -219,7 +219,7 @@ class Allowance(msgspec.Struct, frozen=True, kw_only=True):
     tokens_reset: float
 
 
-class Delta(msgspec.Struct, kw_only=True):
+class Delta(msgspec.Struct, kw_only=True, gc=False):
     """What happened to one choice since the last delta.
 
     `text` is everything newly decided; `token_ids` and `logprobs` are of the tokens that became

@@ -7,12 +7,12 @@ somebody scrapes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-import anyio
 from prometheus_client import (
     CollectorRegistry,
     PlatformCollector,
@@ -205,12 +205,12 @@ class Metrics(Collector):
 
     async def watch(self) -> None:
         """Add up what steps have left, and measure how late the event loop is."""
-        rounds = round(DRAIN_SECONDS / LAG_SECONDS)
+        rounds, loop = round(DRAIN_SECONDS / LAG_SECONDS), asyncio.get_running_loop()
         while True:
             for _ in range(rounds):
-                due = anyio.current_time() + LAG_SECONDS
-                await anyio.sleep_until(due)
-                self._lag.observe(max(0.0, anyio.current_time() - due))
+                due = loop.time() + LAG_SECONDS
+                await asyncio.sleep(LAG_SECONDS)
+                self._lag.observe(max(0.0, loop.time() - due))
             self._drain()
 
     def collect(self) -> Iterator[Metric]:
