@@ -153,9 +153,9 @@ class Prefixes:
         """A sequence that decodes is about to begin a page."""
 
     def filled(self, sequence: Sequence) -> None:
-        """A sequence that decodes has filled a page. Some are named together, each sequence in a
-        step of its own: few go on from an answer before its end, and what names a page has left the
-        caches by the next one, so that one alone costs ten times as much."""
+        """A sequence that decodes has filled a page. Some are named together, each sequence's in a
+        step of its own: few go on from an answer before its end, and by the next page what names
+        one has left the caches."""
         if (sequence.computed // self.pool.page_size + sequence.slot) % NAMED_TOGETHER == 0:
             self.publish(sequence)
 
