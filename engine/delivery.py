@@ -33,7 +33,7 @@ class Outlet:
     """Where one choice's tokens go: all that a token needs, since whatever else it touched would
     come from memory each time. `index` is the choice's in its stream, `known` how many of the
     sequence's tokens that has. The tokens of `plain` ones are text and no more, and no text ends
-    them. `whole` is the detokenizer's `is_whole`."""
+    them."""
 
     active: Active
     stream: TokenStream
@@ -41,7 +41,6 @@ class Outlet:
     detokenizer: Detokenizer
     plain: bool
     known: int
-    whole: bool = True
     # When it got its last token.
     last: float | None = None
 
@@ -109,7 +108,7 @@ class Delivery:
 
         Returns how many tokens came how many seconds after the one before them.
         """
-        outlets, texts, now = self._outlets, self._tokenizer.plain_texts, self._clock.now()
+        outlets, now = self._outlets, self._clock.now()
         gaps: dict[float, int] = {}
         # Most got their last token when the one before them got its.
         before, alike = now, 0
@@ -128,10 +127,7 @@ class Delivery:
                 # One of many, as most are: what `_push` does, and does not have to.
                 outlet.known += 1
                 token = tokens[-1]
-                text = texts.get(token) if outlet.whole else None
-                if text is None:
-                    text, _ = outlet.detokenizer.push(token)
-                    outlet.whole = outlet.detokenizer.is_whole
+                text, _ = outlet.detokenizer.push(token)
                 delta = Delta(index=outlet.index, text=text, token_ids=[token])
                 self._handout.push(outlet.stream, delta)
                 continue
@@ -249,7 +245,6 @@ class Delivery:
                 sequence.finish_reason = "stop"
                 break
         outlet.known += len(fresh)
-        outlet.whole = outlet.detokenizer.is_whole
         if sampling.logprobs is not None:
             del sequence.logprobs[outlet.known - sequence.prompt_length :]
             delta.logprobs = sequence.logprobs[-len(fresh) :]

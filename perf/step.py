@@ -121,52 +121,24 @@ async def at_rest() -> None:
             spent = time.process_time() - before
 
 
-class Neighbour(threading.Thread):
-    """Takes `seconds` of a core each time that it is called, a little later."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(daemon=True)
-        self._seconds = seconds
-        self._ended = False
-        self._called = threading.Semaphore(0)
-        self._served = threading.Semaphore(0)
-
-    def call(self) -> None:
-        self._called.release()
-
-    def wait(self) -> None:
-        """Until it has done what it was called for."""
-        self._served.acquire()
-
-    def end(self) -> None:
-        self._ended = True
-        self.call()
-        self.join()
-
-    def run(self) -> None:
-        while True:
-            self._called.acquire()
-            if self._ended:
-                return
-            time.sleep(ENTERS_SECONDS)
-            until = time.thread_time() + self._seconds
-            while time.thread_time() < until:
-                pass
-            self._served.release()
+def take_core(seconds: float) -> None:
+    """Wait for a step to be under way, and take so much of a core."""
+    time.sleep(ENTERS_SECONDS)
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
 
 
 def forward_beside(runner: Any, step: Any, seconds: float) -> tuple[float, float]:
     """Median seconds of the forward pass of one step while nothing else runs, and how much longer
     it takes beside a thread that takes so many seconds of a core."""
-    neighbour = Neighbour(seconds)
-    neighbour.start()
     alone, beside = [], []
     for _ in range(TURNS):
         alone.append(float(runner.run(step).seconds["forward"]))
-        neighbour.call()
+        neighbour = threading.Thread(target=take_core, args=(seconds,))
+        neighbour.start()
         beside.append(float(runner.run(step).seconds["forward"]))
-        neighbour.wait()
-    neighbour.end()
+        neighbour.join()
     return statistics.median(alone), statistics.median(beside) - statistics.median(alone)
 
 

@@ -13,9 +13,6 @@ from engine.scheduling.pages import PagePool
 from engine.scheduling.plan import Chunk, Move, Plan
 from engine.scheduling.sequence import Sequence
 
-# Pages of an answer.
-NAMED_TOGETHER = 8
-
 
 class Prefixes:
     """Finds, claims and publishes pages. `moves` are those that the next step has to make, and
@@ -23,6 +20,8 @@ class Prefixes:
 
     # Whether a page can be gone on from within, other than where a prompt has ended.
     copies_beginnings = True
+    # Pages of an answer that are named at a time.
+    named_together = 8
 
     def __init__(self, pool: PagePool, cold: ColdIndex, *, enabled: bool) -> None:
         self.pool = pool
@@ -156,7 +155,7 @@ class Prefixes:
         """A sequence that decodes has filled a page. Some are named together, each sequence's in a
         step of its own: few go on from an answer before its end, and by the next page what names
         one has left the caches."""
-        if (sequence.computed // self.pool.page_size + sequence.slot) % NAMED_TOGETHER == 0:
+        if (sequence.computed // self.pool.page_size + sequence.slot) % self.named_together == 0:
             self.publish(sequence)
 
     def left(self, sequence: Sequence) -> None:

@@ -35,6 +35,8 @@ class RecurrentPrefixes(Prefixes):
     """Prefixes of models whose layers keep states; see `Prefixes`."""
 
     copies_beginnings = False
+    # A state is kept for pages that have a name.
+    named_together = 1
 
     def __init__(
         self, pool: PagePool, cold: ColdIndex, snapshots: Snapshots, *, enabled: bool
@@ -118,10 +120,6 @@ class RecurrentPrefixes(Prefixes):
                 self._put(sequence, name, kept)
             else:
                 self.snapshots.give_back(kept.place)
-
-    def filled(self, sequence: Sequence) -> None:
-        # States are kept for pages that have a name.
-        self.publish(sequence)
 
     def left(self, sequence: Sequence) -> None:
         self._last.pop(sequence, None)

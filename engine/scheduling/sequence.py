@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 # Fewer tokens than these at a page's beginning are computed again rather than copied.
 LEAST_BEGINNING = 4
 
-_NONE: frozenset[int] = frozenset()
-
 
 class State(Enum):
     """Where a sequence stands."""
@@ -85,7 +83,7 @@ class Sequence:
         self.prompt_length = len(self.tokens)
         self.final_length = self.prompt_length + request.max_tokens
         # Tokens at which the sequence may end.
-        self.ends = _NONE if sampling.ignore_eos else request.eos_token_ids
+        self.ends = frozenset[int]() if sampling.ignore_eos else request.eos_token_ids
         if sampling.stop_token_ids:
             self.ends |= frozenset(sampling.stop_token_ids)
         self.account: Account

@@ -19,6 +19,8 @@ class WindowedPrefixes(Prefixes):
     in order, so whoever gets one next writes it after the steps in flight have read it."""
 
     copies_beginnings = False
+    # A name is found only while what lies beside its page is there.
+    named_together = 1
 
     def __init__(
         self, pool: PagePool, cold: ColdIndex, windows: WindowPages, *, enabled: bool
@@ -63,10 +65,6 @@ class WindowedPrefixes(Prefixes):
     def publish(self, sequence: Sequence) -> None:
         super().publish(sequence)
         self._pass(sequence, self.windows.first(sequence.computed))
-
-    def filled(self, sequence: Sequence) -> None:
-        # Its name is found only while what lies beside it is there.
-        self.publish(sequence)
 
     def left(self, sequence: Sequence) -> None:
         self._pass(sequence, len(sequence.window_pages))

@@ -53,7 +53,7 @@ class StopMatcher:
 class Detokenizer:
     """One choice's text, incrementally. The joined pieces equal the whole decoded at once."""
 
-    __slots__ = ("_decoder", "_hidden", "_matcher", "_plain_texts", "_tokenizer", "is_whole")
+    __slots__ = ("_decoder", "_hidden", "_matcher", "_plain_texts", "_tokenizer", "_whole")
 
     def __init__(
         self,
@@ -67,8 +67,7 @@ class Detokenizer:
         self._plain_texts = tokenizer.plain_texts
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # No character has begun and not ended: a token's plain text is what it adds.
-        self.is_whole = True
+        self._whole = True  # no character has begun and not ended
         self._matcher = StopMatcher(stops, include=include_stop) if stops else None
 
     def push(self, token_id: int, *, match: bool = True) -> tuple[str, str | None]:
@@ -76,7 +75,7 @@ class Detokenizer:
 
         With `match` off (fewer than min_tokens so far) stop strings are let through.
         """
-        known = self._plain_texts.get(token_id) if self.is_whole else None
+        known = self._plain_texts.get(token_id) if self._whole else None
         text = known if known is not None else self._decode(token_id)
         return self._matcher.push(text) if match and self._matcher is not None else (text, None)
 
@@ -84,9 +83,9 @@ class Detokenizer:
         if token_id in self._hidden:
             return ""
         data = self._tokenizer.token_bytes(token_id)
-        if not self.is_whole or not data.isascii():
+        if not self._whole or not data.isascii():
             text = self._decoder.decode(data)
-            self.is_whole = not self._decoder.getstate()[0]
+            self._whole = not self._decoder.getstate()[0]
             return text
         text = data.decode("ascii")
         if token_id not in self._tokenizer.special_ids:
