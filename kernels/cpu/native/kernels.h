@@ -148,6 +148,8 @@ struct Soon {
   };
   const Piece* pieces = nullptr;
   int64_t count = 0;
+  // Weights that the thread reads first of its next matmul, where it reads no more of this one's.
+  Piece tiles{nullptr, nullptr};
 };
 
 // Work whose speed bounds everything else.

@@ -349,17 +349,19 @@ void multiply_few(const Weight& w, const Activations& x, int64_t row, int64_t ro
   }
 }
 
-// Rows [row, row + rows) of tiles [first, last). With `fetch` the next tiles are fetched meanwhile.
+// Rows [row, row + rows) of tiles [first, last). With `fetch` the next tiles are fetched meanwhile, in the end
+// those of `then`.
 template <class F>
 void multiply_block(const Weight& w, const Activations& x, int64_t row, int64_t rows,
                     const float* bias, float* y, int64_t first, int64_t last, bool fetch,
-                    Fetcher* soon) {
+                    const Soon::Piece& then, Fetcher* soon) {
   // Passes of nearly equal size: 8 rows are 4 + 4, not 6 + 2.
   const int64_t passes = (rows + F::kRows - 1) / F::kRows, bytes = F::kTiles * w.tile_bytes();
   const int64_t lines = fetch ? bytes / 64 / (passes * F::steps(w)) + 1 : 0;
-  const uint8_t* end = w.data + w.bytes;
   for (int64_t tile = first; tile < last; tile += F::kTiles) {
-    const uint8_t* next = w.tile(tile + F::kTiles);
+    const bool leaves = then.begin && tile + F::kTiles >= last;
+    const uint8_t* next = leaves ? then.begin : w.tile(tile + F::kTiles);
+    const uint8_t* end = leaves ? then.end : w.data + w.bytes;
     for (int64_t n = 0, done = 0; n < passes; ++n) {
       const int64_t count = (rows - done + passes - n - 1) / (passes - n);
       const uint8_t* share = next + bytes * (n + 1) / passes;
@@ -388,7 +390,7 @@ void multiply(const Weight& w, const Activations& x, int64_t row, int64_t rows, 
   Fetcher fetcher(soon, F::steps(w) * passes * ((last - first + F::kTiles - 1) / F::kTiles));
   for (int64_t n = 0, done = 0; n < blocks; ++n) {
     const int64_t count = (rows - done + blocks - n - 1) / (blocks - n);
-    multiply_block<F>(w, x, row + done, count, bias, y, first, last, n == 0,
+    multiply_block<F>(w, x, row + done, count, bias, y, first, last, n == 0, soon.tiles,
                       soon.count ? &fetcher : nullptr);
     done += count;
   }

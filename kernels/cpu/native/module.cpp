@@ -57,8 +57,8 @@ struct Device {
   const Kernels* kernels;
   std::shared_ptr<Pool> pool;
 
-  Device(const std::string& name, int threads, uint64_t jobs)
-      : kernels(kernels_named(name)), pool(std::make_shared<Pool>(threads, jobs)) {}
+  Device(const std::string& name, int threads)
+      : kernels(kernels_named(name)), pool(std::make_shared<Pool>(threads)) {}
 
   void choose(uintptr_t logits, int64_t vocab, uintptr_t rows, int64_t count, uintptr_t temperature,
               uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform, uintptr_t ids,
@@ -203,7 +203,7 @@ NB_MODULE(_native, m) {
     return names;
   });
   nb::class_<Device>(m, "Device")
-      .def(nb::init<const std::string&, int, uint64_t>(), "instructions"_a, "threads"_a, "jobs"_a = 0)
+      .def(nb::init<const std::string&, int>(), "instructions"_a, "threads"_a)
       .def_prop_ro("rounds_pairs", [](const Device& d) { return d.kernels->rounds_pairs; })
       .def("choose", &Device::choose)
       .def("probe", &Device::probe, "kind"_a, "memory"_a, "bytes"_a, "rounds"_a);

@@ -37,12 +37,14 @@ void futex_wake(std::atomic<uint32_t>* word) {
 
 }  // namespace
 
-Pool::Pool(int threads, uint64_t jobs)
+Pool::Pool(int threads)
     : boards_(static_cast<size_t>(threads) + 1), places_(static_cast<size_t>(threads)) {
   for (Board& board : boards_) {
-    std::vector<Ticket> spans(&board == boards_.data() ? static_cast<size_t>(threads) : 1);
+    const size_t count = &board == boards_.data() ? static_cast<size_t>(threads) : 1;
+    std::vector<Span> spans(count);
+    std::vector<Tally> run(count);
     board.spans.swap(spans);
-    board.jobs = jobs;
+    board.run.swap(run);
   }
   // All at once: the number of threads may not change under a worker's eyes.
   std::vector<std::thread> workers(static_cast<size_t>(threads - 1));
@@ -80,62 +82,74 @@ void Pool::end() {
 }
 
 void Pool::dispatch(Call call, const void* body, int64_t count, int64_t grain, Board& board) {
-  settle(caller());
-  board.call.store(call, std::memory_order_relaxed);
-  board.body.store(body, std::memory_order_relaxed);
-  board.count.store(count, std::memory_order_relaxed);
-  board.grain.store(grain, std::memory_order_relaxed);
-  board.done.store(0, std::memory_order_relaxed);
-  // A ticket has room for 32 bits of it, and a ticket of zero means that no job is open.
-  if (static_cast<uint32_t>(++board.jobs) == 0) ++board.jobs;
+  const size_t thread = caller();
+  settle(thread);
+  const bool strand = &board != boards_.data();
+  const int64_t spans = static_cast<int64_t>(board.spans.size());
+  grain = std::max(grain, (count + kMostPieces - 1) / kMostPieces);
   const int64_t pieces = (count + grain - 1) / grain;
-  for (size_t i = board.spans.size(); i-- > 0;) {
-    const uint64_t first = static_cast<uint64_t>(board.first(pieces, i));
-    board.spans[i].next.store(board.jobs << 32 | first, std::memory_order_release);
+  ++board.jobs;
+  board.put_up += static_cast<uint64_t>(pieces);
+  for (int64_t i = spans; i-- > 0;) {
+    // The first piece is this thread's: it begins at once, while others' cores are still told.
+    const int64_t first = std::max<int64_t>(1, first_of(pieces, i, spans)), end = first_of(pieces, i + 1, spans);
+    Span& span = board.spans[static_cast<size_t>(i)];
+    span.call.store(call, std::memory_order_relaxed);
+    span.body.store(body, std::memory_order_relaxed);
+    span.count.store(count, std::memory_order_relaxed);
+    span.grain.store(grain, std::memory_order_relaxed);
+    span.next.store(static_cast<uint64_t>(board.jobs) << 32 | static_cast<uint64_t>(end << 16 | first),
+                    std::memory_order_release);
   }
-  while (board.claim_and_run(0)) {
+  call(body, 0, grain);
+  board.ran(thread);
+  while (board.claim_and_run(thread)) {
   }
-  const bool idle = &board == boards_.data();  // a strand's thread has its own work to go on with
-  for (int spins = 0; board.done.load(std::memory_order_acquire) != count; ++spins) {
-    if (idle && help()) spins = 0;
+  for (int spins = 0; !board.all_ran(); ++spins) {
+    // A strand's thread has its own work to go on with.
+    if (!strand && help(thread)) spins = 0;
     relax();
     // A worker without a core cannot finish: give it ours.
     if (spins > kSpins) sched_yield();
   }
-  for (Ticket& ticket : board.spans) ticket.next.store(0, std::memory_order_seq_cst);
 }
 
-bool Pool::Board::claim_and_run(size_t own) {
+bool Pool::Board::claim_and_run(size_t thread) {
   for (size_t i = 0; i < spans.size(); ++i) {
-    if (claim_from((own + i) % spans.size())) return true;
+    if (claim_from((thread + i) % spans.size(), thread)) return true;
   }
   return false;
 }
 
-bool Pool::Board::claim_from(size_t span) {
-  std::atomic<uint64_t>& next = spans[span].next;
-  uint64_t ticket = next.load(std::memory_order_acquire);
-  while (ticket != 0) {
-    const int64_t piece = static_cast<int64_t>(ticket & 0xffffffff);
-    const Call run = call.load(std::memory_order_relaxed);
-    const void* on = body.load(std::memory_order_relaxed);
-    const int64_t all = count.load(std::memory_order_relaxed);
-    const int64_t size = grain.load(std::memory_order_relaxed);
-    if (piece >= first((all + size - 1) / size, span + 1)) return false;
-    if (next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
-                                   std::memory_order_acquire)) {
-      const int64_t begin = piece * size, end = std::min(begin + size, all);
-      run(on, begin, end);
-      done.fetch_add(end - begin, std::memory_order_release);
+bool Pool::Board::claim_from(size_t number, size_t thread) {
+  Span& span = spans[number];
+  uint64_t ticket = span.next.load(std::memory_order_acquire);
+  for (;;) {
+    const int64_t piece = static_cast<int64_t>(ticket & 0xffff), end = static_cast<int64_t>(ticket >> 16 & 0xffff);
+    if (piece >= end) return false;
+    const Call call = span.call.load(std::memory_order_relaxed);
+    const void* body = span.body.load(std::memory_order_relaxed);
+    const int64_t count = span.count.load(std::memory_order_relaxed);
+    const int64_t grain = span.grain.load(std::memory_order_relaxed);
+    if (span.next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      call(body, piece * grain, std::min((piece + 1) * grain, count));
+      ran(thread);
       return true;
     }
   }
-  return false;
 }
 
-bool Pool::help() {
+void Pool::Board::ran(size_t thread) { run[thread % run.size()].pieces.fetch_add(1, std::memory_order_release); }
+
+bool Pool::Board::all_ran() const {
+  uint64_t pieces = 0;
+  for (const Tally& tally : run) pieces += tally.pieces.load(std::memory_order_acquire);
+  return pieces == put_up;
+}
+
+bool Pool::help(size_t thread) {
   for (size_t i = 1; i < boards_.size(); ++i) {
-    if (boards_[i].claim_and_run(0)) return true;
+    if (boards_[i].claim_and_run(thread)) return true;
   }
   return false;
 }
@@ -189,7 +203,7 @@ bool Pool::all_came() const {
 void Pool::work(size_t thread) {
   for (int spins = 0;; ++spins) {
     if (stop_.load(std::memory_order_relaxed)) return;
-    if (boards_[0].claim_and_run(thread) || help()) {
+    if (boards_[0].claim_and_run(thread) || help(thread)) {
       spins = 0;
       continue;
     }

@@ -10,9 +10,8 @@ namespace ryzanstein {
 
 class Pool {
  public:
-  // Throws std::system_error if the threads cannot be had. `jobs` is what the count of jobs begins
-  // with, for tests of its wrapping.
-  explicit Pool(int threads, uint64_t jobs = 0);
+  // Throws std::system_error if the threads cannot be had.
+  explicit Pool(int threads);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -20,6 +19,9 @@ class Pool {
   static constexpr int kNoStrand = -1;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // The first piece of a thread's span; that of thread `threads` is the number of pieces.
+  static int64_t first_of(int64_t pieces, int64_t thread, int64_t threads) { return pieces * thread / threads; }
 
   // While one of these lives the workers stay awake, so that `run` costs well under a microsecond.
   class Awake {
@@ -58,29 +60,36 @@ class Pool {
  private:
   using Call = void (*)(const void*, int64_t, int64_t) noexcept;
 
-  // Number of the job in the upper half, the span's next piece in the lower; 0 while none is open.
-  struct alignas(64) Ticket {
+  // A job, as one thread's span of it: all in one line, so that it comes to another core at once. `next` holds
+  // the number of the job (32 bits), the span's end and its next piece (16 each). A thread reads what the job is
+  // between loading `next` and claiming from it; if the claim succeeds `next` has not changed, so what was read
+  // belongs to it. A job is put up only when all pieces of the last one have been claimed, so nobody claims
+  // from what is half written.
+  struct alignas(64) Span {
     std::atomic<uint64_t> next{0};
-  };
-
-  // Where a job is put up: one board for those of all threads, with a span for each, and one for each
-  // strand. A thread reads what the job is between loading a ticket and claiming from it; if the claim
-  // succeeds the ticket has not changed, so what was read belongs to it.
-  struct Board {
-    std::vector<Ticket> spans;
     std::atomic<Call> call{nullptr};
     std::atomic<const void*> body{nullptr};
     std::atomic<int64_t> count{0}, grain{1};
-    uint64_t jobs = 0;
-    alignas(64) std::atomic<int64_t> done{0};
+  };
+  static constexpr int64_t kMostPieces = 0xffff;
 
-    // The first piece of a span; that of `spans.size()` is the number of pieces.
-    int64_t first(int64_t pieces, size_t span) const {
-      return pieces * static_cast<int64_t>(span) / static_cast<int64_t>(spans.size());
-    }
-    // Runs the next piece, of span `own` first; false if none is left.
-    bool claim_and_run(size_t own);
-    bool claim_from(size_t span);
+  // Pieces that have been run since the board was made.
+  struct alignas(64) Tally {
+    std::atomic<uint64_t> pieces{0};
+  };
+
+  // Where a job is put up: one board for those of all threads, with a span for each, and one for each strand.
+  struct Board {
+    std::vector<Span> spans;
+    std::vector<Tally> run;  // a thread's own, but for a strand, whose thread is mostly alone
+    uint32_t jobs = 0;
+    uint64_t put_up = 0;  // pieces of all jobs
+
+    // Runs the next piece, of the thread's own span first; false if none is left.
+    bool claim_and_run(size_t thread);
+    bool claim_from(size_t span, size_t thread);
+    void ran(size_t thread);
+    bool all_ran() const;
   };
 
   void begin();
@@ -88,7 +97,7 @@ class Pool {
   void stop();
   void dispatch(Call call, const void* body, int64_t count, int64_t grain, Board& board);
   // Runs a piece of any strand.
-  bool help();
+  bool help(size_t thread);
   // A system may put two of the threads on one core while another is free, for a tick or two: so a worker
   // that finds itself where another thread is goes elsewhere, once a step, and the caller lets those run
   // that have not come. Where it may run does not change, but for the moment of going.

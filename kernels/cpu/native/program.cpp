@@ -82,6 +82,10 @@ void Program::add(Instruction i) {
   const int number = static_cast<int>(instructions_.size());
   if (i.op == Op::kAttention) plan_reading(number);
   if (i.op == Op::kLinear && i.out >= 0) linears_.push_back(number);
+  if (i.op == Op::kLinear) {
+    if (last_linear_ >= 0) instructions_[static_cast<size_t>(last_linear_)].next_linear = number;
+    last_linear_ = number;
+  }
   if (i.out2 >= 0) values_[i.out2].samples = values_[i.in].samples;
   instructions_.push_back(std::move(i));
   row_cost_ = 0.0;
@@ -223,28 +227,47 @@ void Program::linear_step(const Instruction& i, const Batch& batch) {
   const Weight& weight = *i.weight;
   float* out = i.target ? i.target : values_[i.out].floats.get();
   const Activations x = values_[i.in].activations();
-  // Many rows are shared out by rows, so that what a thread wrote is what it reads next; few rows by
-  // outputs, so that every weight is read once.
-  const int64_t threads = threads_of(batch);
-  const int64_t blocks = rows >= kSplitRows * threads ? threads : 1;
-  // Several pieces a thread, but none so small that fetching it costs more than computing it.
-  const int64_t least = std::max<int64_t>(1, 8 * blocks / rows);
-  // Even, since a pass may cover two tiles.
-  const int64_t grain = (std::max(least, weight.tiles() * blocks / (threads * 8)) + 1) / 2 * 2;
-  const int64_t pieces = (weight.tiles() + grain - 1) / grain;
+  const auto [blocks, grain, pieces] = shares_of(i, batch);
   const std::vector<Soon::Piece>& cached = read_soon(i, batch);
   const int64_t count = static_cast<int64_t>(cached.size()), jobs = blocks * pieces;
   share_out(batch, 0, jobs, 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
       // The same share of it as of the work, since a thread attends to the same share of the sequences.
       const int64_t fetched = count * n / jobs;
-      const Soon soon{cached.data() + fetched, count * (n + 1) / jobs - fetched};
+      const Soon soon{cached.data() + fetched, count * (n + 1) / jobs - fetched,
+                      first_tiles(i, n + 1, jobs, batch)};
       const int64_t block = n / pieces, tile = n % pieces * grain;
       const int64_t row = begin + rows * block / blocks, end = begin + rows * (block + 1) / blocks;
       kernels_.matmul(weight, x, row, end - row, i.vector, out, tile,
                       std::min(tile + grain, weight.tiles()), soon);
     }
   });
+}
+
+Program::Shares Program::shares_of(const Instruction& linear, const Batch& batch) const {
+  const int64_t rows = rows_of(linear.in, batch) - batch.first_token, tiles = linear.weight->tiles();
+  // Many rows are shared out by rows, so that what a thread wrote is what it reads next; few rows by
+  // outputs, so that every weight is read once.
+  const int64_t threads = threads_of(batch);
+  const int64_t blocks = rows >= kSplitRows * threads ? threads : 1;
+  // Several pieces a thread, but none so small that fetching it costs more than computing it.
+  const int64_t least = std::max<int64_t>(1, 8 * blocks / std::max<int64_t>(1, rows));
+  // Even, since a pass may cover two tiles.
+  const int64_t grain = (std::max(least, tiles * blocks / (threads * 8)) + 1) / 2 * 2;
+  return {blocks, grain, (tiles + grain - 1) / grain};
+}
+
+Soon::Piece Program::first_tiles(const Instruction& linear, int64_t end, int64_t pieces, const Batch& batch) const {
+  if (linear.next_linear < 0) return {nullptr, nullptr};
+  const int64_t threads = threads_of(batch);
+  int64_t thread = 0;
+  while (thread < threads && Pool::first_of(pieces, thread + 1, threads) < end) ++thread;
+  if (Pool::first_of(pieces, thread + 1, threads) != end) return {nullptr, nullptr};
+  const Instruction& next = instructions_[static_cast<size_t>(linear.next_linear)];
+  const Shares shares = shares_of(next, batch);
+  const int64_t first = Pool::first_of(shares.blocks * shares.pieces, thread, threads);
+  const Weight& weight = *next.weight;
+  return {weight.tile(first % shares.pieces * shares.grain), weight.data + weight.bytes};
 }
 
 void Program::rope_step(const Instruction& i, const Batch& batch) {

@@ -116,6 +116,7 @@ struct Instruction {
   std::vector<int64_t> widths;  // of the ranks' parts
   int reader = -1;              // the attention for which a linear fetches keys and values
   double soon_from = 0.0, soon_to = 0.0;  // which share of them
+  int next_linear = -1;
   std::shared_ptr<Experts> experts;
   std::shared_ptr<Delta> delta;
 };
@@ -204,6 +205,13 @@ class Program {
   // Shares what an attention reads of its cache out among the linears before it.
   void plan_reading(int attention);
   Reading& reading(const Batch& batch) { return readings_[static_cast<size_t>(batch.strand + 1)]; }
+  // How a linear is shared out: `pieces` of `grain` tiles, for each of so many blocks of rows.
+  struct Shares {
+    int64_t blocks, grain, pieces;
+  };
+  Shares shares_of(const Instruction& linear, const Batch& batch) const;
+  // What the thread that takes the span before piece `end` reads first of the linear that follows.
+  Soon::Piece first_tiles(const Instruction& linear, int64_t end, int64_t pieces, const Batch& batch) const;
   // What a linear has to fetch of it.
   const std::vector<Soon::Piece>& read_soon(const Instruction& i, const Batch& batch);
   // What attentions of a kind read in the step under way; listed once a step.
@@ -264,6 +272,7 @@ class Program {
   };
   std::vector<ReadCost> read_costs_;
   std::vector<int> linears_;  // since the last attention
+  int last_linear_ = -1;
   std::vector<Reading> readings_;  // of all threads, then of each strand
   bool profiling_ = false;
   std::array<int64_t, kOpNames.size()> nanoseconds_{};
