@@ -167,19 +167,15 @@ void Program::multiply_experts(const Experts& e, const std::vector<Weight>& weig
   if (active.empty()) return;
   const Activations x = value.activations();
   const int64_t tiles = weights[0].tiles(), busy = static_cast<int64_t>(active.size());
-  // Several pieces a thread, cut between pairs of tiles, since a pass may cover two.
   const int64_t pieces =
       std::max<int64_t>(1, std::min(pool_->threads() * kPiecesAThread / busy, tiles / 2));
-  const auto cut = [&](int64_t piece) {
-    return piece == pieces ? tiles : tiles * piece / pieces / 2 * 2;
-  };
   pool_->run(busy * pieces, 1, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
       const int64_t expert = active[static_cast<size_t>(n / pieces)];
       const Weight& w = weights[static_cast<size_t>(expert)];
       kernels_.matmul(w, x, e.starts[expert], e.starts[expert + 1] - e.starts[expert],
-                      bias ? bias + expert * w.rows : nullptr, y, cut(n % pieces),
-                      cut(n % pieces + 1), Soon{});
+                      bias ? bias + expert * w.rows : nullptr, y, w.cut(n % pieces, pieces),
+                      w.cut(n % pieces + 1, pieces), Soon{});
     }
   });
 }

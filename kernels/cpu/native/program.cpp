@@ -12,6 +12,8 @@ constexpr int64_t kMaxWidth = 1 << 18;
 
 // Rows a thread from which a matmul is shared out by rows.
 constexpr int64_t kSplitRows = 24;
+// Pieces that a thread takes of it, one by one.
+constexpr int64_t kLinearPieces = 8;
 
 }  // namespace
 
@@ -227,7 +229,7 @@ void Program::linear_step(const Instruction& i, const Batch& batch) {
   const Weight& weight = *i.weight;
   float* out = i.target ? i.target : values_[i.out].floats.get();
   const Activations x = values_[i.in].activations();
-  const auto [blocks, grain, pieces] = shares_of(i, batch);
+  const auto [blocks, pieces] = shares_of(i, batch);
   const std::vector<Soon::Piece>& cached = read_soon(i, batch);
   const int64_t count = static_cast<int64_t>(cached.size()), jobs = blocks * pieces;
   share_out(batch, 0, jobs, 1, [&](int64_t first, int64_t last) {
@@ -236,10 +238,10 @@ void Program::linear_step(const Instruction& i, const Batch& batch) {
       const int64_t fetched = count * n / jobs;
       const Soon soon{cached.data() + fetched, count * (n + 1) / jobs - fetched,
                       first_tiles(i, n + 1, jobs, batch)};
-      const int64_t block = n / pieces, tile = n % pieces * grain;
+      const int64_t block = n / pieces, piece = n % pieces;
       const int64_t row = begin + rows * block / blocks, end = begin + rows * (block + 1) / blocks;
-      kernels_.matmul(weight, x, row, end - row, i.vector, out, tile,
-                      std::min(tile + grain, weight.tiles()), soon);
+      kernels_.matmul(weight, x, row, end - row, i.vector, out, weight.cut(piece, pieces),
+                      weight.cut(piece + 1, pieces), soon);
     }
   });
 }
@@ -251,10 +253,11 @@ Program::Shares Program::shares_of(const Instruction& linear, const Batch& batch
   const int64_t threads = threads_of(batch);
   const int64_t blocks = rows >= kSplitRows * threads ? threads : 1;
   // Several pieces a thread, but none so small that fetching it costs more than computing it.
-  const int64_t least = std::max<int64_t>(1, 8 * blocks / std::max<int64_t>(1, rows));
-  // Even, since a pass may cover two tiles.
-  const int64_t grain = (std::max(least, tiles * blocks / (threads * 8)) + 1) / 2 * 2;
-  return {blocks, grain, (tiles + grain - 1) / grain};
+  const int64_t least = std::max<int64_t>(2, 8 * blocks / std::max<int64_t>(1, rows));
+  const int64_t pieces = std::min(threads * kLinearPieces / blocks, tiles / least);
+  // As many for each.
+  const int64_t odd = pieces > threads && blocks == 1 ? pieces % threads : 0;
+  return {blocks, std::max<int64_t>(1, pieces - odd)};
 }
 
 Soon::Piece Program::first_tiles(const Instruction& linear, int64_t end, int64_t pieces, const Batch& batch) const {
@@ -265,9 +268,9 @@ Soon::Piece Program::first_tiles(const Instruction& linear, int64_t end, int64_t
   if (Pool::first_of(pieces, thread + 1, threads) != end) return {nullptr, nullptr};
   const Instruction& next = instructions_[static_cast<size_t>(linear.next_linear)];
   const Shares shares = shares_of(next, batch);
-  const int64_t first = Pool::first_of(shares.blocks * shares.pieces, thread, threads);
+  const int64_t first = Pool::first_of(shares.blocks * shares.pieces, thread, threads) % shares.pieces;
   const Weight& weight = *next.weight;
-  return {weight.tile(first % shares.pieces * shares.grain), weight.data + weight.bytes};
+  return {weight.tile(weight.cut(first, shares.pieces)), weight.data + weight.bytes};
 }
 
 void Program::rope_step(const Instruction& i, const Batch& batch) {

@@ -205,9 +205,9 @@ class Program {
   // Shares what an attention reads of its cache out among the linears before it.
   void plan_reading(int attention);
   Reading& reading(const Batch& batch) { return readings_[static_cast<size_t>(batch.strand + 1)]; }
-  // How a linear is shared out: `pieces` of `grain` tiles, for each of so many blocks of rows.
+  // How a linear is shared out: its weight in so many pieces, for each of so many blocks of rows.
   struct Shares {
-    int64_t blocks, grain, pieces;
+    int64_t blocks, pieces;
   };
   Shares shares_of(const Instruction& linear, const Batch& batch) const;
   // What the thread that takes the span before piece `end` reads first of the linear that follows.

@@ -67,6 +67,11 @@ struct Weight {
   int64_t chunks() const { return (columns + kChunk - 1) / kChunk; }
   int64_t tile_bytes() const;
   uint8_t* tile(int64_t number) const { return data + number * tile_bytes(); }
+  // The first tile of one of so many pieces of nearly equal size; cut between pairs, since a matmul may take
+  // two tiles at a time.
+  int64_t cut(int64_t piece, int64_t pieces) const {
+    return piece == pieces ? tiles() : tiles() * piece / pieces / 2 * 2;
+  }
   // Offsets in a tile of a group's scales and bytes.
   static constexpr int64_t scales_at(Format format, int64_t group) {
     if (format == Format::kQ8) return group / 2 * kPairBytes + group % 2 * 32;
