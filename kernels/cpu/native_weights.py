@@ -21,14 +21,14 @@ from kernels.cpu.packed_file import PackedFile
 from kernels.ops import Weight
 
 # Numbers of the packed formats, as in native/weight.h.
-F32, BF16, Q8, Q4, Q4_WIDE, TERNARY, FLOAT4, Q4_EVEN = range(8)
+F32, BF16, Q8, Q4, Q4_SUPER, TERNARY, FLOAT4, Q4_EVEN = range(8)
 GROUP = 32
 # ggml's type -> packed formats that hold it, the best first, and what repacks its blocks.
 BLOCKS = {
     "Q4_0": ((Q4_EVEN, Q4), "pack_q4_0"),
     "Q4_1": ((Q4,), "pack_q4_1"),
     "Q8_0": ((Q8,), "pack_q8_0"),
-    "Q4_K": ((Q4_WIDE,), "pack_q4_k"),
+    "Q4_K": ((Q4_SUPER,), "pack_q4_k"),
     "MXFP4": ((FLOAT4,), "pack_mxfp4"),
 }
 FLOATS = ("F32", "F16", "BF16")

@@ -23,7 +23,7 @@ import numpy.typing as npt
 logger = logging.getLogger("ryzanstein.kernels")
 
 # Changes whenever the packed layouts do.
-MAGIC = b"ryzanstein packed weights 1\n"
+MAGIC = b"ryzanstein packed weights 2\n"
 LONGEST_HEADER = 16 << 20
 
 

@@ -130,19 +130,20 @@ void embed_row(const Weight& table, int64_t index, float scale, float* out) {
     }
     return;
   }
-  const bool wide = table.format == Format::kQ4Wide, eight = table.format == Format::kQ8;
+  const bool super = table.format == Format::kQ4Super, eight = table.format == Format::kQ8;
   const bool float4 = table.format == Format::kFloat4, even = table.format == Format::kQ4Even;
   for (int64_t g = 0; g < table.groups(); ++g) {
     const uint8_t* head = tile + table.scales_at(g);
     const uint8_t* bytes = tile + table.bytes_at(g) + 4 * lane;
     float scales[16], minima[16];
-    store(scales, wide     ? load(reinterpret_cast<const float*>(head))
+    const auto* factors = reinterpret_cast<const uint16_t*>(tile + Weight::factors_at(g));
+    store(scales, super    ? mul(load_half(factors), load_whole(head))
                   : float4 ? mul(load_exponents(head), set1(0.5f))
                            : load_half(reinterpret_cast<const uint16_t*>(head)));
     store(minima, eight  ? set1(-128.0f * scales[lane])
                   : even   ? set1(-8.0f * scales[lane])
                   : float4 ? set1(-kFloat4Offset * scales[lane])
-                  : wide ? load(reinterpret_cast<const float*>(head + 64))
+                  : super ? mul(load_half(factors + 16), load_whole(head + 16))
                          : load_half(reinterpret_cast<const uint16_t*>(head + 32)));
     for (int i = 0; i < kGroup; ++i) {
       const int byte = bytes[64 * (eight ? i / 4 : i % 16 / 4) + i % 4];

@@ -14,7 +14,7 @@ namespace ryzanstein {
 struct Activations {
   float* floats = nullptr;
   uint16_t* bf16 = nullptr;
-  // Groups of 32: for kQ4, kQ4Wide, kQ4Even, kQ8, kFloat4.
+  // Groups of 32: for kQ4, kQ4Super, kQ4Even, kQ8, kFloat4.
   int8_t* values = nullptr;    // [rows, width], round(x / scale)
   float* scales = nullptr;     // [rows, width / 32], largest magnitude / 127
   float* sums = nullptr;       // [rows, width / 32], scale * sum of values

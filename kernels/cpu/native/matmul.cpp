@@ -55,13 +55,19 @@ struct Ahead {
 template <Format kFormat>
 struct FourBit {
   static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 4 : 2;
-  static constexpr bool kEven = kFormat == Format::kQ4Even, kHalf = kFormat != Format::kQ4Wide;
+  static constexpr bool kEven = kFormat == Format::kQ4Even, kSuper = kFormat == Format::kQ4Super;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
 
-  static Floats scales(const uint8_t* group) {
-    return kHalf ? load_half(reinterpret_cast<const uint16_t*>(group))
-                 : load(reinterpret_cast<const float*>(group));
+  // Of a tile's group; `factor` only where groups have one in common.
+  static Floats scale(const uint8_t* tile, int64_t group, Floats factor) {
+    const uint8_t* head = tile + Weight::scales_at(kFormat, group);
+    return kSuper ? mul(factor, load_whole(head)) : load_half(reinterpret_cast<const uint16_t*>(head));
+  }
+
+  static Floats minimum(const uint8_t* tile, int64_t group, Floats factor) {
+    const uint8_t* head = tile + Weight::scales_at(kFormat, group);
+    return kSuper ? mul(factor, load_whole(head + 16)) : load_half(reinterpret_cast<const uint16_t*>(head + 32));
   }
 
   template <int T, int R>
@@ -70,9 +76,17 @@ struct FourBit {
     const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
     const uint8_t* data = w.tile(tile);
     const int8_t* values = x.values + row * width;
+    Floats scale_factor[T], minimum_factor[T];
+    UNROLL for (int t = 0; t < T; ++t) scale_factor[t] = minimum_factor[t] = zero();
     for (int64_t g = 0; g < groups; ++g) {
       ahead.step();
-      const uint8_t* head = data + Weight::scales_at(kFormat, g);
+      if (kSuper && g % 8 == 0) {
+        UNROLL for (int t = 0; t < T; ++t) {
+          const auto* factors = reinterpret_cast<const uint16_t*>(data + t * stride + Weight::factors_at(g));
+          scale_factor[t] = load_half(factors);
+          minimum_factor[t] = load_half(factors + 16);
+        }
+      }
       const uint8_t* bytes = data + Weight::bytes_at(kFormat, g);
       Partial dot[T][R];
       int32_t middle[R];  // what 8 a weight adds; nothing where there is a minimum
@@ -98,16 +112,16 @@ struct FourBit {
         }
       }
       UNROLL for (int t = 0; t < T; ++t) {
-        const Floats scale = scales(head + t * stride);
+        const Floats factors = scale(data + t * stride, g, scale_factor[t]);
         UNROLL for (int r = 0; r < R; ++r) {
           const int64_t at = (row + r) * groups + g;
-          const Floats factor = mul(scale, set1(x.scales[at]));
+          const Floats factor = mul(factors, set1(x.scales[at]));
           sum[t][r] = fma(to_floats(products_of(dot[t][r], middle[r])), factor, sum[t][r]);
         }
         if constexpr (!kEven) {
-          const Floats minimum = scales(head + t * stride + (kHalf ? 32 : 64));
+          const Floats added = minimum(data + t * stride, g, minimum_factor[t]);
           UNROLL for (int r = 0; r < R; ++r) {
-            sum[t][r] = fma(minimum, set1(x.sums[(row + r) * groups + g]), sum[t][r]);
+            sum[t][r] = fma(added, set1(x.sums[(row + r) * groups + g]), sum[t][r]);
           }
         }
       }
@@ -405,8 +419,8 @@ void matmul(const Weight& w, const Activations& x, int64_t row, int64_t rows, co
     case Format::kBf16: return multiply<Bf16>(w, x, row, rows, bias, y, first, last, soon);
     case Format::kQ8: return multiply<EightBit>(w, x, row, rows, bias, y, first, last, soon);
     case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kQ4Wide:
-      return multiply<FourBit<Format::kQ4Wide>>(w, x, row, rows, bias, y, first, last, soon);
+    case Format::kQ4Super:
+      return multiply<FourBit<Format::kQ4Super>>(w, x, row, rows, bias, y, first, last, soon);
     case Format::kQ4Even:
       return multiply<FourBit<Format::kQ4Even>>(w, x, row, rows, bias, y, first, last, soon);
     case Format::kFloat4: return multiply<Float4>(w, x, row, rows, bias, y, first, last, soon);

@@ -90,6 +90,9 @@ inline Bytes lookup(const uint8_t* table, Bytes x) {
   const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(one), x);
 }
+inline Floats load_whole(const uint8_t* p) {
+  return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 // Powers of two by their exponents plus 127; 0 in place of 2^-127.
 inline Floats load_exponents(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

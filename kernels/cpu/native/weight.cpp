@@ -13,7 +13,6 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSlab = size_t{64} << 20;
-constexpr int kSuperBlock = 256;  // inputs of one q4_k block
 
 uint16_t read16(const uint8_t* p) {
   uint16_t value;
@@ -174,6 +173,7 @@ int64_t Weight::tile_bytes() const {
     case Format::kQ8: return groups() / 2 * kPairBytes + groups() % 2 * (64 + 512);
     case Format::kQ4Even:
       return groups() / 2 * kEvenPairBytes + groups() % 2 * (64 + 256);
+    case Format::kQ4Super: return columns / kSuperBlock * kSuperBytes;
     case Format::kTernary: return chunks() * 64 + 64;
     case Format::kFloat4:
       return groups() / 4 * kQuadBytes + (groups() % 4 ? 64 + groups() % 4 * 256 : 0);
@@ -196,9 +196,9 @@ std::shared_ptr<void> Arena::allocate(size_t bytes) {
 
 std::shared_ptr<Weight> make_weight(Arena& arena, Format format, int64_t rows, int64_t columns) {
   const bool grouped = format == Format::kQ8 || format == Format::kQ4 ||
-                       format == Format::kQ4Wide || format == Format::kFloat4 ||
-                       format == Format::kQ4Even;
+                       format == Format::kFloat4 || format == Format::kQ4Even;
   if (rows <= 0 || columns <= 0 || (grouped && columns % kGroup) ||
+      (format == Format::kQ4Super && columns % kSuperBlock) ||
       (format == Format::kBf16 && columns % 2)) {
     throw std::invalid_argument("the columns do not fill whole groups");
   }
@@ -251,22 +251,24 @@ void pack_mxfp4(const Weight& w, int64_t first, const uint8_t* blocks, int64_t c
 }
 
 void pack_q4_k(const Weight& w, int64_t first, const uint8_t* blocks, int64_t count) {
-  if (w.columns % kSuperBlock) throw std::invalid_argument("q4_k rows are whole blocks of 256");
   each_group(w, first, count, [&](uint8_t* tile, int64_t lane, int64_t index, int64_t group) {
     const uint8_t* block = blocks + index / 8 * 144;
     const uint8_t* six = block + 4;  // 8 scales and 8 minima of six bits, interleaved
     const int64_t k = index % 8;
     const int scale = k < 4 ? six[k] & 63 : (six[k + 4] & 15) | six[k - 4] >> 6 << 4;
     const int minimum = k < 4 ? six[k + 4] & 63 : six[k + 4] >> 4 | six[k] >> 6 << 4;
-    uint8_t* out = tile + w.scales_at(group);
-    put(out, lane, half_to_float(read16(block)) * static_cast<float>(scale));
-    put(out + 64, lane, -half_to_float(read16(block + 2)) * static_cast<float>(minimum));
+    put(tile + w.factors_at(group), lane, read16(block));
+    // Subtracted there, added here.
+    put(tile + w.factors_at(group) + 32, lane, static_cast<uint16_t>(read16(block + 2) ^ 0x8000));
+    tile[w.scales_at(group) + lane] = static_cast<uint8_t>(scale);
+    tile[w.scales_at(group) + 16 + lane] = static_cast<uint8_t>(minimum);
+    uint8_t* out = tile + w.bytes_at(group);
     // Two groups of a block share 32 bytes: the even one their low nibbles.
     const uint8_t* nibbles = block + 16 + k / 2 * 32;
     for (int i = 0; i < 16; ++i) {
       const int low = k % 2 ? nibbles[i] >> 4 : nibbles[i] & 15;
       const int high = k % 2 ? nibbles[16 + i] >> 4 : nibbles[16 + i] & 15;
-      out[128 + 64 * (i / 4) + 4 * lane + i % 4] = static_cast<uint8_t>(low | high << 4);
+      out[64 * (i / 4) + 4 * lane + i % 4] = static_cast<uint8_t>(low | high << 4);
     }
   });
 }

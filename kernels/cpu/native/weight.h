@@ -14,6 +14,8 @@ constexpr int kChunk = 16;  // ternary inputs in 64 bytes a tile
 constexpr int kPairBytes = 64 + 2 * 512;  // two int8 groups of a tile and their scales
 constexpr int kEvenPairBytes = 64 + 2 * 256;  // two kQ4Even groups of a tile and their scales
 constexpr int kQuadBytes = 64 + 4 * 256;  // four groups of kFloat4 and their scales
+constexpr int kSuperBlock = 256;  // inputs whose groups' scales have a factor in common
+constexpr int kSuperBytes = 64 + 8 * (32 + 256);  // a tile's
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
@@ -37,7 +39,8 @@ Buffer<T> allocate(size_t count) {
 //      64*j + 4*lane + t of a group holds input 4*j + t, offset by 128; value = scale * (byte - 128).
 // kQ4: [group] of 16 fp16 scales, 16 fp16 minima and 256 bytes. Byte 64*j + 4*lane + t holds inputs
 //      4*j + t (low nibble) and 16 + 4*j + t (high); value = scale * nibble + minimum.
-// kQ4Wide: the same with fp32 scales and minima.
+// kQ4Super: [256 inputs] of 16 fp16 factors of scales and 16 of minima, then of 8 groups 16 bytes of scales and
+//      16 of minima, then their 8 x 256 bytes as in kQ4; scale and minimum are a factor by a byte.
 // kTernary: [chunk][64], then 16 float scales. Byte 4*lane + t holds inputs 4*j + t in bits 2*j;
 //      value = scale * (bits - 1).
 // kFloat4: [four groups] of 4 x 16 scales and 4 x 256 bytes; a last quad has only the groups that there are.
@@ -47,7 +50,7 @@ Buffer<T> allocate(size_t count) {
 //      in kQ4; value = scale * (nibble - 8).
 // The numbers are part of the packed files' format.
 enum class Format : int32_t {
-  kF32 = 0, kBf16 = 1, kQ8 = 2, kQ4 = 3, kQ4Wide = 4, kTernary = 5, kFloat4 = 6, kQ4Even = 7
+  kF32 = 0, kBf16 = 1, kQ8 = 2, kQ4 = 3, kQ4Super = 4, kTernary = 5, kFloat4 = 6, kQ4Even = 7
 };
 
 // Twice what a nibble of kFloat4 stands for, and kFloat4Offset more.
@@ -77,14 +80,17 @@ struct Weight {
     if (format == Format::kQ8) return group / 2 * kPairBytes + group % 2 * 32;
     if (format == Format::kQ4Even) return group / 2 * kEvenPairBytes + group % 2 * 32;
     if (format == Format::kFloat4) return group / 4 * kQuadBytes + group % 4 * 16;
-    return group * (format == Format::kQ4 ? 320 : 384);
+    if (format == Format::kQ4Super) return factors_at(group) + 64 + group % 8 * 32;
+    return group * 320;
   }
   static constexpr int64_t bytes_at(Format format, int64_t group) {
     if (format == Format::kQ8) return group / 2 * kPairBytes + 64 + group % 2 * 512;
     if (format == Format::kQ4Even) return group / 2 * kEvenPairBytes + 64 + group % 2 * 256;
     if (format == Format::kFloat4) return group / 4 * kQuadBytes + 64 + group % 4 * 256;
-    return scales_at(format, group) + (format == Format::kQ4 ? 64 : 128);
+    if (format == Format::kQ4Super) return factors_at(group) + 64 + 8 * 32 + group % 8 * 256;
+    return scales_at(format, group) + 64;
   }
+  static constexpr int64_t factors_at(int64_t group) { return group / 8 * kSuperBytes; }
   int64_t scales_at(int64_t group) const { return scales_at(format, group); }
   int64_t bytes_at(int64_t group) const { return bytes_at(format, group); }
 };
