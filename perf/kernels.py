@@ -298,6 +298,7 @@ def main(
     context: Annotated[int, Parameter(help="Tokens each decode sees.")] = 192,
     instructions: Annotated[str, Parameter(help="A set by name; auto: the best.")] = "auto",
     only: Annotated[str, Parameter(help="Ops whose line contains this.")] = "",
+    rounds: Annotated[int, Parameter(help="How often everything, for the medians.")] = 1,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
     """Measure the ceilings, then every op, and print one table."""
@@ -308,9 +309,9 @@ def main(
     name = native.instruction_sets()[0] if instructions == "auto" else instructions
     console = Console(width=120)
     counts = [int(count) for count in rows.split(",")]
-    found = []
-    for number in map(int, threads.split(",")):
-        bench = Bench(native, name, number)
+    benches = {number: Bench(native, name, number) for number in map(int, threads.split(","))}
+    measured: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for number, bench in [*benches.items()] * rounds:
         ceilings = bench.ceilings()
         shown = ", ".join(f"{k} {v / 1e9:.0f}" for k, v in ceilings.operations.items())
         console.print(
@@ -319,7 +320,11 @@ def main(
         for work, seconds in cases(bench, counts, context, only):
             row = result(work, ceilings, seconds, number)
             if only in f"{row['op']} {row['shape']} {row['format']}":
-                found.append(row)
+                key = tuple(row[k] for k in ("op", "shape", "format", "rows", "threads"))
+                measured.setdefault(key, []).append(row)
+    found = [
+        sorted(lines, key=lambda line: line["us"])[len(lines) // 2] for lines in measured.values()
+    ]
     found.sort(key=lambda r: (r["op"], r["format"], r["shape"], r["rows"], r["threads"]))
     print_table(found, console)
     if json_file is not None:
