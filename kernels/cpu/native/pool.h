@@ -22,6 +22,10 @@ class Pool {
 
   // The first piece of a thread's span; that of thread `threads` is the number of pieces.
   static int64_t first_of(int64_t pieces, int64_t thread, int64_t threads) { return pieces * thread / threads; }
+  // The thread whose span a piece is in.
+  static int64_t thread_of(int64_t pieces, int64_t piece, int64_t threads) {
+    return ((piece + 1) * threads - 1) / pieces;
+  }
 
   // While one of these lives the workers stay awake, so that `run` costs well under a microsecond.
   class Awake {

@@ -237,7 +237,7 @@ void Program::linear_step(const Instruction& i, const Batch& batch) {
       // The same share of it as of the work, since a thread attends to the same share of the sequences.
       const int64_t fetched = count * n / jobs;
       const Soon soon{cached.data() + fetched, count * (n + 1) / jobs - fetched,
-                      first_tiles(i, n + 1, jobs, batch)};
+                      first_tiles(i, n, jobs, batch)};
       const int64_t block = n / pieces, piece = n % pieces;
       const int64_t row = begin + rows * block / blocks, end = begin + rows * (block + 1) / blocks;
       kernels_.matmul(weight, x, row, end - row, i.vector, out, weight.cut(piece, pieces),
@@ -260,12 +260,10 @@ Program::Shares Program::shares_of(const Instruction& linear, const Batch& batch
   return {blocks, std::max<int64_t>(1, pieces - odd)};
 }
 
-Soon::Piece Program::first_tiles(const Instruction& linear, int64_t end, int64_t pieces, const Batch& batch) const {
-  if (linear.next_linear < 0) return {nullptr, nullptr};
-  const int64_t threads = threads_of(batch);
-  int64_t thread = 0;
-  while (thread < threads && Pool::first_of(pieces, thread + 1, threads) < end) ++thread;
-  if (Pool::first_of(pieces, thread + 1, threads) != end) return {nullptr, nullptr};
+Soon::Piece Program::first_tiles(const Instruction& linear, int64_t piece, int64_t pieces, const Batch& batch) const {
+  const int64_t threads = threads_of(batch), thread = Pool::thread_of(pieces, piece, threads);
+  const bool last = Pool::first_of(pieces, thread + 1, threads) == piece + 1;
+  if (linear.next_linear < 0 || !last) return {nullptr, nullptr};
   const Instruction& next = instructions_[static_cast<size_t>(linear.next_linear)];
   const Shares shares = shares_of(next, batch);
   const int64_t first = Pool::first_of(shares.blocks * shares.pieces, thread, threads) % shares.pieces;

@@ -210,8 +210,8 @@ class Program {
     int64_t blocks, pieces;
   };
   Shares shares_of(const Instruction& linear, const Batch& batch) const;
-  // What the thread that takes the span before piece `end` reads first of the linear that follows.
-  Soon::Piece first_tiles(const Instruction& linear, int64_t end, int64_t pieces, const Batch& batch) const;
+  // What a thread reads first of the linear that follows, if this piece is the last of its span.
+  Soon::Piece first_tiles(const Instruction& linear, int64_t piece, int64_t pieces, const Batch& batch) const;
   // What a linear has to fetch of it.
   const std::vector<Soon::Piece>& read_soon(const Instruction& i, const Batch& batch);
   // What attentions of a kind read in the step under way; listed once a step.
