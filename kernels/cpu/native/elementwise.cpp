@@ -7,20 +7,20 @@ namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 namespace {
 
-// Group `g` of a row into the grouped form.
-void store_group(const float* x, int64_t g, int64_t at, int8_t* values, const Activations& out) {
-  const Floats a = load(x + g * kGroup), b = load(x + g * kGroup + 16);
+void store_group(const float* x, Activations::Group& out) {
+  const Floats a = load(x), b = load(x + 16);
   float largest = max_lanes(max(abs(a), abs(b)));
   if (largest < kSmallest) largest = 0.0f;
   const float scale = largest / 127.0f;
   const Floats inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
   const Ints qa = to_ints(mul(a, inverse)), qb = to_ints(mul(b, inverse));
-  store_int8(values, qa);
-  store_int8(values + 16, qb);
+  store_int8(out.values, qa);
+  store_int8(out.values + 16, qb);
   const int32_t sum = sum_lanes(add(qa, qb));
-  out.scales[at] = scale;
-  out.sums[at] = scale * static_cast<float>(sum);
-  out.offsets[at] = -128 * sum;
+  out.scale = scale;
+  out.sum = scale * static_cast<float>(sum);
+  out.offset8 = -8 * sum;
+  out.offset128 = -128 * sum;
 }
 
 // A whole row under one scale, as BitNet b1.58 does it (arXiv 2402.17764).
@@ -103,11 +103,9 @@ void gated(const float* x, int64_t width, float* out) {
 }  // namespace
 
 void store_forms(const float* x, int64_t width, int64_t row, const Activations& out) {
-  if (out.values) {
+  if (out.groups) {
     const int64_t groups = width / kGroup;
-    for (int64_t g = 0; g < groups; ++g) {
-      store_group(x, g, row * groups + g, out.values + row * width + g * kGroup, out);
-    }
+    for (int64_t g = 0; g < groups; ++g) store_group(x + g * kGroup, out.groups[row * groups + g]);
   }
   if (out.row_values) store_whole(x, width, row, out);
   if (out.bf16) store_bf16_row(x, width, out.bf16 + row * width);

@@ -187,10 +187,7 @@ void Program::Value::copy_row(const Value& from, int64_t source, int64_t target)
   };
   copy(from.floats, floats, width);
   copy(from.bf16, bf16, width);
-  copy(from.values, values, width);
-  copy(from.scales, scales, width / kGroup);
-  copy(from.sums, sums, width / kGroup);
-  copy(from.offsets, offsets, width / kGroup);
+  copy(from.groups, groups, width / kGroup);
   copy(from.row_values, row_values, Activations::row_stride(width));
   copy(from.row_scales, row_scales, 1);
   copy(from.row_offsets, row_offsets, 1);

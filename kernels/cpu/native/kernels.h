@@ -14,11 +14,14 @@ namespace ryzanstein {
 struct Activations {
   float* floats = nullptr;
   uint16_t* bf16 = nullptr;
-  // Groups of 32: for kQ4, kQ4Super, kQ4Even, kQ8, kFloat4.
-  int8_t* values = nullptr;    // [rows, width], round(x / scale)
-  float* scales = nullptr;     // [rows, width / 32], largest magnitude / 127
-  float* sums = nullptr;       // [rows, width / 32], scale * sum of values
-  int32_t* offsets = nullptr;  // [rows, width / 32], -128 * sum of values
+  // For kQ4, kQ4Super, kQ4Even, kQ8, kFloat4. In one piece, so that a pass holds one pointer a row.
+  struct Group {
+    int8_t values[kGroup];        // round(x / scale)
+    float scale;                  // largest magnitude / 127
+    float sum;                    // scale * sum of values
+    int32_t offset8, offset128;   // -8 and -128 times the sum of values
+  };
+  Group* groups = nullptr;  // [rows, width / 32]
   // Whole rows: for kTernary.
   int8_t* row_values = nullptr;    // [rows, row_stride(width)], round(x / scale), zeros behind
   float* row_scales = nullptr;     // [rows], largest magnitude / 127

@@ -1,51 +1,53 @@
 // Matmuls on packed weights. Byte products multiply four inputs at a time into 16 lanes, one lane for
 // each output row of a tile.
+#include "ahead.h"
 #include "isa.h"
 
 namespace ryzanstein {
 namespace RYZANSTEIN_ISA {
 namespace {
 
-// Lines of `Soon` that a step fetches at most: some 7 GB/s a thread, which leaves the weights their share.
-constexpr int64_t kSoonLines = 4;
+// What all passes of a matmul have in common.
+struct Job {
+  Job(const Weight& w, const Activations& x, const float* bias, float* y)
+      : w(w), x(x), bias(bias), y(y), groups(w.groups()), stride(w.tile_bytes()) {}
 
-// What other ops read soon, fetched from step to step.
-class Fetcher {
- public:
-  Fetcher(const Soon& soon, int64_t steps)
-      : piece_(soon.pieces), end_(soon.pieces + soon.count), at_(soon.count ? piece_->begin : nullptr) {
-    int64_t bytes = 0;
-    for (const Soon::Piece* piece = piece_; piece != end_; ++piece) bytes += piece->end - piece->begin;
-    lines_ = bytes ? least((bytes / 64 + steps - 1) / steps, kSoonLines) : 0;
-  }
+  const uint8_t* tile(int64_t number) const { return w.data + number * stride; }
 
-  void step() {
-    for (int64_t i = 0; i < lines_ && piece_ != end_; ++i) {
-      _mm_prefetch(at_, _MM_HINT_T1);
-      at_ += 64;
-      if (at_ >= piece_->end && ++piece_ != end_) at_ = piece_->begin;
-    }
-  }
-
- private:
-  const Soon::Piece *piece_, *end_;
-  const uint8_t* at_;
-  int64_t lines_;
+  const Weight& w;
+  const Activations& x;
+  const float* bias;
+  float* y;
+  const int64_t groups, stride;
 };
 
-// The tiles that come after, fetched while these are computed: memory would idle otherwise, since all
-// rows but a pass's first find the weights in the cache. Into the second level, since the first is full
-// of these tiles and of activations.
-struct Ahead {
-  const uint8_t* at;
-  const uint8_t* end;
-  int64_t lines;  // a step
-  Fetcher* soon;  // goes on from pass to pass
-
-  void step() {
-    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-    if (soon) soon->step();
+// The tiles of a pass, from an offset into each.
+template <int T>
+struct Tiles {
+  Tiles(const uint8_t* first, int64_t stride) {
+    UNROLL for (int t = 0; t < T; ++t) at[t] = now(first + t * stride);
   }
+  const uint8_t* operator[](int t) const { return at[t]; }
+
+  const uint8_t* at[T];
+};
+
+// The rows of a pass, group by group.
+template <int R>
+struct GroupRows {
+  GroupRows(const Job& job, int64_t row) {
+    at[0] = job.x.groups + row * job.groups;
+    UNROLL for (int r = 1; r < R; ++r) at[r] = now(at[r - 1] + job.groups);
+  }
+  void keep() {
+    UNROLL for (int r = 0; r < R; ++r) at[r] = now(at[r]);
+  }
+  void next() {
+    UNROLL for (int r = 0; r < R; ++r) ++at[r];
+  }
+  const Activations::Group& operator[](int r) const { return *at[r]; }
+
+  const Activations::Group* at[R];
 };
 
 // A format's `accumulate<T, R>` adds x[row..row+R) . w[T tiles from `tile`] to sum[T][R]. `kTiles` x
@@ -71,14 +73,14 @@ struct FourBit {
   }
 
   template <int T, int R>
-  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
-                         Ahead ahead, Floats (&sum)[T][R]) {
-    const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
-    const uint8_t* data = w.tile(tile);
-    const int8_t* values = x.values + row * width;
+  static void accumulate(const Job& job, int64_t row, int64_t tile, Ahead& ahead, Floats (&sum)[T][R]) {
+    const int64_t groups = job.groups, stride = job.stride;
+    const uint8_t* data = job.tile(tile);
+    GroupRows<R> x(job, row);
     Floats scale_factor[T], minimum_factor[T];
     UNROLL for (int t = 0; t < T; ++t) scale_factor[t] = minimum_factor[t] = zero();
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < groups; ++g, x.next()) {
+      x.keep();
       ahead.step();
       if (kSuper && g % 8 == 0) {
         UNROLL for (int t = 0; t < T; ++t) {
@@ -87,23 +89,21 @@ struct FourBit {
           minimum_factor[t] = load_half(factors + 16);
         }
       }
-      const uint8_t* bytes = data + Weight::bytes_at(kFormat, g);
+      const Tiles<T> bytes(data + Weight::bytes_at(kFormat, g), stride);
       Partial dot[T][R];
-      int32_t middle[R];  // what 8 a weight adds; nothing where there is a minimum
       UNROLL for (int r = 0; r < R; ++r) {
-        middle[r] = kEven ? x.offsets[(row + r) * groups + g] / 16 : 0;
-        UNROLL for (int t = 0; t < T; ++t) dot[t][r] = products_from(middle[r]);
+        UNROLL for (int t = 0; t < T; ++t) dot[t][r] = kEven ? products_from(&x[r].offset8) : no_products();
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         Bytes first[T], second[T];
         UNROLL for (int t = 0; t < T; ++t) {
-          const Bytes packed = load_bytes(bytes + t * stride + 64 * j);
+          const Bytes packed = load_bytes(bytes[t] + 64 * j);
           first[t] = field<0, 4>(packed);
           second[t] = field<4, 4>(packed);
         }
         UNROLL for (int r = 0; r < R; ++r) {
-          const int8_t* v = values + r * width + g * kGroup + 4 * j;
+          const int8_t* v = x[r].values + 4 * j;
           const Bytes a = broadcast4(v), b = broadcast4(v + 16);
           UNROLL for (int t = 0; t < T; ++t) {
             dot[t][r] = dot_partial(dot[t][r], first[t], a);
@@ -114,14 +114,14 @@ struct FourBit {
       UNROLL for (int t = 0; t < T; ++t) {
         const Floats factors = scale(data + t * stride, g, scale_factor[t]);
         UNROLL for (int r = 0; r < R; ++r) {
-          const int64_t at = (row + r) * groups + g;
-          const Floats factor = mul(factors, set1(x.scales[at]));
-          sum[t][r] = fma(to_floats(products_of(dot[t][r], middle[r])), factor, sum[t][r]);
+          const Floats factor = mul(factors, set1(x[r].scale));
+          const Ints whole = kEven ? products_of(dot[t][r], &x[r].offset8) : widen(dot[t][r]);
+          sum[t][r] = fma(to_floats(whole), factor, sum[t][r]);
         }
         if constexpr (!kEven) {
           const Floats added = minimum(data + t * stride, g, minimum_factor[t]);
           UNROLL for (int r = 0; r < R; ++r) {
-            sum[t][r] = fma(added, set1(x.sums[(row + r) * groups + g]), sum[t][r]);
+            sum[t][r] = fma(added, set1(x[r].sum), sum[t][r]);
           }
         }
       }
@@ -135,18 +135,17 @@ struct Float4 {
   static int64_t steps(const Weight& w) { return w.groups(); }
 
   template <int T, int R>
-  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
-                         Ahead ahead, Floats (&sum)[T][R]) {
-    const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
-    const uint8_t* data = w.tile(tile);
-    const int8_t* values = x.values + row * width;
-    for (int64_t g = 0; g < groups; ++g) {
+  static void accumulate(const Job& job, int64_t row, int64_t tile, Ahead& ahead, Floats (&sum)[T][R]) {
+    const int64_t groups = job.groups, stride = job.stride;
+    const uint8_t* data = job.tile(tile);
+    GroupRows<R> x(job, row);
+    for (int64_t g = 0; g < groups; ++g, x.next()) {
+      x.keep();
       ahead.step();
-      const uint8_t* bytes = data + Weight::bytes_at(Format::kFloat4, g);
+      const Tiles<T> bytes(data + Weight::bytes_at(Format::kFloat4, g), stride);
       Ints whole[T][R];
       UNROLL for (int r = 0; r < R; ++r) {
-        // What the codes' offset adds: an offset of int8 is -128 times the sum of activations.
-        const Ints start = set1_int(x.offsets[(row + r) * groups + g] / 128 * kFloat4Offset);
+        const Ints start = set1_int(x[r].offset8 / 8 * kFloat4Offset);  // what the codes' offset adds
         UNROLL for (int t = 0; t < T; ++t) whole[t][r] = start;
       }
 #pragma GCC unroll 2
@@ -159,12 +158,12 @@ struct Float4 {
         for (int j = 2 * half; j < 2 * half + 2; ++j) {
           Bytes first[T], second[T];
           UNROLL for (int t = 0; t < T; ++t) {
-            const Bytes packed = load_bytes(bytes + t * stride + 64 * j);
+            const Bytes packed = load_bytes(bytes[t] + 64 * j);
             first[t] = lookup(kFloat4Codes, field<0, 4>(packed));
             second[t] = lookup(kFloat4Codes, field<4, 4>(packed));
           }
           UNROLL for (int r = 0; r < R; ++r) {
-            const int8_t* v = values + r * width + g * kGroup + 4 * j;
+            const int8_t* v = x[r].values + 4 * j;
             const Bytes a = broadcast4(v), b = broadcast4(v + 16);
             UNROLL for (int t = 0; t < T; ++t) {
               dot[t][r] = dot_partial(dot[t][r], first[t], a);
@@ -179,7 +178,7 @@ struct Float4 {
       UNROLL for (int t = 0; t < T; ++t) {
         const Floats scale = load_exponents(data + Weight::scales_at(Format::kFloat4, g) + t * stride);
         UNROLL for (int r = 0; r < R; ++r) {
-          const Floats factor = mul(scale, set1(0.5f * x.scales[(row + r) * groups + g]));
+          const Floats factor = mul(scale, set1(0.5f * x[r].scale));
           sum[t][r] = fma(to_floats(whole[t][r]), factor, sum[t][r]);
         }
       }
@@ -193,24 +192,24 @@ struct EightBit {
   static int64_t steps(const Weight& w) { return w.groups(); }
 
   template <int T, int R>
-  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
-                         Ahead ahead, Floats (&sum)[T][R]) {
-    const int64_t groups = w.groups(), width = w.columns, stride = w.tile_bytes();
-    const uint8_t* data = w.tile(tile);
-    const int8_t* values = x.values + row * width;
-    for (int64_t g = 0; g < groups; ++g) {
+  static void accumulate(const Job& job, int64_t row, int64_t tile, Ahead& ahead, Floats (&sum)[T][R]) {
+    const int64_t groups = job.groups, stride = job.stride;
+    const uint8_t* data = job.tile(tile);
+    GroupRows<R> x(job, row);
+    for (int64_t g = 0; g < groups; ++g, x.next()) {
+      x.keep();
       ahead.step();
-      const uint8_t* bytes = data + Weight::bytes_at(Format::kQ8, g);
+      const Tiles<T> bytes(data + Weight::bytes_at(Format::kQ8, g), stride);
       Ints dot[T][R];
       UNROLL for (int r = 0; r < R; ++r) {
-        UNROLL for (int t = 0; t < T; ++t) dot[t][r] = start_signed(x.offsets + (row + r) * groups + g);
+        UNROLL for (int t = 0; t < T; ++t) dot[t][r] = start_signed(&x[r].offset128);
       }
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         Signed packed[T];
-        UNROLL for (int t = 0; t < T; ++t) packed[t] = load_signed(bytes + t * stride + 64 * j);
+        UNROLL for (int t = 0; t < T; ++t) packed[t] = load_signed(bytes[t] + 64 * j);
         UNROLL for (int r = 0; r < R; ++r) {
-          const Bytes v = broadcast4(values + r * width + g * kGroup + 4 * j);
+          const Bytes v = broadcast4(x[r].values + 4 * j);
           UNROLL for (int t = 0; t < T; ++t) dot[t][r] = dot_signed(dot[t][r], packed[t], v);
         }
       }
@@ -218,7 +217,7 @@ struct EightBit {
         const uint8_t* scales = data + Weight::scales_at(Format::kQ8, g) + t * stride;
         const Floats scale = load_half(reinterpret_cast<const uint16_t*>(scales));
         UNROLL for (int r = 0; r < R; ++r) {
-          const Floats factor = mul(scale, set1(x.scales[(row + r) * groups + g]));
+          const Floats factor = mul(scale, set1(x[r].scale));
           sum[t][r] = fma(to_floats(dot[t][r]), factor, sum[t][r]);
         }
       }
@@ -232,11 +231,11 @@ struct Ternary {
   static int64_t steps(const Weight& w) { return w.chunks(); }
 
   template <int T, int R>
-  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
-                         Ahead ahead, Floats (&sum)[T][R]) {
-    const int64_t chunks = w.chunks(), stride = w.tile_bytes();
-    const int64_t width = Activations::row_stride(w.columns);
-    const uint8_t* data = w.tile(tile);
+  static void accumulate(const Job& job, int64_t row, int64_t tile, Ahead& ahead, Floats (&sum)[T][R]) {
+    const Activations& x = job.x;
+    const int64_t chunks = job.w.chunks(), stride = job.stride;
+    const int64_t width = Activations::row_stride(job.w.columns);
+    const uint8_t* data = job.tile(tile);
     const int8_t* values = x.row_values + row * width;
     Ints dot[T][R];
     UNROLL for (int t = 0; t < T; ++t) {
@@ -286,11 +285,10 @@ struct Bf16 {
   static int64_t steps(const Weight& w) { return w.columns / 2; }
 
   template <int T, int R>
-  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
-                         Ahead ahead, Floats (&sum)[T][R]) {
-    const int64_t width = w.columns, stride = w.tile_bytes();
-    const uint8_t* data = w.tile(tile);
-    const void* rows = kBytes == 2 ? static_cast<const void*>(x.bf16) : x.floats;
+  static void accumulate(const Job& job, int64_t row, int64_t tile, Ahead& ahead, Floats (&sum)[T][R]) {
+    const int64_t width = job.w.columns, stride = job.stride;
+    const uint8_t* data = job.tile(tile);
+    const void* rows = kBytes == 2 ? static_cast<const void*>(job.x.bf16) : job.x.floats;
     const PairValue* values = static_cast<const PairValue*>(rows) + row * width;
     for (int64_t i = 0; i < width; i += 2, data += 64) {
       ahead.step();
@@ -310,11 +308,10 @@ struct Float {
   static int64_t steps(const Weight& w) { return w.columns; }
 
   template <int T, int R>
-  static void accumulate(const Weight& w, const Activations& x, int64_t row, int64_t tile,
-                         Ahead ahead, Floats (&sum)[T][R]) {
-    const int64_t width = w.columns, stride = w.tile_bytes();
-    const uint8_t* data = w.tile(tile);
-    const float* values = x.floats + row * width;
+  static void accumulate(const Job& job, int64_t row, int64_t tile, Ahead& ahead, Floats (&sum)[T][R]) {
+    const int64_t width = job.w.columns, stride = job.stride;
+    const uint8_t* data = job.tile(tile);
+    const float* values = job.x.floats + row * width;
     for (int64_t i = 0; i < width; ++i, data += 64) {
       ahead.step();
       Floats packed[T];
@@ -327,66 +324,84 @@ struct Float {
   }
 };
 
-template <class F, int T, int R>
-void pass(const Weight& w, const Activations& x, int64_t row, int64_t tile, Ahead ahead,
-          const float* bias, float* y) {
-  Floats sum[T][R];
-  UNROLL for (int t = 0; t < T; ++t) {
-    UNROLL for (int r = 0; r < R; ++r) sum[t][r] = zero();
-  }
-  F::template accumulate<T, R>(w, x, row, tile, ahead, sum);
-  UNROLL for (int t = 0; t < T; ++t) {
-    const int64_t out = (tile + t) * kTile, valid = w.rows - out;
-    UNROLL for (int r = 0; r < R; ++r) {
-      if (bias) sum[t][r] = add(sum[t][r], load(bias + out, valid));
-      store(y + (row + r) * w.rows + out, sum[t][r], valid);
+// Stores what has a bias or ends within a tile. Apart, since most passes do without, and the fewer instructions
+// there are between the products of two passes, the more of them hide behind products.
+template <int T, int R>
+__attribute__((noinline)) void finish(const Job& job, Floats (&sum)[T][R], int64_t out, float* y) {
+  const int64_t outputs = job.w.rows;
+  for (int t = 0; t < T; ++t, out += kTile, y += kTile) {
+    const int64_t valid = outputs - out;
+    for (int r = 0; r < R; ++r) {
+      if (job.bias) sum[t][r] = add(sum[t][r], load(job.bias + out, valid));
+      store(y + r * outputs, sum[t][r], valid);
     }
   }
 }
 
 template <class F, int T, int R>
-void pass_of(int64_t count, const Weight& w, const Activations& x, int64_t row, int64_t tile,
-             Ahead ahead, const float* bias, float* y) {
-  if constexpr (R > 0) {
-    if (count == R) return pass<F, T, R>(w, x, row, tile, ahead, bias, y);
-    pass_of<F, T, R - 1>(count, w, x, row, tile, ahead, bias, y);
+void pass(const Job& job, int64_t row, int64_t tile, Ahead& ahead) {
+  Floats sum[T][R];
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int r = 0; r < R; ++r) sum[t][r] = zero();
   }
+  F::template accumulate<T, R>(job, row, tile, ahead, sum);
+  const int64_t outputs = job.w.rows, out = tile * kTile;
+  float* y = job.y + row * outputs + out;
+  if (job.bias || outputs - out < T * kTile) {
+    Floats results[T][R];  // a copy, else the sums themselves would lie in memory
+    UNROLL for (int t = 0; t < T; ++t) {
+      UNROLL for (int r = 0; r < R; ++r) results[t][r] = sum[t][r];
+    }
+    return finish<T, R>(job, results, out, y);
+  }
+  UNROLL for (int r = 0; r < R; ++r, y += outputs) {
+    UNROLL for (int t = 0; t < T; ++t) store(y + t * kTile, sum[t][r]);
+  }
+}
+
+using Pass = void (*)(const Job&, int64_t row, int64_t tile, Ahead&);
+
+// Of `count` rows, 1 to R.
+template <class F, int T, int R>
+Pass pass_of(int64_t count) {
+  if constexpr (R > 1) {
+    if (count < R) return pass_of<F, T, R - 1>(count);
+  }
+  return pass<F, T, R>;
 }
 
 // Up to `kFew` rows, a measured crossover: a tile at a time is one sequential read, which the hardware
 // fetches best by itself.
 template <class F>
-void multiply_few(const Weight& w, const Activations& x, int64_t row, int64_t rows,
-                  const float* bias, float* y, int64_t first, int64_t last) {
-  for (int64_t tile = first; tile < last; ++tile) {
-    pass_of<F, 1, F::kFew>(rows, w, x, row, tile, Ahead{nullptr, nullptr, 0, nullptr}, bias, y);
-  }
+void multiply_few(const Job& job, int64_t row, int64_t rows, int64_t first, int64_t last) {
+  const Pass one = pass_of<F, 1, F::kFew>(rows);
+  Ahead nothing;
+  nothing.begin(job.w.data, job.w.data + job.w.bytes, 0);
+  for (int64_t tile = first; tile < last; ++tile) one(job, row, tile, nothing);
 }
 
 // Rows [row, row + rows) of tiles [first, last). With `fetch` the next tiles are fetched meanwhile, in the end
 // those of `then`.
 template <class F>
-void multiply_block(const Weight& w, const Activations& x, int64_t row, int64_t rows,
-                    const float* bias, float* y, int64_t first, int64_t last, bool fetch,
-                    const Soon::Piece& then, Fetcher* soon) {
-  // Passes of nearly equal size: 8 rows are 4 + 4, not 6 + 2.
-  const int64_t passes = (rows + F::kRows - 1) / F::kRows, bytes = F::kTiles * w.tile_bytes();
-  const int64_t lines = fetch ? bytes / 64 / (passes * F::steps(w)) + 1 : 0;
+void multiply_block(const Job& job, int64_t row, int64_t rows, int64_t first, int64_t last, bool fetch,
+                    const Soon::Piece& then, Ahead& ahead) {
+  // Passes of nearly equal size: 8 rows are 4 + 4, not 6 + 2. The first `longer` have a row more.
+  const int64_t passes = (rows + F::kRows - 1) / F::kRows, count = rows / passes, longer = rows % passes;
+  const int64_t share = fetch ? (F::kTiles * job.stride / 64 + passes - 1) / passes * 64 : 0;
+  const int64_t steps = F::steps(job.w), lines = (share / 64 + steps - 1) / steps;
+  const auto sized = [](int64_t tiles, int64_t size) {
+    return tiles >= F::kTiles ? pass_of<F, F::kTiles, F::kRows>(size) : pass_of<F, 1, F::kRows>(size);
+  };
+  Pass long_pass = sized(F::kTiles, count + 1), short_pass = sized(F::kTiles, count);
   for (int64_t tile = first; tile < last; tile += F::kTiles) {
     const bool leaves = then.begin && tile + F::kTiles >= last;
-    const uint8_t* next = leaves ? then.begin : w.tile(tile + F::kTiles);
-    const uint8_t* end = leaves ? then.end : w.data + w.bytes;
-    for (int64_t n = 0, done = 0; n < passes; ++n) {
-      const int64_t count = (rows - done + passes - n - 1) / (passes - n);
-      const uint8_t* share = next + bytes * (n + 1) / passes;
-      const Ahead ahead{next + bytes * n / passes / 64 * 64, share < end ? share : end, lines,
-                        soon};
-      if (last - tile >= F::kTiles) {
-        pass_of<F, F::kTiles, F::kRows>(count, w, x, row + done, tile, ahead, bias, y);
-      } else {
-        pass_of<F, 1, F::kRows>(count, w, x, row + done, tile, ahead, bias, y);
-      }
-      done += count;
+    const uint8_t* next = leaves ? then.begin : job.tile(tile + F::kTiles);
+    const uint8_t* end = leaves ? then.end : job.w.data + job.w.bytes;
+    if (last - tile < F::kTiles) long_pass = sized(1, count + 1), short_pass = sized(1, count);
+    for (int64_t n = 0, at = row; n < passes; ++n, next += share) {
+      ahead.begin(next, next + share < end ? next + share : end, lines);
+      (n < longer ? long_pass : short_pass)(job, at, tile, ahead);
+      at += count + (n < longer);
     }
   }
 }
@@ -395,17 +410,15 @@ void multiply_block(const Weight& w, const Activations& x, int64_t row, int64_t 
 constexpr int64_t kBlockBytes = 192 << 10;
 
 template <class F>
-void multiply(const Weight& w, const Activations& x, int64_t row, int64_t rows, const float* bias,
-              float* y, int64_t first, int64_t last, const Soon& soon) {
-  if (rows <= F::kFew) return multiply_few<F>(w, x, row, rows, bias, y, first, last);
-  const int64_t fitting = most(kBlockBytes / (w.columns * F::kBytes), 4 * F::kRows);
+void multiply(const Job& job, int64_t row, int64_t rows, int64_t first, int64_t last, const Soon& soon) {
+  if (rows <= F::kFew) return multiply_few<F>(job, row, rows, first, last);
+  const int64_t fitting = most(kBlockBytes / (job.w.columns * F::kBytes), 4 * F::kRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
   const int64_t passes = (rows + F::kRows - 1) / F::kRows;
-  Fetcher fetcher(soon, F::steps(w) * passes * ((last - first + F::kTiles - 1) / F::kTiles));
+  Ahead ahead(soon, F::steps(job.w) * passes * ((last - first + F::kTiles - 1) / F::kTiles));
   for (int64_t n = 0, done = 0; n < blocks; ++n) {
     const int64_t count = (rows - done + blocks - n - 1) / (blocks - n);
-    multiply_block<F>(w, x, row + done, count, bias, y, first, last, n == 0, soon.tiles,
-                      soon.count ? &fetcher : nullptr);
+    multiply_block<F>(job, row + done, count, first, last, n == 0, soon.tiles, ahead);
     done += count;
   }
 }
@@ -414,17 +427,16 @@ void multiply(const Weight& w, const Activations& x, int64_t row, int64_t rows, 
 
 void matmul(const Weight& w, const Activations& x, int64_t row, int64_t rows, const float* bias,
             float* y, int64_t first, int64_t last, const Soon& soon) {
+  const Job job(w, x, bias, y);
   switch (w.format) {
-    case Format::kF32: return multiply<Float>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kBf16: return multiply<Bf16>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kQ8: return multiply<EightBit>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kQ4: return multiply<FourBit<Format::kQ4>>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kQ4Super:
-      return multiply<FourBit<Format::kQ4Super>>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kQ4Even:
-      return multiply<FourBit<Format::kQ4Even>>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kFloat4: return multiply<Float4>(w, x, row, rows, bias, y, first, last, soon);
-    case Format::kTernary: return multiply<Ternary>(w, x, row, rows, bias, y, first, last, soon);
+    case Format::kF32: return multiply<Float>(job, row, rows, first, last, soon);
+    case Format::kBf16: return multiply<Bf16>(job, row, rows, first, last, soon);
+    case Format::kQ8: return multiply<EightBit>(job, row, rows, first, last, soon);
+    case Format::kQ4: return multiply<FourBit<Format::kQ4>>(job, row, rows, first, last, soon);
+    case Format::kQ4Super: return multiply<FourBit<Format::kQ4Super>>(job, row, rows, first, last, soon);
+    case Format::kQ4Even: return multiply<FourBit<Format::kQ4Even>>(job, row, rows, first, last, soon);
+    case Format::kFloat4: return multiply<Float4>(job, row, rows, first, last, soon);
+    case Format::kTernary: return multiply<Ternary>(job, row, rows, first, last, soon);
   }
 }
 

@@ -30,8 +30,7 @@ const float* zeros(int64_t width) {
 }
 
 Activations Program::Value::activations() const {
-  return {floats.get(),  bf16.get(),       values.get(),     scales.get(),     sums.get(),
-          offsets.get(), row_values.get(), row_scales.get(), row_offsets.get()};
+  return {floats.get(), bf16.get(), groups.get(), row_values.get(), row_scales.get(), row_offsets.get()};
 }
 
 Program::Program(std::shared_ptr<Pool> pool, const Kernels* kernels, int64_t max_rows,
@@ -50,13 +49,7 @@ int Program::add_buffer(int64_t width, bool floats, bool groups, bool whole, boo
   const size_t rows = static_cast<size_t>(max_rows_ * times), count = rows * static_cast<size_t>(width);
   if (floats) value.floats = allocate<float>(count);
   if (bf16) value.bf16 = allocate<uint16_t>(count);
-  if (groups) {
-    const size_t scales = rows * static_cast<size_t>(width / kGroup);
-    value.values = allocate<int8_t>(count);
-    value.scales = allocate<float>(scales);
-    value.sums = allocate<float>(scales);
-    value.offsets = allocate<int32_t>(scales);
-  }
+  if (groups) value.groups = allocate<Activations::Group>(rows * static_cast<size_t>(width / kGroup));
   if (whole) {
     value.row_values = allocate<int8_t>(rows * static_cast<size_t>(Activations::row_stride(width)));
     value.row_scales = allocate<float>(rows);
@@ -376,7 +369,7 @@ void Program::collective_step(const Instruction& i, int64_t rows, const Batch& b
 }
 
 void Program::make_forms(const Value& value, int64_t rows, const Batch& batch) const {
-  if (!value.values && !value.row_values && !value.bf16) return;
+  if (!value.groups && !value.row_values && !value.bf16) return;
   share_out(batch, batch.first_token, rows, kRowGrain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const float* floats = value.floats.get() + row * value.width;

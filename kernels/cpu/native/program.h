@@ -170,9 +170,7 @@ class Program {
     int64_t width;
     Buffer<float> floats;
     Buffer<uint16_t> bf16;
-    Buffer<int8_t> values;
-    Buffer<float> scales, sums;
-    Buffer<int32_t> offsets;
+    Buffer<Activations::Group> groups;
     Buffer<int8_t> row_values;
     Buffer<float> row_scales;
     Buffer<int32_t> row_offsets;

@@ -41,9 +41,16 @@ inline Partial no_products() { return set1_int(0); }
 inline Partial dot_partial(Partial sum, Bytes small, Bytes x) { return dot_small(sum, small, x); }
 inline Ints widen(Partial sum) { return sum; }
 // A sum of them that begins at a number.
-inline Partial products_from(int32_t start) { return set1_int(start); }
-inline Ints products_of(Partial sum, int32_t) { return sum; }
+inline Partial products_from(const int32_t* start) { return set1_int(*start); }
+inline Ints products_of(Partial sum, const int32_t*) { return sum; }
 #endif
+
+// A pointer as of now: else GCC keeps one for every member that a loop reads, more than there are registers.
+template <class T>
+inline T* now(T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
 
 inline Pairs load_pairs(const void* p) { return as_pairs(load_bytes(p)); }
 

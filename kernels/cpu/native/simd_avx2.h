@@ -245,8 +245,8 @@ inline Ints widen(Partial sum) {
   return {_mm256_madd_epi16(sum.a, ones), _mm256_madd_epi16(sum.b, ones)};
 }
 // A sum that begins at a number which 16 bits may not hold: it is added at the end.
-inline Partial products_from(int32_t) { return no_products(); }
-inline Ints products_of(Partial sum, int32_t start) { return add(widen(sum), set1_int(start)); }
+inline Partial products_from(const int32_t*) { return no_products(); }
+inline Ints products_of(Partial sum, const int32_t* start) { return add(widen(sum), set1_int(*start)); }
 // As dot_small, for int8 weights stored with an offset of 128. A sum begins at `start_signed` of -128 times
 // the sum of the activations.
 // Magnitudes times sign-adjusted activations stay within 16 bits; offset bytes would not.
