@@ -56,7 +56,7 @@ struct GroupRows {
 // the size of an activation.
 template <Format kFormat>
 struct FourBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 4 : 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = 2;
   static constexpr bool kEven = kFormat == Format::kQ4Even, kSuper = kFormat == Format::kQ4Super;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
@@ -187,7 +187,7 @@ struct Float4 {
 };
 
 struct EightBit {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 4 : 2;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kBytes = 1, kFew = kWide ? 3 : 2;
 
   static int64_t steps(const Weight& w) { return w.groups(); }
 
@@ -279,7 +279,7 @@ struct Ternary {
 };
 
 struct Bf16 {
-  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kFew = kWide ? 8 : 3;
+  static constexpr int kTiles = kWide ? 2 : 1, kRows = kWide ? 6 : 4, kFew = kWide ? 5 : 3;
   static constexpr int kBytes = sizeof(PairValue);
 
   static int64_t steps(const Weight& w) { return w.columns / 2; }
