@@ -24,7 +24,11 @@ class Ahead {
 
   // Another pass, and its share of the tiles that come after.
   void begin(const uint8_t* first, const uint8_t* last, int64_t lines) {
-    if (end_ != own_end_) rest_ = {at_, end_};
+    if (end_ != own_end_) {
+      rest_ = {at_, end_};
+    } else if (!at_) {  // nothing was left
+      rest_ = {nullptr, nullptr};
+    }
     at_ = first;
     end_ = own_end_ = last;
     lines_ = lines + soon_lines_;

@@ -16,10 +16,10 @@ struct Activations {
   uint16_t* bf16 = nullptr;
   // For kQ4, kQ4Super, kQ4Even, kQ8, kFloat4. In one piece, so that a pass holds one pointer a row.
   struct Group {
-    int8_t values[kGroup];        // round(x / scale)
-    float scale;                  // largest magnitude / 127
-    float sum;                    // scale * sum of values
-    int32_t offset8, offset128;   // -8 and -128 times the sum of values
+    int8_t values[kGroup];       // round(x / scale)
+    float scale;                 // largest magnitude / 127
+    float sum;                   // scale * sum of values
+    int32_t offset8, offset128;  // -8 and -128 times the sum of values
   };
   Group* groups = nullptr;  // [rows, width / 32]
   // Whole rows: for kTernary.
