@@ -250,6 +250,13 @@ def cases(bench: Bench, rows: list[int], context: int, only: str) -> Iterator[tu
         yield from bench.rowwise(count)
 
 
+def together(probed: list[Ceilings]) -> Ceilings:
+    """The ceilings of several rounds: the best of what is computed, which the machine's moods only
+    hide, and the median of what is read, which they change."""
+    best = {name: max(one.operations[name] for one in probed) for name in PROBES}
+    return Ceilings(best, float(np.median([one.read for one in probed])))
+
+
 def result(work: Work, ceilings: Ceilings, seconds: float, threads: int) -> dict[str, Any]:
     """One line of the table."""
     return {
@@ -310,20 +317,21 @@ def main(
     console = Console(width=120)
     counts = [int(count) for count in rows.split(",")]
     benches = {number: Bench(native, name, number) for number in map(int, threads.split(","))}
-    measured: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    measured: dict[tuple[Work, int], list[float]] = {}
+    probed: dict[int, list[Ceilings]] = {}
     for number, bench in [*benches.items()] * rounds:
         ceilings = bench.ceilings()
+        probed.setdefault(number, []).append(ceilings)
         shown = ", ".join(f"{k} {v / 1e9:.0f}" for k, v in ceilings.operations.items())
         console.print(
             f"{name}, {number} threads: {shown} GOP/s, reading {ceilings.read / 1e9:.1f} GB/s"
         )
         for work, seconds in cases(bench, counts, context, only):
-            row = result(work, ceilings, seconds, number)
-            if only in f"{row['op']} {row['shape']} {row['format']}":
-                key = tuple(row[k] for k in ("op", "shape", "format", "rows", "threads"))
-                measured.setdefault(key, []).append(row)
+            if only in f"{work.op} {work.shape} {work.format}":
+                measured.setdefault((work, number), []).append(seconds)
     found = [
-        sorted(lines, key=lambda line: line["us"])[len(lines) // 2] for lines in measured.values()
+        result(work, together(probed[number]), float(np.median(times)), number)
+        for (work, number), times in measured.items()
     ]
     found.sort(key=lambda r: (r["op"], r["format"], r["shape"], r["rows"], r["threads"]))
     print_table(found, console)

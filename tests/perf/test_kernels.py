@@ -26,3 +26,11 @@ def test_every_kind_of_op_is_timed_beside_the_ceilings(
     rowwise = {(op, count) for op in ("rms_norm", "add_rms_norm", "gated") for count in (1, 32)}
     assert found == decodes | rowwise | {("attention", 256), ("attention", 1024)}
     assert "GOP/s, reading" in capsys.readouterr().out
+
+
+def test_rounds_share_the_best_ceiling_of_sums_and_the_median_one_of_reading() -> None:
+    rounds = [
+        kernels.Ceilings(dict.fromkeys(kernels.PROBES, speed), read)
+        for speed, read in ((4.0, 9.0), (2.0, 1.0), (3.0, 5.0))
+    ]
+    assert kernels.together(rounds) == kernels.Ceilings(dict.fromkeys(kernels.PROBES, 4.0), 5.0)
