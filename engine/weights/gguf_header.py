@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -46,6 +46,8 @@ class TensorEntry:
     size: int
 
 
+# Before a text.
+LENGTH = struct.Struct("<Q")
 # Keys of the tokenizer begin so.
 TOKENIZER = "tokenizer."
 
@@ -147,14 +149,25 @@ class _Reader:
         return value
 
     def string(self, what: str) -> str:
-        length = self.scalar("Q", what)
-        self._need(length, what)
-        raw = bytes(self.data[self.position : self.position + length])
-        self.position += length
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ConfigError(f"{self.file}: {what} is not valid UTF-8") from None
+        return self.strings(1, what)[0]
+
+    def strings(self, count: int, what: str) -> list[str]:
+        # A vocabulary is hundreds of thousands: a call for each would be felt at every start.
+        data, end, position = self.data, len(self.data), self.position
+        found = []
+        for _ in range(count):
+            start = position + LENGTH.size
+            if start > end:
+                self._cut_off(what)
+            position = start + LENGTH.unpack_from(data, position)[0]
+            if position > end:
+                self._cut_off(what)
+            try:
+                found.append(str(data[start:position], "utf-8"))
+            except UnicodeDecodeError:
+                raise ConfigError(f"{self.file}: {what} is not valid UTF-8") from None
+        self.position = position
+        return found
 
     def value(self, what: str) -> Any:
         kind = self.scalar("I", what)
@@ -183,7 +196,7 @@ class _Reader:
         kind = self.scalar("I", what)
         length = self.scalar("Q", what)
         if kind == STRING:
-            return [self.string(what) for _ in range(self.count(length, 8, what))]
+            return self.strings(self.count(length, LENGTH.size, what), what)
         if kind not in SCALARS:
             raise ConfigError(f"{self.file}: {what} is an array of the unknown type {kind}")
         item = np.dtype("<" + SCALARS[kind].replace("q", "i8").replace("Q", "u8"))
@@ -199,4 +212,7 @@ class _Reader:
 
     def _need(self, size: int, what: str) -> None:
         if self.position + size > len(self.data):
-            raise ConfigError(f"{self.file} is truncated or corrupt at {what}")
+            self._cut_off(what)
+
+    def _cut_off(self, what: str) -> NoReturn:
+        raise ConfigError(f"{self.file} is truncated or corrupt at {what}")
