@@ -23,8 +23,9 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     While requests wait for each other, steps are computed with a second set of weights in
     `busy_dtype`, if that is not `none`: faster, less exact, and with more memory taken.
     `keep_packed` keeps weights that took long to repack for the native kernels on disk, for the
-    next start. `checksums` names a list of `sha256sum`'s, beside the model, by which its files are
-    checked at every start."""
+    next start. What requests leave out of how tokens are drawn is as the model's makers recommend,
+    or as OpenAI has it without `recommended_sampling`. `checksums` names a list of `sha256sum`'s,
+    beside the model, by which its files are checked at every start."""
 
     name: str = "smollm2-135m"
     revision: str | None = None
@@ -33,6 +34,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     busy_dtype: Literal["none", "bfloat16", "int8", "int4"] = "none"
     max_context: NonNegative = 0
     keep_packed: bool = True
+    recommended_sampling: bool = True
     checksums: str = ""
 
 

@@ -181,7 +181,7 @@ class AsyncEngine:
         DeadlineExceeded if it cannot be in time, EngineFailed if the engine is shutting down or
         broken.
         """
-        params = params or SamplingParams()
+        params = params or SamplingParams(**self.parts.recommended)
         params.validate(self.parts.vocab_size)
         if params.grammar is not None:
             await anyio.to_thread.run_sync(self.parts.compiler.matcher, params.grammar)

@@ -22,6 +22,7 @@ from engine.execution.memory import (
 )
 from engine.execution.profile import Shape, load_or_measure
 from engine.execution.rank import weights_identity
+from engine.execution.recommended import recommended_sampling
 from engine.execution.tokenizer import open_tokenizer
 from engine.parts import Parts
 from engine.scheduling.admission import Limits
@@ -73,6 +74,9 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         checkpoint = open_checkpoint(path)
     with stage(timeline, "tokenizer"):
         tokenizer = open_tokenizer(checkpoint)
+        recommended = {}
+        if config.model.recommended_sampling:
+            recommended = recommended_sampling(checkpoint, config.model.name)
     device = place_model(config, checkpoint, tokenizer, partial(progress, "load"), timeline)
     try:
         parts = _finish(config, path, device, tokenizer, progress, timeline)
@@ -83,6 +87,7 @@ def _load(config: Config, progress: Progress, accept_terms: Callable[[str], bool
         device.stepper.close()
         raise
     parts.timeline = timeline
+    parts.recommended = recommended
     return parts
 
 

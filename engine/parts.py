@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.config import Config
 from engine.execution.memory import Budget
@@ -33,6 +34,8 @@ class Parts:
     device: str = ""
     generates: bool = True
     """Whether there is a model that answers prompts; without one `model_name` is the encoder's."""
+    recommended: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `SamplingParams` for what a request leaves out."""
     timeline: list[tuple[str, float]] = field(default_factory=list)
     """Start-up stages and their seconds."""
     budget: Budget | None = None

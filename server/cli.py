@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import anyio
 import msgspec
@@ -80,7 +80,12 @@ AcceptTerms = Annotated[
     bool, Parameter(help="Accept the terms that come with some models.", negative="")
 ]
 MaxTokens = Annotated[int, Parameter(help="Length of the answer, in tokens.")]
-Temperature = Annotated[float, Parameter(help="0 always takes the likeliest token.")]
+Temperature = Annotated[
+    float | None,
+    Parameter(
+        help="0 always takes the likeliest token; as the model's makers recommend if left out."
+    ),
+]
 
 
 @app.command
@@ -124,7 +129,7 @@ def generate(
     *,
     model: ModelName = None,
     max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.8,
+    temperature: Temperature = None,
     config: ConfigFile = None,
     set_: Overrides = (),
     threads: Threads = None,
@@ -132,13 +137,13 @@ def generate(
     accept_terms: AcceptTerms = False,
 ) -> int:
     """Continue PROMPT and print the text as it comes."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    params.validate(sys.maxsize)
+    given = _given(max_tokens, temperature)
     settings = _settings(config, set_, model, threads, dtype)
 
     async def run() -> None:
         async with _engine(settings, accept_terms) as engine:
-            async with aclosing(engine.generate(prompt, params)) as deltas:
+            drawn = {"temperature": 0.8} | dict(engine.parts.recommended) | given
+            async with aclosing(engine.generate(prompt, SamplingParams(**drawn))) as deltas:
                 async for delta in deltas:
                     print(delta.text, end="", flush=True)
             print()
@@ -152,7 +157,7 @@ def chat(
     *,
     model: ModelName = None,
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.7,
+    temperature: Temperature = None,
     system: Annotated[str | None, Parameter(help="A system message.")] = None,
     config: ConfigFile = None,
     set_: Overrides = (),
@@ -163,16 +168,16 @@ def chat(
     """Talk with a model in the terminal. An empty line or Ctrl-D ends it."""
     from server.talk import answer_to
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95)
-    params.validate(sys.maxsize)
+    given = _given(max_tokens, temperature)
     settings = _settings(config, set_, model, threads, dtype)
 
     async def run() -> None:
         messages = [{"role": "system", "content": system}] if system else []
         async with _engine(settings, accept_terms) as engine:
+            drawn = {"temperature": 0.7, "top_p": 0.95} | dict(engine.parts.recommended) | given
             while question := await _asked():
                 messages.append({"role": "user", "content": question})
-                answer = await answer_to(engine, messages, params)
+                answer = await answer_to(engine, messages, SamplingParams(**drawn))
                 messages.append({"role": "assistant", "content": answer})
 
     anyio.run(run)
@@ -326,6 +331,15 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _given(max_tokens: int, temperature: float | None) -> dict[str, Any]:
+    """Fields of `SamplingParams` that were asked for, checked before anything is loaded."""
+    given: dict[str, Any] = {"max_tokens": max_tokens}
+    if temperature is not None:
+        given["temperature"] = temperature
+    SamplingParams(**given).validate(sys.maxsize)
+    return given
 
 
 def _settings(

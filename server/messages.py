@@ -37,7 +37,8 @@ async def create(request: Request) -> ASGIApp:
     answering = await _answering(engine, body)
     ids = truncated(answering.ids, body)
     stop = tuple(body.stop_sequences or ())
-    params = SamplingParams(**sampling_fields(body) | {"stop": stop, "max_tokens": body.max_tokens})
+    fields = sampling_fields(body, engine.parts.recommended)
+    params = SamplingParams(**fields | {"stop": stop, "max_tokens": body.max_tokens})
     identifier = f"msg_{uuid.uuid4().hex}"
     generation = Generation(
         [ids],

@@ -200,7 +200,7 @@ def check_model(engine: AsyncEngine, model: str | None) -> None:
 async def prepare_chat(engine: AsyncEngine, body: ChatRequest, client: Client) -> Generation:
     """Check a chat request and make its prompt."""
     _check_generation(engine, body)
-    params = sampling_of(body)
+    params = sampling_of(body, engine.parts.recommended)
     messages = template_input(body.messages)
     answering = await prepare_answer(engine, messages, wishes_of(body), **_template_options(body))
     ids, params = truncated(answering.ids, body), answering.applied(params)
@@ -223,7 +223,7 @@ async def prepare_completion(
 ) -> Generation:
     """Check a plain completion request and its prompts."""
     _check_generation(engine, body)
-    params, names = sampling_of(body), dict[str, str]()
+    params, names = sampling_of(body, engine.parts.recommended), dict[str, str]()
     if (form := asked_form(body)) is not None:
         params, names = msgspec.structs.replace(params, grammar=form[0]), {"grammar": form[1]}
     tokenizer = engine.parts.tokenizer

@@ -76,6 +76,9 @@ def print_summary(
     context = parts.limits.context
     if parts.generates:
         console.print(f"  KV cache {parts.cache_tokens:,} tokens; context {context:,} tokens")
+    if parts.recommended:
+        drawn = ", ".join(f"{name} {value:g}" for name, value in parts.recommended.items())
+        console.print(f"  sampling {drawn}, where a request says nothing")
     if parts.budget is not None:
         spent = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.budget.lines())
         console.print(f"  memory   {spent}")

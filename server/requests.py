@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine import InvalidRequest, SamplingParams, Terms
@@ -39,9 +39,12 @@ SHARED = (
 )
 
 
-def sampling_of(request: ChatRequest | CompletionRequest) -> SamplingParams:
-    """The engine's parameters. Ranges are checked by the engine; what only HTTP knows, here."""
-    shared = sampling_fields(request)
+def sampling_of(
+    request: ChatRequest | CompletionRequest, recommended: Mapping[str, Any]
+) -> SamplingParams:
+    """The engine's parameters, as `recommended` where the request says nothing. Ranges are checked
+    by the engine; what only HTTP knows, here."""
+    shared = sampling_fields(request, recommended)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
@@ -112,9 +115,10 @@ def _seconds(name: str, milliseconds: float | str | None) -> float:
     return value / 1e3
 
 
-def sampling_fields(request: Sampled) -> dict[str, Any]:
-    """Fields of all endpoints that were given, by the engine's names."""
-    given = {name: value for name in SHARED if (value := getattr(request, name, None)) is not None}
+def sampling_fields(request: Sampled, recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of all endpoints that were given or are `recommended`, by the engine's names."""
+    given = dict(recommended)
+    given |= {name: value for name in SHARED if (value := getattr(request, name, None)) is not None}
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     if request.stop_token_ids is not None:

@@ -119,7 +119,7 @@ async def prepare_response(
     answering = await prompt_of(engine, messages, body, remote)
     ids = truncated(answering.ids, body)
     asked = SamplingParams(
-        **sampling_fields(body),
+        **sampling_fields(body, engine.parts.recommended),
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
     )
@@ -404,13 +404,13 @@ def _check(body: ResponsesRequest) -> None:
 
 def _settings(engine: AsyncEngine, body: ResponsesRequest) -> dict[str, Any]:
     """The request's fields as the response object repeats them."""
+    drawn = sampling_fields(body, engine.parts.recommended)
     return {
         "model": engine.parts.model_name,
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
         "max_output_tokens": body.max_output_tokens,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        **{name: drawn.get(name, 1.0) for name in ("temperature", "top_p")},
         "top_logprobs": body.top_logprobs or 0,
         "metadata": body.metadata or {},
         "background": bool(body.background),

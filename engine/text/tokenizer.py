@@ -31,6 +31,9 @@ END_TOKENS = frozenset(
         "<eos>",
     )
 )
+# How tokens are drawn and where answers end, in a folder in Hugging Face layout.
+GENERATION = "generation_config.json"
+
 # Models of OpenAI's harmony format end messages with <|end|>, and answers with these.
 HARMONY_ENDS = ("<|return|>", "<|call|>")
 
@@ -175,8 +178,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
         backend = Backend.from_file(str(file))
     except Exception as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    settings = _optional_json(folder / "tokenizer_config.json")
-    generation = _optional_json(folder / "generation_config.json")
+    settings = optional_json(folder / "tokenizer_config.json")
+    generation = optional_json(folder / GENERATION)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     eos_ids = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
     eos_token = _token_text(settings.get("eos_token"))
@@ -189,7 +192,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
         template: Any = template_file.read_text(encoding="utf-8")
     else:
         # Processors of images wrote it to a file of its own.
-        beside = _optional_json(folder / "chat_template.json")
+        beside = optional_json(folder / "chat_template.json")
         template = settings.get("chat_template") or beside.get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
@@ -203,7 +206,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     )
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none. Raises ConfigError if that is no JSON."""
     if not path.exists():
         return {}
     try:

@@ -12,8 +12,8 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -44,6 +44,8 @@ class KnownModel:
     folder: str = ""
     terms: str | None = None
     """What the user has to accept before the download, if anything."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """Fields of `SamplingParams` that the model's card recommends, where its file says nothing."""
 
 
 KNOWN_MODELS: dict[str, KnownModel] = {
@@ -57,6 +59,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             download_bytes=92_871_040,
             license="Apache-2.0",
+            sampling={"temperature": 0.2, "top_p": 0.9},
         ),
         KnownModel(
             name="gemma3-270m",
@@ -68,6 +71,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             license="Gemma Terms of Use",
             terms="Gemma is provided under and subject to the Gemma Terms of Use found at "
             "ai.google.dev/gemma/terms, with the prohibited uses listed there.",
+            sampling={"top_k": 64, "top_p": 0.95},
         ),
         KnownModel(
             name="all-minilm-l6-v2",

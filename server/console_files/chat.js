@@ -89,7 +89,9 @@ export class Chat {
     if (!text || this.pending) return;
     $("input").value = "";
     this.add({ role: "user", text });
-    const asked = { temperature: Number($("temperature").value), tokens: Number($("tokens").value) };
+    const warmth = $("temperature").value;
+    // What is left out of a request is as the model's makers recommend.
+    const asked = { temperature: warmth === "" ? undefined : Number(warmth), tokens: Number($("tokens").value) };
     this.add({ role: "assistant", text: "", seq: -1, done: false, asked, used: 0, stats: "" });
     this.request();
     this.reconnect();
