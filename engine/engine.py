@@ -174,8 +174,8 @@ class AsyncEngine:
     ) -> TokenStream:
         """Queue a prompt (text or token ids) and return the stream of its deltas.
 
-        `terms` say whose it is and when it is due. Given a `stream`, the request's choices join
-        those already there, after them.
+        Without `params` they are the model's recommended ones. `terms` say whose it is and when it
+        is due. Given a `stream`, the request's choices join those already there, after them.
 
         Raises InvalidRequest if it can never be served, Overloaded if there is no room now,
         DeadlineExceeded if it cannot be in time, EngineFailed if the engine is shutting down or
