@@ -44,7 +44,8 @@ def keep_busy(url: str) -> list[threading.Thread]:
         body = {
             "model": httpx.get(f"{url}/v1/models").json()["data"][0]["id"],
             "messages": [{"role": "user", "content": f"Tell a long story about {story}. " * 12}],
-            "max_tokens": 250 + 40 * number,
+            "max_tokens": 600 + 40 * number,
+            "ignore_eos": True,
             "n": 1 + number % 3,
         }
         httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
