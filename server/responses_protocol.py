@@ -132,7 +132,7 @@ async def prepare_response(
     tokenizer = engine.parts.tokenizer
     composer = ResponseComposer(
         identifier,
-        _settings(engine, body),
+        _settings(engine, body, asked),
         tokenizer,
         logprobs=wants_logprobs,
         parser=answering.parser,
@@ -402,15 +402,15 @@ def _check(body: ResponsesRequest) -> None:
         raise InvalidRequest("a response has one answer; leave n out", param="n")
 
 
-def _settings(engine: AsyncEngine, body: ResponsesRequest) -> dict[str, Any]:
+def _settings(engine: AsyncEngine, body: ResponsesRequest, asked: SamplingParams) -> dict[str, Any]:
     """The request's fields as the response object repeats them."""
-    drawn = sampling_fields(body, engine.parts.recommended)
     return {
         "model": engine.parts.model_name,
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
         "max_output_tokens": body.max_output_tokens,
-        **{name: drawn.get(name, 1.0) for name in ("temperature", "top_p")},
+        "temperature": asked.temperature,
+        "top_p": asked.top_p,
         "top_logprobs": body.top_logprobs or 0,
         "metadata": body.metadata or {},
         "background": bool(body.background),
