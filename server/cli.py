@@ -175,9 +175,10 @@ def chat(
         messages = [{"role": "system", "content": system}] if system else []
         async with _engine(settings, accept_terms) as engine:
             drawn = {"temperature": 0.7, "top_p": 0.95} | dict(engine.parts.recommended) | given
+            params = SamplingParams(**drawn)
             while question := await _asked():
                 messages.append({"role": "user", "content": question})
-                answer = await answer_to(engine, messages, SamplingParams(**drawn))
+                answer = await answer_to(engine, messages, params)
                 messages.append({"role": "assistant", "content": answer})
 
     anyio.run(run)

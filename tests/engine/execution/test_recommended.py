@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from engine import AsyncEngine, ConfigError
+from engine import AsyncEngine, ConfigError, SamplingParams
 from engine.execution.recommended import recommended_sampling
 from engine.weights.checkpoint import open_checkpoint
 from engine.weights.sources import KNOWN_MODELS
@@ -75,6 +76,17 @@ async def test_requests_without_parameters_are_drawn_so(tmp_path: Path, heeded: 
     folder = folder_with(tmp_path, {"temperature": 0.0, "top_k": 7})
     settings = {"model__recommended_sampling": heeded, "cache__tokens": 1024}
     async with AsyncEngine.from_pretrained(str(folder), **settings) as engine:
-        stream = await engine.submit("hello")
-        engine.abort(*stream.request_ids)
+
+        async def drawn(params: SamplingParams | None = None) -> list[int]:
+            ids: list[int] = []
+            async with aclosing(engine.generate("hello", params)) as deltas:
+                async for delta in deltas:
+                    ids += delta.token_ids
+                    if len(ids) >= 24:
+                        break
+            return ids[:24]
+
+        greedy = await drawn(SamplingParams(max_tokens=24, temperature=0))
+        found = [await drawn() for _ in range(4)]
+        assert (found == [greedy] * 4) is heeded
         assert engine.parts.recommended == ({"temperature": 0.0, "top_k": 7} if heeded else {})
