@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from kernels.batch import Batch
-from kernels.gpu.ops import Bucket, GpuOps, Workspace
+from kernels.gpu.ops import GpuOps
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight
+from kernels.gpu.workspace import Bucket, Workspace
 from kernels.ops import DeltaHeads
 from kernels.reference import LayerStates, ReferenceOps, TorchWeight
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -11,16 +11,18 @@ import torch
 
 from kernels.backend import WeightFormat
 from kernels.batch import Batch
-from kernels.gpu.catalogue import LLAMA_1B, LLAMA_8B, QWEN_06B
+from kernels.gpu.catalogue import LLAMA_1B, LLAMA_8B, QWEN_06B, Dimensions
 from kernels.gpu.draws import Draws
 from kernels.gpu.launch import early_launches
-from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
+from kernels.gpu.ops import GpuOps
 from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_seconds
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, place
+from kernels.gpu.workspace import Bucket, GpuCache, Workspace
 from kernels.ops import Activation, DeltaHeads, Experts, Heads, Weight
 from kernels.reference import ReferenceOps, TorchWeight, tensor_of
 from perf.gpu_delta import Delta
+from perf.gpu_heads import HeadsOfRow
 from perf.gpu_tensors import Blocks, Matrix, dense_of
 
 PAGE = 16
@@ -220,6 +222,10 @@ def _check_rows(
             gated,
             1e-2,
         )
+        dim = 10 if len(matrix) == 70 else 128
+        heads = Heads(len(matrix) // dim - 4, 2, dim)
+        rotated = HeadsOfRow(device, heads, weight, workspace_of(device))
+        check(f"row {kind} norm, rotated heads", rotated.all_heads, rotated.exact(), 1e-2)
 
 
 def _check_odd(device: torch.device, check: Callable[..., None], *, smoke: bool) -> None:
@@ -357,6 +363,19 @@ def copies_of(size: float) -> int:
     return max(2, min(24, int(600e6 / size)))
 
 
+def heads_of_row(device: torch.device, model: Dimensions) -> Iterator[tuple[str, list[HeadsOfRow]]]:
+    """A row's rotated heads with so many weights that a cache does not hold them."""
+    shape, workspace = (model.heads.qkv_width, model.hidden), workspace_of(device)
+    formats: tuple[WeightFormat, ...] = ("bfloat16", "int4")
+    for kind in formats:
+        made = []
+        for _ in range(copies_of(shape[0] * shape[1] * (2 if kind == "bfloat16" else 0.5))):
+            matrix = Matrix(torch.randn(shape, device=device).to(BF16))
+            weight = place("w", [matrix], [], kind, BF16, device)
+            made.append(HeadsOfRow(device, model.heads, weight, workspace))
+        yield kind, made
+
+
 def time_kernels(device: torch.device) -> list[str]:
     """Kernel times beside torch's own and the roofline, as lines of text."""
     card = card_of(torch.cuda.get_device_name(device)) or H100
@@ -385,6 +404,10 @@ def time_kernels(device: torch.device) -> list[str]:
             line(name, [one.run for one in made], peers, bound)
             del made, kv, peers
     for model in (LLAMA_1B, LLAMA_8B):
+        for kind, rotated in heads_of_row(device, model):
+            bound = matmul_seconds(card, 1, model.heads.qkv_width, model.hidden, kind)
+            name = f"{kind} {model.name} rotated qkv 1 row"
+            line(name, [r.at_once for r in rotated], [r.one_by_one for r in rotated], bound)
         for part, outputs, inputs in (
             ("gate_up", 2 * model.intermediate, model.hidden),
             ("o", model.hidden, model.heads.query * model.heads.dim),

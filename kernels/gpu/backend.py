@@ -19,12 +19,13 @@ from kernels.backend import (
     stacked_name,
 )
 from kernels.collectives import Collectives
-from kernels.gpu.ops import GpuCache, GpuOps, Workspace
+from kernels.gpu.ops import GpuOps
 from kernels.gpu.pages import GpuCodec, GpuPages
 from kernels.gpu.program import GpuProgram, Limits
 from kernels.gpu.recurrence import GpuStateMoves
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import column_unit, place
+from kernels.gpu.workspace import GpuCache, Workspace
 from kernels.ops import Weight
 from kernels.reference import LayerStates
 from kernels.tape import Tape

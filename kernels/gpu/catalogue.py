@@ -6,7 +6,7 @@ This is what is compiled where there is no GPU, and checked: registers, spills, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kernels.gpu.attention import AttentionShape
@@ -27,6 +27,7 @@ from kernels.gpu.configs import (
 from kernels.gpu.launch import Compiled, Config, pointer
 from kernels.gpu.matmul import Form, MatmulShape
 from kernels.gpu.pages import compress_kernel, restore_kernel
+from kernels.gpu.row_ops import RowShape
 from kernels.gpu.sampling import BLOCK, WARPS, SamplerShape, penalize_kernel
 from kernels.gpu.signatures import (
     BF16,
@@ -44,7 +45,6 @@ from kernels.gpu.signatures import (
     named,
     rope_launch,
 )
-from kernels.gpu.single import RowShape
 from kernels.gpu.weights import INT4_GROUP
 from kernels.ops import Heads
 
@@ -113,6 +113,12 @@ def row_launches(model: Dimensions, *, hopper: bool) -> Iterator[Compiled]:
             if name == "head":
                 types["out"] = pointer(F32)
             yield named(f"row {kind} {name}", config, types, ("outputs",))
+            if name == "qkv" and not model.norms:
+                heads = replace(shape, heads=model.heads).config()
+                places = dict.fromkeys(("keys", "values"), pointer(BF16))
+                places |= dict.fromkeys(("positions", "slots"), pointer(INT32))
+                places |= dict.fromkeys(("cosine", "sine", "growth"), pointer(F32))
+                yield named(f"row {kind} heads", heads, {**types, **places, "apart": "i32"})
 
 
 def values_launches(model: Dimensions) -> Iterator[Compiled]:

@@ -1,7 +1,7 @@
 """A tape for one row: what stands before and behind a matmul becomes part of it.
 
-A norm goes into the matmul that alone reads it, a gate into the one that it alone reads, and the
-sum with the residual into the one that makes its other part.
+A norm goes into the matmul that alone reads it; a gate, and the rotation of heads, into the one
+that it alone reads; the sum with the residual into the one that makes its other part.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ from kernels.tape import Handle, Instruction
 Step = tuple[Instruction, tuple[int, ...]]
 
 
-def fuse(steps: Sequence[Step], kept: set[int], fits: Callable[[Weight], bool]) -> list[Step]:
+def fuse(
+    steps: Sequence[Step],
+    kept: set[int],
+    fits: Callable[[Weight], bool],
+    fits_heads: Callable[[int], bool],
+) -> list[Step]:
     """The steps with `row_linear(x, weight, norm, eps, residual, activation)` in place of each
-    linear whose weight `fits`; values in `kept` are needed afterwards."""
+    linear whose weight `fits`, or, where heads are rotated alone behind it and their layer
+    `fits_heads`, `row_heads(x, weight, norm, eps, layer, heads, rope)`; values in `kept` are
+    needed afterwards."""
     found: list[Instruction | None] = [instruction for instruction, _ in steps]
     uses = Counter(h.index for i, _ in steps for h in handles(i.arguments))
     uses.update(kept)
@@ -50,6 +57,7 @@ def fuse(steps: Sequence[Step], kept: set[int], fits: Callable[[Weight], bool]) 
             found[source] = Instruction("row_linear", arguments, (total,))
             found[number] = Instruction("rms_norm", (total, norm, eps), (normed,))
     _take_norms(found, uses)
+    _rotate_heads(found, uses, fits_heads)
     return _with_ends([instruction for instruction in found if instruction is not None], kept)
 
 
@@ -79,6 +87,30 @@ def _take_norms(found: list[Instruction | None], uses: Counter[int]) -> None:
         arguments = (norm.arguments[0], weight, *norm.arguments[1:], residual, activation)
         found[number] = Instruction("row_linear", arguments, instruction.results)
         found[source] = None
+
+
+def _rotate_heads(
+    found: list[Instruction | None], uses: Counter[int], fits: Callable[[int], bool]
+) -> None:
+    """Move each rotation without norms into the matmul that makes its heads."""
+    made = {
+        instruction.results[0].index: number
+        for number, instruction in enumerate(found)
+        if instruction is not None and instruction.op == "row_linear"
+    }
+    for number, instruction in enumerate(found):
+        if instruction is None or instruction.op != "rope_write_kv":
+            continue
+        qkv, layer, heads, rope, norms = instruction.arguments
+        source = made.get(qkv.index)
+        if source is None or uses[qkv.index] > 1 or norms is not None or not fits(layer):
+            continue
+        maker = found[source]
+        assert maker is not None
+        x, weight, norm, eps, _, _ = maker.arguments
+        arguments = (x, weight, norm, eps, layer, heads, rope)
+        found[source] = Instruction("row_heads", arguments, instruction.results)
+        found[number] = None
 
 
 def _with_ends(instructions: list[Instruction], kept: set[int]) -> list[Step]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
-from kernels.backend import Rotation, rotation_tables
 from kernels.collectives import Collectives
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.configs import (
@@ -22,13 +19,13 @@ from kernels.gpu.configs import (
     values_config,
 )
 from kernels.gpu.experts import Layout, sort_rows
-from kernels.gpu.launch import power_of_two
 from kernels.gpu.matmul import MAX_FEW, MatmulShape, dense_linear
 from kernels.gpu.pointwise import PointwiseOps
-from kernels.gpu.single import RowShape, digits_of
+from kernels.gpu.row_ops import RowOps
 from kernels.gpu.staging import Staging
 from kernels.gpu.state_ops import StateOps
 from kernels.gpu.weights import GpuWeight, gpu
+from kernels.gpu.workspace import Bucket, GpuCache, Workspace
 from kernels.ops import Activation, Experts, HeadNorms, Heads, Rope, Weight
 from kernels.reference import LayerStates
 
@@ -38,47 +35,7 @@ SCRATCH_ELEMENTS = 16 << 20
 LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class GpuCache:
-    """One layer's keys and values `[pages * page_size, kv heads, head_dim]`, and their scales fp32
-    `[pages * page_size, kv heads]` if they are int8; a `windowed` one lies in window pages."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_scales: torch.Tensor | None = None
-    value_scales: torch.Tensor | None = None
-    windowed: bool = field(default=False, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Sizes that a launch is made for: token rows, chunks, logits rows; `decode` if every chunk is
-    one token."""
-
-    rows: int
-    sequences: int
-    samples: int
-    decode: bool
-
-
-@dataclass
-class Workspace:
-    """Memory that launches share because they run one after another."""
-
-    device: torch.device
-    hopper: bool = True
-    counters: dict[int, torch.Tensor] = field(default_factory=dict)
-    rotations: dict[Rope, Rotation] = field(default_factory=dict)
-
-    def arrived(self, tiles: int) -> torch.Tensor:
-        """Zeroed counters of a split matmul's tiles; each launch leaves them at zero."""
-        size = power_of_two(tiles)
-        if size not in self.counters:
-            self.counters[size] = torch.zeros(size, dtype=torch.int32, device=self.device)
-        return self.counters[size]
-
-
-class GpuOps(StateOps, PointwiseOps):
+class GpuOps(RowOps, StateOps, PointwiseOps):
     """An `Ops[torch.Tensor]`: activations in `dtype`, logits in fp32."""
 
     def __init__(
@@ -256,57 +213,12 @@ class GpuOps(StateOps, PointwiseOps):
         """Ranks that share the model."""
         return self._collectives.ranks if self._collectives is not None else 1
 
-    def fits_row(self, weight: Weight) -> bool:
-        """Whether `row_linear` takes this weight."""
-        kind = gpu(weight).format
-        # Digits hold no more than bf16 does.
-        fits = kind == "float" or (kind == "group4" and self._dtype != torch.float32)
-        return fits and not self._invariant
-
-    def row_linear(
-        self,
-        x: torch.Tensor,
-        weight: Weight,
-        norm: Weight | None,
-        eps: float,
-        residual: torch.Tensor | None,
-        activation: str,
-    ) -> torch.Tensor:
-        """`linear` of one row, `[1, out]`, or half as many with a gate: of its RMS norm if there is
-        one, then gated, then added to the residual."""
-        placed = gpu(weight)
-        shape = RowShape(
-            weight.shape[0] // (2 if activation else 1),
-            weight.shape[1],
-            placed.form,
-            placed.bias is not None,
-            norm is not None,
-            residual is not None,
-            activation,
-            self._inline,
-            self._workspace.hopper,
-        )
-        out = self._result(1, shape.outputs, wide=placed.wide)
-        bias = placed.bias if placed.bias is not None else placed.tensor
-        scale = gpu(norm).tensor if norm is not None else None
-        added = residual if residual is not None else x
-        if placed.format == "float":
-            around = (bias, added, scale if scale is not None else x, eps)
-            shape.config().launch(shape.grid, out, x, placed.tensor, *around, shape.outputs)
-            return out
-        digits = digits_of(x, shape, scale, eps)
-        whole = (digits.numbers, digits.steps, digits.totals)
-        tables = (placed.tensor, placed.scales, placed.lows)
-        sizes = (shape.outputs, placed.groups)
-        shape.config().launch(shape.grid, out, *whole, *tables, bias, added, *sizes)
-        return out
-
     def rope_write_kv(
         self, qkv: torch.Tensor, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
     ) -> torch.Tensor:
         cache, s = self._caches[layer], self._staging
         out = self._rows(len(qkv), heads.query * heads.dim)
-        cosine, sine, growth = self._rotation(rope)
+        cosine, sine, growth = self._workspace.rotation(rope, self._context)
         quantized = cache.key_scales is not None
         grows = growth is not None
         of_values = norms.value if norms is not None else None
@@ -437,11 +349,3 @@ class GpuOps(StateOps, PointwiseOps):
     def _rows(self, rows: int, width: int, *, wide: bool = False) -> torch.Tensor:
         dtype = torch.float32 if wide else self._dtype
         return torch.empty(rows, width, dtype=dtype, device=self._workspace.device)
-
-    def _rotation(self, rope: Rope) -> Rotation:
-        made, device = self._workspace.rotations, self._workspace.device
-        if rope not in made:
-            cosine, sine, growth = rotation_tables(rope, self._context)
-            placed = growth.to(device) if growth is not None else None
-            made[rope] = (cosine.to(device), sine.to(device), placed)
-        return made[rope]

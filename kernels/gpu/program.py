@@ -20,8 +20,9 @@ from kernels.gpu.draws import Draws
 from kernels.gpu.experts import Layout
 from kernels.gpu.fuse import Step, fuse, handles
 from kernels.gpu.launch import compile_all
-from kernels.gpu.ops import Bucket, GpuOps
+from kernels.gpu.ops import GpuOps
 from kernels.gpu.staging import Staging
+from kernels.gpu.workspace import Bucket
 from kernels.sampling import score
 from kernels.tape import Handle, Instruction, Rows, Tape
 
@@ -110,8 +111,8 @@ class GpuProgram:
         self._pinned = device.type == "cuda"
         self._layers, self._head = split(tape)
         after = {h.index for i, _ in self._head for h in handles(i.arguments)}
-        self._row_layers = fuse(self._layers, after, ops.fits_row)
-        self._row_head = fuse(self._head, {tape.logits.index}, ops.fits_row)
+        self._row_layers = fuse(self._layers, after, ops.fits_row, ops.fits_heads)
+        self._row_head = fuse(self._head, {tape.logits.index}, ops.fits_row, ops.fits_heads)
         self._selected: dict[int, torch.Tensor] = {}
         vocab, samples = tape.logits.width, limits.samples
         self._logits = torch.zeros(samples, vocab, dtype=torch.float32, device=device)

@@ -10,8 +10,9 @@ import torch
 
 from kernels.batch import Batch
 from kernels.gpu.attention import AttentionShape
-from kernels.gpu.ops import Bucket, GpuCache, GpuOps, Workspace
+from kernels.gpu.ops import GpuOps
 from kernels.gpu.staging import Staging
+from kernels.gpu.workspace import Bucket, GpuCache, Workspace
 from kernels.ops import HeadNorms, Heads, Rope
 from kernels.reference import LayerCache, ReferenceOps, TorchWeight
 from tests.kernels.gpu.filled import gpu_vector

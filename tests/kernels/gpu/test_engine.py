@@ -12,8 +12,8 @@ import engine.loading
 from engine import AsyncEngine, SamplingParams
 from engine.scheduling.cost import Profile
 from kernels.gpu.backend import GpuBackend
-from kernels.gpu.ops import Bucket
 from kernels.gpu.program import Graphs
+from kernels.gpu.workspace import Bucket
 from tests.guesses import guess_all
 from tests.kernels.gpu.filled import HOST
 from tests.tiny import write_llama

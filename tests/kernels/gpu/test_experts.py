@@ -12,8 +12,9 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.experts import FEW, MANY, Layout, sort_rows
-from kernels.gpu.ops import GpuOps, Workspace
+from kernels.gpu.ops import GpuOps
 from kernels.gpu.staging import Staging
+from kernels.gpu.workspace import Workspace
 from kernels.ops import Activation, Experts
 from kernels.reference import ReferenceOps, TorchWeight, route
 from tests.kernels.gpu.filled import HOST, gpu_vector

@@ -15,9 +15,10 @@ from engine.models import cache_layout, load_model
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, select_backend
 from kernels.gpu.backend import GpuBackend
-from kernels.gpu.ops import GpuOps, Workspace
+from kernels.gpu.ops import GpuOps
 from kernels.gpu.program import GpuProgram, buckets, bytes_beside
 from kernels.gpu.staging import Staging
+from kernels.gpu.workspace import Workspace
 from kernels.ops import Activation, Heads
 from kernels.reference import ReferenceOps
 from kernels.tape import Recorder
