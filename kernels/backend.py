@@ -15,7 +15,7 @@ import torch
 
 from kernels.batch import Batch, Samples, Sampling
 from kernels.collectives import Collectives, Place, SharedMemory, join
-from kernels.ops import DeltaHeads, Heads, Rope, Weight
+from kernels.ops import DeltaHeads, Heads, Weight
 from kernels.tape import Tape
 
 DType = Literal["float32", "bfloat16"]
@@ -27,10 +27,6 @@ logger = logging.getLogger("ryzanstein.kernels")
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CACHE_BITS: dict[CacheDType, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
-
-
-# cos, sin and the growth of queries: see `rotation_tables`.
-Rotation = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class HostTensor(Protocol):
@@ -101,6 +97,8 @@ class CacheLayout:
     sliding: frozenset[int] = frozenset()
     """Layers that see the last `window` positions only, and can have pages of their own."""
     window: int = 0
+    latents_once: bool = False
+    """Whether latents lie there once, not as keys and as values."""
 
     def vector_bytes(self, heads: Heads) -> int:
         """Bytes of one token's head, of keys or of values."""
@@ -127,7 +125,8 @@ class CacheLayout:
 
     def _page_bytes(self, heads: Heads) -> int:
         vector = self.vector_bytes(heads) + self.scale_bytes(heads)
-        return 2 * self.page_size * heads.kv * vector
+        parts = 1 if self.latents_once and heads.latent else 2
+        return parts * self.page_size * heads.kv * vector
 
 
 class Pages(Protocol):
@@ -252,6 +251,8 @@ class Backend(WeightStore, Protocol):
     """What it runs on, in a word."""
     collectives: Collectives | None
     """How it meets the other ranks, if there are any."""
+    latents_once: bool
+    """Whether its cache holds latents once, see `CacheLayout`."""
 
     def describe(self) -> str:
         """What computes: the same words mean the same numbers."""
@@ -296,22 +297,6 @@ class Backend(WeightStore, Protocol):
     def close(self) -> None:
         """Release what the device holds."""
         ...
-
-
-def rotation_tables(rope: Rope, positions: int) -> Rotation:
-    """cos and sin of every position, fp32 `[positions, head_dim / 2]`, and what queries there are
-    multiplied by, fp32 `[positions]`, or None."""
-    frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
-    magnitudes = torch.where(frequencies == 0, 1.0, rope.magnitude)
-    growth = None
-    if rope.growth:
-        growth = 1 + rope.growth * torch.log1p((torch.arange(positions) // rope.step).float())
-    return (
-        (angles.cos() * magnitudes).contiguous(),
-        (angles.sin() * magnitudes).contiguous(),
-        growth,
-    )
 
 
 def supports_bfloat16() -> bool:

@@ -38,16 +38,44 @@ class Weight:
 @dataclass(frozen=True)
 class Heads:
     """Attention heads: `query` heads share `kv` key/value heads, each `dim` wide. Without any `kv`
-    they are queries to keys and values that another layer makes."""
+    they are queries to keys and values that another layer makes.
+
+    If `latent` is not 0, keys are latents: their first `latent` values are also what is mixed, and
+    what attention gives behind those means nothing.
+    """
 
     query: int
     kv: int
     dim: int
+    latent: int = 0
 
     @property
     def qkv_width(self) -> int:
         """Width of a fused projection: queries, then keys, then values."""
         return (self.query + 2 * self.kv) * self.dim
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """`query` heads over one latent vector a token, `rank` wide, that is every head's key and value
+    (multi-head latent attention, arXiv 2405.04434, its projections absorbed by their neighbours).
+    A head also has `turned` values that are rotated and whose key all share; a query comes from
+    `plain` values in front of those."""
+
+    query: int
+    rank: int
+    plain: int
+    turned: int
+
+    @property
+    def cached(self) -> Heads:
+        """The heads that attention sees: of latents, behind which are the shared key's values."""
+        return Heads(self.query, 1, self.rank + self.turned, self.rank)
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries' projection."""
+        return self.query * (self.plain + self.turned)
 
 
 @dataclass(frozen=True)
@@ -192,6 +220,27 @@ class Ops(Protocol[T]):
         layer's pages.
 
         `qkv` is `[tokens, heads.qkv_width]`; returns the queries, `[tokens, query * dim]`.
+        """
+        ...
+
+    def head_linear(self, x: T, weight: Weight, heads: int) -> T:
+        """Each head's part of x by its own rows of `weight`: `[rows, heads * n] -> [rows, heads *
+        out]`, fp32 out.
+
+        `weight` is a float one, `[heads * out, in]`; of a head's n values the first `in` count.
+        """
+        ...
+
+    def write_latent(
+        self, absorbed: T, q: T, kv: T, layer: int, heads: LatentHeads, rope: Rope, norm: Weight,
+        eps: float,
+    ) -> T:  # fmt: skip
+        """Write each token's latent, normalized, and its key, rotated, to the layer's pages: one
+        vector that is key and value.
+
+        `kv` is `[tokens, rank + turned]`, `q` `[tokens, query_width]` and `absorbed`, what a head's
+        key projection makes of its plain values, `[tokens, query * rank]`. Returns the queries,
+        `[tokens, query * (rank + turned)]`: what is absorbed, then rotated values.
         """
         ...
 

@@ -18,6 +18,7 @@ from kernels.ops import (
     GateActivation,
     HeadNorms,
     Heads,
+    LatentHeads,
     Rope,
     Weight,
 )
@@ -155,6 +156,35 @@ class ReferenceOps:
             cache.keys.index_copy_(0, slots, k.to(cache.keys.dtype))
             cache.values.index_copy_(0, slots, v.to(cache.values.dtype))
         return q.reshape(rows, -1)
+
+    def head_linear(self, x: torch.Tensor, weight: Weight, heads: int) -> torch.Tensor:
+        placed = tensor_of(weight).tensor
+        parts = x.view(len(x), heads, x.shape[1] // heads)[..., : weight.shape[1]].to(placed.dtype)
+        own = placed.view(heads, -1, weight.shape[1])
+        return torch.einsum("rhi,hoi->rho", parts, own).flatten(1).float()
+
+    def write_latent(
+        self,
+        absorbed: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        layer: int,
+        heads: LatentHeads,
+        rope: Rope,
+        norm: Weight,
+        eps: float,
+    ) -> torch.Tensor:
+        cos, sin = self._rotation(rope)
+        latent = self.rms_norm(kv[:, : heads.rank].contiguous(), norm, eps)
+        key = rotate(kv[:, None, heads.rank :], cos, sin)
+        turned = rotate(
+            q.view(len(q), heads.query, q.shape[1] // heads.query)[..., heads.plain :], cos, sin
+        )
+        cache, vector = self.caches[layer], torch.cat((latent[:, None], key), -1)
+        for part in (cache.keys, cache.values):
+            part.index_copy_(0, self.kv_slots, vector.to(part.dtype))
+        queries = absorbed.view(-1, heads.query, heads.rank)
+        return torch.cat((queries, turned), -1).flatten(1)
 
     def attention(
         self,

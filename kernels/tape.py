@@ -14,6 +14,7 @@ from kernels.ops import (
     GateActivation,
     HeadNorms,
     Heads,
+    LatentHeads,
     Ops,
     Rope,
     T,
@@ -143,6 +144,29 @@ class Recorder:
         self._expect(qkv.width == heads.qkv_width, f"layer {layer}: qkv is {qkv.width} wide")
         width = heads.query * heads.dim
         return self._emit("rope_write_kv", (qkv, layer, heads, rope, norms), qkv.rows, width)
+
+    def head_linear(self, x: Handle, weight: Weight, heads: int) -> Handle:
+        fits = x.width % heads == weight.shape[0] % heads == 0
+        fits = fits and weight.shape[1] <= x.width // heads
+        self._expect(fits, f"{weight.name} does not fit {heads} heads in width {x.width}")
+        return self._emit("head_linear", (x, weight, heads), x.rows, weight.shape[0])
+
+    def write_latent(
+        self,
+        absorbed: Handle,
+        q: Handle,
+        kv: Handle,
+        layer: int,
+        heads: LatentHeads,
+        rope: Rope,
+        norm: Weight,
+        eps: float,
+    ) -> Handle:
+        widths = (heads.query * heads.rank, heads.query_width, heads.cached.dim)
+        fits = (absorbed.width, q.width, kv.width) == widths and norm.shape == (heads.rank,)
+        self._expect(fits, f"layer {layer}: latents are {kv.width} wide, queries {q.width}")
+        arguments = (absorbed, q, kv, layer, heads, rope, norm, eps)
+        return self._emit("write_latent", arguments, q.rows, heads.query * heads.cached.dim)
 
     def attention(
         self,

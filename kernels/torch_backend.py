@@ -34,6 +34,8 @@ from kernels.tape import Tape
 class TorchBackend:
     """Runs tapes with the given ops class; matrices are stored in `dtype`, vectors in fp32."""
 
+    latents_once = False
+
     def __init__(
         self,
         name: str,

@@ -71,6 +71,21 @@ CONV: dict[str, Any] = {
 }
 
 
+# What makes it a DeepSeek: latents in place of keys and values. All layers are dense.
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 2,
+}
+
+
 def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights of a Llama-family model, large enough to make varied text."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +107,9 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
             f"{name}.post_attention_layernorm.weight": 1 + random(hidden),
         }
         kind = config.get("layer_types", [""] * 9)[layer]
-        if kind == "linear_attention":
+        if "kv_lora_rank" in config:
+            tensors |= latent_tensors(config, f"{name}.self_attn", random)
+        elif kind == "linear_attention":
             tensors |= delta_tensors(config, f"{name}.linear_attn", random)
         elif kind == "conv":
             tensors |= {
@@ -122,6 +139,25 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
                 f"{block}.{down}.weight": random(hidden, wide),
             }
     return tensors
+
+
+def latent_tensors(
+    config: dict[str, Any], name: str, random: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Those of multi-head latent attention."""
+    heads, hidden, rank = (
+        config[key] for key in ("num_attention_heads", "hidden_size", "kv_lora_rank")
+    )
+    plain, turned, value = (
+        config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
+    return {
+        f"{name}.q_proj.weight": random(heads * (plain + turned), hidden),
+        f"{name}.kv_a_proj_with_mqa.weight": random(rank + turned, hidden),
+        f"{name}.kv_a_layernorm.weight": 1 + random(rank),
+        f"{name}.kv_b_proj.weight": random(heads * (plain + value), rank),
+        f"{name}.o_proj.weight": random(hidden, heads * value),
+    }
 
 
 def delta_tensors(

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -103,7 +104,8 @@ class Rank:
                 "model.max_context is 1; a prompt and its answer need at least 2 tokens"
             )
         size = config.cache.page_size
-        self._layout = cache_layout(self._models[0], size, kv_dtype, context)
+        layout = cache_layout(self._models[0], size, kv_dtype, context)
+        self._layout = replace(layout, latents_once=self._backend.latents_once)
         description = self._backend.describe()
         if place is not None and not (exact and self._backend.name == "native"):
             description += f" on {place.ranks} ranks"

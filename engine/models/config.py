@@ -15,6 +15,15 @@ from engine.models.gemma4_config import (
     read_layers,
     sliding,
 )
+from engine.models.latent_config import (
+    DEEPSEEK2,
+    DEEPSEEK3,
+    GLM_LITE,
+    LATENT,
+    LatentConfig,
+    latent_scale,
+    read_latent,
+)
 from engine.models.rope import (
     NEIGHBOURS,
     QWEN,
@@ -70,14 +79,17 @@ EXPERTS = {
     QWEN35_MOE: True,
     QWEN3_NEXT: True,
     GEMMA4: True,
+    DEEPSEEK2: False,
+    DEEPSEEK3: True,
+    GLM_LITE: True,
 }
-SIGMOID = ("glm4_moe", "dots1", LFM2_MOE)
+SIGMOID = ("glm4_moe", "dots1", LFM2_MOE, DEEPSEEK3, GLM_LITE)
 # Whose first layer is dense if their configuration does not say, and how many experts all tokens
 # go through then.
 # Whose shared expert has a gate.
 GATED_SHARED = ("qwen2_moe", QWEN35_MOE, QWEN3_NEXT)
-FIRST_DENSE = ("glm4_moe", "ernie4_5_moe")
-SHARED_UNSAID = {"glm4_moe": 1, "ernie4_5_moe": 2}
+FIRST_DENSE = ("glm4_moe", "ernie4_5_moe", GLM_LITE)
+SHARED_UNSAID = {"glm4_moe": 1, "ernie4_5_moe": 2, GLM_LITE: 1}
 # What families, and versions of `transformers`, call the number of experts, of a token's, and of
 # those that every token goes through.
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -144,6 +156,8 @@ class ModelConfig:
     value_norms: bool = False
     """Whether values are normalized, too, without a weight."""
     inputs: LayerInputs | None = None
+    latent: LatentConfig | None = None
+    """The widths of latent attention, where the cache holds latents instead of keys and values."""
     logits_cap: float = 0.0
     """What logits stay below; 0 if there is no such bound."""
 
@@ -170,14 +184,9 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
     model_type = values.text("model_type")
     hidden = values.integer("hidden_size")
     layers = values.integer("num_hidden_layers", most=MAX_LAYERS)
-    query = values.integer("num_attention_heads")
-    kv = values.integer("num_key_value_heads", query)
-    if query % kv:
-        raise ConfigError(f"num_attention_heads {query} is no multiple of key/value heads {kv}")
     recurrent, convolving = model_type in DELTA, model_type in CONV
-    heads = Heads(query, kv, values.integer("head_dim", 256 if recurrent else hidden // query))
-    if heads.dim % 2:
-        raise ConfigError(f"head_dim is {heads.dim}; rotary embedding needs an even one")
+    latent = read_latent(values) if model_type in LATENT else None
+    heads = latent.heads.cached if latent else _heads(values, hidden, model_type)
     gemma4 = model_type == GEMMA4
     windows = sliding(values, layers) if gemma4 else _windows(values, layers, model_type)
     experts = _experts(values, model_type)
@@ -185,11 +194,12 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
     each = Layers((heads,) * layers, (intermediate,) * layers, tuple(range(layers)))
     if gemma4:
         each = read_layers(values, heads, intermediate, windows)
-    dims = tuple(own.dim for own in each.heads)
+    dims = tuple(latent.heads.turned if latent else own.dim for own in each.heads)
     known = values.integer("max_position_embeddings", most=MAX_POSITIONS)
     reached = context_reached(raw, known)
     positions = Positions(known, min(max_context or reached, reached))
     scale = 1.0 if gemma4 else float(raw.get("query_pre_attn_scalar") or heads.dim) ** -0.5
+    scale = latent_scale(raw, latent.heads) if latent else scale
     # Granite multiplies what each block adds. Instead everything else is divided by it, which
     # norms do not notice, but for their epsilon.
     share = values.number("residual_multiplier", 1.0)
@@ -207,7 +217,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         windows=windows,
         ropes=read_ropes(raw, dims, windows, positions, rope_factors),
         rotated=tuple(rotated_width(raw, dim) for dim in dims),
-        neighbours=model_type in NEIGHBOURS,
+        neighbours=bool(raw.get("rope_interleave", model_type in (*NEIGHBOURS, *LATENT))),
         attention_scale=values.number("attention_multiplier", scale),
         embedding_scale=(
             math.sqrt(hidden)
@@ -227,8 +237,22 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         gated_attention=recurrent,
         value_norms=gemma4,
         inputs=read_inputs(values) if gemma4 else None,
+        latent=latent,
         logits_cap=_cap(values, model_type),
     )
+
+
+def _heads(values: Values, hidden: int, model_type: str) -> Heads:
+    """Those of all layers, where they are alike."""
+    query = values.integer("num_attention_heads")
+    kv = values.integer("num_key_value_heads", query)
+    if query % kv:
+        raise ConfigError(f"num_attention_heads {query} is no multiple of key/value heads {kv}")
+    unsaid = 256 if model_type in DELTA else hidden // query
+    heads = Heads(query, kv, values.integer("head_dim", unsaid))
+    if heads.dim % 2:
+        raise ConfigError(f"head_dim is {heads.dim}; rotary embedding needs an even one")
+    return heads
 
 
 def _intermediate(values: Values, model_type: str, experts: ExpertsConfig | None) -> int:
@@ -342,6 +366,8 @@ def _expert_layers(values: Values, layers: int) -> frozenset[int]:
     """All layers, but for those that the configuration leaves dense: by number (Qwen), the first
     ones (GLM), or those outside a range (ERNIE)."""
     raw = values.raw
+    if kinds := raw.get("mlp_layer_types"):
+        return frozenset(n for n, kind in enumerate(kinds) if kind == "sparse")
     dense = raw.get("mlp_only_layers") or []
     step = values.integer(_known(raw, ("decoder_sparse_step", "moe_layer_interval")), 1)
     first = raw.get(

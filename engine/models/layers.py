@@ -70,7 +70,7 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     name = f"model.layers.{layer}.self_attn"
     heads, source = config.each.heads[layer], config.each.keys_of[layer]
     q, kv = heads.query * heads.dim, heads.kv * heads.dim
-    order = _rotated_apart(heads.dim, config.rotated[layer], neighbours=config.neighbours)
+    order = rotated_apart(heads.dim, config.rotated[layer], neighbours=config.neighbours)
     writes = source == layer
     norms = _head_norms(load, config, name, heads.dim, order, writes=writes)
     inner = None
@@ -155,7 +155,7 @@ def _gated_inputs(
     return load.picked(qkv, hidden), load.picked(gate, hidden)
 
 
-def _rotated_apart(dim: int, rotated: int, *, neighbours: bool) -> torch.Tensor | None:
+def rotated_apart(dim: int, rotated: int, *, neighbours: bool) -> torch.Tensor | None:
     """Where a head's values go so that those that rotate together are half a head apart, though
     only the first `rotated` of them do, or they are neighbours. Scores do not depend on it."""
     if rotated == dim and not neighbours:

@@ -1,11 +1,11 @@
 """The Llama family: Llama 2 and 3, SmolLM2 and 3, Mistral, Mixtral, Qwen2, Qwen3 (also with
 experts), Qwen3-Next and Qwen 3.5, LFM2, Phi-3 and 4, Granite, GLM, ERNIE 4.5, Seed-OSS, Helium,
-gpt-oss and BitNet b1.58.
+gpt-oss, BitNet b1.58 and DeepSeek.
 
 They are one model with switches: rope scaling, heads that rotate in part or by neighbours, layers
 that do not, sliding windows, projection biases (taken when the file has them), query/key norms,
 norms in front of the last projections, scales, attention sinks, gates, and layers of experts or
-delta nets, or of short convolutions.
+delta nets, of short convolutions, or of latent attention.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from engine.models.config import ModelConfig
 from engine.models.conv import ShortConv, load_conv
 from engine.models.delta import DeltaNet, load_delta
 from engine.models.experts import ExpertsFeedForward, load_block
+from engine.models.latent import LatentAttention, load_latent
 from engine.models.layers import Attention, GatedFeedForward, load_attention, load_head, own_heads
 from engine.models.loader import WeightLoader
 from kernels.ops import Ops, T, Weight
+
+Mixer = Attention | LatentAttention | DeltaNet | ShortConv
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,15 @@ class Layer:
     """One pre-norm transformer layer."""
 
     attention_norm: Weight
-    mixer: Attention | DeltaNet | ShortConv
+    mixer: Mixer
     feed_forward_norm: Weight
     feed_forward: GatedFeedForward | ExpertsFeedForward
 
 
-def load_mixer(
-    load: WeightLoader, config: ModelConfig, layer: int
-) -> Attention | DeltaNet | ShortConv:
+def load_mixer(load: WeightLoader, config: ModelConfig, layer: int) -> Mixer:
     """What lets the tokens of a sequence know of each other in one layer."""
+    if config.latent is not None:
+        return load_latent(load, config, layer)
     if layer not in config.delta_layers:
         return load_attention(load, config, layer)
     assert config.delta is not None

@@ -206,6 +206,12 @@ class WeightLoader:
         tensor = self._take(name, stored if plain else shape)
         return self._weights.load([Computed(tensor, function, length)])
 
+    def seen(
+        self, name: str, shape: tuple[int, ...], view: Callable[[HostTensor], HostTensor]
+    ) -> Weight:
+        """What `view` makes of a tensor, rounded no further than to bfloat16."""
+        return self._weights.load([view(self._take(name, shape))], bits=16)
+
     def taps(self, name: str, width: int, taps: int, channels: torch.Tensor) -> Weight:
         """The weights of a convolution of `width` channels, this rank's `channels` of them, those
         of the oldest input first."""

@@ -36,7 +36,7 @@ class HeadSpan:
 
     def of(self, heads: Heads) -> Heads:
         """They alone."""
-        return Heads(self.query.length, self.kv.length, heads.dim)
+        return replace(heads, query=self.query.length, kv=self.kv.length)
 
 
 @dataclass(frozen=True)

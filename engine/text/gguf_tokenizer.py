@@ -34,6 +34,8 @@ KINDS = {
 # whole, whatever its merges would give.
 STARTING = ("llama-bpe", "tekken")
 WHOLE_WORDS = (*STARTING, "glm4")
+# Cased letters alone, which DeepSeek's first vocabularies list; and ideographs.
+CASED_LETTERS = r"[\p{Lu}\p{Ll}\p{Lt}]"
 # Word-splitting patterns that the model families publish in their tokenizer.json.
 CASELESS_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,6 +69,28 @@ PATTERNS = {
         rf"[^\r\n\p{{L}}\p{{N}}]?{CASED[0]}+{CASED[1]}*{CONTRACTION}|"
         r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+}
+
+# Those that cut what the ones before them left.
+SEQUENCES = {
+    "deepseek-llm": (
+        r"[\r\n]",
+        rf"\s?{CASED_LETTERS}+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        r"[一-龥ࠀ-一가-퟿]+",
+        r"\p{N}",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        (
+            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"
+            r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|"
+            r"\s+(?!\S)|\s+"
+        ),
+    ),
+    **{kind: (pattern,) for kind, pattern in PATTERNS.items()},
 }
 
 
@@ -133,17 +157,17 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], file: str) -> Backe
     except Exception as error:
         raise ConfigError(f"{file}: key 'tokenizer.ggml.merges': {error}") from error
     backend = Backend(model)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in PATTERNS)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SEQUENCES)
     if pre == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    elif pre in PATTERNS:
-        split = pre_tokenizers.Split(Regex(PATTERNS[pre]), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    elif pre in SEQUENCES:
+        splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in SEQUENCES[pre]]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     elif pre == "gpt-2":
         backend.pre_tokenizer = byte_level
     else:
-        known = ", ".join(["smollm", "gpt-2", *PATTERNS])
+        known = ", ".join(["smollm", "gpt-2", *SEQUENCES])
         raise ConfigError(f"{file}: key 'tokenizer.ggml.pre' is {pre!r}; these work: {known}")
     if pre in ("qwen2", "qwen35"):
         backend.normalizer = normalizers.NFC()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import ConfigError
-from engine.weights import gguf_gemma, gguf_recurrent
+from engine.weights import gguf_gemma, gguf_latent, gguf_recurrent
 from engine.weights.checkpoint import MAX_EXPERTS
 from engine.weights.files import gguf_parts
 from engine.weights.fused import FusedTensors
@@ -83,6 +84,7 @@ OWN_NAMES = {
     "qwen2_moe": gguf_recurrent.SHARED_NAMES,
     **dict.fromkeys(gguf_recurrent.MODEL_TYPES.values(), gguf_recurrent.NAMES),
     **dict.fromkeys(gguf_recurrent.CONV_TYPES.values(), gguf_recurrent.CONV_NAMES),
+    **dict.fromkeys(gguf_latent.MODEL_TYPES.values(), gguf_latent.NAMES),
 }
 # Tensors of layers whose names Hugging Face ends otherwise, likewise.
 WHOLE_NAMES = {
@@ -154,11 +156,12 @@ MODEL_TYPES = {
     **gguf_recurrent.MODEL_TYPES,
     **gguf_recurrent.CONV_TYPES,
     gguf_gemma.ARCHITECTURE: gguf_gemma.MODEL_TYPE,
+    gguf_latent.ARCHITECTURE: gguf_latent.MODEL_TYPES[False],
 }
 # Whose heads may rotate in part.
 ROTATED_IN_PART = ("phi3", "glm4", "glm4moe", *gguf_recurrent.MODEL_TYPES)
 # Whose blocks behind the last layer guess tokens further ahead.
-GUESSING_AHEAD = ("glm4moe", *gguf_recurrent.MODEL_TYPES)
+GUESSING_AHEAD = ("glm4moe", gguf_latent.ARCHITECTURE, *gguf_recurrent.MODEL_TYPES)
 # Whose query and key rows are stored for interleaved rotation.
 INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
 
@@ -307,6 +310,10 @@ class GGUFCheckpoint:
         """The tensors under Hugging Face names, those of all experts cut into each one's."""
         for name, place in places.items():
             renamed, entry = self._rename(name), place.entry
+            if any(f".{part}." in name for part in gguf_latent.OF_HEADS):
+                rows, columns = math.prod(entry.shape[:-1]), entry.shape[-1]
+                yield renamed, replace(place, entry=replace(entry, shape=(rows, columns)))
+                continue
             if EACH_EXPERT not in renamed:
                 yield renamed, place
                 continue
@@ -383,6 +390,8 @@ class GGUFCheckpoint:
         if "token_embd.weight" not in tensors:
             raise ConfigError(f"{self.path.name} has no tensor 'token_embd.weight'")
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+        if architecture == gguf_latent.ARCHITECTURE:
+            config |= gguf_latent.read_keys(self.metadata, config["vocab_size"], self.path.name)
         config["tie_word_embeddings"] = "output.weight" not in tensors
         scaling = self.metadata.get(f"{architecture}.rope.scaling.type", "none")
         if scaling != "none":
@@ -414,6 +423,9 @@ class GGUFCheckpoint:
             scaling["truncate"] = False
         if scaling.get("mscale_all_dim"):
             scaling["mscale"] = 1.0
+            if architecture == gguf_latent.ARCHITECTURE:
+                # A tenth of it is what these hold.
+                scaling["mscale_all_dim"] = scaling["mscale"] = 10 * scaling["mscale_all_dim"]
         temperature = self.metadata.get(f"{architecture}.attention.temperature_scale")
         if temperature is not None:
             scaling["llama_4_scaling_beta"] = temperature

@@ -107,6 +107,37 @@ class Computed(View):
 
 
 @dataclass(frozen=True, eq=False)
+class Turned(View):
+    """A matrix of `blocks` blocks of rows, `[blocks * n, columns]`, each of them transposed:
+    `[blocks * columns, n]`; of those the rows in `part`: the first, and how many."""
+
+    blocks: int
+    part: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.tensor.shape
+        return self.part[1] if self.part else self.blocks * columns, rows // self.blocks
+
+    @property
+    def format(self) -> str:
+        return "F32"
+
+    def narrow(self, dimension: int, start: int, length: int) -> HostTensor:
+        if dimension or self.part:
+            raise ValueError(f"{self.name} is cut by rows, once")
+        return replace(self, part=(start, length))
+
+    def dense(self) -> torch.Tensor:
+        rows, columns = self.tensor.shape
+        start, length = self.part or (0, self.blocks * columns)
+        height, first, last = rows // self.blocks, start // columns, -(-(start + length) // columns)
+        needed = self.tensor.narrow(0, first * height, (last - first) * height).dense().float()
+        turned = needed.view(last - first, height, columns).transpose(1, 2).reshape(-1, height)
+        return turned[start - first * columns :][:length]
+
+
+@dataclass(frozen=True, eq=False)
 class Adjusted(View):
     """A tensor with every value multiplied by `factor`, and `offset` added."""
 

@@ -89,6 +89,7 @@ class NativeBackend:
 
     name = "native"
     hardware = "CPU"
+    latents_once = False
 
     def __init__(
         self,

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.backend import Rotation, rotation_tables
 from kernels.batch import Batch, Samples, Sampling
+from kernels.cpu.native_latent import LatentInstructions
 from kernels.cpu.native_sampling import NativeChooser, address
 from kernels.cpu.native_steps import NativeQueue
 from kernels.ops import DeltaHeads, Experts, HeadNorms, Heads, Rope
+from kernels.rotation import Rotation, rotation_tables
 from kernels.sampling import sample
 from kernels.steps import Tables
 from kernels.tape import Handle, Instruction, Tape
@@ -36,7 +37,11 @@ FLOAT_WRITERS = (
     "all_gather",
     "experts",
     "delta",
+    "head_linear",
+    "write_latent",
 )
+# Whose results stay floats.
+NEVER_QUANTIZED = ("linear", "rope_write_kv", "write_latent", "experts")
 # Bytes a value: groups of 32 have a scale, a sum and an offset.
 FORM_BYTES = (4.0, 1.0 + 12 / 32, 1.0, 2.0)
 
@@ -67,7 +72,7 @@ def run(program: Any, batch: Batch) -> None:
     )
 
 
-class NativeProgram:
+class NativeProgram(LatentInstructions):
     """A tape turned into native instructions; `forward` is one call."""
 
     def __init__(
@@ -402,7 +407,7 @@ def _forms(handle: Handle, tape: Tape) -> tuple[bool, ...]:
     """Which of FORMS a handle's readers want. Raises ValueError if its writer cannot make them."""
     wanted = {_form(i, handle) for i in tape.instructions if handle in i.arguments}
     writer = next(i for i in tape.instructions if handle in i.results)
-    if writer.op in ("linear", "rope_write_kv", "experts") and not wanted <= {"floats"}:
+    if writer.op in NEVER_QUANTIZED and not wanted <= {"floats"}:
         raise ValueError(f"the native kernels cannot quantize what {writer.op} writes")
     if writer.op in FLOAT_WRITERS:
         wanted.add("floats")  # they write floats; some make the others from those

@@ -22,6 +22,8 @@ from kernels.ops import Heads
 # Programs that keep every multiprocessor of a large GPU (132) busy, several times over.
 WANTED_PROGRAMS = 512
 MAX_SPLITS = 32
+# Query heads of a program that share latents.
+MAX_GROUP = 32
 # More than these leave so little to each that it is best read at once.
 MANY_SPLITS = 4
 # In the batch-invariant mode every step splits alike, whatever it holds.
@@ -37,6 +39,7 @@ def attend(
     total,
     mixed,
     q,
+    q_tail,
     key,
     high_key,
     position,
@@ -51,7 +54,9 @@ def attend(
     PAGE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    LATENT: tl.constexpr,
     DIM_PADDED: tl.constexpr,
+    TAIL_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     QUANTIZED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -59,10 +64,11 @@ def attend(
     PRECISION: tl.constexpr,
 ):
     """The running maximum, sum and mix of a block of queries `[BLOCK_M, DIM_PADDED]` after a tile
-    of keys from `key` on; without MASKED every query sees all of them."""
+    of keys from `key` on; without MASKED every query sees all of them. With LATENT the first so
+    many values of a key are its value, and `q_tail` meets those behind them."""
     at = key + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, DIM_PADDED)
-    in_dim = dims < DIM
+    in_dim = dims < (LATENT if LATENT else DIM)
     inside = at < high_key if MASKED else at >= 0
     page = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
     slot = (page * PAGE + at % PAGE) * KV_HEADS + head
@@ -73,7 +79,18 @@ def attend(
     )
     if QUANTIZED:
         k = k.to(q.dtype)
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+    scores = tl.dot(q, k, input_precision=PRECISION)
+    if LATENT:
+        behind = tl.arange(0, TAIL_PADDED)
+        tail = tl.load(
+            keys + slot[None, :] * DIM + LATENT + behind[:, None],
+            mask=inside[None, :] & (behind < DIM - LATENT)[:, None],
+            other=0.0,
+        )
+        if QUANTIZED:
+            tail = tail.to(q.dtype)
+        scores = tl.dot(q_tail, tail, scores, input_precision=PRECISION)
+    scores *= scale
     if QUANTIZED:
         scores *= tl.load(key_scales + slot, mask=inside, other=0.0)[None, :]
     if MASKED:
@@ -87,11 +104,14 @@ def attend(
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(best - base)
     total = total * shrink + tl.sum(weights, 1)
-    v = tl.load(
-        values + slot[:, None] * DIM + dims[None, :],
-        mask=inside[:, None] & in_dim[None, :],
-        other=0.0,
-    )
+    if LATENT:
+        v = tl.trans(k)
+    else:
+        v = tl.load(
+            values + slot[:, None] * DIM + dims[None, :],
+            mask=inside[:, None] & in_dim[None, :],
+            other=0.0,
+        )
     if QUANTIZED:
         weights *= tl.load(value_scales + slot, mask=inside, other=0.0)[None, :]
         v = v.to(q.dtype)
@@ -129,8 +149,11 @@ def attention_kernel(
     PAGE: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    LATENT: tl.constexpr,
     DIM_PADDED: tl.constexpr,
+    TAIL_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,7 +171,6 @@ def attention_kernel(
     """
     announce(EARLY)
     block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    GROUP: tl.constexpr = QUERY_HEADS // KV_HEADS
     if DECODE:
         sequence = block
         local = 0
@@ -174,7 +196,7 @@ def attention_kernel(
         live = (rows < TOKENS * GROUP) & (token < count)
         position = context - count + token
         dims = tl.arange(0, DIM_PADDED)
-        in_dim = dims < DIM
+        in_dim = dims < (LATENT if LATENT else DIM)
         place = ((start + token).to(tl.int64) * QUERY_HEADS + query_head) * DIM
         end = context - count + tl.minimum(first + TOKENS, count)
         begin = 0
@@ -190,6 +212,16 @@ def attention_kernel(
             mask=live[:, None] & in_dim[None, :],
             other=0.0,
         )
+        q_tail = q
+        if LATENT:
+            # Several blocks of queries may share the latents.
+            head = 0
+            behind = tl.arange(0, TAIL_PADDED)
+            q_tail = tl.load(
+                queries + place[:, None] + LATENT + behind[None, :],
+                mask=live[:, None] & (behind < DIM - LATENT)[None, :],
+                other=0.0,
+            )
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mixed = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
@@ -200,15 +232,15 @@ def attention_kernel(
             masked_key += tl.maximum(seen - low_key, 0) // BLOCK_N * BLOCK_N
             for key in range(low_key, masked_key, BLOCK_N):
                 best, total, mixed = attend(
-                    best, total, mixed, q, key, high_key, position, window, table, keys, values,
-                    key_scales, value_scales, head, scale, PAGE, KV_HEADS, DIM, DIM_PADDED,
-                    BLOCK_N, QUANTIZED, False, False, PRECISION,
+                    best, total, mixed, q, q_tail, key, high_key, position, window, table, keys,
+                    values, key_scales, value_scales, head, scale, PAGE, KV_HEADS, DIM, LATENT,
+                    DIM_PADDED, TAIL_PADDED, BLOCK_N, QUANTIZED, False, False, PRECISION,
                 )  # fmt: skip
         for key in range(masked_key, high_key, BLOCK_N):
             best, total, mixed = attend(
-                best, total, mixed, q, key, high_key, position, window, table, keys, values,
-                key_scales, value_scales, head, scale, PAGE, KV_HEADS, DIM, DIM_PADDED,
-                BLOCK_N, QUANTIZED, True, WINDOWED, PRECISION,
+                best, total, mixed, q, q_tail, key, high_key, position, window, table, keys,
+                values, key_scales, value_scales, head, scale, PAGE, KV_HEADS, DIM, LATENT,
+                DIM_PADDED, TAIL_PADDED, BLOCK_N, QUANTIZED, True, WINDOWED, PRECISION,
             )  # fmt: skip
 
         if SPLITS == 1:
@@ -243,6 +275,7 @@ def merge_kernel(
     sequences,
     QUERY_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    LATENT: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
     SINKS: tl.constexpr,
@@ -255,7 +288,7 @@ def merge_kernel(
         wait(EARLY)
         splits = tl.arange(0, SPLITS)
         dims = tl.arange(0, DIM_PADDED)
-        in_dim = dims < DIM
+        in_dim = dims < (LATENT if LATENT else DIM)
         place = row.to(tl.int64) * QUERY_HEADS + head
         best = tl.load(partial_sums + (place * SPLITS + splits) * 2)
         total = tl.load(partial_sums + (place * SPLITS + splits) * 2 + 1)
@@ -298,8 +331,17 @@ class AttentionShape:
 
     @property
     def group(self) -> int:
-        """Query heads of one key/value head."""
-        return self.heads.query // self.heads.kv
+        """Query heads of a program: those of one key/value head, or some of all that share
+        latents, whose sums would be too many registers."""
+        group = self.heads.query // self.heads.kv
+        if not self.heads.latent:
+            return group
+        return max(size for size in range(1, MAX_GROUP + 1) if group % size == 0)
+
+    @property
+    def groups(self) -> int:
+        """Programs for a block of tokens and a split: one for each group of query heads."""
+        return self.heads.query // self.group
 
     @property
     def block_m(self) -> int:
@@ -324,7 +366,7 @@ class AttentionShape:
         """Programs that share a context: as many as keep the device busy."""
         if self.invariant:
             return INVARIANT_SPLITS
-        wanted = WANTED_PROGRAMS // (self.blocks * self.heads.kv)
+        wanted = WANTED_PROGRAMS // (self.blocks * self.groups)
         width = self.rows * self.heads.query * self.heads.dim * 4
         most = min(MAX_SPLITS, MAX_PARTIAL_BYTES // width)
         return 1 << (max(1, min(wanted, most)).bit_length() - 1)
@@ -332,10 +374,11 @@ class AttentionShape:
     def configs(self) -> tuple[Config, Config | None]:
         """The attention kernel, and the merging one if contexts are split."""
         heads = self.heads
-        padded = max(16, power_of_two(heads.dim))
+        padded = max(16, power_of_two(heads.latent or heads.dim))
         shared: dict[str, Any] = {
             "QUERY_HEADS": heads.query,
             "DIM": heads.dim,
+            "LATENT": heads.latent,
             "DIM_PADDED": padded,
             "SPLITS": self.splits,
             "SINKS": self.sinks,
@@ -347,6 +390,8 @@ class AttentionShape:
                 **shared,
                 "PAGE": self.page,
                 "KV_HEADS": heads.kv,
+                "GROUP": self.group,
+                "TAIL_PADDED": max(16, power_of_two(heads.dim - heads.latent)),
                 "TOKENS": self.tokens,
                 "BLOCK_M": self.block_m,
                 "BLOCK_N": self._block_n(padded),

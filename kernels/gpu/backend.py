@@ -76,6 +76,7 @@ class GpuBackend:
     each kernel, so that results do not depend on the batch."""
 
     name = "triton"
+    latents_once = True
 
     def __init__(
         self,
@@ -172,12 +173,14 @@ class GpuBackend:
         kinds = [(heads, n in windowed) for n, heads in enumerate(layout.heads)]
         for heads, own in dict.fromkeys(kinds):
             layers = [n for n, kind in enumerate(kinds) if kind == (heads, own)]
-            # Keys and values of a layer lie behind each other, so that a page is one slice.
-            slots = (2 * len(layers), self._count(own) * layout.page_size, heads.kv)
+            # Keys and values of a layer lie behind each other, so that a page is one slice; latents
+            # are both.
+            each = 1 if heads.latent else 2
+            slots = (each * len(layers), self._count(own) * layout.page_size, heads.kv)
             tensors = [torch.zeros(*slots, heads.dim, dtype=dtype, device=self._device)]
             if quantized:
                 tensors.append(torch.zeros(slots, dtype=torch.float32, device=self._device))
-            parts = [(tensor[0::2], tensor[1::2]) for tensor in tensors]
+            parts = [(tensor[0::each], tensor[each - 1 :: each]) for tensor in tensors]
             for row, layer in enumerate(layers):
                 halves = [half[row] for pair in parts for half in pair]
                 caches[layer] = GpuCache(*halves, windowed=own)

@@ -15,6 +15,7 @@ from kernels.gpu.catalogue_families import (
     expert_launches,
     gemma_launches,
     gpt_oss_launches,
+    latent_launches,
 )
 from kernels.gpu.configs import (
     embed_config,
@@ -275,6 +276,7 @@ def launches(
     made += gpt_oss_launches(hopper=hopper)
     made += delta_launches()
     made += gemma_launches(hopper=hopper)
+    made += latent_launches(hopper=hopper)
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches(model)

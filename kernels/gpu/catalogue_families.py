@@ -8,6 +8,7 @@ from dataclasses import replace
 from kernels.gpu.attention import AttentionShape
 from kernels.gpu.configs import gated_config, gather_config, scatter_config, sum_parts_config
 from kernels.gpu.experts import Layout
+from kernels.gpu.latent import head_linear_config, write_latent_config
 from kernels.gpu.launch import Compiled, pointer
 from kernels.gpu.matmul import MatmulShape
 from kernels.gpu.pointwise import add_config, gate_config, softcap_config
@@ -16,6 +17,7 @@ from kernels.gpu.signatures import (
     BF16,
     F32,
     FORMATS,
+    INT8,
     INT32,
     PAGE,
     attention_launches,
@@ -24,7 +26,7 @@ from kernels.gpu.signatures import (
     rope_launch,
 )
 from kernels.gpu.weights import INT4_GROUP
-from kernels.ops import DeltaHeads, Experts, Heads
+from kernels.ops import DeltaHeads, Experts, Heads, LatentHeads
 
 # Those of Qwen3-30B-A3B, GLM-4.5-Air and gpt-oss-20b.
 QWEN_EXPERTS = Experts(128, 8, normalized=True, first=0, own=128)
@@ -137,6 +139,33 @@ def delta_launches() -> Iterator[Compiled]:
     yield named("gated norm", gated_norm_config(128), types)
     yield named("gate sigmoid", gate_config(4096, 4096, 0, "sigmoid")[0], types)
     yield named("experts route gated", Layout(NEXT_EXPERTS, 64).route_config(), ROUTING)
+
+
+def latent_launches(*, hopper: bool) -> Iterator[Compiled]:
+    """What DeepSeek's models have: latents, and weights of each head's own."""
+    for query in (16, 128):
+        heads = LatentHeads(query, 512, 128, 64)
+        for kind in ("decode", "mixed"):
+            for quantized in (False, True):
+                few = (quantized, False, 64, 64, kind == "decode", False)
+                shape = AttentionShape(heads.cached, PAGE, BF16, *few, hopper)
+                size = f"{'int8 ' if quantized else ''}64"
+                yield from attention_launches(shape, f"{kind} latents {query} {size}")
+    types = {
+        **dict.fromkeys(("out", "x", "weight", "absorbed", "q", "kv"), pointer(BF16)),
+        **dict.fromkeys(("positions", "slots"), pointer(INT32)),
+        **dict.fromkeys(("cosine", "sine", "norm", "scales"), pointer(F32)),
+        "rows": "i32",
+        "cache": pointer(BF16),
+        "eps": "fp32",
+    }
+    for rows in (16, 64):
+        for given, outputs, inputs in ((192, 512, 128), (576, 128, 512)):
+            config, _ = head_linear_config(rows, 16, given, outputs, inputs, BF16)
+            yield named(f"head_linear {outputs} {rows}", config, types)
+    yield named("write_latent", write_latent_config(heads, quantized=False)[0], types)
+    types |= {"cache": pointer(INT8)}
+    yield named("write_latent int8", write_latent_config(heads, quantized=True)[0], types)
 
 
 def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:

@@ -19,6 +19,7 @@ from kernels.gpu.configs import (
     values_config,
 )
 from kernels.gpu.experts import Layout, sort_rows
+from kernels.gpu.latent import LatentOps
 from kernels.gpu.matmul import MAX_FEW, MatmulShape, dense_linear
 from kernels.gpu.pointwise import PointwiseOps
 from kernels.gpu.row_ops import RowOps
@@ -35,7 +36,7 @@ SCRATCH_ELEMENTS = 16 << 20
 LOG2_E = 1.4426950408889634
 
 
-class GpuOps(RowOps, StateOps, PointwiseOps):
+class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps):
     """An `Ops[torch.Tensor]`: activations in `dtype`, logits in fp32."""
 
     def __init__(
@@ -277,7 +278,7 @@ class GpuOps(RowOps, StateOps, PointwiseOps):
         partial, sums = shape.workspace(q.device)
         main, merge = shape.configs()
         main.launch(
-            (shape.blocks, heads.kv, shape.splits),
+            (shape.blocks, shape.groups, shape.splits),
             out,
             partial,
             sums,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels.backend import Rotation, rotation_tables
 from kernels.gpu.launch import power_of_two
 from kernels.ops import Rope
+from kernels.rotation import Rotation, rotation_tables
 
 
 @dataclass(frozen=True)

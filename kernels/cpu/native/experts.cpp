@@ -12,21 +12,6 @@ namespace {
 
 constexpr int64_t kPiecesAThread = 16;
 
-// Equal parts stacked in a weight, each a weight of its own in the same memory.
-std::vector<Weight> parts_of(const Weight& whole, int64_t count) {
-  if (count <= 0 || whole.rows % count || whole.rows / count % kTile) {
-    throw std::invalid_argument("experts are as wide as whole tiles");
-  }
-  std::vector<Weight> parts(static_cast<size_t>(count), whole);
-  for (int64_t n = 0; n < count; ++n) {
-    Weight& part = parts[static_cast<size_t>(n)];
-    part.rows = whole.rows / count;
-    part.data = whole.tile(n * part.tiles());
-    part.bytes = static_cast<size_t>(part.tiles() * part.tile_bytes());
-  }
-  return parts;
-}
-
 // The experts of a row and their shares, the likeliest first and the lower number first of equals.
 // `likely` is room for a row's probabilities.
 void choose(const float* scores, const Experts& experts, float* likely, int32_t* chosen,
@@ -70,6 +55,20 @@ void choose(const float* scores, const Experts& experts, float* likely, int32_t*
 }
 
 }  // namespace
+
+std::vector<Weight> parts_of(const Weight& whole, int64_t count) {
+  if (count <= 0 || whole.rows % count || whole.rows / count % kTile) {
+    throw std::invalid_argument("experts and heads are as wide as whole tiles");
+  }
+  std::vector<Weight> parts(static_cast<size_t>(count), whole);
+  for (int64_t n = 0; n < count; ++n) {
+    Weight& part = parts[static_cast<size_t>(n)];
+    part.rows = whole.rows / count;
+    part.data = whole.tile(n * part.tiles());
+    part.bytes = static_cast<size_t>(part.tiles() * part.tile_bytes());
+  }
+  return parts;
+}
 
 void Program::add_experts(int in, int scores, int out, const Weight& gate_up, const Weight& down,
                           const float* gate_up_bias, const float* down_bias,

@@ -30,7 +30,7 @@ struct Activations {
   static int64_t row_stride(int64_t width) { return (width + kChunk - 1) / kChunk * kChunk; }
 };
 
-constexpr int kMaxDim = 512;
+constexpr int kMaxDim = 576;  // latents of 512 and a key of 64
 
 // The paged cache of one layer. Pages hold `page_size` tokens, a multiple of 16.
 enum class CacheFormat : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };

@@ -122,6 +122,7 @@ Instruction instruction(const std::string& op, const nb::kwargs& given) {
   Fields fields(given);
   fields.take("in_", i.in);
   fields.take("in2", i.in2);
+  fields.take("in3", i.in3);
   fields.take("out", i.out);
   fields.take("out2", i.out2);
   fields.take("weight", i.weight);
@@ -326,6 +327,11 @@ NB_MODULE(_native, m) {
            },
            nb::kw_only(), "in_"_a, "gates"_a, "out"_a, "layer"_a, "taps"_a, "decay"_a, "offset"_a,
            "channels"_a, "shares"_a)
+      .def("add_head_linear",
+           [](Program& p, int in, int out, const std::shared_ptr<Weight>& weight, int heads) {
+             p.add_head_linear(in, out, *weight, heads);
+           },
+           nb::kw_only(), "in_"_a, "out"_a, "weight"_a, "heads"_a)
       .def("add",
            [](Program& p, const std::string& op, const nb::kwargs& given) {
              p.add(instruction(op, given));

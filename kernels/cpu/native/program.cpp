@@ -145,6 +145,8 @@ void Program::step(const Instruction& i, const Batch& batch) {
   switch (i.op) {
     case Op::kLinear: return linear_step(i, batch);
     case Op::kRopeWriteKv: return rope_step(i, batch);
+    case Op::kHeadLinear: return head_linear_step(i, batch);
+    case Op::kWriteLatent: return latent_step(i, batch);
     case Op::kSoftcap: return softcap_step(i, batch.samples);
     case Op::kAttention: return attention_step(i, batch);
     case Op::kDelta: return delta_step(i, batch);

@@ -17,6 +17,8 @@ namespace ryzanstein {
 constexpr int64_t kRowGrain = 4;
 // Rows of a chunk that attention takes together, if so many heads share a key.
 inline int64_t tokens_a_task(int64_t share) { return std::max<int64_t>(1, kQueryRows / share); }
+// Equal parts stacked in a weight, each a weight of its own in the same memory.
+std::vector<Weight> parts_of(const Weight& whole, int64_t count);
 // A thread's room for a row of `width` values, and a row of zeros.
 float* scratch(int64_t width);
 const float* zeros(int64_t width);
@@ -48,12 +50,13 @@ struct PageCopy {
 
 enum class Op {
   kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
-  kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kGate, kShortConv, kAdd, kSoftcap
+  kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kGate, kShortConv, kAdd, kSoftcap,
+  kHeadLinear, kWriteLatent
 };
-constexpr std::array<const char*, 18> kOpNames = {
+constexpr std::array<const char*, 20> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
     "select_rows", "all_reduce", "all_gather", "experts", "sum_parts", "delta",
-    "gated_norm", "gate", "short_conv", "add", "softcap"};
+    "gated_norm", "gate", "short_conv", "add", "softcap", "head_linear", "write_latent"};
 
 // How many experts there are, how many a row goes through, and which are here: `own` from `first` on; `shared`
 // others, behind the `count` ones, all rows go through.
@@ -100,7 +103,7 @@ struct Delta {
 // One op; fields that it does not have keep their defaults. Values are numbers of buffers.
 struct Instruction {
   Op op = Op::kEmbed;
-  int in = -1, in2 = -1, out = -1, out2 = -1;  // in2: residual, or gate; out2: the sum
+  int in = -1, in2 = -1, in3 = -1, out = -1, out2 = -1;  // in2: residual, or gate; out2: the sum
   std::shared_ptr<Weight> weight;
   const float* vector = nullptr;   // norm weight, bias, norm of the queries, or the heads' sinks
   const float* vector2 = nullptr;  // norm of the keys
@@ -111,14 +114,15 @@ struct Instruction {
   float scalar = 0.0f;      // eps, a scale, or a cap
   float factor = 1.0f;      // of a sum
   int layer = 0, heads = 0, kv_heads = 0, activation = 0;
-  int64_t window = 0;           // or the width of a norm, or of logits
-  int64_t first = 0;            // token of an embedding table's first row, or column of what is gated
+  int64_t window = 0;           // or the width of a norm, of a latent, or of logits
+  int64_t first = 0;            // token of an embedding table's first row, or column of what is gated or rotated
   std::vector<int64_t> widths;  // of the ranks' parts
   int reader = -1;              // the attention for which a linear fetches keys and values
   double soon_from = 0.0, soon_to = 0.0;  // which share of them
   int next_linear = -1;
   std::shared_ptr<Experts> experts;
   std::shared_ptr<Delta> delta;
+  std::shared_ptr<std::vector<Weight>> parts;  // each head's
 };
 
 class Program {
@@ -147,6 +151,9 @@ class Program {
 
   // `channels` is a buffer of a third of the width of `in`.
   void add_short_conv(int in, int out, int layer, const float* taps, int channels);
+
+  // `weight` stacks what belongs to each head: of its part of `in` the first columns count.
+  void add_head_linear(int in, int out, const Weight& weight, int heads);
 
   // Copies pages of all layers that share them, or their window pages.
   void copy_page(const PageCopy& copy);
@@ -216,6 +223,8 @@ class Program {
   const std::vector<int32_t>& pages_read(const LayerCache& cache, int64_t window,
                                          const Batch& batch);
   void rope_step(const Instruction& i, const Batch& batch);
+  void head_linear_step(const Instruction& i, const Batch& batch);
+  void latent_step(const Instruction& i, const Batch& batch);
   // Of the logits, in place.
   void softcap_step(const Instruction& i, int64_t rows) const;
   void attention_step(const Instruction& i, const Batch& batch);

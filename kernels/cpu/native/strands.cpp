@@ -28,6 +28,8 @@ bool rows_alone(Op op) {
     case Op::kAddRmsNorm:
     case Op::kLinear:
     case Op::kRopeWriteKv:
+    case Op::kHeadLinear:
+    case Op::kWriteLatent:
     case Op::kAttention:
     case Op::kGated:
     case Op::kGate: return true;
@@ -48,6 +50,10 @@ void Program::plan_strands() {
   for (size_t n = 0; n < strand_end_; ++n) {
     const Instruction& i = instructions_[n];
     if (i.op == Op::kLinear) row_cost_ += static_cast<double>(i.weight->rows * i.weight->columns) / kProducts;
+    if (i.op == Op::kHeadLinear) {
+      const Weight& part = i.parts->front();
+      row_cost_ += static_cast<double>(i.heads * part.rows * part.columns) / kProducts;
+    }
     if (i.op != Op::kAttention) continue;
     const LayerCache& cache = caches_[static_cast<size_t>(i.layer)];
     const int64_t bytes = 2 * cache.heads * (cache.vector_bytes() + cache.scale_bytes());

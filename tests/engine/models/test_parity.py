@@ -88,6 +88,18 @@ GEMMA4_LARGE = {
     "attention_k_eq_v": True,
     "num_global_key_value_heads": 1,
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 32,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied-biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True}),
@@ -219,6 +231,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_dense_layers": 1,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        LATENT | {"q_lora_rank": None, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        LATENT
+        | {
+            "attention_bias": True,
+            "first_k_dense_replace": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", LATENT | {"rope_interleave": False}),
     "seed_oss": ("SeedOssConfig", {"attention_out_bias": True}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
     "gemma3": (

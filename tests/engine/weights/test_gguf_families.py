@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from engine.errors import ConfigError
 from engine.models import load_model
 from engine.models.config import ModelConfig, read_config
+from engine.weights import gguf_latent
 from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import select_backend
 from tests.engine.models.test_parity import run
@@ -48,6 +49,10 @@ OWN_NORMS = {
         "mlp.gate.e_score_correction_bias": "exp_probs_b",
     },
     "ernie4_5-moe": {"mlp.moe_statics.e_score_correction_bias": "exp_probs_b"},
+    "deepseek2": {
+        "mlp.gate.e_score_correction_bias": "exp_probs_b",
+        **{ours: theirs for theirs, ours in gguf_latent.NAMES.items()},
+    },
 }
 BARE = {"sinks": ".weight", "e_score_correction_bias": ".bias"}
 SHARED = {f"mlp.shared_experts.{p}_proj": f"ffn_{p}_shexp" for p in ("gate", "up", "down")}
@@ -122,6 +127,41 @@ def write_glm_experts(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_tensor("blk.4.attn_norm.weight", np.ones(64, np.float32))
 
 
+def write_latents(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """Before files were made for attention to latents, their widths were those of heads."""
+    write_experts(writer, config, ("n_routed_experts", "num_experts_per_tok"))
+    key, rank = config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["kv_lora_rank"]
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    if config["q_lora_rank"] is None:
+        writer.add_key_length(key)
+        writer.add_value_length(config["v_head_dim"])
+        return
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_key_length(rank + config["qk_rope_head_dim"])
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(key)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    write_yarn(writer, config)
+    writer.add_rope_scaling_yarn_log_mul(0.1 * config["rope_parameters"]["mscale_all_dim"])
+
+
+def apart(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The projections of latents as two tensors, that of keys turned about, where queries are made
+    by way of a few values, too."""
+    if "kv_b_proj" not in name or config["q_lora_rank"] is None:
+        return {name: tensor}
+    heads, plain = config["num_attention_heads"], config["qk_nope_head_dim"]
+    keys, values = tensor.view(heads, -1, tensor.shape[1]).split([plain, config["v_head_dim"]], 1)
+    both = {"k_b_proj": keys.transpose(1, 2), "v_b_proj": values}
+    return {name.replace("kv_b_proj", part): value for part, value in both.items()}
+
+
 def write_ernie_experts(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     write_experts(writer, config, ("moe_num_experts", "moe_k"))
     writer.add_expert_shared_count(config["moe_num_shared_experts"])
@@ -171,6 +211,8 @@ OWN_KEYS = {
     "gpt_oss": ("gpt-oss", write_gpt_oss),
     "glm4_moe": ("glm4moe", write_glm_experts),
     "ernie4_5_moe": ("ernie4_5-moe", write_ernie_experts),
+    "deepseek_v2": ("deepseek2", write_latents),
+    "deepseek_v3": ("deepseek2", write_latents),
 }
 
 
@@ -197,6 +239,11 @@ def test_a_family_gives_the_logits_of_its_folder(
     for name, tensor in stacked_experts(load_file(folder / "model.safetensors")).items():
         if ".experts." in name:
             write_stack(writer, name, tensor)
+            continue
+        if architecture == "deepseek2":
+            for part, values in apart(name, tensor, config).items():
+                own = part + BARE.get(part.rpartition(".")[2], "")
+                writer.add_tensor(gguf_name(own), np.ascontiguousarray(values.numpy()))
             continue
         name += BARE.get(name.rpartition(".")[2], "")
         array = tensor.numpy()

@@ -15,6 +15,7 @@ from kernels.gpu import (
     digits,
     experts,
     fused,
+    latent,
     matmul,
     pages,
     pointwise,
@@ -51,7 +52,8 @@ def test_every_launch_compiles_to_what_it_is_meant_to_run_on(
 
 def test_the_catalogue_has_every_kernel() -> None:
     modules = (
-        attention, digits, experts, fused, matmul, pages, pointwise, recurrence, sampling, single,
+        attention, digits, experts, fused, latent, matmul, pages, pointwise, recurrence, sampling,
+        single,
     )  # fmt: skip
     kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
     assert {one.config.kernel.__name__ for one in launches(LLAMA_8B)} == kernels
