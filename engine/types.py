@@ -181,6 +181,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         """The earlier of its deadlines."""
         return min(self.deadline, self.first_token_deadline)
 
+    @property
+    def is_patient(self) -> bool:
+        """Whether nobody waits for it: a negative priority says so."""
+        return self.priority < 0
+
 
 class TokenLogprob(msgspec.Struct, frozen=True):
     """One token's logprob, and the best alternatives as (token id, logprob), best first."""

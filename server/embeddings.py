@@ -14,7 +14,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from engine import InvalidRequest
+from engine import AsyncEngine, InvalidRequest
 from engine.embedding.embedder import Embedder
 from server.errors import HTTPError, json_response
 from server.openai import read_body, ready_engine
@@ -41,7 +41,7 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 async def create(request: Request) -> ASGIApp:
     """`POST /v1/embeddings`."""
-    ready_engine(request)
+    engine = ready_engine(request)
     body, headers = await read_body(request, EmbeddingRequest, {})
     embedder = embedder_named(request.app.state.embedder, body.model)
 
@@ -51,11 +51,12 @@ async def create(request: Request) -> ASGIApp:
 
         return race_disconnect(request, vectors)
 
-    answer = await embedding_body(embedder, body, client_of(request).tenant, wait)
+    answer = await embedding_body(engine, embedder, body, client_of(request).tenant, wait)
     return json_response(answer, headers=headers)
 
 
 async def embedding_body(
+    engine: AsyncEngine,
     embedder: Embedder,
     body: EmbeddingRequest,
     tenant: str,
@@ -63,7 +64,8 @@ async def embedding_body(
     *,
     later: bool = False,
 ) -> dict[str, Any]:
-    """The whole answer; `wait` is how the vectors are waited for, `later` if nobody else waits."""
+    """The whole answer; `wait` is how the vectors are waited for, `later` if nobody else waits.
+    Raises Overloaded if the tenant's rate, which `engine` counts, is used up."""
     sequences = await tokenized(embedder, body)
     width = embedder.encoder.width
     if body.dimensions is not None and not 1 <= body.dimensions <= width:
@@ -71,10 +73,11 @@ async def embedding_body(
             f"dimensions must be between 1 and {width}, which {embedder.name} has",
             param="dimensions",
         )
+    tokens = sum(map(len, sequences))
+    engine.admission.charge(tenant, tokens, engine.parts.clock.now(), patient=later)
     vectors = shortened(
         await wait(embedder.submit(sequences, tenant, later=later)), body.dimensions
     )
-    tokens = sum(map(len, sequences))
     data = [
         {"object": "embedding", "index": number, "embedding": shown}
         for number, shown in enumerate(encoded(vectors, body.encoding_format or "float"))

@@ -84,7 +84,7 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self._hosts is not None and _name(host) not in self._hosts:
+        if self._hosts is not None and not self._answers_for(_name(host)):
             raise HTTPError(
                 403,
                 f"this server does not answer for the host {host[:100]!r}; "
@@ -112,9 +112,22 @@ class Guard:
                 headers={"www-authenticate": "Bearer"},
             )
         scope["state"]["tenant"] = tenant
-        # Whose streams and answers they are, to nobody but whoever has the key.
         open_to_all = self._directory.is_open
-        scope["state"]["owner"] = "" if open_to_all else hashlib.sha256(key.encode()).hexdigest()
+        digest = "" if open_to_all else hashlib.sha256(key.encode()).hexdigest()
+        # Whose streams, files and answers they are: the tenant's, whichever of its keys it shows;
+        # of those who have no name, to nobody but whoever has the key.
+        scope["state"].update(key=digest, owner=f"tenant {tenant}" if tenant else digest)
+
+    def _answers_for(self, name: str) -> bool:
+        """Whether this is a host's name, or any address: no page can have one of those rebound."""
+        assert self._hosts is not None
+        if name in self._hosts or name == "localhost":
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
 
     def _with_headers(self, send: Send, scope: Scope, request_id: str) -> Send:
         async def wrapped(message: Message) -> None:
@@ -171,7 +184,9 @@ def _limit_body(headers: Headers, receive: Receive, most: int) -> Receive:
 
 
 def allowed_hosts(settings: ServerSection) -> set[str] | None:
-    """Names that `Host` may have; None (any) on a public address without a list."""
+    """Names that `Host` may have; None (any) on a public address without a list, or with `*`."""
+    if "*" in settings.allowed_hosts:
+        return None
     if settings.allowed_hosts:
         return {name.lower() for name in settings.allowed_hosts}
     if is_local(settings.host):

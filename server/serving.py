@@ -22,6 +22,7 @@ from engine.embedding.embedder import Embedder
 from engine.parts import Parts
 from server.app import Lifecycle, LoadingStopped, create_app
 from server.chunked import Connected
+from server.connection import Connection
 from server.journal import open_journal
 from server.progress import StartupProgress, print_summary
 from server.security import is_local
@@ -126,7 +127,7 @@ def listen(settings: ServerSection) -> socket.socket:
 def _uvicorn_config(app: Connected, settings: ServerSection) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="websockets-sansio",
         ws_max_size=settings.max_body_bytes,
         loop="uvloop",

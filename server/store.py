@@ -8,7 +8,7 @@ then the scheduler sets it aside, and in the end it fails.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -425,8 +425,12 @@ class Store:
     def _forget_oldest(self) -> None:
         ended = [r for r in self._records.values() if r.is_over and not r.log.readers]
         size, count = sum(r.bytes for r in ended), len(ended)
-        for record in ended:
-            if count <= self._settings.stored_responses and size <= KEPT_BYTES:
-                break
+        held = Counter(r.owner for r in ended)
+        while ended and (count > self._settings.stored_responses or size > KEPT_BYTES):
+            # The oldest of whoever has the most, so that nobody's go for another's sake.
+            most = max(held.values())
+            record = next(r for r in ended if held[r.owner] == most)
+            ended.remove(record)
             del self._records[record.id]
+            held[record.owner] -= 1
             size, count = size - record.bytes, count - 1

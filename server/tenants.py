@@ -71,7 +71,7 @@ class Directory:
 
     def knows(self, client: Client) -> bool:
         """Whether a client's key is (still) its tenant's, or none is needed."""
-        return self.is_open or self._keys.get(client.owner.encode()) == client.tenant
+        return self.is_open or self._keys.get(client.key.encode()) == client.tenant
 
     def tenant_of(self, key: str) -> str | None:
         """The tenant that a key belongs to; None if nobody has it."""
@@ -138,14 +138,17 @@ class Client:
     tenant: str
     headers: Mapping[str, str]
     owner: str = ""
-    """Of streams and stored answers: a digest of the key; empty where none is needed."""
+    """Of streams, files and stored answers: the tenant, or a digest of the key of one without a
+    name; empty where no key is needed."""
     trace: str = ""
+    key: str = ""
+    """A digest of it."""
 
 
 def client_of(connection: HTTPConnection) -> Client:
     """The client that the guard let in."""
     state = connection.state
-    return Client(state.tenant, connection.headers, state.owner, state.trace)
+    return Client(state.tenant, connection.headers, state.owner, state.trace, state.key)
 
 
 def _tenant(name: str, entry: TenantEntry) -> Tenant:

@@ -91,22 +91,26 @@ class Admission:
 
     def _check(self, request: Request, now: float) -> None:
         n = request.sampling.n
-        account = self.check_room(request.tenant, n, n * len(request.prompt_ids), now)
+        tokens = n * len(request.prompt_ids)
+        account = self.check_room(request.tenant, n, tokens, now, patient=request.is_patient)
         self._check_deadline(request, account.waiting, now)
 
-    def check_room(self, tenant: str, n: int, prompt_tokens: int, now: float) -> Account:
+    def charge(self, tenant: str, tokens: int, now: float, *, patient: bool = False) -> None:
+        """Count tokens that are computed for a tenant beside the scheduler. Raises Overloaded if
+        its rate is used up."""
+        try:
+            self._account(tenant, now, patient=patient).take_elsewhere(tokens)
+        except Overloaded as error:
+            self.refusals[tenant, error.reason] += 1
+            raise
+
+    def check_room(
+        self, tenant: str, n: int, prompt_tokens: int, now: float, *, patient: bool = False
+    ) -> Account:
         """The account of a tenant that may queue `n` sequences with so many tokens of prompts.
         Raises Overloaded if it may not now."""
         queue, limits = self._scheduler.queue, self._limits
-        account = queue.account(tenant, now)
-        wait = account.wait_for_quota(now)
-        if wait > 0:
-            rate = account.tenant.tokens_per_second
-            raise Overloaded(
-                f"the tenant's rate of {rate:g} tokens/s is used up; retry later",
-                retry_after=wait,
-                reason="rate",
-            )
+        account = self._account(tenant, now, patient=patient)
         queued = len(queue)
         tokens = queue.tokens + prompt_tokens
         if queued + n > limits.max_waiting:
@@ -118,6 +122,19 @@ class Admission:
         crowded = 2 * (queued + n) > limits.max_waiting and len(queue.accounts) > 1
         if crowded and len(account.waiting) + n > queue.share(account, limits.max_waiting):
             self._refuse(f"{len(account.waiting)} sequences of this tenant are waiting", "share")
+        return account
+
+    def _account(self, tenant: str, now: float, *, patient: bool) -> Account:
+        """A tenant's, if its rate allows another request."""
+        account = self._scheduler.queue.account(tenant, now)
+        wait = account.wait_for_quota(now, patient=patient)
+        if wait > 0:
+            rate = account.tenant.tokens_per_second
+            raise Overloaded(
+                f"the tenant's rate of {rate:g} tokens/s is used up; retry later",
+                retry_after=wait,
+                reason="rate",
+            )
         return account
 
     @property

@@ -87,16 +87,24 @@ class Account:
         self.counter -= self.charge * tokens
         self._spend(-tokens)
 
-    def wait_for_quota(self, now: float) -> float:
-        """Seconds until the tenant's rate allows another request; 0 if it does."""
+    def wait_for_quota(self, now: float, *, patient: bool = False) -> float:
+        """Seconds until the tenant's rate allows another request; 0 if it does. One that is
+        `patient`, for which nobody waits, leaves half of the burst to others."""
         rate = self.tenant.tokens_per_second
         if not rate:
             return 0.0
         self.level = min(self.level + (now - self.updated) * rate, BURST_SECONDS * rate)
         self.updated = now
-        # What is queued will be spent, though it has not been yet.
-        left = self.level - sum(len(s.tokens) for s in self.waiting)
+        # What is queued will be spent, though it has not been yet; what is patient comes later.
+        ahead = (s for s in self.waiting if patient or not s.request.is_patient)
+        left = self.level - sum(len(s.tokens) for s in ahead)
+        if patient:
+            left -= BURST_SECONDS * rate / 2
         return 0.0 if left > 0 else (1 - left) / rate
+
+    def take_elsewhere(self, tokens: int) -> None:
+        """Charge its rate with what is computed beside the scheduler."""
+        self._spend(tokens)
 
     def _spend(self, tokens: int) -> None:
         """Count tokens against the quota; a request that began may overdraw it."""

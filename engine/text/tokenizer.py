@@ -108,7 +108,9 @@ class Tokenizer:
         Raises UnicodeEncodeError if `text` holds half of a surrogate pair.
         """
         text.encode()  # the package's own complaint about half a surrogate pair is a TypeError
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of a batch, since for one text the package holds the interpreter's lock.
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

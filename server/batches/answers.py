@@ -37,7 +37,7 @@ class Answers:
             request, _ = decode(body, EmbeddingRequest, {})
             embedder = embedder_named(self._embedder, request.model)
             wait = asyncio.wrap_future
-            return await embedding_body(embedder, request, tenant, wait, later=True)
+            return await embedding_body(self._engine, embedder, request, tenant, wait, later=True)
         if endpoint == CHAT:
             chat = _seeded(decode(body, ChatRequest)[0], seed)
             generation = await prepare_chat(self._engine, chat, client)

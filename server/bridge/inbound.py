@@ -258,7 +258,9 @@ class Inbound:
         assert embedder is not None
         body = EmbeddingRequest(input=given.texts, model=embedder.name)
         embedder = embedder_named(embedder, body.model)
-        answer = await embedding_body(embedder, body, self._client(ctx).tenant, asyncio.wrap_future)
+        answer = await embedding_body(
+            self._engine, embedder, body, self._client(ctx).tenant, asyncio.wrap_future
+        )
         return {"model": embedder.name, "vectors": [item["embedding"] for item in answer["data"]]}
 
     async def _list_models(self, ctx: Context, given: ListModels) -> dict[str, Any]:

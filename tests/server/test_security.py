@@ -104,6 +104,7 @@ def test_request_ids_are_echoed_if_they_are_plain(mock: ServerProcess) -> None:
         (ServerSection(host="localhost"), {"localhost", "127.0.0.1", "::1"}),
         (ServerSection(host="0.0.0.0"), None),
         (ServerSection(host="0.0.0.0", allowed_hosts=("API.example",)), {"api.example"}),
+        (ServerSection(allowed_hosts=("a.example", "*")), None),
     ],
 )
 def test_allowed_hosts(settings: ServerSection, hosts: set[str] | None) -> None:
@@ -113,3 +114,11 @@ def test_allowed_hosts(settings: ServerSection, hosts: set[str] | None) -> None:
 def test_local_addresses() -> None:
     assert all(is_local(h) for h in ("localhost", "127.0.0.1", "127.8.8.8", "::1"))
     assert not any(is_local(h) for h in ("0.0.0.0", "::", "10.0.0.1", "my-machine"))
+
+
+def test_probes_by_address_are_answered_whatever_names_are_listed(mock_server: MockFactory) -> None:
+    server = mock_server({"allowed_hosts": ["models.example"]})
+    hosts = {"models.example": 200, "10.1.2.3:8000": 200, "[fd00::1]:80": 200, "other.example": 403}
+    for host, status in hosts.items():
+        response = httpx.get(f"{server.url}/health/live", headers={"host": host})
+        assert response.status_code == status, host

@@ -31,10 +31,11 @@ async def opened(**settings: Any) -> AsyncIterator[tuple[AsyncEngine, Store]]:
 
 
 async def begin(
-    engine: AsyncEngine, store: Store, name: str, tokens: int = 300, **options: Any
+    engine: AsyncEngine, store: Store, name: str, tokens: int = 300, /, **options: Any
 ) -> Record:
     composer = ResponseComposer(name, {}, engine.parts.tokenizer, logprobs=False)
-    record = Record(name, "owner", composer, **{"resumable": True, "settings": object()} | options)
+    owner = options.pop("owner", "owner")
+    record = Record(name, owner, composer, **{"resumable": True, "settings": object()} | options)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     store.start(record, await engine.submit(PROMPT, params, request_id=name))
     return record
@@ -61,6 +62,17 @@ async def test_what_ended_last_is_kept_however_early_it_began() -> None:
         assert store.find("slow", "owner") is slow
         with pytest.raises(HTTPError):
             store.find("a", "owner")
+
+
+async def test_who_keeps_many_loses_its_own() -> None:
+    async with opened(stored_responses=3) as (engine, store):
+        for name, owner in (("first", "a"), ("second", "b"), ("third", "b"), ("fourth", "b")):
+            record = await begin(engine, store, name, 2, background=True, owner=owner)
+            await record.ended.wait()
+        assert store.find("first", "a").is_over
+        assert store.find("fourth", "b").is_over
+        with pytest.raises(HTTPError):
+            store.find("second", "b")
 
 
 async def test_a_slow_but_steady_reader_is_no_stalled_one() -> None:

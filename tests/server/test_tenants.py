@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -51,6 +52,24 @@ def test_a_key_is_a_tenant_whose_cache_nobody_else_sees(
     assert cached(ask(server, "key-a", prompt)) == 0
     assert cached(ask(server, "key-b", prompt)) == 0
     assert cached(ask(server, "key-a", prompt)) == len(prompt) - 1
+
+
+def test_what_a_tenant_stored_is_there_for_all_of_its_keys(
+    mock_server: MockFactory, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text('[tenants.a]\nkeys = ["old", "new"]\n[tenants.b]\nkeys = ["other"]\n')
+    server = mock_server({"tenants_file": str(file)})
+
+    def stored(key: str, path: str = "", **more: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        method = "POST" if more else "GET"
+        url = f"{server.url}/v1/responses{path}"
+        return httpx.request(method, url, headers=headers, json=more or None)
+
+    made = stored("old", model="mock", input="a", max_output_tokens=4).json()["id"]
+    assert stored("new", f"/{made}").status_code == 200
+    assert stored("other", f"/{made}").status_code == 404
 
 
 def test_a_rate_that_is_used_up_is_429_with_the_time_to_wait(

@@ -179,3 +179,17 @@ def test_one_tenant_cannot_fill_the_queue_of_all() -> None:
     with pytest.raises(Overloaded, match="of this tenant"):
         admission.admit(make(5, tenant="flood"), 0.0)  # type: ignore[arg-type]
     admission.admit(make(5, tenant="guest"), 0.0)  # type: ignore[arg-type]
+
+
+def test_what_nobody_waits_for_leaves_half_of_the_burst_to_others() -> None:
+    bench = Bench(pages=64, budget=64)
+    bench.scheduler.queue.configure({"t": Tenant(id="t", tokens_per_second=10.0)}, 0.0)
+    account = bench.scheduler.queue.account("t", 0.0)
+    bench.add([1] * 60, max_tokens=8, tenant="t", priority=-1)
+    # Those that wait are in the way of their like alone.
+    assert account.wait_for_quota(0.0) == 0.0
+    assert account.wait_for_quota(0.0, patient=True) == pytest.approx(1.1)
+    account.take_elsewhere(55)
+    assert account.wait_for_quota(0.0) == 0.0
+    account.take_elsewhere(55)
+    assert account.wait_for_quota(0.0) == pytest.approx(1.1)
