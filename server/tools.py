@@ -85,7 +85,9 @@ def offered_tools(
     for number, name in enumerate(names):
         if name in names[:number]:
             raise InvalidRequest(f"two tools are called {name!r}", param=f"tools.[{number}]")
-    return Offered(found, _choice(choice, names, flat), parallel is not False)
+    chosen = _choice(choice, names, flat)
+    # A tool that is named is called once, as OpenAI has it.
+    return Offered(found, chosen, parallel is not False and chosen not in names)
 
 
 def _tool(tool: Any, where: str, flat: bool) -> FunctionTool:
@@ -153,7 +155,8 @@ def object_in(text: str) -> dict[str, Any] | None:
 
 def arguments_of(text: Any, where: str) -> dict[str, Any]:
     """A call's arguments as templates want them. Raises InvalidRequest if they are no object."""
-    value = object_in(text) if isinstance(text, str) else text
+    # Calls that were cut off before their arguments began come back as they were.
+    value = object_in(text or "{}") if isinstance(text, str) else text
     if not isinstance(value, dict):
         raise InvalidRequest("a call's arguments must be a JSON object", param=where)
     return value

@@ -13,7 +13,13 @@ import llguidance
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.errors import InvalidRequest
-from engine.text.schemas import forget_dialects, narrow, schemas_of, settle_alternatives
+from engine.text.schemas import (
+    forget_dialects,
+    forget_formats,
+    narrow,
+    schemas_of,
+    settle_alternatives,
+)
 from engine.text.tokenizer import Tokenizer
 from engine.types import Grammar
 
@@ -104,6 +110,7 @@ OPTIONS: Any = {"whitespace_pattern": WHITESPACE}
 def enforced(grammar: Grammar) -> Any:
     """A schema as it is enforced. Raises InvalidRequest if it is none."""
     schema = read_schema(grammar)
+    forget_formats(schema)
     settle_alternatives(schema)
     narrow(schema)
     return schema

@@ -36,6 +36,10 @@ BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum", 
 MAX_INTEGER = 2**53 - 1
 # References are followed so far.
 MAX_HOPS = 16
+# Kinds of texts that are enforced.
+FORMATS = (
+    "date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri",
+)  # fmt: skip
 
 
 def schemas_of(schema: Any, at: str = "") -> Iterator[tuple[str, Schema]]:
@@ -69,6 +73,14 @@ def forget_dialects(schema: Any) -> None:
         named = part.get("$schema")
         if isinstance(named, str) and named.rstrip("#") not in DRAFTS:
             del part["$schema"]
+
+
+def forget_formats(schema: Any) -> None:
+    """Take out, in place, every `format` that is not enforced: to those who do not know one it is
+    an annotation, as the specification has it (`password`, `path`)."""
+    for _, part in list(schemas_of(schema)):
+        if part.get("format") not in FORMATS:
+            part.pop("format", None)
 
 
 def settle_alternatives(schema: Any) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from engine import InvalidRequest
 from server.dialect import GENERIC, taught
-from server.tools import offered_tools
+from server.tools import arguments_of, offered_tools
 from tests.server.process import ServerProcess
 
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
@@ -295,3 +295,17 @@ def test_deep_arguments_are_refused(client: openai.OpenAI, arguments: str) -> No
     call = {"id": "1", "type": "function", "function": function}
     with pytest.raises(openai.BadRequestError):
         ask(client, messages=[*HELLO, {"role": "assistant", "tool_calls": [call]}])
+
+
+def test_a_tool_that_is_named_is_called_once() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
+    named = {"type": "function", "function": {"name": "a"}}
+    assert not offered_tools(tools, named, None).parallel
+    assert offered_tools(tools, "required", None).parallel
+    assert not offered_tools(tools, "required", False).parallel
+
+
+def test_a_call_that_was_cut_before_its_arguments_may_come_back() -> None:
+    assert arguments_of("", "x") == {}
+    with pytest.raises(InvalidRequest):
+        arguments_of('{"a": ', "x")

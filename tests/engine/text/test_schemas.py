@@ -10,6 +10,7 @@ import pytest
 from engine.text.schemas import (
     MAX_INTEGER,
     forget_dialects,
+    forget_formats,
     narrow,
     schemas_of,
     settle_alternatives,
@@ -137,4 +138,14 @@ def test_dialects_that_would_have_to_be_fetched_are_forgotten() -> None:
         "const": {"$schema": "http://x/y"},
         "properties": {"$schema": {"type": "string"}},
         "$defs": {"x": {"$schema": known}},
+    }
+
+
+def test_formats_that_nobody_enforces_are_annotations() -> None:
+    secret, day = {"type": "string", "format": "password"}, {"type": "string", "format": "date"}
+    schema = {"properties": {"format": secret, "day": day}, "default": {"format": "password"}}
+    forget_formats(schema)
+    assert schema == {
+        "properties": {"format": {"type": "string"}, "day": {"type": "string", "format": "date"}},
+        "default": {"format": "password"},
     }
