@@ -156,7 +156,9 @@ def generate(
 def chat(
     *,
     model: ModelName = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: Annotated[
+        int | None, Parameter(help="Length of an answer, in tokens; up to 512 if left out.")
+    ] = None,
     temperature: Temperature = None,
     system: Annotated[str | None, Parameter(help="A system message.")] = None,
     config: ConfigFile = None,
@@ -165,21 +167,16 @@ def chat(
     dtype: DTypeName = None,
     accept_terms: AcceptTerms = False,
 ) -> int:
-    """Talk with a model in the terminal. An empty line or Ctrl-D ends it."""
-    from server.talk import answer_to
+    """Talk with a model in the terminal. Ctrl-C stops an answer; /bye or Ctrl-D ends it."""
+    from server.talk import converse
 
     given = _given(max_tokens, temperature)
     settings = _settings(config, set_, model, threads, dtype)
 
     async def run() -> None:
-        messages = [{"role": "system", "content": system}] if system else []
         async with _engine(settings, accept_terms) as engine:
             drawn = {"temperature": 0.7, "top_p": 0.95} | dict(engine.parts.recommended) | given
-            params = SamplingParams(**drawn)
-            while question := await _asked():
-                messages.append({"role": "user", "content": question})
-                answer = await answer_to(engine, messages, params)
-                messages.append({"role": "assistant", "content": answer})
+            await converse(engine, system, drawn)
 
     anyio.run(run)
     return 0
@@ -205,8 +202,10 @@ def run_batch(
     interruption the same command goes on where it was.
     """
     from engine.embedding.embedder import Embedder
+    from server.batches.offline import check_target
     from server.batches.offline import run_batch as answer
 
+    check_target(source, target)
     more = {"embedding.model": embedding_model}
     settings = _settings(config, set_, model, threads, dtype, more)
     embedder = Embedder(settings.embedding) if settings.embedding.model else None
@@ -285,13 +284,16 @@ def prune(
 def top(
     *,
     url: Annotated[str, Parameter(help="Where the server is.")] = "http://127.0.0.1:8000",
-    seconds: Annotated[float, Parameter(help="Between two looks.")] = 1.0,
+    seconds: Annotated[
+        float, Parameter(help="Between two looks.", validator=validators.Number(gt=0))
+    ] = 1.0,
     frames: Annotated[int, Parameter(help="Stop after so many; 0 goes on.")] = 0,
 ) -> int:
     """Show what a running server does: tokens a second, the queue, the cache, latencies."""
     from server.top import watch
 
-    watch(url.rstrip("/"), seconds, Console(), frames)
+    place = url if "://" in url else f"http://{url}"
+    watch(place.rstrip("/"), seconds, Console(), frames)
     return 0
 
 
@@ -324,6 +326,8 @@ def version() -> int:
 def main() -> None:
     """Entry point: errors made on purpose are one line, and exit status 1."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    # A terminal that cannot show a character shows another.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         code = app(result_action="return_value")
     except RyzansteinError as error:
@@ -331,14 +335,17 @@ def main() -> None:
         code = 1
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        # Whoever read has seen enough; what is left must not be written at the end, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _given(max_tokens: int, temperature: float | None) -> dict[str, Any]:
+def _given(max_tokens: int | None, temperature: float | None) -> dict[str, Any]:
     """Fields of `SamplingParams` that were asked for, checked before anything is loaded."""
-    given: dict[str, Any] = {"max_tokens": max_tokens}
-    if temperature is not None:
-        given["temperature"] = temperature
+    asked = {"max_tokens": max_tokens, "temperature": temperature}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**given).validate(sys.maxsize)
     return given
 
@@ -418,15 +425,6 @@ def _compress(
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     print(f"{target}: {size / 1e6:.0f} MB of weights, {said}")
     return 0
-
-
-async def _asked() -> str:
-    """A line from whoever sits there; "" at the end."""
-    print("> ", end="", flush=True)
-    if sys.stdin.isatty():
-        # A thread that waits for a line would have to be waited for after Ctrl-C.
-        await anyio.wait_readable(sys.stdin)
-    return sys.stdin.readline().strip()
 
 
 if __name__ == "__main__":

@@ -113,9 +113,11 @@ def listen(settings: ServerSection) -> socket.socket:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        unknown = error.errno is not None and error.errno < 0  # a name that nobody knows
+        reason = os.strerror(error.errno) if error.errno and not unknown else str(error.strerror)
         raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another --port"
+            f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another "
+            f"{'--host' if unknown else '--port'}"
         ) from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # What a client that was given up never takes would otherwise keep its connection.

@@ -29,6 +29,18 @@ FOREVER = 100 * 365 * 24 * 3600
 OWNER = "shell"
 
 
+def check_target(source: Path, target: Path) -> None:
+    """Refuse to write over anything. Raises ConfigError before a model is loaded."""
+    if not source.is_file():
+        raise ConfigError(f"there is no file {source}")
+    if target.exists() and not _progress_of(target).exists():
+        raise ConfigError(f"{target} is there already; remove it, or name another file")
+
+
+def _progress_of(target: Path) -> Path:
+    return target.with_name(target.name + ".progress")
+
+
 async def run_batch(
     engine: AsyncEngine,
     embedder: Embedder | None,
@@ -44,7 +56,7 @@ async def run_batch(
     """
     content = await anyio.Path(source).read_bytes()
     url = _endpoint(content, source)
-    kept = target.with_name(target.name + ".progress")
+    kept = _progress_of(target)
     with _alone(target):
         try:
             database = Database(kept)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,13 +47,71 @@ def test_generate_prints_text_and_nothing_else(model: str) -> None:
     assert "load" in first.stderr
 
 
-def test_chat_answers_each_line_until_an_empty_one(model: str) -> None:
+def test_chat_answers_each_line_until_the_end(model: str) -> None:
+    lines = "hi\n\nand\n/bye\nnobody reads this\n"
     result = ryzanstein(
-        "chat", "--model", model, "--max-tokens", "4", "--system", "Be brief.", text="hi\nbye\n\n"
+        "chat", "--model", model, "--max-tokens", "4", "--system", "Be brief.", text=lines
     )
     assert result.returncode == 0
-    assert result.stdout.count("> ") == 3
+    assert result.stdout.count("> ") == 4
+    assert result.stdout.count("cut at 4 tokens") == 2
     assert ryzanstein("chat", "--model", model, text="").returncode == 0
+
+
+def test_a_question_that_cannot_be_answered_ends_no_chat(model: str) -> None:
+    lines = f"hi\n{'long ' * 300}\n/clear\nagain\n"
+    result = ryzanstein("chat", "--model", model, "--max-tokens", "4", text=lines)
+    assert result.returncode == 0
+    assert result.stderr.count("error: the prompt has") == 1
+    assert "/clear begins" in result.stderr
+    assert result.stdout.count("cut at 4 tokens") == 2
+
+
+def typed(terminal: int, text: bytes, until: bytes) -> bytes:
+    """What comes back to something typed, up to a mark."""
+    os.write(terminal, text)
+    seen, deadline = b"", time.monotonic() + 30
+    while until not in seen and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                seen += os.read(terminal, 4096)
+            except OSError:  # the command has ended
+                break
+    assert until in seen, seen
+    return seen
+
+
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_pasted_lines_are_one_question(
+    tmp_path: Path,
+) -> None:
+    # One that knows no end, and would go on for minutes.
+    model = write_llama(tmp_path / "tiny", max_position_embeddings=1 << 16, vocab_size=256)
+    file, again = tmp_path / "made", b"\x1b[?2004h> "
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        command = [sys.executable, "-m", "server.cli", "chat", "--model", str(model)]
+        os.execv(sys.executable, [*command, "--max-tokens", "60000"])
+    typed(terminal, b"", b"> ")
+    for question in (b"hi", f"\x1b[200~see:\n\ntouch {file}\x1b[201~".encode()):
+        typed(terminal, question + b"\r", b"\x1b[?2004l\r")
+        time.sleep(0.5)  # the answer has begun
+        typed(terminal, b"\x03", again)
+    os.write(terminal, b"/bye\r")
+    typed(terminal, b"", b"/bye")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(terminal)
+    assert not file.exists()
+
+
+def test_who_reads_no_further_ends_the_output_quietly(model: str) -> None:
+    command = f"{sys.executable} -m server.cli generate x --model {model} --max-tokens 200"
+    shell = f"({command}; echo status $? >&2) | head -c 1"
+    result = subprocess.run(
+        ["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "Traceback" not in result.stderr
+    assert "status 141" in result.stderr
 
 
 def ends_with_ctrl_c(process: subprocess.Popen[bytes]) -> None:
