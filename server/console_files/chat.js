@@ -1,16 +1,34 @@
-// A chat over /v1/responses with the subprotocol ryzanstein.v1. The conversation is kept in this
-// browser; an answer that a reload or a drop cut off is read on from where it was, and asked for again
+// A chat over /v1/responses with the subprotocol ryzanstein.v1. Each tab keeps its conversation, and a
+// new one begins with that which was kept last; an answer that a reload or a drop cut off is read on from where it was, and asked for again
 // if the server has forgotten it. Lost connections are tried again by themselves for a while; Resume tries
 // at once and from anew, and lets the model go on with an answer that was stopped or failed.
 const $ = (id) => document.getElementById(id);
-const KEPT = "ryzanstein.conversation";
+const KEPT = "ryzanstein.conversation", SET = "ryzanstein.settings";
+
+// A list that this tab kept, or the last one that did; none if it cannot be read.
+function kept(name) {
+  try {
+    const list = JSON.parse(sessionStorage.getItem(name) ?? localStorage.getItem(name) ?? "[]");
+    return Array.isArray(list) ? list : [];
+  } catch {
+    return [];
+  }
+}
+
+function keep(name, list) {
+  for (const storage of [sessionStorage, localStorage]) storage.setItem(name, JSON.stringify(list));
+}
+
 const RETRY_MS = [250, 500, 1000, 2000, 4000, 4000, 4000, 4000, 4000, 4000];
 
 export class Chat {
   constructor(open, show) {
     this.open = open;
     this.show = show;
-    this.messages = JSON.parse(localStorage.getItem(KEPT) || "[]");
+    this.messages = kept(KEPT);
+    const [warmth, tokens] = kept(SET);
+    if (warmth !== undefined) $("temperature").value = warmth;
+    if (tokens !== undefined) $("tokens").value = tokens;
     this.failures = 0;
     this.dirty = new Set();
     for (const message of this.messages) this.draw(message);
@@ -19,9 +37,10 @@ export class Chat {
       this.ask();
     });
     $("input").addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey) {
+      // An Enter that chooses what is being composed (Japanese, Chinese, Korean) sends nothing.
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
         event.preventDefault();
-        this.ask();
+        $("compose").requestSubmit();
       }
     });
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.stop());
@@ -65,14 +84,25 @@ export class Chat {
   // An answer that ended before its end; it is the last thing that was said.
   get broken() {
     const last = this.messages.at(-1);
-    return last && last.role === "assistant" && last.done && (last.stopped || last.error) ? last : null;
+    if (!last || last.role !== "assistant" || !last.done) return null;
+    return last.stopped || last.error || last.limited ? last : null;
+  }
+
+  // What is left out of a request is as the model's makers recommend.
+  get settings() {
+    const warmth = $("temperature").value, tokens = $("tokens").value;
+    keep(SET, [warmth, tokens]);
+    return { temperature: warmth === "" ? undefined : Number(warmth), tokens: Number(tokens) };
   }
 
   resume() {
     const answer = this.broken;
-    if (answer) {
+    if (answer && $("compose").reportValidity()) {
       const base = answer.text.trimEnd();
-      Object.assign(answer, { done: false, stopped: false, error: "", stats: "", id: null, base });
+      // One that was cut at its length has as much again.
+      if (answer.limited) answer.used = 0;
+      const again = { done: false, stopped: false, limited: false, error: "", stats: "", id: null };
+      Object.assign(answer, again, { base, asked: this.settings });
       this.keep();
       if (this.connected) this.request();
     }
@@ -89,9 +119,7 @@ export class Chat {
     if (!text || this.pending) return;
     $("input").value = "";
     this.add({ role: "user", text });
-    const warmth = $("temperature").value;
-    // What is left out of a request is as the model's makers recommend.
-    const asked = { temperature: warmth === "" ? undefined : Number(warmth), tokens: Number($("tokens").value) };
+    const asked = this.settings;
     this.add({ role: "assistant", text: "", seq: -1, done: false, asked, used: 0, stats: "" });
     this.request();
     this.reconnect();
@@ -102,7 +130,7 @@ export class Chat {
     const answer = this.pending, { temperature, tokens } = answer.asked;
     const base = answer.base || "";
     Object.assign(answer, { id: null, text: base, seq: -1, begun: performance.now(), first: null, cut: false, pieces: 0 });
-    const said = this.messages.slice(0, -1).filter((m) => m.text).map(({ role, text }) => ({ role, content: text }));
+    const said = this.said.map(({ role, text }) => ({ role, content: text }));
     if (base) {
       this.send({
         type: "chat.completion.create",
@@ -118,6 +146,13 @@ export class Chat {
     }
     this.draw(answer);
     this.buttons();
+  }
+
+  // What the model is told of what was said before its answer: not what it could not answer.
+  get said() {
+    const before = this.messages.slice(0, -1);
+    const unanswered = (m) => m?.role === "assistant" && m.error && !m.text;
+    return before.filter((m, number) => m.text && !unanswered(before[number + 1]));
   }
 
   stop() {
@@ -190,8 +225,9 @@ export class Chat {
       parts.push(`first after ${Math.round(answer.first - answer.begun)} ms`);
       if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
     }
+    answer.limited = !answer.stopped && (answer.cut || response.status === "incomplete");
     if (answer.stopped) parts.push("stopped");
-    else if (answer.cut || response.status === "incomplete") parts.push("cut at its length");
+    else if (answer.limited) parts.push("cut at its length");
     answer.stats = parts.join(" · ");
   }
 
@@ -202,7 +238,7 @@ export class Chat {
   }
 
   keep() {
-    localStorage.setItem(KEPT, JSON.stringify(this.messages));
+    keep(KEPT, this.messages);
   }
 
   buttons() {

@@ -143,8 +143,59 @@ def test_a_stopped_answer_goes_on_when_asked_to(mock_server: MockFactory, page: 
         expect(text).to_have_text(re.compile(rf"^{kept}[a-z]+$"))
     expect(text).to_have_text(answer_to("a long one", 120), timeout=10_000)
     expect(stats).to_have_text(re.compile(r"^120 tokens · .*cut at its length$"))
-    expect(resume).to_be_hidden()
+    # One that was cut goes on, too, by as many tokens as are set now.
+    page.fill("#tokens", "30")
+    resume.click()
+    expect(text).to_have_text(answer_to("a long one", 150), timeout=10_000)
     assert server.metric('ryzanstein_requests_finished_total{reason="abort"}') == 2
+
+
+def test_a_question_that_had_no_answer_is_not_asked_again(
+    mock_server: MockFactory, page: Page
+) -> None:
+    server = mock_server(pages=512, context=100)
+    page.goto(server.url)
+    ask(page, "x" * 200, 10)
+    expect(page.locator("#messages li.assistant .error")).to_contain_text("the prompt has")
+    ask(page, "short", 5)
+    answers = page.locator("#messages li.assistant .text")
+    expect(answers.nth(1)).to_have_text(answer_to("short", 5))
+
+
+def test_each_tab_keeps_its_own_conversation(mock_server: MockFactory, page: Page) -> None:
+    server = mock_server()
+    page.goto(server.url)
+    ask(page, "one", 5)
+    expect(page.locator("#messages li.assistant .text")).to_have_text(answer_to("one", 5))
+    other = page.context.new_page()
+    other.goto(server.url)
+    expect(other.locator("#messages li.user .text")).to_have_text("one")  # the last that was kept
+    other.click("#clear")
+    ask(other, "two", 5)
+    expect(other.locator("#messages li.assistant .text")).to_have_text(answer_to("two", 5))
+    page.reload()
+    expect(page.locator("#messages li.user .text")).to_have_text("one")
+    other.evaluate("sessionStorage.setItem('ryzanstein.conversation', '{oops')")
+    other.evaluate("Storage.prototype.setItem = () => {}")
+    other.reload()
+    expect(other.locator("#state")).to_have_text("ok")
+
+
+def test_enter_sends_nothing_that_is_composed_or_set_wrongly(
+    mock_server: MockFactory, page: Page
+) -> None:
+    server = mock_server()
+    page.goto(server.url)
+    expect(page.locator("#state")).to_have_text("ok")
+    page.fill("#input", "にほん")
+    enter = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true})"
+    page.evaluate(f"document.getElementById('input').dispatchEvent({enter})")
+    page.fill("#tokens", "")
+    page.press("#input", "Enter")
+    assert page.locator("#messages li").count() == 0
+    page.fill("#tokens", "5")
+    page.press("#input", "Enter")
+    expect(page.locator("#messages li.assistant .stats")).to_contain_text("5 tokens")
 
 
 def test_an_answer_that_failed_goes_on_when_asked_to(mock_server: MockFactory, page: Page) -> None:
@@ -187,7 +238,7 @@ def test_when_attempts_have_ended_a_button_begins_anew(page: Page) -> None:
         page.click("#resume")
         expect(page.locator("#state")).to_have_text("ok")
         expect(text).to_have_text(answer_to("once more", 100), timeout=15_000)
-        expect(page.locator("#resume")).to_be_hidden()
+        expect(page.locator("#send")).to_be_visible()
         page.goto("about:blank")
 
 
