@@ -97,12 +97,17 @@ class Rope:
 @dataclass(frozen=True)
 class HeadNorms:
     """RMS norms over each query and key head, applied before rotation, and over each value head if
-    there is one for them; weights are `[head_dim]`."""
+    there is one for them; weights are `[head_dim]`.
+
+    With `whole`, the heads of all ranks together, there is one norm over all queries and one over
+    all keys instead; weights are `[heads * head_dim]`, of the heads that are here.
+    """
 
     query: Weight
     key: Weight
     eps: float
     value: Weight | None = None
+    whole: Heads | None = None
 
 
 @dataclass(frozen=True)
@@ -213,13 +218,29 @@ class Ops(Protocol[T]):
         """`x @ weight.T (+ bias)`: `[rows, in] -> [rows, out]`, fp32 out."""
         ...
 
+    def head_squares(self, qkv: T, heads: Heads, keys: bool) -> T:
+        """Each query head's sum of squares and, beside it, that of its key head, which the first
+        of those that share it has, or none without `keys`; the others have 0.
+
+        `qkv` is `[tokens, heads.qkv_width]`; `[tokens, 2 * query]`, fp32. With `keys` False another
+        rank counts the one key head that is here.
+        """
+        ...
+
     def rope_write_kv(
-        self, qkv: T, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
+        self,
+        qkv: T,
+        layer: int,
+        heads: Heads,
+        rope: Rope,
+        norms: HeadNorms | None,
+        squares: T | None = None,
     ) -> T:
         """Normalize and rotate queries and keys, write keys and values, if there are some, to the
         layer's pages.
 
-        `qkv` is `[tokens, heads.qkv_width]`; returns the queries, `[tokens, query * dim]`.
+        `qkv` is `[tokens, heads.qkv_width]`; returns the queries, `[tokens, query * dim]`. Norms of
+        `whole` heads need all ranks' `head_squares` side by side, `[tokens, 2 * whole.query]`.
         """
         ...
 

@@ -131,8 +131,23 @@ class ReferenceOps:
         y = torch.nn.functional.linear(x.to(placed.tensor.dtype), placed.tensor, placed.bias)
         return y.float()
 
+    def head_squares(self, qkv: torch.Tensor, heads: Heads, keys: bool) -> torch.Tensor:
+        squares = qkv.float().square().view(len(qkv), -1, heads.dim).sum(-1)
+        pairs = squares.new_zeros(len(qkv), heads.query, 2)
+        pairs[..., 0] = squares[:, : heads.query]
+        if keys:
+            share = heads.query // heads.kv
+            pairs[:, ::share, 1] = squares[:, heads.query : heads.query + heads.kv]
+        return pairs.flatten(1)
+
     def rope_write_kv(
-        self, qkv: torch.Tensor, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        rope: Rope,
+        norms: HeadNorms | None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = qkv.shape[0]
         split = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim]
@@ -140,7 +155,14 @@ class ReferenceOps:
         q = q.view(rows, heads.query, heads.dim)
         k = k.view(rows, heads.kv, heads.dim)
         v = v.view(rows, heads.kv, heads.dim)
-        if norms is not None:
+        if norms is not None and norms.whole is not None:
+            assert squares is not None
+            counts = (norms.whole.query, norms.whole.kv)
+            means = squares.view(rows, -1, 2).sum(1) / (squares.new_tensor(counts) * heads.dim)
+            factors = torch.rsqrt(means + norms.eps)[..., None, None]
+            q = q * factors[:, 0] * tensor_of(norms.query).tensor.view(heads.query, heads.dim)
+            k = k * factors[:, 1] * tensor_of(norms.key).tensor.view(heads.kv, heads.dim)
+        elif norms is not None:
             q = self.rms_norm(q, norms.query, norms.eps)
             k = self.rms_norm(k, norms.key, norms.eps)
             if norms.value is not None:
@@ -183,8 +205,7 @@ class ReferenceOps:
         cache, vector = self.caches[layer], torch.cat((latent[:, None], key), -1)
         for part in (cache.keys, cache.values):
             part.index_copy_(0, self.kv_slots, vector.to(part.dtype))
-        queries = absorbed.view(-1, heads.query, heads.rank)
-        return torch.cat((queries, turned), -1).flatten(1)
+        return torch.cat((absorbed.view(-1, heads.query, heads.rank), turned), -1).flatten(1)
 
     def attention(
         self,

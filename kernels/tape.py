@@ -138,12 +138,32 @@ class Recorder:
         self._expect(weight.shape[1] == x.width, f"{weight.name} does not fit width {x.width}")
         return self._emit("linear", (x, weight), x.rows, weight.shape[0])
 
+    def head_squares(self, qkv: Handle, heads: Heads, keys: bool) -> Handle:
+        self._expect(qkv.width == heads.qkv_width, f"qkv is {qkv.width} wide, not for its heads")
+        self._expect(keys or heads.kv == 1, f"{heads.kv} key heads that nobody counts")
+        return self._emit("head_squares", (qkv, heads, keys), qkv.rows, 2 * heads.query)
+
     def rope_write_kv(
-        self, qkv: Handle, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
+        self,
+        qkv: Handle,
+        layer: int,
+        heads: Heads,
+        rope: Rope,
+        norms: HeadNorms | None,
+        squares: Handle | None = None,
     ) -> Handle:
         self._expect(qkv.width == heads.qkv_width, f"layer {layer}: qkv is {qkv.width} wide")
+        whole = norms.whole if norms is not None else None
+        wanted = 2 * whole.query if whole is not None else 0
+        given = squares.width if squares is not None else 0
+        self._expect(wanted == given, f"layer {layer}: {given} squares of heads, not {wanted}")
+        if norms is not None:
+            counts = (heads.query, heads.kv) if whole is not None else (1, 1)
+            fits = (norms.query.shape, norms.key.shape) == tuple((n * heads.dim,) for n in counts)
+            self._expect(fits, f"layer {layer}: {norms.query.name} does not fit its heads")
         width = heads.query * heads.dim
-        return self._emit("rope_write_kv", (qkv, layer, heads, rope, norms), qkv.rows, width)
+        arguments = (qkv, layer, heads, rope, norms, squares)
+        return self._emit("rope_write_kv", arguments, qkv.rows, width)
 
     def head_linear(self, x: Handle, weight: Weight, heads: int) -> Handle:
         fits = x.width % heads == weight.shape[0] % heads == 0

@@ -58,6 +58,14 @@ SLIDING: dict[str, Any] = {
 }
 
 
+# What makes it an OLMo 3, whose norms stand behind its blocks, and over all heads.
+OLMO: dict[str, Any] = {
+    "model_type": "olmo3",
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 40,
+}
+
+
 # What makes it a Mistral: all layers see a window only.
 WINDOWS: dict[str, Any] = {"model_type": "mistral", "sliding_window": 40}
 
@@ -100,10 +108,12 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
         "model.norm.weight": 1 + random(hidden),
         "lm_head.weight": random(config["vocab_size"], hidden),
     }
+    olmo = config["model_type"] == "olmo3"
+    other_norm = "post_feedforward_layernorm" if olmo else "input_layernorm"
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
         tensors |= {
-            f"{name}.input_layernorm.weight": 1 + random(hidden),
+            f"{name}.{other_norm}.weight": 1 + random(hidden),
             f"{name}.post_attention_layernorm.weight": 1 + random(hidden),
         }
         kind = config.get("layer_types", [""] * 9)[layer]
@@ -126,7 +136,10 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tens
                 f"{name}.self_attn.o_proj.weight": random(hidden, q),
             }
             if kind:
-                tensors |= {f"{name}.self_attn.{n}_norm.weight": random(dim) for n in "qk"}
+                widths = {"q": q, "k": kv} if olmo else {"q": dim, "k": dim}
+                tensors |= {
+                    f"{name}.self_attn.{n}_norm.weight": random(w) for n, w in widths.items()
+                }
         blocks = {f"{name}.mlp": ("gate_proj", "up_proj", "down_proj")}
         if count := config.get("num_local_experts"):
             block = f"{name}.block_sparse_moe"

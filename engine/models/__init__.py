@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 from engine.models.config import ModelConfig, read_config
 from engine.models.llama import Llama
 from engine.models.loader import ALONE, WeightLoader
+from engine.models.olmo import Olmo
 from engine.models.sandwich import Sandwich
 from engine.models.shard import Shard
 from engine.weights.checkpoint import Checkpoint
@@ -61,6 +62,8 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
     "glm4_moe_lite": Llama,
     "gemma3_text": Sandwich,
     "glm4": Sandwich,
+    "olmo2": Olmo,
+    "olmo3": Olmo,
     "gemma4_text": Sandwich,
 }
 

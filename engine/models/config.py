@@ -40,7 +40,7 @@ from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, DeltaHeads, Head
 MAX_LAYERS = 4096
 MAX_POSITIONS = 1 << 24
 MAX_TAPS = 16
-LINEAR, CONVOLVING = "linear_attention", "conv"
+LINEAR, CONVOLVING, SLIDING = "linear_attention", "conv", "sliding_attention"
 # Channels of short convolutions that stay together.
 CHANNELS = 16
 NORM_EPSILONS = ("rms_norm_eps", "norm_eps")
@@ -56,8 +56,11 @@ CONV = (LFM2, LFM2_MOE)
 GEMMA = ("gemma3_text", GEMMA4)
 # Families whose output matrix is the embedding's if their configuration does not say.
 TIED = ("gemma3_text", GEMMA4, "smollm3", "ernie4_5", "ernie4_5_moe", *CONV)
-# Those that normalize each query and key head.
-HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", GEMMA4, "dots1", *DELTA, *CONV)
+# Those that normalize all queries, and all keys, of a token together; and each query and key head.
+WHOLE_NORMS = ("olmo2", "olmo3")
+HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", GEMMA4, "dots1", *DELTA, *CONV, *WHOLE_NORMS)
+# Of how many layers the last sees everything, if their configuration does not say.
+PATTERNS = {"gemma3_text": 6, "olmo3": 4}
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -141,6 +144,8 @@ class ModelConfig:
     logits_scale: float
     tied_embeddings: bool
     head_norms: bool
+    whole_norms: bool
+    """Whether those of queries and keys go over all heads at once."""
     inner_norms: bool
     """Whether attention and feed-forward outputs are normalized before their last projection."""
     sinks: bool
@@ -228,6 +233,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         # What these say only if it is otherwise.
         tied_embeddings=bool(raw.get("tie_word_embeddings", model_type in TIED)),
         head_norms=model_type in HEAD_NORMS or bool(raw.get("use_qk_norm", False)),
+        whole_norms=model_type in WHOLE_NORMS,
         inner_norms=model_type == "bitnet",
         sinks=model_type == GPT_OSS,
         experts=experts,
@@ -409,18 +415,22 @@ def _cap(values: Values, model_type: str) -> float:
 
 
 def _windows(values: Values, layers: int, model_type: str) -> tuple[int, ...]:
-    """Which layers slide: all of Mistral's, Qwen's upper ones if switched on, 5 of Gemma's 6, every
-    other one of gpt-oss."""
+    """Which layers slide: all of Mistral's, Qwen's upper ones if switched on, 5 of Gemma's 6, 3 of
+    OLMo 3's 4, every other one of gpt-oss."""
     raw = values.raw
     window = values.integer("sliding_window", 0) if raw.get("sliding_window") else 0
-    if model_type == GPT_OSS:
+    if model_type in (GPT_OSS, "olmo3"):
         window = values.integer("sliding_window")
     if types := raw.get("layer_types"):
         if len(types) != layers:
             raise ConfigError(f"layer_types has {len(types)} entries for {layers} layers")
-        return tuple(window if t == "sliding_attention" else 0 for t in types)
-    if model_type == "gemma3_text":
-        pattern = values.integer("sliding_window_pattern", 6)
+        if unknown := set(types) - {"full_attention", SLIDING, LINEAR, CONVOLVING}:
+            raise ConfigError(f"layer_types has {min(map(str, unknown))!r}, which is unknown")
+        if SLIDING in types and not window:
+            raise ConfigError(f"layer_types has {SLIDING!r}, but there is no sliding_window")
+        return tuple(window if t == SLIDING else 0 for t in types)
+    if model_type in PATTERNS:
+        pattern = values.integer("sliding_window_pattern", PATTERNS[model_type])
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
     if model_type == GPT_OSS:
         return tuple(0 if layer % 2 else window for layer in range(layers))

@@ -16,7 +16,8 @@ from kernels.ops import HeadNorms, Heads, Ops, T, Weight
 class Attention:
     """Grouped-query attention (arXiv 2305.13245) over the paged cache; `heads` are this rank's. Its
     keys and values are the cache's layer `place`, which it `writes` or leaves to another layer;
-    `gate` makes what its outputs are multiplied by the sigmoid of."""
+    `gate` makes what its outputs are multiplied by the sigmoid of. Norms over the heads of all
+    ranks gather squares of the widths `squares`, among which this rank `counts` its keys."""
 
     layer: int
     place: int
@@ -27,6 +28,8 @@ class Attention:
     gate: Weight | None
     output: OutputProjection
     writes: bool = True
+    squares: tuple[int, ...] = ()
+    counts: bool = True
 
     def forward(
         self, ops: Ops[T], x: T, residual: T, config: ModelConfig, *, last: bool
@@ -38,7 +41,11 @@ class Attention:
         gate = ops.linear(x, self.gate) if self.gate is not None else None
         qkv = ops.linear(x, self.qkv)
         made = self.heads if self.writes else replace(self.heads, kv=0)
-        q = ops.rope_write_kv(qkv, self.place, made, rope, self.norms)
+        squares = None
+        if self.norms is not None and self.norms.whole is not None:
+            squares = ops.head_squares(qkv, made, self.counts)
+            squares = ops.all_gather(squares, self.squares) if self.squares else squares
+        q = ops.rope_write_kv(qkv, self.place, made, rope, self.norms, squares)
         scale = config.attention_scale
         x = ops.attention(q, self.place, self.heads, scale, window, self.sinks)
         if gate is not None:
@@ -72,12 +79,12 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
     q, kv = heads.query * heads.dim, heads.kv * heads.dim
     order = rotated_apart(heads.dim, config.rotated[layer], neighbours=config.neighbours)
     writes = source == layer
-    norms = _head_norms(load, config, name, heads.dim, order, writes=writes)
     inner = None
     if config.inner_norms:
         inner = Norm(load.vector(f"{name}.attn_sub_norm.weight", q), config.norm_eps)
     spans = load.shard.head_spans(heads)
     own = spans[load.shard.rank]
+    norms = _head_norms(load, config, name, heads, own, order, writes=writes)
     rows = [own.query.times(heads.dim), *[own.kv.times(heads.dim)] * 2]
     inputs = [span.query.times(heads.dim) for span in spans]
     gate = None
@@ -99,10 +106,13 @@ def load_attention(load: WeightLoader, config: ModelConfig, layer: int) -> Atten
         own.of(heads),
         qkv,
         norms,
-        load.sinks(f"{name}.sinks", heads.query, own.query) if config.sinks else None,
+        load.part(f"{name}.sinks", heads.query, own.query) if config.sinks else None,
         gate,
         load.output(f"{name}.o_proj", config.hidden, q, inputs, inner),
         writes,
+        tuple(2 * span.query.length for span in spans) if len(spans) > 1 else (),
+        # Where ranks share a key head, the one with its first query head.
+        own.query.start % (heads.query // heads.kv) == 0,
     )
 
 
@@ -110,7 +120,8 @@ def _head_norms(
     load: WeightLoader,
     config: ModelConfig,
     name: str,
-    dim: int,
+    heads: Heads,
+    own: HeadSpan,
     order: torch.Tensor | None,
     *,
     writes: bool,
@@ -118,6 +129,11 @@ def _head_norms(
     """Those of queries, and of keys and values where the layer `writes` some."""
     if not config.head_norms:
         return None
+    dim = heads.dim
+    if config.whole_norms:
+        query = load.part(f"{name}.q_norm.weight", heads.query * dim, own.query.times(dim))
+        key = load.part(f"{name}.k_norm.weight", heads.kv * dim, own.kv.times(dim))
+        return HeadNorms(query, key, config.norm_eps, whole=heads)
     query = load.vector(f"{name}.q_norm.weight", dim, order=order)
     if not writes:
         return HeadNorms(query, query, config.norm_eps)

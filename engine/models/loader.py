@@ -130,9 +130,9 @@ class WeightLoader:
         """The one value of a tensor."""
         return float(self._take(name, (1,)).dense())
 
-    def sinks(self, name: str, heads: int, own: Span) -> Weight:
-        """A score for each of the heads that this rank has."""
-        return self._weights.load([self._take(name, (heads,)).narrow(0, own.start, own.length)])
+    def part(self, name: str, size: int, own: Span) -> Weight:
+        """Of a vector, `[size]`, what belongs to the heads that this rank has."""
+        return self._weights.load([self._take(name, (size,)).narrow(0, own.start, own.length)])
 
     def vocabulary(self, name: str, rows: int, columns: int) -> Vocabulary:
         """An embedding table or an output head, `[rows, columns]`, split by rows."""

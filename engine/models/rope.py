@@ -22,6 +22,9 @@ GLM_SHARE = 0.5
 # And a quarter.
 QWEN = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 QWEN_SHARE = 0.25
+# Families whose sliding layers are not scaled, and their bases if their configuration does not say:
+# of layers that see everything, and of those that slide if theirs is another.
+BASES: dict[str, tuple[float, float | None]] = {"gemma3_text": (1e6, 1e4), "olmo3": (5e5, None)}
 # Families that rotate neighbours, instead of values that lie half a head apart.
 NEIGHBOURS = (*GLM, "ernie4_5", "ernie4_5_moe", "helium")
 
@@ -44,21 +47,24 @@ def read_ropes(
     """One rotation per layer, whose heads are `dims` wide; `factors` are divisors that the model's
     file has of its own.
 
-    Gemma's sliding layers have a base of their own, never scaled; some of SmolLM3's layers know no
-    positions (NoPE, arXiv 2305.19466).
+    Sliding layers of Gemma and OLMo 3 are never scaled, and Gemma's have a base of their own; some
+    of SmolLM3's layers know no positions (NoPE, arXiv 2305.19466).
     """
     parameters = raw.get("rope_parameters") or {}
     dim, width = dims[0], rotated_width(raw, dims[0])
     if raw.get("model_type") == GEMMA4:
         return _gemma4(parameters, dims, windows, positions, factors)
-    if raw.get("model_type") == "gemma3_text":
-        full = parameters.get("full_attention") or raw.get("rope_scaling") or {}
+    if (bases := BASES.get(raw.get("model_type", ""))) is not None:
+        full = parameters.get("full_attention") or parameters or raw.get("rope_scaling") or {}
         sliding = parameters.get("sliding_attention") or {}
-        base = float(full.get("rope_theta") or raw.get("rope_theta") or 1e6)
-        local = float(sliding.get("rope_theta") or raw.get("rope_local_base_freq") or 1e4)
+        base = float(full.get("rope_theta") or raw.get("rope_theta") or bases[0])
+        near_base = sliding.get("rope_theta") or raw.get("rope_local_base_freq") or bases[1]
+        local = base if near_base is None else float(near_base)
         whole = _rope(dim, width, base, full, positions)
         near = _rope(dim, width, local, {}, positions)
         return tuple(near if window else whole for window in windows)
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ConfigError("rope_parameters differ between kinds of layers, which these do not")
     scaling = dict(parameters or raw.get("rope_scaling") or {})
     # Phi has it beside the others.
     key = "original_max_position_embeddings"
@@ -101,6 +107,7 @@ def context_reached(raw: dict[str, Any], most: int) -> int:
     """How many positions a model reaches that knows `most`: YaRN multiplies those of training,
     whether the configuration counts them or not."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    scaling = scaling.get("full_attention") or scaling
     if scaling.get("rope_type", scaling.get("type")) != "yarn":
         return most
     original = scaling.get("original_max_position_embeddings") or most

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
+from typing import Any
 
 from engine.errors import ConfigError
 
@@ -35,3 +37,22 @@ def gguf_parts(path: Path) -> list[Path]:
                 "folder"
             )
     return parts
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes, read as they are needed. Raises ConfigError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def check_part(metadata: dict[str, Any], path: Path, number: int, parts: int) -> None:
+    """Refuse a part that says of itself something else than its name does."""
+    said = (metadata.get("split.no", 0), metadata.get("split.count", 1) or 1)
+    if said != (number, parts):
+        raise ConfigError(
+            f"{path.name} says that it is number {said[0]!r}, from 0 on, of {said[1]!r} parts; "
+            "they keep the names that they were split under, NAME-00001-of-00002.gguf and so on"
+        )

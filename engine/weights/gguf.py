@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 from engine.errors import ConfigError
 from engine.weights import gguf_gemma, gguf_latent, gguf_recurrent
 from engine.weights.checkpoint import MAX_EXPERTS
-from engine.weights.files import gguf_parts
+from engine.weights.files import check_part, gguf_parts, map_file
 from engine.weights.fused import FusedTensors
 from engine.weights.gguf_header import TensorEntry, read_header
 from kernels.backend import HostTensor
@@ -74,6 +74,7 @@ OWN_NAMES = {
         "post_ffw_norm": "post_mlp_layernorm",
         "ffn_up": "mlp.gate_up_proj",
     },
+    **dict.fromkeys(("olmo2", "olmo3"), gguf_gemma.NORMS),
     "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
     "glm4_moe": {"post_attention_norm": "post_attention_layernorm"},
     "gpt_oss": {
@@ -148,6 +149,7 @@ MODEL_TYPES = {
     "smollm3": "smollm3",
     "granite": "granite",
     "glm4": "glm4",
+    "olmo2": "olmo2",
     "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss",
     "gpt-oss": "gpt_oss",
@@ -239,9 +241,9 @@ class GGUFCheckpoint:
         self.path = parts[0]
         places: dict[str, Place] = {}
         for number, part in enumerate(parts):
-            file = _map(part)
+            file = map_file(part)
             header = read_header(memoryview(file), part.name, texts=texts and number == 0)
-            _check_part(header.metadata, part, number, len(parts))
+            check_part(header.metadata, part, number, len(parts))
             if number == 0:
                 self.metadata = header.metadata
             places |= {name: Place(file, entry) for name, entry in header.tensors.items()}
@@ -367,6 +369,12 @@ class GGUFCheckpoint:
                 config[name] = value
         if architecture == "llama" and config.get("num_local_experts"):
             config["model_type"] = "mixtral"
+        if architecture == "olmo2" and config.get("sliding_window"):
+            config["model_type"] = "olmo3"
+            pattern = self.metadata.get("olmo2.attention.sliding_window_pattern")
+            if isinstance(pattern, list):
+                kinds = ("full_attention", "sliding_attention")
+                config["layer_types"] = [kinds[bool(slides)] for slides in pattern]
         if architecture == "qwen3moe":
             # Every model of the kind does, and the file does not say.
             config["norm_topk_prob"] = True
@@ -430,21 +438,3 @@ class GGUFCheckpoint:
         if temperature is not None:
             scaling["llama_4_scaling_beta"] = temperature
         return scaling
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-
-
-def _check_part(metadata: dict[str, Any], path: Path, number: int, parts: int) -> None:
-    """Refuse a part that says of itself something else than its name does."""
-    said = (metadata.get("split.no", 0), metadata.get("split.count", 1) or 1)
-    if said != (number, parts):
-        raise ConfigError(
-            f"{path.name} says that it is number {said[0]!r}, from 0 on, of {said[1]!r} parts; "
-            "they keep the names that they were split under, NAME-00001-of-00002.gguf and so on"
-        )

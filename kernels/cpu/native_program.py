@@ -229,17 +229,33 @@ class NativeProgram(LatentInstructions):
         """Where an instruction writes: a buffer, or the logits."""
         return {"target": self._logits.data_ptr()} if out is None else {"out": out}
 
+    def _emit_head_squares(self, qkv: int, heads: Heads, keys: bool, out: int) -> None:
+        counted = heads.kv if keys else 0
+        self._program.add(
+            "head_squares", in_=qkv, out=out, heads=heads.query, kv_heads=counted, window=heads.dim
+        )
+
     def _emit_rope_write_kv(
-        self, qkv: int, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None, out: int
+        self,
+        qkv: int,
+        layer: int,
+        heads: Heads,
+        rope: Rope,
+        norms: HeadNorms | None,
+        squares: int | None,
+        out: int,
     ) -> None:
         cosine, sine, growth = self._rotation(rope)
+        whole = norms.whole if norms is not None else None
         self._program.add(
             "rope_write_kv",
             in_=qkv,
+            in2=-1 if squares is None else squares,
             out=out,
             layer=layer,
             heads=heads.query,
             kv_heads=heads.kv,
+            window=whole.kv if whole is not None else 0,
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
             growth=growth.data_ptr() if growth is not None else 0,

@@ -16,6 +16,7 @@ from kernels.gpu.catalogue_families import (
     gemma_launches,
     gpt_oss_launches,
     latent_launches,
+    olmo_launches,
 )
 from kernels.gpu.configs import (
     embed_config,
@@ -148,9 +149,9 @@ def fused_launches(model: Dimensions, *, quantized: bool) -> Iterator[Compiled]:
     numbers = {"out": pointer(INT8), "scales": pointer(F32), "x": pointer(BF16)}
     yield Compiled("quantize", quantize_config(model.intermediate), numbers)
     label = "int8" if quantized else "bf16"
-    switches = {"norms": model.norms, "quantized": quantized}
-    yield rope_launch(model.heads, label, **switches)
-    yield rope_launch(model.heads, f"{label} grows", grows=True, **switches)
+    for grows in (False, True):
+        name = f"{label} grows" if grows else label
+        yield rope_launch(model.heads, name, norms=model.norms, quantized=quantized, grows=grows)
     pair = {"out": pointer(BF16), "x": pointer(BF16)}
     yield Compiled("gated", gated_config(model.intermediate, "silu")[0], pair)
     for width in {model.hidden, model.heads.query * model.heads.dim}:
@@ -277,6 +278,7 @@ def launches(
     made += delta_launches()
     made += gemma_launches(hopper=hopper)
     made += latent_launches(hopper=hopper)
+    made += olmo_launches()
     made += embed_launches(model)
     made += sampling_launches(model.vocab, 64)
     made += page_launches(model)

@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kernels.gpu.attention import AttentionShape
-from kernels.gpu.configs import gated_config, gather_config, scatter_config, sum_parts_config
+from kernels.gpu.configs import (
+    gated_config,
+    gather_config,
+    head_squares_config,
+    scatter_config,
+    sum_parts_config,
+)
 from kernels.gpu.experts import Layout
 from kernels.gpu.latent import head_linear_config, write_latent_config
 from kernels.gpu.launch import Compiled, pointer
@@ -190,3 +196,15 @@ def gemma_launches(*, hopper: bool) -> Iterator[Compiled]:
     yield named("add", add_config(35 * 256)[0], types)
     yield named("gate gelu_tanh", gate_config(256, 35 * 256, 512, "gelu_tanh")[0], types)
     yield named("softcap", softcap_config(1 << 18)[0], types | {"x": pointer(F32)})
+
+
+def olmo_launches() -> Iterator[Compiled]:
+    """Norms over all heads, of OLMo 3 32B and of one of two ranks with it."""
+    whole = Heads(40, 8, 128)
+    for heads in (whole, Heads(20, 4, 128)):
+        size = f"{heads.query}:{heads.kv}"
+        for quantized in (False, True):
+            label = f"whole {size}{' int8' if quantized else ''}"
+            yield rope_launch(heads, label, quantized=quantized, whole=whole)
+        types = {"out": pointer(F32), "qkv": pointer(BF16)}
+        yield named(f"head_squares {size}", head_squares_config(heads, keys=True), types)

@@ -63,6 +63,7 @@ def rope_config(
     quantized: bool,
     grows: bool = False,
     value_norm: bool = False,
+    whole: Heads | None = None,
 ) -> tuple[Config, int]:
     """Rotation and the cache's writes, and the blocks of a row's heads."""
     count = heads.query + 2 * heads.kv
@@ -77,9 +78,24 @@ def rope_config(
         "VALUE_NORM": value_norm,
         "GROWS": grows,
         "QUANTIZED": quantized,
+        "WHOLE_QUERIES": whole.query if whole is not None else 0,
+        "WHOLE_KEYS": whole.kv if whole is not None else 0,
+        "SQUARES": power_of_two(whole.query) if whole is not None else 1,
     }
     warps = _warps(block * power_of_two(heads.dim))
     return Config(fused.rope_write_kernel, constants, min(4, warps)), -(-count // block)
+
+
+def head_squares_config(heads: Heads, *, keys: bool) -> Config:
+    """Sums of squares of a row's heads."""
+    constants = {
+        "QUERY_HEADS": heads.query,
+        "KV_HEADS": heads.kv,
+        "DIM": heads.dim,
+        "BLOCK": power_of_two(heads.dim),
+        "KEYS": keys,
+    }
+    return Config(fused.head_squares_kernel, constants, 1)
 
 
 def gated_config(width: int, activation: Activation) -> tuple[Config, int]:

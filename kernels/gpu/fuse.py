@@ -101,7 +101,7 @@ def _rotate_heads(
     for number, instruction in enumerate(found):
         if instruction is None or instruction.op != "rope_write_kv":
             continue
-        qkv, layer, heads, rope, norms = instruction.arguments
+        qkv, layer, heads, rope, norms, _ = instruction.arguments
         source = made.get(qkv.index)
         if source is None or uses[qkv.index] > 1 or norms is not None or not fits(layer):
             continue

@@ -207,6 +207,7 @@ def rope_write_kernel(
     key_norm,
     value_norm,
     growth,
+    squares,
     eps,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -217,10 +218,14 @@ def rope_write_kernel(
     VALUE_NORM: tl.constexpr,
     GROWS: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    WHOLE_QUERIES: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr,
+    SQUARES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """HEADS heads of one token: a query is normalized, rotated and written out; a key is also, to
-    the cache; a value goes there as it is, or normalized."""
+    the cache; a value goes there as it is, or normalized. Norms are each head's own, or over so
+    many WHOLE_QUERIES and WHOLE_KEYS, whose sums of squares are given."""
     announce(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -236,7 +241,14 @@ def rope_write_kernel(
     position = tl.load(positions + row).to(tl.int64)
     cos = tl.load(cosine + position * HALF + dims, mask=in_dim, other=0.0)[None, :]
     sin = tl.load(sine + position * HALF + dims, mask=in_dim, other=0.0)[None, :]
-    if NORMS:
+    if WHOLE_QUERIES > 0:
+        own = tl.where(is_query, head, head - QUERY_HEADS)[:, None] * DIM + dims[None, :]
+        of_query, of_key = is_query[:, None] & in_dim[None, :], is_key[:, None] & in_dim[None, :]
+        first_norm = tl.load(query_norm + own, mask=of_query, other=0.0)
+        first_norm += tl.load(key_norm + own, mask=of_key, other=0.0)
+        second_norm = tl.load(query_norm + own + HALF, mask=of_query, other=0.0)
+        second_norm += tl.load(key_norm + own + HALF, mask=of_key, other=0.0)
+    elif NORMS:
         first_norm = norm_of(query_norm, key_norm, is_query, dims, in_dim)
         second_norm = norm_of(query_norm, key_norm, is_query, HALF + dims, in_dim)
     wait(EARLY)
@@ -244,7 +256,16 @@ def rope_write_kernel(
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
     own_first, own_second = first, second
-    if NORMS:
+    if WHOLE_QUERIES > 0:
+        pair = tl.arange(0, SQUARES)
+        pairs = squares + row * 2 * WHOLE_QUERIES + 2 * pair
+        query_squares = tl.load(pairs, mask=pair < WHOLE_QUERIES, other=0.0)
+        key_squares = tl.load(pairs + 1, mask=pair < WHOLE_QUERIES, other=0.0)
+        query_factor = tl.rsqrt(tl.sum(query_squares, 0) / (WHOLE_QUERIES * DIM) + eps)
+        key_factor = tl.rsqrt(tl.sum(key_squares, 0) / (WHOLE_KEYS * DIM) + eps)
+        factor = tl.where(is_query, query_factor, key_factor)[:, None]
+        first, second = first * factor * first_norm, second * factor * second_norm
+    elif NORMS:
         mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / DIM
         factor = tl.rsqrt(mean + eps)[:, None]
         if VALUE_NORM:
@@ -269,6 +290,33 @@ def rope_write_kernel(
     inside = is_query[:, None] & in_dim[None, :]
     tl.store(place, low.to(out.dtype.element_ty), mask=inside)
     tl.store(place + HALF, high.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def head_squares_kernel(
+    out,
+    qkv,
+    QUERY_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A query head's sum of squares, and that of its key head if it is the first to share it."""
+    enter(EARLY)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    SHARE: tl.constexpr = QUERY_HEADS // KV_HEADS
+    dims = tl.arange(0, BLOCK)
+    inside = dims < DIM
+    heads = qkv + row * (QUERY_HEADS + 2 * KV_HEADS) * DIM + dims
+    query = tl.load(heads + head * DIM, mask=inside, other=0.0).to(tl.float32)
+    counted = inside & (head % SHARE == 0) & KEYS
+    key = tl.load(heads + (QUERY_HEADS + head // SHARE) * DIM, mask=counted, other=0.0)
+    key = key.to(tl.float32)
+    place = out + (row * QUERY_HEADS + head) * 2
+    tl.store(place, tl.sum(query * query, 0))
+    tl.store(place + 1, tl.sum(key * key, 0))
 
 
 @triton.jit

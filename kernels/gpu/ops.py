@@ -10,7 +10,6 @@ from kernels.gpu.configs import (
     embed_config,
     gated_config,
     gather_config,
-    norm_config,
     quantize_config,
     rope_config,
     scatter_config,
@@ -21,6 +20,7 @@ from kernels.gpu.configs import (
 from kernels.gpu.experts import Layout, sort_rows
 from kernels.gpu.latent import LatentOps
 from kernels.gpu.matmul import MAX_FEW, MatmulShape, dense_linear
+from kernels.gpu.norm_ops import NormOps
 from kernels.gpu.pointwise import PointwiseOps
 from kernels.gpu.row_ops import RowOps
 from kernels.gpu.staging import Staging
@@ -36,7 +36,7 @@ SCRATCH_ELEMENTS = 16 << 20
 LOG2_E = 1.4426950408889634
 
 
-class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps):
+class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps, NormOps):
     """An `Ops[torch.Tensor]`: activations in `dtype`, logits in fp32."""
 
     def __init__(
@@ -79,27 +79,6 @@ class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps):
             tables = (weight.tensor, weight.scales, lows)
             config.launch(grid, out, *tables, *inputs)
         return out
-
-    def rms_norm(self, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
-        out, width = torch.empty_like(x), weight.shape[0]
-        norm_config(width, add=False).launch(
-            (x.numel() // width,), out, out, x, x, gpu(weight).tensor, eps, 1.0
-        )
-        return out
-
-    def add_rms_norm(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        weight: Weight,
-        eps: float,
-        scale: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, total = torch.empty_like(x), torch.empty_like(x)
-        norm_config(x.shape[1], add=True).launch(
-            (len(x),), out, total, x, residual, gpu(weight).tensor, eps, scale
-        )
-        return out, total
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         placed = gpu(weight)
@@ -215,7 +194,13 @@ class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps):
         return self._collectives.ranks if self._collectives is not None else 1
 
     def rope_write_kv(
-        self, qkv: torch.Tensor, layer: int, heads: Heads, rope: Rope, norms: HeadNorms | None
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        rope: Rope,
+        norms: HeadNorms | None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor:
         cache, s = self._caches[layer], self._staging
         out = self._rows(len(qkv), heads.query * heads.dim)
@@ -229,6 +214,7 @@ class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps):
             value_norm=of_values is not None,
             quantized=quantized,
             grows=grows,
+            whole=norms.whole if norms is not None else None,
         )
         config.launch(
             (len(qkv), blocks),
@@ -246,6 +232,7 @@ class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps):
             gpu(norms.key).tensor if norms else cosine,
             gpu(of_values).tensor if of_values is not None else cosine,
             growth if growth is not None else cosine,
+            squares if squares is not None else cosine,
             norms.eps if norms else 0.0,
         )
         return out

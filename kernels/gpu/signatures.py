@@ -109,11 +109,12 @@ def rope_launch(
     quantized: bool = False,
     grows: bool = False,
     value_norm: bool = False,
+    whole: Heads | None = None,
 ) -> Compiled:
     """Rotation, and the cache's writes."""
     cache = pointer(INT8 if quantized else BF16)
     scales = pointer(F32 if quantized else BF16)
-    floats = ("cosine", "sine", "query_norm", "key_norm", "value_norm", "growth")
+    floats = ("cosine", "sine", "query_norm", "key_norm", "value_norm", "growth", "squares")
     types = {
         **dict.fromkeys(("keys", "values"), cache),
         **dict.fromkeys(("key_scales", "value_scales"), scales),
@@ -123,6 +124,6 @@ def rope_launch(
         "eps": "fp32",
     }
     config, _ = rope_config(
-        heads, norms=norms, quantized=quantized, grows=grows, value_norm=value_norm
+        heads, norms=norms, quantized=quantized, grows=grows, value_norm=value_norm, whole=whole
     )
     return named(f"rope_write_kv {label}", config, types)

@@ -15,7 +15,7 @@ from kernels.batch import Batch
 from kernels.cpu.native_program import NativeProgram
 from tests.engine.weights.test_gguf import write_gguf
 from tests.kernels.native import chunks_batch, needs_native, program_of
-from tests.tiny import write_llama
+from tests.tiny import OLMO, write_llama
 
 pytestmark = needs_native
 SIZE, PAGES = 16, 100  # tokens a page, pages a sequence may have: 4
@@ -47,6 +47,13 @@ class Company:
         assert torch.equal(self.program.logits(), self._alone.logits())
         for n in chosen:
             self._lengths[n] += counts[n]
+
+
+def test_norms_over_all_heads_are_shared_out_alike(tmp_path: Path) -> None:
+    company = Company(write_llama(tmp_path, **OLMO), 16, 2)
+    company.step([9] * 16)
+    company.step([1] * 15 + [16])
+    assert company.program.strands == 2
 
 
 @pytest.mark.parametrize("cache", ["bfloat16", "int8"])

@@ -14,7 +14,7 @@ from engine.weights.checkpoint import open_checkpoint
 from kernels.backend import CacheLayout, resolve_dtype, select_backend, supports_bfloat16
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
-from kernels.ops import Heads, Rope, Weight
+from kernels.ops import HeadNorms, Heads, Rope, Weight
 from kernels.reference import LayerCache, ReferenceOps, TorchWeight
 from kernels.tape import Handle, Recorder, Rows, Tape
 from tests.tiny import write_llama
@@ -149,6 +149,18 @@ def test_tapes_drop_activations_after_their_last_use(tmp_path: Path) -> None:
         (lambda r, x, w: r.add_rms_norm(x, x, w, 1e-5), "differ in shape"),
         (lambda r, x, w: r.linear(x, w), "does not fit width 8"),
         (lambda r, x, w: r.rope_write_kv(x, 3, Heads(1, 1, 4), Rope(()), None), "layer 3: qkv"),
+        (lambda r, x, w: r.head_squares(x, Heads(1, 1, 4), True), "qkv is 8 wide"),
+        (lambda r, x, w: r.head_squares(x, Heads(0, 2, 2), False), "2 key heads that nobody"),
+        (
+            lambda r, x, w: r.rope_write_kv(
+                x, 3, Heads(2, 1, 2), Rope(()), HeadNorms(w, w, 1e-5, whole=Heads(4, 2, 2))
+            ),
+            "layer 3: 0 squares of heads, not 8",
+        ),
+        (
+            lambda r, x, w: r.rope_write_kv(x, 3, Heads(2, 1, 2), Rope(()), HeadNorms(w, w, 1e-5)),
+            "layer 3: w does not fit its heads",
+        ),
         (lambda r, x, w: r.attention(x, 3, Heads(1, 1, 4), 1.0, 0), "layer 3: q is 8"),
         (lambda r, x, w: r.gated(Handle(9, Rows.TOKENS, 7), "silu"), "7 wide"),
         (lambda r, x, w: r.select_rows(r.select_rows(x)), "once"),

@@ -44,15 +44,6 @@ void store_bf16_row(const float* x, int64_t width, uint16_t* out) {
   for (int64_t i = 0; i < width; i += 16) store_bf16(out + i, load(x + i, width - i), width - i);
 }
 
-float squared_norm(const float* x, int64_t width) {
-  Floats squares = zero();
-  for (int64_t i = 0; i < width; i += 16) {
-    const Floats v = load(x + i, width - i);
-    squares = fma(v, v, squares);
-  }
-  return sum_lanes(squares);
-}
-
 template <int kActivation>
 inline Floats activate(Floats gate) {
   if constexpr (kActivation == 0) {
@@ -152,13 +143,25 @@ void embed_row(const Weight& table, int64_t index, float scale, float* out) {
   }
 }
 
-void rms_norm_row(const float* x, const float* weight, float eps, int64_t width, float* out) {
-  const float mean = squared_norm(x, width) / static_cast<float>(width);
-  const Floats factor = set1(1.0f / std::sqrt(mean + eps));
+float squared_norm(const float* x, int64_t width) {
+  Floats squares = zero();
   for (int64_t i = 0; i < width; i += 16) {
-    const Floats v = mul(load(x + i, width - i), factor);
+    const Floats v = load(x + i, width - i);
+    squares = fma(v, v, squares);
+  }
+  return sum_lanes(squares);
+}
+
+void scale_row(const float* x, const float* weight, float factor, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const Floats v = mul(load(x + i, width - i), set1(factor));
     store(out + i, mul(v, load(weight + i, width - i)), width - i);
   }
+}
+
+void rms_norm_row(const float* x, const float* weight, float eps, int64_t width, float* out) {
+  const float mean = squared_norm(x, width) / static_cast<float>(width);
+  scale_row(x, weight, 1.0f / std::sqrt(mean + eps), width, out);
 }
 
 void add_row(const float* a, const float* b, int64_t width, float* out) {

@@ -12,6 +12,8 @@ void matmul(const Weight&, const Activations&, int64_t, int64_t, const float*, f
 void store_forms(const float*, int64_t, int64_t, const Activations&);
 void embed_row(const Weight&, int64_t, float, float*);
 void rms_norm_row(const float*, const float*, float, int64_t, float*);
+float squared_norm(const float*, int64_t);
+void scale_row(const float*, const float*, float, int64_t, float*);
 void add_row(const float*, const float*, int64_t, float*);
 void gated_row(const float*, int64_t, int, float*);
 void rotate_head(float*, const float*, const float*, int64_t);

@@ -174,6 +174,9 @@ struct Kernels {
   void (*embed_row)(const Weight& table, int64_t index, float scale, float* out);
   // out = x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`.
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t width, float* out);
+  float (*squared_norm)(const float* x, int64_t width);
+  // out = x * factor * weight; `out` may be `x`.
+  void (*scale_row)(const float* x, const float* weight, float factor, int64_t width, float* out);
   void (*add_row)(const float* a, const float* b, int64_t width, float* out);
   // out = activation(x[:width]) * x[width:]; 0 is SiLU, 1 GELU (tanh form), 2 squared ReLU, 3 gpt-oss's
   // clamped SwiGLU, for which x[width:] is one more.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -14,6 +15,16 @@ constexpr int64_t kMaxWidth = 1 << 18;
 constexpr int64_t kSplitRows = 24;
 // Pieces that a thread takes of it, one by one.
 constexpr int64_t kLinearPieces = 8;
+
+// What norms over all queries, and over all keys, multiply a row by; in the order of the heads.
+void factors_of(const float* squares, int64_t heads, const Instruction& rope, int64_t dim, float* factors) {
+  const int64_t counts[2] = {heads, rope.window};
+  for (int part = 0; part < 2; ++part) {
+    float sum = 0.0f;
+    for (int64_t h = 0; h < heads; ++h) sum += squares[2 * h + part];
+    factors[part] = 1.0f / std::sqrt(sum / static_cast<float>(counts[part] * dim) + rope.scalar);
+  }
+}
 
 }  // namespace
 
@@ -208,6 +219,7 @@ void Program::step(const Instruction& i, const Batch& batch) {
           kernels_.gate_row(x + i.first, values_[i.in2].floats.get() + row * width, width,
                             i.activation, row_values);
           break;
+        case Op::kHeadSquares: square_heads(i, x, row_values); break;
         case Op::kGated: kernels_.gated_row(x, width, i.activation, row_values); break;
         default:
           std::memcpy(row_values, in->floats.get() + batch.sample_rows[row] * width,
@@ -266,8 +278,18 @@ Soon::Piece Program::first_tiles(const Instruction& linear, int64_t piece, int64
   return {weight.tile(weight.cut(first, shares.pieces)), weight.data + weight.bytes};
 }
 
+void Program::square_heads(const Instruction& i, const float* x, float* squares) const {
+  const int64_t dim = i.window, share = i.kv_heads ? i.heads / i.kv_heads : 0;
+  for (int64_t h = 0; h < i.heads; ++h) {
+    squares[2 * h] = kernels_.squared_norm(x + h * dim, dim);
+    const bool first = share && h % share == 0;
+    squares[2 * h + 1] = first ? kernels_.squared_norm(x + (i.heads + h / share) * dim, dim) : 0.0f;
+  }
+}
+
 void Program::rope_step(const Instruction& i, const Batch& batch) {
   const Value& in = values_[i.in];
+  const Value* squares = i.in2 >= 0 ? &values_[i.in2] : nullptr;
   const Value& out = values_[i.out];
   const LayerCache& cache = caches_[i.layer];
   const int64_t* slots = cache.windowed ? batch.window_slots : batch.kv_slots;
@@ -277,9 +299,15 @@ void Program::rope_step(const Instruction& i, const Batch& batch) {
       float* head = in.floats.get() + row * in.width;
       const float* cosine = i.cosine + batch.positions[row] * half;
       const float* sine = i.sine + batch.positions[row] * half;
+      float factors[2];
+      if (squares) factors_of(squares->floats.get() + row * squares->width, squares->width / 2, i, dim, factors);
       for (int64_t h = 0; h < i.heads + i.kv_heads; ++h, head += dim) {
         const float* norm = h < i.heads ? i.vector : i.vector2;
-        if (norm) kernels_.rms_norm_row(head, norm, i.scalar, dim, head);
+        if (squares) {
+          kernels_.scale_row(head, norm + (h < i.heads ? h : h - i.heads) * dim, factors[h >= i.heads], dim, head);
+        } else if (norm) {
+          kernels_.rms_norm_row(head, norm, i.scalar, dim, head);
+        }
         kernels_.rotate_head(head, cosine, sine, dim);
         if (h < i.heads) {
           float* query = out.floats.get() + row * out.width + h * dim;

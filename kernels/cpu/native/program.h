@@ -51,12 +51,13 @@ struct PageCopy {
 enum class Op {
   kEmbed, kRmsNorm, kAddRmsNorm, kLinear, kRopeWriteKv, kAttention, kGated, kSelectRows,
   kAllReduce, kAllGather, kExperts, kSumParts, kDelta, kGatedNorm, kGate, kShortConv, kAdd, kSoftcap,
-  kHeadLinear, kWriteLatent
+  kHeadLinear, kWriteLatent, kHeadSquares
 };
-constexpr std::array<const char*, 20> kOpNames = {
+constexpr std::array<const char*, 21> kOpNames = {
     "embed", "rms_norm", "add_rms_norm", "linear", "rope_write_kv", "attention", "gated",
     "select_rows", "all_reduce", "all_gather", "experts", "sum_parts", "delta",
-    "gated_norm", "gate", "short_conv", "add", "softcap", "head_linear", "write_latent"};
+    "gated_norm", "gate", "short_conv", "add", "softcap", "head_linear", "write_latent",
+    "head_squares"};
 
 // How many experts there are, how many a row goes through, and which are here: `own` from `first` on; `shared`
 // others, behind the `count` ones, all rows go through.
@@ -103,7 +104,7 @@ struct Delta {
 // One op; fields that it does not have keep their defaults. Values are numbers of buffers.
 struct Instruction {
   Op op = Op::kEmbed;
-  int in = -1, in2 = -1, in3 = -1, out = -1, out2 = -1;  // in2: residual, or gate; out2: the sum
+  int in = -1, in2 = -1, in3 = -1, out = -1, out2 = -1;  // in2: residual, gate, or squares of heads; out2: the sum
   std::shared_ptr<Weight> weight;
   const float* vector = nullptr;   // norm weight, bias, norm of the queries, or the heads' sinks
   const float* vector2 = nullptr;  // norm of the keys
@@ -114,7 +115,7 @@ struct Instruction {
   float scalar = 0.0f;      // eps, a scale, or a cap
   float factor = 1.0f;      // of a sum
   int layer = 0, heads = 0, kv_heads = 0, activation = 0;
-  int64_t window = 0;           // or the width of a norm, of a latent, or of logits
+  int64_t window = 0;           // or the width of a norm, a latent, a head, or logits, or all ranks' key heads
   int64_t first = 0;            // token of an embedding table's first row, or column of what is gated or rotated
   std::vector<int64_t> widths;  // of the ranks' parts
   int reader = -1;              // the attention for which a linear fetches keys and values
@@ -225,6 +226,7 @@ class Program {
   void rope_step(const Instruction& i, const Batch& batch);
   void head_linear_step(const Instruction& i, const Batch& batch);
   void latent_step(const Instruction& i, const Batch& batch);
+  void square_heads(const Instruction& i, const float* x, float* squares) const;
   // Of the logits, in place.
   void softcap_step(const Instruction& i, int64_t rows) const;
   void attention_step(const Instruction& i, const Batch& batch);

@@ -27,6 +27,7 @@ bool rows_alone(Op op) {
     case Op::kAdd:
     case Op::kAddRmsNorm:
     case Op::kLinear:
+    case Op::kHeadSquares:
     case Op::kRopeWriteKv:
     case Op::kHeadLinear:
     case Op::kWriteLatent:

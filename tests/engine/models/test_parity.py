@@ -249,6 +249,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("Glm4MoeLiteConfig", LATENT | {"rope_interleave": False}),
     "seed_oss": ("SeedOssConfig", {"attention_out_bias": True}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", {"sliding_window": 7}),
+    "olmo3-yarn": (
+        "Olmo3Config",
+        {
+            "sliding_window": 7,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         {"sliding_window": 7, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},

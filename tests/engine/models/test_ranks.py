@@ -63,7 +63,7 @@ def test_ranks_equal_one_in_every_family(family: Path, backend: str, ranks: int)
 
 @needs_native
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bitnet"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bitnet", "olmo2"])
 def test_heads_and_widths_need_not_divide_evenly(tmp_path: Path, name: str, ranks: int) -> None:
     path = tiny(tmp_path, name, **UNEVEN)
     check_close(*on_one_and(path, "native", ranks))

@@ -38,6 +38,10 @@ OWN_NORMS = {
         "post_self_attn_layernorm": "post_attention_norm",
         "post_mlp_layernorm": "post_ffw_norm",
     },
+    "olmo2": {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
     "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
     "gpt-oss": {
         "post_attention_layernorm": "post_attention_norm",
@@ -68,6 +72,11 @@ def write_yarn(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     if "llama_4_scaling_beta" in rope:
         writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
         writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+
+
+def write_olmo3(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    write_yarn(writer, {"rope_parameters": config["rope_parameters"]["full_attention"]})
+    writer.add_sliding_window_pattern([t == "sliding_attention" for t in config["layer_types"]])
 
 
 def write_longrope(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
@@ -206,6 +215,9 @@ OWN_KEYS = {
     "smollm3": ("smollm3", write_nothing),
     "granite": ("granite", write_scales),
     "glm4": ("glm4", write_half),
+    "olmo2": ("olmo2", write_nothing),
+    "olmo3": ("olmo2", write_nothing),
+    "olmo3-yarn": ("olmo2", write_olmo3),
     "ernie4_5": ("ernie4_5", write_nothing),
     "seed_oss": ("seed_oss", write_nothing),
     "gpt_oss": ("gpt-oss", write_gpt_oss),
@@ -228,7 +240,8 @@ def test_a_family_gives_the_logits_of_its_folder(
     # One block more for what guesses further ahead.
     blocks = config["num_hidden_layers"] + (architecture == "glm4moe")
     writer = writer_of(file, architecture, config | {"num_hidden_layers": blocks})
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     write_keys(writer, config)

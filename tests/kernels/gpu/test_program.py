@@ -26,7 +26,7 @@ from tests.engine.weights.test_stacked import in_mxfp4
 from tests.kernels.gpu.filled import HOST, program_of
 from tests.kernels.native import Host, batch_of, chunks_batch, quantized
 from tests.kernels.test_sampling import options
-from tests.tiny import EXPERTS, write_llama
+from tests.tiny import EXPERTS, OLMO, write_llama
 
 SIZE = 4
 # More tokens than a row bucket, chunks of every kind, and one that decodes.
@@ -108,6 +108,14 @@ def test_two_sets_of_weights_share_the_cache_and_what_was_drawn(folder: Path) ->
 @pytest.mark.parametrize("invariant", [False, True])
 def test_a_model_of_experts_gives_the_references_logits(tmp_path: Path, invariant: bool) -> None:
     folder = write_llama(tmp_path, **EXPERTS)
+    found = logits_of(program_of(folder, invariant=invariant)[0])
+    for ours, theirs in zip(found, reference_logits(folder), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_norms_over_all_heads_give_the_references_logits(tmp_path: Path, invariant: bool) -> None:
+    folder = write_llama(tmp_path, **OLMO)
     found = logits_of(program_of(folder, invariant=invariant)[0])
     for ours, theirs in zip(found, reference_logits(folder), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)

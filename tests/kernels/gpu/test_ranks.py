@@ -13,7 +13,7 @@ import torch
 
 from tests.kernels.gpu.filled import program_of
 from tests.kernels.gpu.test_program import logits_of
-from tests.tiny import EXPERTS, write_llama
+from tests.tiny import EXPERTS, OLMO, write_llama
 
 ROOT = Path(__file__).parents[3]
 RANK = """
@@ -33,7 +33,7 @@ torch.save(logits_of(program), out)
 """
 
 
-@pytest.mark.parametrize("family", [{}, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("family", [{}, EXPERTS, OLMO], ids=["dense", "experts", "olmo"])
 @pytest.mark.parametrize(("weights", "cache"), [("float32", "float32")])
 def test_two_ranks_give_one_ranks_logits(
     tmp_path: Path, weights: str, cache: str, family: dict[str, Any]

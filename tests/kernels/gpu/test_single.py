@@ -159,7 +159,7 @@ def test_heads_with_norms_are_rotated_by_themselves(tmp_path: Path) -> None:
     layers, _ = split(recorded(write_llama(tmp_path)))
     norm = gpu_vector(torch.ones(8))
     by_head = [
-        (replace(i, arguments=(*i.arguments[:4], HeadNorms(norm, norm, 1e-5))), dead)
+        (replace(i, arguments=(*i.arguments[:4], HeadNorms(norm, norm, 1e-5), None)), dead)
         if i.op == "rope_write_kv"
         else (i, dead)
         for i, dead in layers

@@ -16,7 +16,7 @@ from kernels.gpu.program import Graphs
 from tests.kernels.gpu.filled import program_of
 from tests.kernels.native import chunks_batch
 from tests.kernels.test_sampling import options
-from tests.tiny import EXPERTS, write_llama
+from tests.tiny import EXPERTS, OLMO, write_llama
 
 
 def specialization(config: Config, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -38,7 +38,14 @@ def specialization(config: Config, arguments: tuple[Any, ...]) -> tuple[Any, ...
 
 @pytest.mark.parametrize(
     ("weights", "family"),
-    [("bfloat16", {}), ("int8", {}), ("int4", {}), ("bfloat16", EXPERTS), ("int8", EXPERTS)],
+    [
+        ("bfloat16", {}),
+        ("int8", {}),
+        ("int4", {}),
+        ("bfloat16", EXPERTS),
+        ("int8", EXPERTS),
+        ("bfloat16", OLMO),
+    ],
 )
 def test_no_step_launches_what_was_not_compiled_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, family: dict[str, Any]
