@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
 
 from engine import AsyncEngine, RyzansteinError
 from engine.config import BatchSection, LoggingSection, ServerSection, TracingSection
@@ -44,7 +45,7 @@ from server.bridge.servers import Servers, read_servers
 from server.errors import HTTPError, error_response
 from server.journal import RequestLog
 from server.rates import RATE_HEADERS, rate_headers
-from server.security import Guard
+from server.security import Guard, refuse_socket
 from server.store import Store
 from server.streams import ClientLeft
 from server.tenants import Directory
@@ -243,6 +244,7 @@ def create_app(
         WebSocketRoute("/v1/responses", session.responses_socket),
         WebSocketRoute("/v1/stream", websocket.stream_endpoint),
         WebSocketRoute("/v1/console", console.feed),
+        WebSocketRoute("/{path:path}", NoSocket()),
     ]
     app = Starlette(
         routes=routes,
@@ -295,6 +297,14 @@ async def _known_error(request: Request, error: Exception) -> Response:
 
 async def _client_left(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+class NoSocket:
+    """What answers sockets at paths that have none."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        nothing = f"there is no WebSocket at {scope['path'][:200]!r}"
+        await refuse_socket(scope, receive, send, HTTPError(404, nothing, code="not_found"))
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:

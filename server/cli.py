@@ -124,7 +124,7 @@ def serve(
 
 @app.command
 def generate(
-    prompt: str,
+    prompt: str | None = None,
     /,
     *,
     model: ModelName = None,
@@ -136,7 +136,11 @@ def generate(
     dtype: DTypeName = None,
     accept_terms: AcceptTerms = False,
 ) -> int:
-    """Continue PROMPT and print the text as it comes."""
+    """Continue PROMPT, or what comes from another command, and print the text as it comes."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise ConfigError("what is to be continued? Give a text, in quotes")
+        prompt = sys.stdin.read()
     given = _given(max_tokens, temperature)
     settings = _settings(config, set_, model, threads, dtype)
 

@@ -68,6 +68,8 @@ class Journal(logging.Handler):
 
     def _passes(self, record: logging.LogRecord) -> bool:
         """Whether a line is not the same again and again; says how many were left out."""
+        if record.name == logger.name:
+            return True
         kind, now = (record.name, record.levelno, str(record.msg)), time.monotonic()
         since, count = self._kinds.get(kind, (now, 0))
         if now - since > ALIKE_SECONDS:
@@ -78,7 +80,7 @@ class Journal(logging.Handler):
         if len(self._kinds) >= MOST_KINDS and kind not in self._kinds:
             self._kinds.clear()
         self._kinds[kind] = (since, count + 1)
-        return count < MOST_ALIKE or kind[0] == logger.name
+        return count < MOST_ALIKE
 
     def _work(self) -> None:
         while (record := self._lines.get()) is not None:

@@ -19,6 +19,10 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 Harmless = dict[str, tuple[Any, ...]]
 
+# One that is escaped without its other half, as texts have it that were cut within a character.
+HALF_PAIR = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)"
+)
 PATH = re.compile(r" - at `(?:key in )?\$(.*)`$")
 
 
@@ -285,7 +289,11 @@ def decode(body: bytes, kind: type[R], harmless: Harmless = HARMLESS) -> tuple[R
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HTTPError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+        half = HALF_PAIR.search(body)
+        reason = f"{half[0].decode()} is half of a surrogate pair" if half else str(error)
+        raise HTTPError(
+            400, f"the body is not valid JSON: {reason}", code="invalid_json"
+        ) from error
     except RecursionError as error:
         raise HTTPError(400, "the body is nested too deeply", code="invalid_json") from error
     refuse_unsupported(request, harmless)

@@ -76,7 +76,7 @@ class Guard:
                 receive = _limit_body(headers, receive, most)
         except HTTPError as error:
             if scope["type"] == "websocket":
-                await _refuse_socket(scope, receive, send, error)
+                await refuse_socket(scope, receive, send, error)
             else:
                 await error_response(error, scope["path"])(scope, receive, send)
             return
@@ -223,7 +223,7 @@ def _name(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
-async def _refuse_socket(scope: Scope, receive: Receive, send: Send, error: HTTPError) -> None:
+async def refuse_socket(scope: Scope, receive: Receive, send: Send, error: HTTPError) -> None:
     """Answer the handshake with the error's status and body, where the server can."""
     logger.info("refused a WebSocket: %s", error)
     await receive()

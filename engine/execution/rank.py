@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from kernels.backend import (
 )
 from kernels.collectives import Place
 from kernels.tape import Recorder
+
+logger = logging.getLogger("ryzanstein.engine")
 
 
 class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +82,12 @@ class Rank:
         shard = Shard() if place is None else Shard(place.rank, place.ranks)
         self._ranks = shard.ranks
         cores = max(1, available_cores() // shard.ranks)
+        if execution.threads > cores:
+            logger.warning(
+                "execution.threads is %d of %d cores: threads that share one wait for each other",
+                execution.threads,
+                cores,
+            )
         try:
             self._backend, kv_dtype = select_backend(
                 execution.backend,

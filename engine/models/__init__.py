@@ -68,9 +68,18 @@ MODELS: dict[str, Callable[[ModelConfig, WeightLoader], Model]] = {
 }
 
 
+# Those that have another command-line option.
+ENCODERS = ("bert",)
+
+
 def check_family(checkpoint: Checkpoint) -> str:
     """The checkpoint's `model_type`. Raises ConfigError if it is none of MODELS."""
     model_type = checkpoint.config.get("model_type")
+    if model_type in ENCODERS:
+        raise ConfigError(
+            f"model_type is {model_type!r}, an encoder: it makes vectors of texts. Serve it with "
+            "--embedding-model, alone with --model none"
+        )
     if model_type not in MODELS:
         raise ConfigError(f"model_type is {model_type!r}; these can be served: {', '.join(MODELS)}")
     return str(model_type)

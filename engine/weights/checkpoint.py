@@ -44,7 +44,7 @@ def open_checkpoint(path: Path, *, texts: bool = True) -> Checkpoint:
 
     if path.is_dir():
         return SafetensorsCheckpoint(path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return GGUFCheckpoint(path, texts=texts)
     raise ConfigError(
         f"{path} is neither a .gguf file nor a folder with config.json and *.safetensors"

