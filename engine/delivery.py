@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.errors import InvalidRequest
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence as ScheduledSequence
 from engine.scheduling.sequence import State
@@ -207,11 +208,13 @@ class Delivery:
         if active is None:
             return
         now = self._clock.now()
+        # What is wrong with a request is no error of ours, however late it shows.
+        reason = "refused" if isinstance(error, InvalidRequest) else "error"
         for sequence in active.sequences:
-            self._scheduler.finish(sequence, "error")
+            self._scheduler.finish(sequence, reason)
             active.ends.setdefault(sequence.index, now)
         active.stream.fail(error)
-        self._close(active, "error")
+        self._close(active, reason)
 
     def fail_all(self, error: Exception, *, begun: bool = False) -> None:
         """End every request with an error, or only those that have `begun`."""

@@ -169,12 +169,21 @@ class Admission:
             reset = max(0.0, BURST_SECONDS - account.level / rate)
         return Allowance(
             requests=limits.max_waiting,
-            requests_left=max(0, limits.max_waiting - len(queue)),
+            requests_left=self._requests_left(tenant),
             requests_reset=seconds,
             tokens=tokens,
             tokens_left=max(0, left),
             tokens_reset=reset,
         )
+
+    def _requests_left(self, tenant: str) -> int:
+        """How many the queue still takes of a tenant: see `check_room`."""
+        queue, most = self._scheduler.queue, self._limits.max_waiting
+        left, account = most - len(queue), queue.accounts.get(tenant)
+        if account is not None and len(queue.accounts) > 1:
+            own = int(queue.share(account, most)) - len(account.waiting)
+            left = min(left, max(own, most // 2 - len(queue)))
+        return max(0, left)
 
     def progress(self, sequence: Waiting) -> QueueProgress:
         """Where a waiting sequence stands."""

@@ -12,6 +12,7 @@ from llguidance import LLParserLimits
 
 from engine import AsyncEngine, Grammar, InvalidRequest, SamplingParams
 from engine.text.grammar import GrammarCompiler
+from engine.types import RequestStats, StepStats
 from tests.mock import VOCAB, byte_tokenizer, mock_engine
 
 PERSON = {
@@ -109,9 +110,20 @@ async def test_a_grammar_that_outgrows_its_limits_ends_its_request_alone() -> No
     )
     # Ambiguous: the longer the text, the more ways there are to read it.
     grammar = Grammar("lark", "start: x\nx: x x | /[a-z]/ | /[a-z][a-z]/")
+    ends: list[str] = []
+
+    class Ends:
+        def on_step(self, stats: StepStats) -> None: ...
+
+        def on_request(self, stats: RequestStats) -> None:
+            ends.append(stats.finish_reason)
+
     async with engine:
+        engine.add_listener(Ends())
         other = asyncio.create_task(answer(engine, Grammar("regex", "[a-z]{50}")))
         with pytest.raises(InvalidRequest, match="cannot be followed any further"):
             await answer(engine, grammar)
         assert (await other)[1] == "stop"
         assert engine.health() == "ok"
+    # Errors are what we are paged for; this was the request's own.
+    assert sorted(ends) == ["refused", "stop"]

@@ -193,3 +193,23 @@ def test_what_nobody_waits_for_leaves_half_of_the_burst_to_others() -> None:
     assert account.wait_for_quota(0.0) == 0.0
     account.take_elsewhere(55)
     assert account.wait_for_quota(0.0) == pytest.approx(1.1)
+
+
+def test_what_is_left_to_a_tenant_is_what_is_taken_of_it() -> None:
+    bench = Bench(pages=64, budget=64)
+    tenants = {name: Tenant(id=name, weight=weight) for name, weight in (("a", 1.0), ("b", 3.0))}
+    bench.scheduler.queue.configure(tenants, 0.0)
+    bench.scheduler.queue.account("b", 0.0)
+    admission = Admission(bench.scheduler, Limits(1000, 16, 10_000))
+    taken = 0
+    for _ in range(16):
+        left = admission.allowance("a", 0.0).requests_left
+        try:
+            admission.admit(make(2, tenant="a"), 0.0)  # type: ignore[arg-type]
+        except Overloaded:
+            assert left == 0
+            break
+        assert left > 0
+        bench.add([1, 2], tenant="a")
+        taken += 1
+    assert taken == 8
