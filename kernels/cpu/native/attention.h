@@ -20,7 +20,7 @@ constexpr int kPass = kWide ? 6 : 4, kKeyTiles = kWide ? 4 : 2, kManyRows = kWid
 constexpr int kMixPass = kWide ? 6 : 2;
 
 // What rows lie apart: no power of two, which would leave them few sets of the cache.
-constexpr int kRowDim = kMaxDim + 64;
+constexpr int kRowDim = kMaxDim + 128;
 
 template <CacheFormat kFormat>
 constexpr int kElements =  // of the cache in a word of four bytes
