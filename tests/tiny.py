@@ -168,7 +168,7 @@ def latent_tensors(
         f"{name}.q_proj.weight": random(heads * (plain + turned), hidden),
         f"{name}.kv_a_proj_with_mqa.weight": random(rank + turned, hidden),
         f"{name}.kv_a_layernorm.weight": 1 + random(rank),
-        f"{name}.kv_b_proj.weight": random(heads * (plain + value), rank),
+        f"{name}.kv_b_proj.weight": random(heads * (plain + value), rank) * (8 / rank) ** 0.5,
         f"{name}.o_proj.weight": random(hidden, heads * value),
     }
 

@@ -12,6 +12,8 @@ from kernels.ops import LatentHeads
 
 DEEPSEEK2, DEEPSEEK3 = "deepseek_v2", "deepseek_v3"
 GLM_LITE = "glm4_moe_lite"
+# Heads' own projections begin at tiles of the CPU kernels.
+WIDTH_UNIT = 16
 # Families whose attention is of that kind.
 LATENT = (DEEPSEEK2, DEEPSEEK3, GLM_LITE)
 
@@ -36,8 +38,14 @@ def read_latent(values: Values) -> LatentConfig:
     )
     if heads.turned % 2:
         raise ConfigError(f"qk_rope_head_dim is {heads.turned}; rotation needs an even one")
+    value = values.integer("v_head_dim")
+    for name, width in (("kv_lora_rank", heads.rank), ("v_head_dim", value)):
+        if width % WIDTH_UNIT:
+            raise ConfigError(
+                f"{name} is {width}; latent attention takes multiples of {WIDTH_UNIT}"
+            )
     rank = values.integer("q_lora_rank") if values.raw.get("q_lora_rank") else 0
-    return LatentConfig(heads, values.integer("v_head_dim"), rank)
+    return LatentConfig(heads, value, rank)
 
 
 def latent_scale(raw: dict[str, Any], heads: LatentHeads) -> float:

@@ -29,7 +29,8 @@ from kernels.tape import Tape
 from kernels.torch_backend import host_states, states_of
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-MAX_HEAD_DIM = 512
+# Latents of 512, and a key of 64 that all heads share.
+MAX_HEAD_DIM = 576
 CACHE_FORMATS: dict[CacheDType, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 

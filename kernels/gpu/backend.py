@@ -26,7 +26,7 @@ from kernels.gpu.recurrence import GpuStateMoves
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import column_unit, place
 from kernels.gpu.workspace import GpuCache, Workspace
-from kernels.ops import Weight
+from kernels.ops import Heads, Weight
 from kernels.reference import LayerStates
 from kernels.tape import Tape
 
@@ -69,6 +69,11 @@ class GpuWeights:
     def loaded_bytes(self, *, shared: bool = False) -> int:
         """Bytes of device memory that they occupy."""
         return self._bytes
+
+
+def widths(heads: Heads) -> tuple[int, ...]:
+    """Of what kernels take as one piece: a head, or a latent and the key behind it."""
+    return (heads.latent, heads.dim - heads.latent) if heads.latent else (heads.dim,)
 
 
 class GpuBackend:
@@ -159,7 +164,7 @@ class GpuBackend:
                 f"cache.dtype is {layout.dtype}, but the model computes in {kept}; a GPU takes "
                 f"{kept} or int8"
             )
-        for dim in {heads.dim for heads in layout.heads}:
+        for dim in {size for heads in layout.heads for size in widths(heads)}:
             if dim > MAX_HEAD_DIM or dim % 8:
                 raise ValueError(
                     f"heads are {dim} wide; a multiple of 8 up to {MAX_HEAD_DIM} works"
