@@ -154,9 +154,11 @@ class Experts:
     2101.03961); `normalized` if their probabilities are then made to sum to 1.
 
     Probabilities are the scores' softmax or, with `sigmoid`, each score's own; a row's shares are
-    these times `scale`. All rows also go through `shared` others, numbered behind those that are
-    chosen, with shares of 1 (DeepSeekMoE, arXiv 2401.06066) or, with `gated`, the sigmoid of a
-    score of their own, which stand behind the others.
+    these times `scale`. Of `groups` of equal size only the best `kept` are chosen from: by their
+    two best experts together (DeepSeek-V3, arXiv 2412.19437) or, of a softmax, by their best
+    (DeepSeek-V2, arXiv 2405.04434). All rows also go through `shared` others, numbered behind those
+    that are chosen, with shares of 1 (DeepSeekMoE, arXiv 2401.06066) or, with `gated`, the sigmoid
+    of a score of their own, which stand behind the others.
     Experts `first` to `first + own` are held here, stacked in one weight for each projection.
     """
 
@@ -169,6 +171,8 @@ class Experts:
     scale: float = 1.0
     shared: int = 0
     gated: bool = False
+    groups: int = 1
+    kept: int = 1
 
     @property
     def scores(self) -> int:
@@ -179,6 +183,11 @@ class Experts:
     def total(self) -> int:
         """Those that are chosen from, and the shared ones."""
         return self.count + self.shared
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All that is counted."""
+        return self.count, self.used, self.first, self.own, self.shared, self.groups, self.kept
 
     @property
     def places(self) -> int:

@@ -22,6 +22,7 @@ from kernels.ops import (
     Rope,
     Weight,
 )
+from kernels.routing import route
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,29 +402,6 @@ def _delta_inputs(
     order = order % heads.key if heads.tiled else order // share
     q, k = (q * heads.key_dim**-0.5)[:, order], k[:, order]
     return q, k, v.view(len(x), heads.value, heads.value_dim)
-
-
-def route(
-    scores: torch.Tensor,
-    experts: Experts,
-    preference: torch.Tensor | None = None,
-    factors: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's experts and their shares, int64 and fp32 `[rows, places]`, the likeliest first."""
-    scores = scores.float()
-    scores, gates = scores[:, : experts.count], scores[:, experts.count :]
-    likely = scores.sigmoid() if experts.sigmoid else scores.softmax(-1)
-    liked = likely if preference is None else likely + preference
-    chosen = liked.sort(dim=-1, descending=True, stable=True).indices[:, : experts.used]
-    shares = likely.gather(1, chosen)
-    if experts.normalized:
-        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-20)
-    if factors is not None:
-        shares = shares * factors[chosen]
-    always = torch.arange(experts.count, experts.total, device=scores.device)
-    always = always.expand(len(scores), -1)
-    whole = gates.sigmoid() if experts.gated else torch.ones_like(always, dtype=shares.dtype)
-    return torch.cat((chosen, always), 1), torch.cat((shares * experts.scale, whole), 1)
 
 
 def part_of(weight: Weight, number: int, parts: int) -> TorchWeight:

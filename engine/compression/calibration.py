@@ -26,7 +26,8 @@ from kernels.backend import TORCH_DTYPES, DType, HostTensor
 from kernels.batch import Batch
 from kernels.cpu.torch_ops import TorchCpuOps
 from kernels.ops import Weight
-from kernels.reference import part_of, route, tensor_of
+from kernels.reference import part_of, tensor_of
+from kernels.routing import route
 from kernels.tape import Handle, Instruction, Recorder, Tape
 from kernels.torch_backend import TorchBackend
 

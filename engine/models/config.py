@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.models.experts_config import ExpertsConfig, expert_layers, read_experts
 from engine.models.gemma4_config import (
     GEMMA4,
     LayerInputs,
@@ -16,24 +17,20 @@ from engine.models.gemma4_config import (
     sliding,
 )
 from engine.models.latent_config import (
-    DEEPSEEK2,
-    DEEPSEEK3,
-    GLM_LITE,
     LATENT,
     LatentConfig,
     latent_scale,
     read_latent,
 )
+from engine.models.names import CONV, DELTA, GPT_OSS, LFM2
 from engine.models.rope import (
     NEIGHBOURS,
-    QWEN,
     Positions,
     context_reached,
     read_ropes,
     rotated_width,
 )
 from engine.models.values import Values
-from engine.weights.checkpoint import MAX_EXPERTS
 from kernels.ops import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation, DeltaHeads, Heads, Rope
 
 # No model comes near these; a damaged file that does would take all memory before it is noticed.
@@ -47,12 +44,6 @@ NORM_EPSILONS = ("rms_norm_eps", "norm_eps")
 # Set for files that have value heads in ggml's order.
 TILED = "linear_tiled_value_heads"
 
-# Families most of whose layers are gated delta nets, and whose attention is gated.
-DELTA = QWEN
-_, QWEN35_MOE, QWEN3_NEXT = DELTA
-# Families most of whose layers are short convolutions.
-LFM2, LFM2_MOE = "lfm2", "lfm2_moe"
-CONV = (LFM2, LFM2_MOE)
 GEMMA = ("gemma3_text", GEMMA4)
 # Families whose output matrix is the embedding's if their configuration does not say.
 TIED = ("gemma3_text", GEMMA4, "smollm3", "ernie4_5", "ernie4_5_moe", *CONV)
@@ -66,55 +57,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
-# Families of which every layer has sinks, and experts with OpenAI's gates.
-GPT_OSS = "gpt_oss"
-# Families with experts, and whether their probabilities are made to sum to 1 if their configuration
-# does not say; those whose probabilities are each score's own.
-EXPERTS = {
-    "mixtral": True,
-    "qwen3_moe": False,
-    GPT_OSS: True,
-    "glm4_moe": True,
-    "dots1": False,
-    "ernie4_5_moe": True,
-    "qwen2_moe": False,
-    LFM2_MOE: True,
-    QWEN35_MOE: True,
-    QWEN3_NEXT: True,
-    GEMMA4: True,
-    DEEPSEEK2: False,
-    DEEPSEEK3: True,
-    GLM_LITE: True,
-}
-SIGMOID = ("glm4_moe", "dots1", LFM2_MOE, DEEPSEEK3, GLM_LITE)
-# Whose first layer is dense if their configuration does not say, and how many experts all tokens
-# go through then.
-# Whose shared expert has a gate.
-GATED_SHARED = ("qwen2_moe", QWEN35_MOE, QWEN3_NEXT)
-FIRST_DENSE = ("glm4_moe", "ernie4_5_moe", GLM_LITE)
-SHARED_UNSAID = {"glm4_moe": 1, "ernie4_5_moe": 2, GLM_LITE: 1}
-# What families, and versions of `transformers`, call the number of experts, of a token's, and of
-# those that every token goes through.
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-USED = ("num_experts_per_tok", "moe_k", "top_k_experts")
-SHARED = ("n_shared_experts", "moe_num_shared_experts")
-
-
-@dataclass(frozen=True)
-class ExpertsConfig:
-    """Layers of `count` experts, each `width` wide, of which a token goes through `used`, and
-    through `shared` others; `preferred` if some are chosen before they are likelier. The rest is as
-    in `kernels.ops.Experts`."""
-
-    count: int
-    used: int
-    width: int
-    normalized: bool
-    sigmoid: bool = False
-    scale: float = 1.0
-    shared: int = 0
-    preferred: bool = False
-    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +136,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
     heads = latent.heads.cached if latent else _heads(values, hidden, model_type)
     gemma4 = model_type == GEMMA4
     windows = sliding(values, layers) if gemma4 else _windows(values, layers, model_type)
-    experts = _experts(values, model_type)
+    experts = read_experts(values, model_type)
     intermediate = _intermediate(values, model_type, experts)
     each = Layers((heads,) * layers, (intermediate,) * layers, tuple(range(layers)))
     if gemma4:
@@ -216,7 +158,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         layers=layers,
         heads=heads,
         each=each,
-        norm_eps=values.number(_known(raw, NORM_EPSILONS), 1e-6) / share**2,
+        norm_eps=values.number(values.known(NORM_EPSILONS), 1e-6) / share**2,
         max_context=reached,
         activation=_activation(values, model_type),
         windows=windows,
@@ -237,7 +179,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         inner_norms=model_type == "bitnet",
         sinks=model_type == GPT_OSS,
         experts=experts,
-        expert_layers=_expert_layers(values, layers) if experts is not None else frozenset(),
+        expert_layers=expert_layers(values, layers) if experts is not None else frozenset(),
         delta=_delta(values) if recurrent else _conv(values, hidden) if convolving else None,
         delta_layers=_delta_layers(values, layers) if recurrent or convolving else (),
         gated_attention=recurrent,
@@ -267,7 +209,7 @@ def _intermediate(values: Values, model_type: str, experts: ExpertsConfig | None
     if model_type != LFM2:
         unsaid = experts.width if model_type in DELTA and experts else None
         return values.integer("intermediate_size", unsaid)
-    width = values.integer(_known(raw, ("block_ff_dim", "intermediate_size")))
+    width = values.integer(values.known(("block_ff_dim", "intermediate_size")))
     if not raw.get("block_auto_adjust_ff_dim", True):
         return width
     unit = values.integer("block_multiple_of", 256)
@@ -315,79 +257,6 @@ def _delta_layers(values: Values, layers: int) -> tuple[int, ...]:
     if len(found) == layers:
         raise ConfigError("no layer is of type full_attention, which some have to be")
     return found
-
-
-def _experts(values: Values, model_type: str) -> ExpertsConfig | None:
-    """Those of families that have some."""
-    raw = values.raw
-    if model_type not in EXPERTS or (model_type == GEMMA4 and not raw.get("enable_moe_block")):
-        return None
-    qwen = model_type == "qwen3_moe"
-    counts = ("num_experts", *COUNTS) if qwen else COUNTS
-    count = values.integer(_known(raw, counts), most=MAX_EXPERTS)
-    used = values.integer(_known(raw, USED), 2 if model_type == "mixtral" else None)
-    if used > count:
-        raise ConfigError(f"num_experts_per_tok is {used}, but there are {count} experts")
-    if values.integer("n_group", 1) > 1:
-        raise ConfigError("n_group is above 1; experts in groups cannot be computed")
-    width = "moe_intermediate_size"
-    own = model_type not in ("mixtral", GPT_OSS)
-    expert = values.integer(width if own or width in raw else "intermediate_size")
-    if model_type in GATED_SHARED:
-        return _gated_shared(values, count, used, expert, model_type)
-    shared = _known(raw, SHARED)
-    unsaid = 0 if any(name in raw for name in SHARED) else SHARED_UNSAID.get(model_type, 0)
-    return ExpertsConfig(
-        count,
-        used,
-        expert,
-        normalized=bool(raw.get("norm_topk_prob", EXPERTS[model_type])),
-        sigmoid=model_type in SIGMOID,
-        scale=values.number("routed_scaling_factor", 1.0),
-        shared=values.integer(shared) if raw.get(shared) else unsaid,
-        preferred=model_type in (*SIGMOID, "ernie4_5_moe"),
-    )
-
-
-def _gated_shared(
-    values: Values, count: int, used: int, width: int, model_type: str
-) -> ExpertsConfig:
-    """Experts of families with a shared one of a width and a gate of its own."""
-    wide = values.integer("shared_expert_intermediate_size", width)
-    if wide % width:
-        raise ConfigError(
-            f"shared_expert_intermediate_size {wide} is no multiple of the experts' {width}"
-        )
-    normalized = bool(values.raw.get("norm_topk_prob", EXPERTS[model_type]))
-    return ExpertsConfig(count, used, width, normalized, shared=wide // width, gated=True)
-
-
-def _known(raw: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The one of several names for a key that the configuration has; else the first."""
-    there = [name for name in names if name in raw]
-    return next((name for name in there if raw[name] is not None), (*there, names[0])[0])
-
-
-def _expert_layers(values: Values, layers: int) -> frozenset[int]:
-    """All layers, but for those that the configuration leaves dense: by number (Qwen), the first
-    ones (GLM), or those outside a range (ERNIE)."""
-    raw = values.raw
-    if kinds := raw.get("mlp_layer_types"):
-        return frozenset(n for n, kind in enumerate(kinds) if kind == "sparse")
-    dense = raw.get("mlp_only_layers") or []
-    step = values.integer(_known(raw, ("decoder_sparse_step", "moe_layer_interval")), 1)
-    first = raw.get(
-        _known(raw, ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"))
-    )
-    if first is None:
-        kind = raw.get("model_type")
-        first = 2 if kind == LFM2_MOE else int(kind in FIRST_DENSE)
-    last = raw.get("moe_layer_end_index")
-    last = -1 if last is None else last
-    if type(first) is not int or type(last) is not int:
-        raise ConfigError(f"layers {first!r} to {last!r} are no layers of experts")
-    last = layers - 1 if last < 0 else last
-    return frozenset(n for n in range(first, last + 1) if n not in dense and (n + 1) % step == 0)
 
 
 def _activation(values: Values, model_type: str) -> Activation:

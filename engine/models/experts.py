@@ -119,6 +119,8 @@ def load_experts(load: WeightLoader, config: ModelConfig, layer: int) -> Experts
             given.scale,
             given.shared,
             given.gated,
+            given.groups,
+            given.kept,
         ),
         adds_parts=several and load.exact,
         adds_sums=several and not load.exact,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.errors import ConfigError
-from engine.models.config import DELTA
+from engine.models.names import DELTA
 from engine.models.shard import Shard, Span
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.views import Adjusted, Computed, Flat, Reordered, Row

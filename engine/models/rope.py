@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.models.gemma4_config import GEMMA4, TURNING
+from engine.models.names import DELTA
 from kernels.ops import Rope
 
 KINDS = ("linear", "llama3", "yarn", "longrope", "proportional")
@@ -20,7 +21,6 @@ ALIKE = {"su": "longrope", "mrope": "default"}
 GLM = ("glm", "glm4")
 GLM_SHARE = 0.5
 # And a quarter.
-QWEN = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 QWEN_SHARE = 0.25
 # Families whose sliding layers are not scaled, and their bases if their configuration does not say:
 # of layers that see everything, and of those that slide if theirs is another.
@@ -120,7 +120,7 @@ def rotated_width(raw: dict[str, Any], dim: int) -> int:
     share = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if share is None and raw.get("model_type") in (*GLM, "glm4_moe"):
         share = GLM_SHARE
-    if share is None and raw.get("model_type") in QWEN:
+    if share is None and raw.get("model_type") in DELTA:
         share = QWEN_SHARE
     width = dim if share is None else int(dim * float(share))
     if not 0 < width <= dim or width % 2:

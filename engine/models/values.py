@@ -14,6 +14,12 @@ class Values:
     def __init__(self, raw: dict[str, Any]) -> None:
         self.raw = raw
 
+    def known(self, names: tuple[str, ...]) -> str:
+        """The one of several names for a key that the configuration has; else the first."""
+        there = [name for name in names if name in self.raw]
+        said = (name for name in there if self.raw[name] is not None)
+        return next(said, (*there, names[0])[0])
+
     def text(self, key: str) -> str:
         value = self.raw.get(key)
         if not isinstance(value, str):

@@ -311,7 +311,7 @@ class NativeProgram(LatentInstructions):
             down_bias=down.bias_address,
             preference=_at(preference),
             factors=_at(factors),
-            sizes=(experts.count, experts.used, experts.first, experts.own, experts.shared),
+            sizes=experts.sizes,
             normalized=experts.normalized,
             sigmoid=experts.sigmoid,
             gated=experts.gated,

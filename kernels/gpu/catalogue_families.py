@@ -47,6 +47,9 @@ DELTA_HEADS = (DeltaHeads(16, 16, 128, 128, 4), DeltaHeads(16, 32, 128, 128, 4))
 SHORT_CONV = DeltaHeads(0, 32, 0, 64, 3)
 
 # Of the choice of a row's experts.
+DEEPSEEK_EXPERTS = Experts(
+    256, 8, normalized=True, first=0, own=257, sigmoid=True, shared=1, groups=8, kept=4
+)
 ROUTING = {
     **dict.fromkeys(("chosen", "live"), pointer(INT32)),
     **dict.fromkeys(("shares", "scores", "preference", "factors"), pointer(F32)),
@@ -170,6 +173,8 @@ def latent_launches(*, hopper: bool) -> Iterator[Compiled]:
             config, _ = head_linear_config(rows, 16, given, outputs, inputs, BF16)
             yield named(f"head_linear {outputs} {rows}", config, types)
     yield named("write_latent", write_latent_config(heads, quantized=False)[0], types)
+    groups = Layout(DEEPSEEK_EXPERTS, 64).route_config(preference=True)
+    yield named("experts route groups", groups, ROUTING)
     types |= {"cache": pointer(INT8)}
     yield named("write_latent int8", write_latent_config(heads, quantized=True)[0], types)
 

@@ -23,6 +23,34 @@ FEW, MANY = 16, 64
 
 
 @triton.jit
+def within_groups(
+    left,
+    number,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """How much experts are liked, -inf but in the KEPT best of GROUPS groups of SIZE: by the two
+    best of each together if PAIRS, or by the best."""
+    group = number // SIZE
+    worth = tl.where(number < GROUPS, 0.0, -float("inf"))
+    for one in tl.static_range(GROUPS):
+        own = tl.where(group == one, left, -float("inf"))
+        best = tl.max(own, 0)
+        if PAIRS:
+            first = tl.min(tl.where(own == best, number, SIZE * GROUPS), 0)
+            best += tl.max(tl.where(number == first, -float("inf"), own), 0)
+        worth = tl.where(number == one, best, worth)
+    kept = number < 0
+    for _ in tl.static_range(KEPT):
+        best = tl.min(tl.where(worth == tl.max(worth, 0), number, GROUPS), 0)
+        kept |= group == best
+        worth = tl.where(number == best, -float("inf"), worth)
+    return tl.where(kept, left, -float("inf"))
+
+
+@triton.jit
 def route_kernel(
     chosen,
     shares,
@@ -39,6 +67,8 @@ def route_kernel(
     PREFERENCE: tl.constexpr,
     FACTORS: tl.constexpr,
     SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK: tl.constexpr,
     PLACES: tl.constexpr,
     EARLY: tl.constexpr,
@@ -63,6 +93,8 @@ def route_kernel(
     if PREFERENCE:
         left = weights / total + tl.load(preference + number, mask=known, other=0.0)
     left = tl.where(known, left, -float("inf"))
+    if GROUPS > 1:
+        left = within_groups(left, number, COUNT // GROUPS, GROUPS, KEPT, SIGMOID)
     numbers, found = tl.zeros([PLACES], tl.int32), tl.zeros([PLACES], tl.float32)
     for k in tl.static_range(USED):
         best = tl.min(tl.where(left == tl.max(left, 0), number, BLOCK), 0)
@@ -236,6 +268,8 @@ class Layout:
             "PREFERENCE": preference,
             "FACTORS": factors,
             "SCALE": experts.scale,
+            "GROUPS": experts.groups,
+            "KEPT": experts.kept,
             "BLOCK": block,
             "PLACES": power_of_two(experts.places),
         }

@@ -12,7 +12,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from kernels.backend import CacheLayout
 from kernels.cpu.native_backend import NativeBackend
 from kernels.ops import SWIGLU_LIMIT, Activation, Experts, Heads
-from kernels.reference import ReferenceOps, TorchWeight, route
+from kernels.reference import ReferenceOps, TorchWeight
+from kernels.routing import route
 from kernels.tape import Recorder
 from tests.kernels.native import (
     INSTRUCTION_SETS,

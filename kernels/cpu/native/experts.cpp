@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 #include "program.h"
@@ -11,6 +12,31 @@ namespace ryzanstein {
 namespace {
 
 constexpr int64_t kPiecesAThread = 16;
+
+// Which groups of experts none is chosen from: all but the best, by their two best together or, of a softmax, by
+// their best; of equals the lower number stays. Empty if there are no groups.
+template <class Liked>
+std::vector<bool> groups_lost(const ExpertSizes& sizes, const Liked& liked) {
+  if (sizes.groups <= 1) return {};
+  const int64_t size = sizes.count / sizes.groups;
+  std::vector<float> worth;
+  for (int64_t g = 0; g < sizes.groups; ++g) {
+    float best = -std::numeric_limits<float>::infinity(), second = best;
+    for (int64_t n = g * size; n < (g + 1) * size; ++n) {
+      const float value = liked(n);
+      second = std::max(second, std::min(best, value));
+      best = std::max(best, value);
+    }
+    worth.push_back(sizes.sigmoid ? best + second : best);
+  }
+  std::vector<bool> lost(worth.size(), true);
+  for (int64_t k = 0; k < sizes.kept; ++k) {
+    const auto best = std::max_element(worth.begin(), worth.end());
+    lost[static_cast<size_t>(best - worth.begin())] = false;
+    *best = -std::numeric_limits<float>::infinity();
+  }
+  return lost;
+}
 
 // The experts of a row and their shares, the likeliest first and the lower number first of equals.
 // `likely` is room for a row's probabilities.
@@ -30,8 +56,10 @@ void choose(const float* scores, const Experts& experts, float* likely, int32_t*
     if (!preference) return scores[n];
     return (sizes.sigmoid ? likely[n] : likely[n] / total) + preference[n];
   };
+  const std::vector<bool> lost = groups_lost(sizes, liked);
   int64_t kept = 0;
   for (int64_t n = 0; n < count; ++n) {
+    if (!lost.empty() && lost[static_cast<size_t>(n / (count / sizes.groups))]) continue;
     // Into its place among the best so far.
     int64_t place = kept;
     while (place > 0 && liked(chosen[place - 1]) < liked(n)) --place;

@@ -300,12 +300,12 @@ NB_MODULE(_native, m) {
       .def("add_experts",
            [](Program& p, int in, int scores, int out, const Weight& gate_up, const Weight& down,
               uintptr_t gate_up_bias, uintptr_t down_bias, uintptr_t preference, uintptr_t factors,
-              const std::array<int64_t, 5>& sizes, bool normalized, bool sigmoid, bool gated, float scale,
+              const std::array<int64_t, 7>& sizes, bool normalized, bool sigmoid, bool gated, float scale,
               int activation, const std::array<int, 4>& buffers) {
              p.add_experts(in, scores, out, gate_up, down, at<const float>(gate_up_bias),
                            at<const float>(down_bias), at<const float>(preference), at<const float>(factors),
-                           {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], normalized, sigmoid,
-                            gated, scale},
+                           {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], normalized,
+                            sigmoid, gated, scale},
                            activation,
                            {buffers[0], buffers[1], buffers[2], buffers[3]});
            },

@@ -60,9 +60,9 @@ constexpr std::array<const char*, 21> kOpNames = {
     "head_squares"};
 
 // How many experts there are, how many a row goes through, and which are here: `own` from `first` on; `shared`
-// others, behind the `count` ones, all rows go through.
+// others, behind the `count` ones, all rows go through. If they lie in `groups`, some are chosen from the best `kept`.
 struct ExpertSizes {
-  int64_t count, used, first, own, shared;
+  int64_t count, used, first, own, shared, groups, kept;
   bool normalized;  // a row's shares sum to 1, before they are scaled
   bool sigmoid;     // probabilities are each score's own; else their softmax
   bool gated;       // shared ones' shares are sigmoids of scores behind the others; else 1

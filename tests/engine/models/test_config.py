@@ -21,7 +21,7 @@ NESTED = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_the
         ({"rope_parameters": NESTED}, "differ between kinds of layers"),
         (DEEPSEEK | {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7"),
         (DEEPSEEK | {"kv_lora_rank": 0}, "kv_lora_rank"),
-        (DEEPSEEK | {"n_group": 8}, "n_group is above 1"),
+        (DEEPSEEK | {"n_group": 8, "topk_group": 2}, "n_group = 8"),
     ],
 )
 def test_it_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -49,7 +49,8 @@ def test_upper_layers_of_dots_slide(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("glm4_moe", {"n_group": 2}, "n_group is above 1"),
+        ("glm4_moe", {"n_group": 2, "topk_group": 3}, "n_group = 2"),
+        ("glm4_moe", {"n_group": 4, "topk_group": 1}, "n_group = 4"),
         ("glm4_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok is 7"),
         ("ernie4_5_moe", {"moe_layer_end_index": "all"}, "are no layers of experts"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),

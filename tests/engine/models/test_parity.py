@@ -246,6 +246,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    "deepseek_v2-groups": (
+        "DeepseekV2Config",
+        LATENT
+        | {
+            "n_routed_experts": 8,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "deepseek_v3-groups": (
+        "DeepseekV3Config",
+        LATENT | {"first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    ),
     "glm4_moe_lite": ("Glm4MoeLiteConfig", LATENT | {"rope_interleave": False}),
     "seed_oss": ("SeedOssConfig", {"attention_out_bias": True}),
     "bitnet": ("BitNetConfig", {"hidden_size": 64, "hidden_act": "relu2"}),

@@ -156,8 +156,11 @@ def write_latents(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_value_length_mla(config["v_head_dim"])
     writer.add_expert_weights_norm(config["norm_topk_prob"])
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    write_yarn(writer, config)
-    writer.add_rope_scaling_yarn_log_mul(0.1 * config["rope_parameters"]["mscale_all_dim"])
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+    if "mscale_all_dim" in config["rope_parameters"]:
+        write_yarn(writer, config)
+        writer.add_rope_scaling_yarn_log_mul(0.1 * config["rope_parameters"]["mscale_all_dim"])
 
 
 def apart(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -225,6 +228,7 @@ OWN_KEYS = {
     "ernie4_5_moe": ("ernie4_5-moe", write_ernie_experts),
     "deepseek_v2": ("deepseek2", write_latents),
     "deepseek_v3": ("deepseek2", write_latents),
+    "deepseek_v3-groups": ("deepseek2", write_latents),
 }
 
 

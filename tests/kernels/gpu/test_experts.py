@@ -16,7 +16,8 @@ from kernels.gpu.ops import GpuOps
 from kernels.gpu.staging import Staging
 from kernels.gpu.workspace import Workspace
 from kernels.ops import Activation, Experts
-from kernels.reference import ReferenceOps, TorchWeight, route
+from kernels.reference import ReferenceOps, TorchWeight
+from kernels.routing import route
 from tests.kernels.gpu.filled import HOST, gpu_vector
 from tests.kernels.native import Host, quantized
 
@@ -51,7 +52,7 @@ def run(
     span = slice(experts.first, experts.first + experts.own)
 
     def own(host: Host) -> Host:
-        size = host.shape[0] // COUNT
+        size = host.shape[0] // experts.total
         return host.narrow(0, span.start * size, experts.own * size)
 
     ops = ops_for(len(x), invariant=invariant)
@@ -125,6 +126,25 @@ def test_some_are_preferred_and_some_are_shared(
     spans = [replace(experts, first=first, own=own) for first, own in ((0, 4), (4, 1))]
     parts = [run(gate_up, down, x, scores, span, **options) for span in spans]
     assert torch.equal(parts[0] + parts[1], found)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_experts_are_chosen_from_the_best_groups(*, sigmoid: bool) -> None:
+    count, rows = 12, 40
+    gate_up, down = (Host(random(count * n * HIDDEN, HIDDEN, seed=1) * 0.3) for n in (2, 1))
+    experts = Experts(count, 3, True, 0, count, sigmoid, groups=4, kept=2)
+    x, scores = random(rows, HIDDEN, seed=2), random(rows, count, seed=3)
+    preference = random(count, seed=4) * 0.3
+    options: Any = {"preference": preference, "weights": "float32"}
+    found = run(gate_up, down, x, scores, experts, **options)
+    weights = [TorchWeight("w", tuple(h.shape), h.values) for h in (gate_up, down)]
+    liked = TorchWeight("p", (count,), preference)
+    expected = ReferenceOps([], 16).experts(x, scores, *weights, experts, "silu", liked)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    free = replace(experts, groups=1, kept=1)
+    taken = [route(scores, e, preference)[0] for e in (experts, free)]
+    assert not torch.equal(*taken), "groups change nothing here"
+    assert (taken[0] // 3).sort(1).values.unique_consecutive(dim=1).shape[1] <= 3
 
 
 def test_int8_experts_have_a_scale_an_output() -> None:
