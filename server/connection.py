@@ -71,8 +71,10 @@ class Connection(HttpToolsProtocol):
             self._deadline = self.loop.call_later(seconds, self._late)
 
     def _late(self) -> None:
-        if self.flow.read_paused:
-            self._wait(BODY_SECONDS)  # it is we who do not take what came
+        # It is we who do not take what came, or the answer to the request before is under way.
+        answering = self._in_head and self.cycle is not None and not self.cycle.response_complete
+        if self.flow.read_paused or answering:
+            self._wait(BODY_SECONDS)
         else:
             self._refuse(*TOO_SLOW)
 
@@ -81,8 +83,11 @@ class Connection(HttpToolsProtocol):
         self._wait(None)
         if self.transport.is_closing():
             return
-        cycle = self.cycle
-        if self._in_head or cycle is None or not cycle.response_started:
+        cycle, free = self.cycle, True
+        if cycle is not None:
+            # While a head comes, the cycle is that of the request before.
+            free = cycle.response_complete if self._in_head else not cycle.response_started
+        if free:
             body = f'{{"error":{{"message":"{reason}","type":"invalid_request_error"}}}}'
             head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
             text = f"{head}content-length: {len(body)}\r\n\r\n{body}"

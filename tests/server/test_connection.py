@@ -25,7 +25,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
             return
         body, more = body + message["body"], message["more_body"]
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body[:2], "more_body": True})
+    if scope["path"] == "/slow":
+        await asyncio.sleep(0.5)
+    await send({"type": "http.response.body", "body": body[2:]})
 
 
 @pytest.fixture
@@ -58,10 +61,16 @@ async def talk(port: int, *parts: bytes, pause: float = 0.05) -> bytes:
         writer.close()
 
 
+def body_of(answer: bytes) -> bytes:
+    """An answer's chunks together."""
+    lines = answer.partition(b"\r\n\r\n")[2].split(b"\r\n")
+    return b"".join(lines[1::2])
+
+
 async def test_a_request_that_comes_in_pieces_is_answered(port: int) -> None:
     answer = await talk(port, REQUEST + b"Connection: close\r\n", b"\r\nab", b"cd")
     assert answer.startswith(b"HTTP/1.1 200")
-    assert b"abcd" in answer
+    assert body_of(answer) == b"abcd"
 
 
 async def test_two_requests_of_one_connection_have_their_time_each(port: int) -> None:
@@ -81,6 +90,15 @@ async def test_a_head_without_end_is_refused(port: int, endless: bytes) -> None:
 @pytest.mark.parametrize("part", [b"", REQUEST, REQUEST + b"\r\nab"])
 async def test_who_does_not_go_on_is_told_so_and_left(port: int, part: bytes) -> None:
     assert (await talk(port, part)).startswith(b"HTTP/1.1 408")
+
+
+async def test_an_answer_under_way_is_not_broken_by_what_comes_behind(port: int) -> None:
+    slow = REQUEST.replace(b"/x", b"/slow") + b"\r\nabcd"
+    answer = await talk(port, slow, REQUEST, pause=0.0)
+    assert answer.startswith(b"HTTP/1.1 200")
+    first, _, refused = answer.partition(b"HTTP/1.1 408")
+    assert body_of(first) == b"abcd"
+    assert refused
 
 
 async def test_a_head_byte_by_byte_has_no_more_time(port: int) -> None:
