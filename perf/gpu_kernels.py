@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from kernels.backend import WeightFormat
-from kernels.batch import Batch
 from kernels.gpu.catalogue import LLAMA_1B, LLAMA_8B, QWEN_06B, Dimensions
 from kernels.gpu.draws import Draws
 from kernels.gpu.launch import early_launches
@@ -19,13 +17,14 @@ from kernels.gpu.roofline import H100, attention_seconds, card_of, matmul_second
 from kernels.gpu.staging import Staging
 from kernels.gpu.weights import GpuWeight, place
 from kernels.gpu.workspace import Bucket, GpuCache, Workspace
-from kernels.ops import Activation, DeltaHeads, Experts, Heads, Weight
+from kernels.ops import Activation, DeltaHeads, Experts, Heads, LatentHeads, Weight
 from kernels.reference import ReferenceOps, TorchWeight, tensor_of
+from perf.gpu_batches import PAGE, batch_over_pages
 from perf.gpu_delta import Delta
 from perf.gpu_heads import HeadsOfRow
+from perf.gpu_latents import Latents
 from perf.gpu_tensors import Blocks, Matrix, dense_of
 
-PAGE = 16
 BF16 = torch.bfloat16
 
 
@@ -46,24 +45,11 @@ class Attention:
         scores = torch.randn(heads.query, device=device)
         self.sinks = GpuWeight("sinks", (heads.query,), "float", scores) if sinks else None
         self.heads, self.counts, self.before = heads, counts, before
-        width = max(-(-(c + b) // PAGE) for c, b in zip(counts, before, strict=True))
+        batch = batch_over_pages(counts, before)
+        width, rows = batch.page_table.shape[1], len(batch.token_ids)
         pages = width * len(counts)
-        rng = np.random.default_rng(0)
-        table = rng.permutation(pages).reshape(len(counts), width).astype(np.int32)
-        spans = [np.arange(b, b + c) for c, b in zip(counts, before, strict=True)]
-        positions, rows = np.concatenate(spans), np.repeat(np.arange(len(counts)), counts)
-        self.table = torch.from_numpy(table).to(device)
-        batch = Batch(
-            token_ids=np.zeros(len(rows), np.int64),
-            positions=positions,
-            kv_slots=table[rows, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
-            query_starts=np.cumsum([0, *counts]).astype(np.int32),
-            context_lengths=(np.array(counts) + before).astype(np.int32),
-            table_rows=np.arange(len(counts), dtype=np.int32),
-            page_table=table,
-            sample_rows=np.zeros(0, np.int64),
-        )
-        staging = Staging(len(rows), len(counts), width, pages * PAGE - 1, device)
+        self.table = torch.from_numpy(batch.page_table).to(device)
+        staging = Staging(rows, len(counts), width, pages * PAGE - 1, device)
         staging.copy(batch)
         shape = (pages * PAGE, heads.kv, heads.dim)
         if quantized:
@@ -73,11 +59,11 @@ class Attention:
         else:
             made = [torch.randn(shape, device=device).to(BF16) for _ in "kv"]
             self.cache = GpuCache(made[0], made[1])
-        self.queries = torch.randn(len(rows), heads.query * heads.dim, device=device).to(BF16)
+        self.queries = torch.randn(rows, heads.query * heads.dim, device=device).to(BF16)
         workspace = workspace_of(device)
         self.ops = GpuOps([self.cache], PAGE, staging, workspace, BF16, width * PAGE, invariant)
         decode = all(count == 1 for count in counts)
-        self.ops.bucket = Bucket(len(rows), len(counts), 1, decode)
+        self.ops.bucket = Bucket(rows, len(counts), 1, decode)
 
     def run(self) -> torch.Tensor:
         """bf16 `[rows, query heads * dim]`."""
@@ -192,6 +178,10 @@ def check_kernels(device: torch.device, *, smoke: bool) -> list[dict[str, Any]]:
     for counts, before in (([1, 1, 1], [5, 0, 130]), ([7, 1, 40], [0, 9, 33])):
         layer = Delta(device, delta, counts, before)
         check(f"delta net {counts}", layer.run, layer.exact(), 2e-2)
+    latents = LatentHeads(4, 32, 16, 8) if smoke else LatentHeads(16, 512, 128, 64)
+    for counts, before in (([1, 1, 1], [long, 0, 130]), ([7, 1, 40], [0, 9, 33])):
+        attention = Latents(device, latents, counts, before, workspace_of(device))
+        check(f"latents {counts}", attention.run, attention.exact(), 2e-2)
     found.append(_check_draws(device, 300 if smoke else 128256, repeats // 2))
     return found
 
