@@ -89,7 +89,8 @@ class Item:
 
     def end(self, status: str) -> list[Event]:
         """What tells of its end."""
-        self.status = status
+        failed = self.kind == "mcp_call" and self.error is not None
+        self.status = "failed" if failed and status == "completed" else status
         done = {
             "type": "response.output_item.done",
             "output_index": self._place,
@@ -98,7 +99,6 @@ class Item:
         if self.kind == "mcp_approval_request":
             return [{**done, "type": "response.output_item.added"}, done]
         if self.kind in ("mcp_call", "mcp_list_tools"):
-            failed = self.kind == "mcp_call" and self.error is not None
             return [self._event(f"{self.kind}.{'failed' if failed else 'completed'}"), done]
         if self.kind == "function_call":
             whole = {"arguments": self.text, "name": self.name}

@@ -85,7 +85,7 @@ class ResponseComposer:
         turn = 0
         for item in self.items:
             if item.kind not in ("message", *CALLS) or (
-                item.kind in CALLS and item.status != "completed"
+                item.kind in CALLS and item.status not in ("completed", "failed")
             ):
                 continue
             if not messages or (results and item.turn != turn):

@@ -85,6 +85,7 @@ def test_what_goes_wrong_is_told_to_the_model_and_the_client(
     call = made.output[1]
     assert call.output is None
     assert error in call.error
+    assert call.status == "failed"
     assert made.output[2].type == "message"
 
 
