@@ -26,6 +26,7 @@ function show(state) {
 
 async function askForKey() {
   const dialog = $("ask-key");
+  $("key").placeholder = key() ? "that one is not valid" : "";
   dialog.showModal();
   await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
   sessionStorage.setItem("key", $("key").value);
@@ -35,7 +36,7 @@ async function askForKey() {
 async function models() {
   for (;;) {
     try {
-      const answer = await fetch("/v1/models", { headers: headers() });
+      const answer = await fetch("v1/models", { headers: headers() });
       if (answer.status === 401) {
         await askForKey();
         continue;

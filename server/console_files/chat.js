@@ -1,4 +1,4 @@
-// A chat over /v1/responses with the subprotocol ryzanstein.v1. Each tab keeps its conversation, and a
+// A chat over v1/responses with the subprotocol ryzanstein.v1. Each tab keeps its conversation, and a
 // new one begins with that which was kept last; an answer that a reload or a drop cut off is read on from where it was, and asked for again
 // if the server has forgotten it. Lost connections are tried again by themselves for a while; Resume tries
 // at once and from anew, and lets the model go on with an answer that was stopped or failed.
@@ -59,7 +59,7 @@ export class Chat {
 
   connect() {
     this.greeted = false;
-    this.socket = this.open("/v1/responses", "ryzanstein.v1");
+    this.socket = this.open("v1/responses", "ryzanstein.v1");
     this.socket.onmessage = ({ data }) => this.take(JSON.parse(data));
     this.socket.onclose = () => {
       const wait = RETRY_MS[this.failures++];

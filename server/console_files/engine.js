@@ -33,7 +33,7 @@ export class Engine {
 
   start() {
     if (this.socket) return;
-    this.socket = this.open("/v1/console", "ryzanstein.console");
+    this.socket = this.open("v1/console", "ryzanstein.console");
     this.socket.onmessage = ({ data }) => this.take(JSON.parse(data));
     this.socket.onclose = ({ code }) => {
       this.socket = null;
@@ -164,7 +164,7 @@ export class Engine {
     const slot = Math.floor((event.clientY - box.top) / LANE);
     const found = this.past[column]?.running.find((r) => r.slot === slot);
     if (!found) return;
-    const answer = await fetch(`/v1/requests/${encodeURIComponent(found.id)}/timeline`, { headers: this.headers() });
+    const answer = await fetch(`v1/requests/${encodeURIComponent(found.id)}/timeline`, { headers: this.headers() });
     if (answer.ok) this.timeline((await answer.json()).requests[0], found.index);
   }
 
