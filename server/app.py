@@ -268,6 +268,9 @@ def create_app(
     if batches is not None and batches.enabled:
         answers = Answers(lifecycle.engine, embedder)
         app.state.batches = open_batches(batches, lifecycle.engine, answers)
+        if app.state.batches is not None:
+            # Once it all belonged to keys.
+            app.state.batches.database.adopt(directory.owners)
     app.state.started = int(time.time())
     app.state.settings = settings
     servers = Servers(read_servers(Path(settings.mcp_file))) if settings.mcp_file else None

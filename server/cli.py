@@ -140,7 +140,8 @@ def generate(
     if prompt is None:
         if sys.stdin.isatty():
             raise ConfigError("what is to be continued? Give a text, in quotes")
-        prompt = sys.stdin.read()
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        prompt = sys.stdin.read().removesuffix("\n")
     given = _given(max_tokens, temperature)
     settings = _settings(config, set_, model, threads, dtype)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Of a request's line and headers, as far as they come in pieces.
+# Of a request's line and headers, and of what comes beside a body: trailers, extensions of chunks.
 MAX_HEAD_BYTES = 64 << 10
 # Until a head is whole, and between two pieces of a body.
 HEAD_SECONDS, BODY_SECONDS = 30.0, 60.0
@@ -23,7 +23,8 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
-        self._head_bytes = 0
+        # Of what is no body: of a head, or since the last piece of a body.
+        self._beside = 0
         self._in_head = True
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -36,25 +37,34 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-        elif self._deadline is not None:
+        self._beside += len(data)
+        if not self._in_head:
             self._wait(BODY_SECONDS)
+        elif self._deadline is None:
+            self._wait(HEAD_SECONDS)
         super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+        if self._beside > MAX_HEAD_BYTES:
             self._refuse(*TOO_LARGE)
 
     def on_message_begin(self) -> None:
-        self._in_head = True
         self._wait(HEAD_SECONDS)
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # a trailer says nothing that anybody asks for
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._in_head, self._head_bytes = False, 0
+        self._in_head, self._beside = False, 0
         self._wait(BODY_SECONDS)
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._beside = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
+        self._in_head, self._beside = True, 0
         self._wait(None)
         super().on_message_complete()
 

@@ -74,10 +74,10 @@ async def embedding_body(
             param="dimensions",
         )
     tokens = sum(map(len, sequences))
-    engine.admission.charge(tenant, tokens, engine.parts.clock.now(), patient=later)
-    vectors = shortened(
-        await wait(embedder.submit(sequences, tenant, later=later)), body.dimensions
-    )
+    charge = engine.admission.charging(tenant, engine.parts.clock.now(), patient=later)
+    submitted = embedder.submit(sequences, tenant, later=later)
+    charge(tokens)
+    vectors = shortened(await wait(submitted), body.dimensions)
     data = [
         {"object": "embedding", "index": number, "embedding": shown}
         for number, shown in enumerate(encoded(vectors, body.encoding_format or "float"))

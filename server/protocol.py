@@ -21,7 +21,8 @@ Harmless = dict[str, tuple[Any, ...]]
 
 # One that is escaped without its other half, as texts have it that were cut within a character.
 HALF_PAIR = re.compile(
-    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)"
+    rb"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2})(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})(?<!\\)(?:\\\\)*(\\u[dD][c-fC-F][0-9a-fA-F]{2})"
 )
 PATH = re.compile(r" - at `(?:key in )?\$(.*)`$")
 
@@ -290,7 +291,8 @@ def decode(body: bytes, kind: type[R], harmless: Harmless = HARMLESS) -> tuple[R
         raise _invalid(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         half = HALF_PAIR.search(body)
-        reason = f"{half[0].decode()} is half of a surrogate pair" if half else str(error)
+        part = (half[1] or half[2]).decode() if half else ""
+        reason = f"{part} is half of a surrogate pair" if part else str(error)
         raise HTTPError(
             400, f"the body is not valid JSON: {reason}", code="invalid_json"
         ) from error

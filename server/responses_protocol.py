@@ -195,7 +195,9 @@ async def submit(engine: AsyncEngine, record: Record, generation: Generation) ->
         # Nothing is called for who would be refused then.
         engine.check_open(record.id)
         now, tokens = engine.parts.clock.now(), len(generation.prompts[0])
-        engine.admission.check_room(generation.terms.tenant, 1, tokens, now)
+        engine.admission.check_room(
+            generation.terms.tenant, 1, tokens, now, patient=generation.terms.priority < 0
+        )
         return None
     return await generation.submit(engine, record.id)
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.config import ServerSection
 from server.errors import MESSAGES_PATH, HTTPError, error_response
 from server.journal import bind
-from server.tenants import Directory
+from server.tenants import Directory, owner_of
 from server.tracing import is_sampled, trace_of
 
 logger = logging.getLogger("ryzanstein.server")
@@ -114,9 +114,7 @@ class Guard:
         scope["state"]["tenant"] = tenant
         open_to_all = self._directory.is_open
         digest = "" if open_to_all else hashlib.sha256(key.encode()).hexdigest()
-        # Whose streams, files and answers they are: the tenant's, whichever of its keys it shows;
-        # of those who have no name, to nobody but whoever has the key.
-        scope["state"].update(key=digest, owner=f"tenant {tenant}" if tenant else digest)
+        scope["state"].update(key=digest, owner=owner_of(tenant, digest))
 
     def _answers_for(self, name: str) -> bool:
         """Whether this is a host's name, or any address: no page can have one of those rebound."""

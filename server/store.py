@@ -425,12 +425,16 @@ class Store:
     def _forget_oldest(self) -> None:
         ended = [r for r in self._records.values() if r.is_over and not r.log.readers]
         size, count = sum(r.bytes for r in ended), len(ended)
-        held = Counter(r.owner for r in ended)
+        answers, held = Counter(r.owner for r in ended), Counter[str]()
+        for record in ended:
+            held[record.owner] += record.bytes
         while ended and (count > self._settings.stored_responses or size > KEPT_BYTES):
             # The oldest of whoever has the most, so that nobody's go for another's sake.
-            most = max(held.values())
-            record = next(r for r in ended if held[r.owner] == most)
+            shares = held if size > KEPT_BYTES else answers
+            most = max(shares.values())
+            record = next(r for r in ended if shares[r.owner] == most)
             ended.remove(record)
             del self._records[record.id]
-            held[record.owner] -= 1
+            answers[record.owner] -= 1
+            held[record.owner] -= record.bytes
             size, count = size - record.bytes, count - 1

@@ -49,20 +49,24 @@ async def _answered(
     """The conversation after a question, with what there was of an answer that Ctrl-C stopped; as
     it was before if the question could not be answered."""
     asked, answer = [*messages, {"role": "user", "content": question}], Answer()
-    failure: RyzansteinError | None = None
+    failure: RyzansteinError | OSError | None = None
     async with anyio.create_task_group() as group:
         await group.start(_stop_at_ctrl_c, group.cancel_scope)
         try:
             await answer.show(engine, asked, given)
-        except RyzansteinError as error:
+        except (RyzansteinError, OSError) as error:
             failure = error  # not as one of the group's
         group.cancel_scope.cancel()
+    if isinstance(failure, OSError):
+        raise failure
     if failure is not None:
         longer = isinstance(failure, InvalidRequest) and messages
         hint = "; /clear begins a new conversation" if longer else ""
         sys.stderr.write(f"error: {failure}{hint}\n")
         return messages
     answer.end()
+    if not answer.content:
+        return messages
     return [*asked, {"role": "assistant", "content": answer.content}]
 
 

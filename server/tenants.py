@@ -73,6 +73,12 @@ class Directory:
         """Whether a client's key is (still) its tenant's, or none is needed."""
         return self.is_open or self._keys.get(client.key.encode()) == client.tenant
 
+    @property
+    def owners(self) -> dict[str, str]:
+        """Whose is what belonged to a key, by its digest: see `owner_of`."""
+        named = ((digest.decode(), tenant) for digest, tenant in self._keys.items() if tenant)
+        return {digest: owner_of(tenant, digest) for digest, tenant in named}
+
     def tenant_of(self, key: str) -> str | None:
         """The tenant that a key belongs to; None if nobody has it."""
         given = _digest(key)
@@ -131,6 +137,12 @@ class Directory:
         self.tenants = {name: _tenant(name, entry) for name, entry in entries.items()}
 
 
+def owner_of(tenant: str, digest: str) -> str:
+    """Whose streams, files and answers are: the tenant's, whichever of its keys it shows; of those
+    who have no name, nobody's but whoever has the key with this digest."""
+    return f"tenant {tenant}" if tenant else digest
+
+
 @dataclass(frozen=True)
 class Client:
     """Who is asking, and what the connection says of when the answer is due."""
@@ -138,8 +150,7 @@ class Client:
     tenant: str
     headers: Mapping[str, str]
     owner: str = ""
-    """Of streams, files and stored answers: the tenant, or a digest of the key of one without a
-    name; empty where no key is needed."""
+    """Of streams, files and stored answers, see `owner_of`; empty where no key is needed."""
     trace: str = ""
     key: str = ""
     """A digest of it."""

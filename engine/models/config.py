@@ -150,6 +150,11 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
     # Granite multiplies what each block adds. Instead everything else is divided by it, which
     # norms do not notice, but for their epsilon.
     share = values.number("residual_multiplier", 1.0)
+    ropes = read_ropes(raw, dims, windows, positions, rope_factors)
+    if latent and any(rope.growth for rope in ropes):
+        raise ConfigError(
+            "llama_4_scaling_beta is set, which latent attention is not computed with"
+        )
     return ModelConfig(
         model_type=model_type,
         vocab_size=values.integer("vocab_size"),
@@ -162,7 +167,7 @@ def _read(raw: dict[str, Any], rope_factors: list[float] | None, max_context: in
         max_context=reached,
         activation=_activation(values, model_type),
         windows=windows,
-        ropes=read_ropes(raw, dims, windows, positions, rope_factors),
+        ropes=ropes,
         rotated=tuple(rotated_width(raw, dim) for dim in dims),
         neighbours=bool(raw.get("rope_interleave", model_type in (*NEIGHBOURS, *LATENT))),
         attention_scale=values.number("attention_multiplier", scale),

@@ -127,6 +127,8 @@ def expert_layers(values: Values, layers: int) -> frozenset[int]:
     ones (GLM), or those outside a range (ERNIE)."""
     raw = values.raw
     if kinds := raw.get("mlp_layer_types"):
+        if len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
+            raise ConfigError(f"mlp_layer_types are not {layers} of 'dense' and 'sparse'")
         return frozenset(n for n, kind in enumerate(kinds) if kind == "sparse")
     dense = raw.get("mlp_only_layers") or []
     step = values.integer(values.known(("decoder_sparse_step", "moe_layer_interval")), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.errors import DeadlineExceeded, InvalidRequest, Overloaded
@@ -95,11 +95,13 @@ class Admission:
         account = self.check_room(request.tenant, n, tokens, now, patient=request.is_patient)
         self._check_deadline(request, account.waiting, now)
 
-    def charge(self, tenant: str, tokens: int, now: float, *, patient: bool = False) -> None:
-        """Count tokens that are computed for a tenant beside the scheduler. Raises Overloaded if
-        its rate is used up."""
+    def charging(self, tenant: str, now: float, *, patient: bool = False) -> Callable[[int], None]:
+        """What counts tokens that are computed for a tenant beside the scheduler. Raises Overloaded
+        if its rate is used up."""
+        if not self._scheduler.queue.tenant(tenant).tokens_per_second:
+            return lambda tokens: None
         try:
-            self._account(tenant, now, patient=patient).take_elsewhere(tokens)
+            return self._account(tenant, now, patient=patient).take_elsewhere
         except Overloaded as error:
             self.refusals[tenant, error.reason] += 1
             raise

@@ -145,11 +145,20 @@ def write_latent_kernel(
 
 
 def head_linear_config(
-    rows: int, heads: int, given: int, outputs: int, inputs: int, dtype: torch.dtype
+    rows: int,
+    heads: int,
+    given: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    *,
+    invariant: bool = False,
 ) -> tuple[Config, tuple[int, int, int]]:
-    """How heads' own matmul of so many rows is compiled, and its programs."""
-    block_m = 16 if rows <= 16 else 64
-    block_out = min(64 if rows > 16 else 32, max(16, power_of_two(outputs)))
+    """How heads' own matmul of so many rows is compiled, in one way only if `invariant`, and its
+    programs."""
+    few = rows <= 16 and not invariant
+    block_m = 16 if few else 64
+    block_out = min(32 if few else 64, max(16, power_of_two(outputs)))
     wide = dtype == torch.float32
     constants: dict[str, Any] = {
         "HEADS": heads,
@@ -188,12 +197,15 @@ class LatentOps:
     _workspace: Workspace
     _dtype: torch.dtype
     _context: int
+    _invariant: bool
 
     def head_linear(self, x: torch.Tensor, weight: Weight, heads: int) -> torch.Tensor:
         outputs, inputs = weight.shape[0] // heads, weight.shape[1]
         given, placed = x.shape[1] // heads, gpu(weight).tensor
         out = torch.empty(len(x), weight.shape[0], dtype=self._dtype, device=x.device)
-        config, grid = head_linear_config(len(x), heads, given, outputs, inputs, placed.dtype)
+        config, grid = head_linear_config(
+            len(x), heads, given, outputs, inputs, placed.dtype, invariant=self._invariant
+        )
         config.launch(grid, out, x, placed, len(x))
         return out
 

@@ -10,7 +10,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,13 @@ class Database:
         self._connection.close()
 
     # Files
+
+    def adopt(self, owners: Mapping[str, str]) -> None:
+        """Give what belongs to these owners to others."""
+        pairs = [(new, old) for old, new in owners.items()]
+        with self._transaction():
+            for table in ("files", "batches"):
+                self._connection.executemany(f"UPDATE {table} SET owner = ? WHERE owner = ?", pairs)
 
     def stored_bytes(self, owner: str) -> int:
         """Of an owner's files, and of those that its batches are at work on once more."""

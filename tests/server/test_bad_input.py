@@ -376,3 +376,13 @@ async def test_a_websocket_where_there_is_none_is_404(mock: ServerProcess) -> No
             pass
     assert refused.value.response.status_code == 404
     assert b"no WebSocket at" in (refused.value.response.body or b"")
+
+
+@pytest.mark.parametrize("body", [b'"\\udc\xff\xff"', b'"\\\\ud800",', b'"\\udcab'])
+def test_what_only_looks_like_half_a_pair_is_other_wrong_json(
+    http: httpx.Client, body: bytes
+) -> None:
+    whole = b'{"model": "mock", "prompt": ' + body + b"}"
+    headers = {"content-type": "application/json"}
+    response = http.post("/v1/completions", content=whole, headers=headers)
+    assert response.status_code == 400

@@ -87,6 +87,19 @@ async def test_a_head_without_end_is_refused(port: int, endless: bytes) -> None:
     assert (await talk(port, REQUEST, endless)).startswith(b"HTTP/1.1 431")
 
 
+@pytest.mark.parametrize("trailer", [b"x: y\r\n" * 20_000, b"x: " + b"y" * 100_000])
+async def test_trailers_without_end_are_refused(port: int, trailer: bytes) -> None:
+    head = b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n"
+    assert (await talk(port, head, trailer, trailer)).startswith(b"HTTP/1.1 431")
+
+
+async def test_empty_lines_between_requests_keep_no_connection(port: int) -> None:
+    answer = await talk(port, REQUEST + b"\r\nabcd", b"\r\n", b"\r\n")
+    first, _, refused = answer.partition(b"HTTP/1.1 408")
+    assert body_of(first) == b"abcd"
+    assert refused
+
+
 @pytest.mark.parametrize("part", [b"", REQUEST, REQUEST + b"\r\nab"])
 async def test_who_does_not_go_on_is_told_so_and_left(port: int, part: bytes) -> None:
     assert (await talk(port, part)).startswith(b"HTTP/1.1 408")

@@ -168,3 +168,17 @@ async def test_a_drain_does_not_wait_for_what_is_set_aside(calls: bool) -> None:
         with anyio.fail_after(2):
             await engine.drain(30)
         await record.ended.wait()
+
+
+async def test_whose_answers_are_large_loses_those_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.store.KEPT_BYTES", 20_000)
+    async with opened() as (engine, store):
+        for number in range(4):
+            record = await begin(engine, store, f"small {number}", 2, background=True, owner="a")
+            await record.ended.wait()
+        for number in range(3):
+            record = await begin(engine, store, f"large {number}", 300, background=True, owner="b")
+            await record.ended.wait()
+        assert all(store.find(f"small {number}", "a") for number in range(4))
+        with pytest.raises(HTTPError):
+            store.find("large 0", "b")

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from engine import ConfigError
+from server.batches.database import Database
 from server.tenants import Directory
 from tests.server.conftest import MockFactory
 from tests.server.process import ServerProcess
@@ -148,3 +149,17 @@ def test_a_file_of_tenants_is_never_an_open_door(tmp_path: Path) -> None:
         file.write_text(f"[tenants.a]\nkeys = [{key!r}]\n")
         with pytest.raises(ConfigError, match="empty, or a digest"):
             Directory((), file)
+
+
+def test_what_belonged_to_keys_belongs_to_their_tenants(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"key-a").hexdigest()
+    database = Database(tmp_path / "batches.sqlite")
+    kept = database.add_file(digest, "in", "batch", b"x")["id"]
+    others = database.add_file("somebody", "in", "batch", b"y")["id"]
+    owners = Directory(("nameless",), write(tmp_path)).owners
+    assert owners[digest] == "tenant a"
+    database.adopt(owners)
+    assert database.file(kept, "tenant a") is not None
+    assert database.file(kept, digest) is None
+    assert database.file(others, "somebody") is not None
+    database.close()

@@ -14,12 +14,11 @@ namespace {
 constexpr int64_t kPiecesAThread = 16;
 
 // Which groups of experts none is chosen from: all but the best, by their two best together or, of a softmax, by
-// their best; of equals the lower number stays. Empty if there are no groups.
+// their best; of equals the lower number stays. `worth` is room for a number a group; those that are lost are 0.
 template <class Liked>
-std::vector<bool> groups_lost(const ExpertSizes& sizes, const Liked& liked) {
-  if (sizes.groups <= 1) return {};
+void weigh_groups(const ExpertSizes& sizes, const Liked& liked, std::vector<float>& worth) {
   const int64_t size = sizes.count / sizes.groups;
-  std::vector<float> worth;
+  worth.clear();
   for (int64_t g = 0; g < sizes.groups; ++g) {
     float best = -std::numeric_limits<float>::infinity(), second = best;
     for (int64_t n = g * size; n < (g + 1) * size; ++n) {
@@ -29,13 +28,16 @@ std::vector<bool> groups_lost(const ExpertSizes& sizes, const Liked& liked) {
     }
     worth.push_back(sizes.sigmoid ? best + second : best);
   }
-  std::vector<bool> lost(worth.size(), true);
+  // The best of those that are left, marked as kept by what no group is worth.
+  constexpr float kKept = std::numeric_limits<float>::infinity();
   for (int64_t k = 0; k < sizes.kept; ++k) {
-    const auto best = std::max_element(worth.begin(), worth.end());
-    lost[static_cast<size_t>(best - worth.begin())] = false;
-    *best = -std::numeric_limits<float>::infinity();
+    size_t best = worth.size();
+    for (size_t g = 0; g < worth.size(); ++g) {
+      if (worth[g] != kKept && (best == worth.size() || worth[g] > worth[best])) best = g;
+    }
+    worth[best] = kKept;
   }
-  return lost;
+  for (float& one : worth) one = one == kKept ? 1.0f : 0.0f;
 }
 
 // The experts of a row and their shares, the likeliest first and the lower number first of equals.
@@ -56,10 +58,11 @@ void choose(const float* scores, const Experts& experts, float* likely, int32_t*
     if (!preference) return scores[n];
     return (sizes.sigmoid ? likely[n] : likely[n] / total) + preference[n];
   };
-  const std::vector<bool> lost = groups_lost(sizes, liked);
+  static thread_local std::vector<float> groups;
+  if (sizes.groups > 1) weigh_groups(sizes, liked, groups);
   int64_t kept = 0;
   for (int64_t n = 0; n < count; ++n) {
-    if (!lost.empty() && lost[static_cast<size_t>(n / (count / sizes.groups))]) continue;
+    if (sizes.groups > 1 && groups[static_cast<size_t>(n / (count / sizes.groups))] == 0.0f) continue;
     // Into its place among the best so far.
     int64_t place = kept;
     while (place > 0 && liked(chosen[place - 1]) < liked(n)) --place;
