@@ -45,6 +45,8 @@ def test_generate_prints_text_and_nothing_else(model: str) -> None:
     assert first.stdout == second.stdout
     assert first.stdout.strip()
     assert "load" in first.stderr
+    piped = ryzanstein("generate", *arguments[2:], text="Hello\n")
+    assert piped.stdout == first.stdout
 
 
 def test_chat_answers_each_line_until_the_end(model: str) -> None:
@@ -104,9 +106,10 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_pasted_lines_are_one_question(
     assert not file.exists()
 
 
-def test_who_reads_no_further_ends_the_output_quietly(model: str) -> None:
-    command = f"{sys.executable} -m server.cli generate x --model {model} --max-tokens 200"
-    shell = f"({command}; echo status $? >&2) | head -c 1"
+@pytest.mark.parametrize("command", ["generate x", "chat"])
+def test_who_reads_no_further_ends_the_output_quietly(model: str, command: str) -> None:
+    command = f"{sys.executable} -m server.cli {command} --model {model} --max-tokens 200"
+    shell = f"(yes | head -50 | {command}; echo status $? >&2) | head -c 3"
     result = subprocess.run(
         ["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
@@ -143,6 +146,7 @@ def test_ctrl_c_ends_an_answer_and_a_chat_that_waits(model: str) -> None:
     )  # fmt: skip
     assert chat.stdout is not None
     assert chat.stdout.read(2) == b"> "
+    time.sleep(0.3)  # by then it waits for a line
     ends_with_ctrl_c(chat)
     os.close(terminal)
     os.close(far)
