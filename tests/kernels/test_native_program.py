@@ -156,7 +156,7 @@ def test_unsuited_layouts_are_refused(tmp_path: Path) -> None:
     for layout, message in (
         (CacheLayout((Heads(1, 1, 16),), 8, "bfloat16"), r"cache\.page_size is 8"),
         (CacheLayout((Heads(1, 1, 18),), 16, "bfloat16"), "18 wide"),
-        (CacheLayout((Heads(1, 1, 516),), 16, "bfloat16"), "516 wide"),
+        (CacheLayout((Heads(1, 1, 580),), 16, "bfloat16"), "580 wide"),
         (CacheLayout((Heads(1, 1, 48),), 16, "int4"), "int4 takes multiples of 32"),
     ):
         with pytest.raises(ValueError, match=message):

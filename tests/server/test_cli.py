@@ -109,7 +109,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_pasted_lines_are_one_question(
 @pytest.mark.parametrize("command", ["generate x", "chat"])
 def test_who_reads_no_further_ends_the_output_quietly(model: str, command: str) -> None:
     command = f"{sys.executable} -m server.cli {command} --model {model} --max-tokens 200"
-    shell = f"(yes | head -50 | {command}; echo status $? >&2) | head -c 3"
+    shell = f"(yes | head -50 | {command}; echo status $? >&2) | head -c 3 >/dev/null"
     result = subprocess.run(
         ["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

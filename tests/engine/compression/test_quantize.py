@@ -277,7 +277,7 @@ def test_what_cannot_be_quantized_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gives 60 tokens, but what 96 inputs of a layer have"):
         quantize(source, other, [TOKENS], lambda *_: None)
     (source / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ConfigError, match="model_type is 'bert'; these can be served"):
+    with pytest.raises(ConfigError, match="model_type is 'bert', an encoder"):
         quantize(source, other, [], lambda *_: None)
     with pytest.raises(ConfigError, match="the text to calibrate with is empty"):
         windows_of(floats, "", 8)
