@@ -149,6 +149,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     trace: str = ""
     lease: str = ""
 
+    @property
+    def is_patient(self) -> bool:
+        """Whether nobody waits for it: a negative priority says so."""
+        return self.priority < 0
+
 
 DEFAULT_TERMS = Terms()
 
@@ -183,7 +188,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_patient(self) -> bool:
-        """Whether nobody waits for it: a negative priority says so."""
+        """See `Terms`."""
         return self.priority < 0
 
 

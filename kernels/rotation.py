@@ -24,3 +24,19 @@ def rotation_tables(rope: Rope, positions: int) -> Rotation:
         (angles.sin() * magnitudes).contiguous(),
         growth,
     )
+
+
+class Rotations:
+    """The tables of every rotation that was asked for, on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[Rope, Rotation] = {}
+
+    def of(self, rope: Rope, positions: int) -> Rotation:
+        """As `rotation_tables`, of so many positions the first time."""
+        if rope not in self._made:
+            cosine, sine, growth = rotation_tables(rope, positions)
+            placed = growth.to(self._device) if growth is not None else None
+            self._made[rope] = (cosine.to(self._device), sine.to(self._device), placed)
+        return self._made[rope]

@@ -196,7 +196,7 @@ async def submit(engine: AsyncEngine, record: Record, generation: Generation) ->
         engine.check_open(record.id)
         now, tokens = engine.parts.clock.now(), len(generation.prompts[0])
         engine.admission.check_room(
-            generation.terms.tenant, 1, tokens, now, patient=generation.terms.priority < 0
+            generation.terms.tenant, 1, tokens, now, patient=generation.terms.is_patient
         )
         return None
     return await generation.submit(engine, record.id)

@@ -119,13 +119,7 @@ class Guard:
     def _answers_for(self, name: str) -> bool:
         """Whether this is a host's name, or any address: no page can have one of those rebound."""
         assert self._hosts is not None
-        if name in self._hosts or name == "localhost":
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        return name in self._hosts or name == "localhost" or _address(name) is not None
 
     def _with_headers(self, send: Send, scope: Scope, request_id: str) -> Send:
         async def wrapped(message: Message) -> None:
@@ -194,12 +188,16 @@ def allowed_hosts(settings: ServerSection) -> set[str] | None:
 
 def is_local(host: str) -> bool:
     """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
+    address = _address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is written as; None if it is a name."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
 
 
 def _key(headers: Headers) -> str:

@@ -425,6 +425,8 @@ class Store:
     def _forget_oldest(self) -> None:
         ended = [r for r in self._records.values() if r.is_over and not r.log.readers]
         size, count = sum(r.bytes for r in ended), len(ended)
+        if count <= self._settings.stored_responses and size <= KEPT_BYTES:
+            return
         answers, held = Counter(r.owner for r in ended), Counter[str]()
         for record in ended:
             held[record.owner] += record.bytes

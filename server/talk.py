@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
@@ -31,16 +30,16 @@ async def converse(engine: AsyncEngine, system: str | None, given: dict[str, Any
             "this model has no chat template, so it only continues texts: use 'ryzanstein generate'"
         )
     messages = begun = [{"role": "system", "content": system}] if system else []
-    with _line_editing() as ask:
-        while (question := ask()) is not None:
-            if question == "/bye":
-                return
-            if question == "/clear":
-                messages = list(begun)
-            elif question in ("/help", "/?"):
-                _print(f"{HELP}\n")
-            elif question:
-                messages = await _answered(engine, messages, question, given)
+    _edit_lines()
+    while (question := _asked()) is not None:
+        if question == "/bye":
+            return
+        if question == "/clear":
+            messages = begun
+        elif question in ("/help", "/?"):
+            _print(f"{HELP}\n")
+        elif question:
+            messages = await _answered(engine, messages, question, given)
 
 
 async def _answered(
@@ -121,27 +120,26 @@ class Answer:
                 _print(piece.text)
 
 
-@contextmanager
-def _line_editing() -> Iterator[Any]:
-    """What reads a line, None at the end: with a history and arrow keys at a terminal, where pasted
-    lines stay together. The event loop stands still meanwhile: nothing else runs then."""
+def _edit_lines() -> None:
+    """Have lines read with a history and arrow keys at a terminal, where pasted ones stay together,
+    and bytes that are no text as marks."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         # A Python without it reads plain lines.
         with suppress(ImportError):
             importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
 
-    def ask() -> str | None:
-        # In the loop's hands Ctrl-C would wait for the line's end.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return input(PROMPT).strip()
-        except EOFError:
-            return None
-        finally:
-            signal.signal(signal.SIGINT, before)
 
-    yield ask
+def _asked() -> str | None:
+    """A line, None at the end. The event loop stands still meanwhile: nothing else runs then."""
+    # In the loop's hands Ctrl-C would wait for the line's end.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(PROMPT).strip()
+    except EOFError:
+        return None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _print(text: str, *, dim: bool = False) -> None:

@@ -68,7 +68,7 @@ class Precision:
         kept = any(a.waiting and reason in FOR_OTHERS for a, (_, reason) in told.items())
         # The first of a tenant's has the highest priority.
         if not kept or all(
-            a.waiting[0].request.priority < 0 for a in queue.accounts.values() if a.waiting
+            a.waiting[0].request.is_patient for a in queue.accounts.values() if a.waiting
         ):
             self._kept_since = None
             return False
@@ -77,7 +77,7 @@ class Precision:
 
     def _is_late(self, prompt: Sequence, now: float) -> bool:
         """Whether others have kept a prompt that was let in from its first token."""
-        if prompt.request.priority < 0 or prompt.generated or prompt.entered_at is None:
+        if prompt.request.is_patient or prompt.generated or prompt.entered_at is None:
             return False
         alone = self._cost.quiet.prefill_seconds(
             prompt.prompt_length, self._limits.max_batch_tokens, self._page_size
@@ -91,7 +91,7 @@ class Precision:
             return False
         work = Work()
         for sequence in decoding:
-            if sequence.request.priority >= 0:
+            if not sequence.request.is_patient:
                 work.decodes += 1
                 work.pages += len(sequence.pages)
         return self._cost.predict_quiet(work) > target

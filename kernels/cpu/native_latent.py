@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kernels.ops import LatentHeads, Rope
-from kernels.rotation import Rotation
+from kernels.rotation import Rotations
 
 if TYPE_CHECKING:
     from kernels.cpu.native_weights import NativeWeight
@@ -15,9 +15,8 @@ class LatentInstructions:
     """What a program emits for it, but for attention."""
 
     _program: Any
-
-    def _rotation(self, rope: Rope) -> Rotation:
-        raise NotImplementedError
+    _rotations: Rotations
+    _positions: int
 
     def _emit_head_linear(self, x: int, weight: NativeWeight, heads: int, out: int) -> None:
         self._program.add_head_linear(in_=x, out=out, weight=weight.packed, heads=heads)
@@ -34,7 +33,7 @@ class LatentInstructions:
         eps: float,
         out: int,
     ) -> None:
-        cosine, sine, _ = self._rotation(rope)
+        cosine, sine, _ = self._rotations.of(rope, self._positions)
         self._program.add(
             "write_latent",
             in_=absorbed,

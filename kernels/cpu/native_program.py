@@ -14,7 +14,7 @@ from kernels.cpu.native_latent import LatentInstructions
 from kernels.cpu.native_sampling import NativeChooser, address
 from kernels.cpu.native_steps import NativeQueue
 from kernels.ops import DeltaHeads, Experts, HeadNorms, Heads, Rope
-from kernels.rotation import Rotation, rotation_tables
+from kernels.rotation import Rotations
 from kernels.sampling import sample
 from kernels.steps import Tables
 from kernels.tape import Handle, Instruction, Tape
@@ -88,7 +88,7 @@ class NativeProgram(LatentInstructions):
         self._choose = NativeChooser(device)
         self._program = native.Program(device, max_rows, exchange)
         self._tape = tape  # the program holds addresses into its weights
-        self._rotations: dict[Rope, Rotation] = {}
+        self._rotations = Rotations(torch.device("cpu"))
         self._logits = _lazy_floats(max_rows, tape.logits.width)
         self.memory: list[LayerMemory] = []
         self.states: list[LayerStates] = []
@@ -245,7 +245,7 @@ class NativeProgram(LatentInstructions):
         squares: int | None,
         out: int,
     ) -> None:
-        cosine, sine, growth = self._rotation(rope)
+        cosine, sine, growth = self._rotations.of(rope, self._positions)
         whole = norms.whole if norms is not None else None
         self._program.add(
             "rope_write_kv",
@@ -407,11 +407,6 @@ class NativeProgram(LatentInstructions):
 
     def _emit_select_rows(self, x: int, out: int) -> None:
         self._program.add("select_rows", in_=x, out=out)
-
-    def _rotation(self, rope: Rope) -> Rotation:
-        if rope not in self._rotations:
-            self._rotations[rope] = rotation_tables(rope, self._positions)
-        return self._rotations[rope]
 
 
 def _at(weight: Any) -> int:

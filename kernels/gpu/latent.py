@@ -221,7 +221,7 @@ class LatentOps:
         eps: float,
     ) -> torch.Tensor:
         cache, s = self._caches[layer], self._staging
-        cosine, sine, _ = self._workspace.rotation(rope, self._context)
+        cosine, sine, _ = self._workspace.rotations.of(rope, self._context)
         width, scales = heads.query * heads.cached.dim, cache.key_scales
         out = torch.empty(len(q), width, dtype=self._dtype, device=q.device)
         config, blocks = write_latent_config(heads, quantized=scales is not None)

@@ -204,7 +204,7 @@ class GpuOps(RowOps, LatentOps, StateOps, PointwiseOps, NormOps):
     ) -> torch.Tensor:
         cache, s = self._caches[layer], self._staging
         out = self._rows(len(qkv), heads.query * heads.dim)
-        cosine, sine, growth = self._workspace.rotation(rope, self._context)
+        cosine, sine, growth = self._workspace.rotations.of(rope, self._context)
         quantized = cache.key_scales is not None
         grows = growth is not None
         of_values = norms.value if norms is not None else None

@@ -175,7 +175,7 @@ class RowOps:
         """The queries `[1, query heads * dim]` that `rope_write_kv` makes of `row_linear`, whose
         keys and values it writes to the cache."""
         placed, cache, s = gpu(weight), self._caches[layer], self._staging
-        cosine, sine, growth = self._workspace.rotation(rope, self._context)
+        cosine, sine, growth = self._workspace.rotations.of(rope, self._context)
         scale = gpu(norm).tensor if norm is not None else None
         shape = self._row_shape(placed, heads.qkv_width, norm=scale is not None)
         shape = replace(shape, heads=heads, grows=growth is not None)

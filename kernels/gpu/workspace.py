@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kernels.gpu.launch import power_of_two
-from kernels.ops import Rope
-from kernels.rotation import Rotation, rotation_tables
+from kernels.rotation import Rotations
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,10 @@ class Workspace:
     device: torch.device
     hopper: bool = True
     counters: dict[int, torch.Tensor] = field(default_factory=dict)
-    rotations: dict[Rope, Rotation] = field(default_factory=dict)
+    rotations: Rotations = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rotations = Rotations(self.device)
 
     def arrived(self, tiles: int) -> torch.Tensor:
         """Zeroed counters of a split matmul's tiles; each launch leaves them at zero."""
@@ -49,11 +51,3 @@ class Workspace:
         if size not in self.counters:
             self.counters[size] = torch.zeros(size, dtype=torch.int32, device=self.device)
         return self.counters[size]
-
-    def rotation(self, rope: Rope, context: int) -> Rotation:
-        """Its tables on the device, see `rotation_tables`."""
-        if rope not in self.rotations:
-            cosine, sine, growth = rotation_tables(rope, context)
-            placed = growth.to(self.device) if growth is not None else None
-            self.rotations[rope] = (cosine.to(self.device), sine.to(self.device), placed)
-        return self.rotations[rope]

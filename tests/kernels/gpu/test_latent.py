@@ -81,7 +81,7 @@ def test_heads_have_weights_of_their_own(rows: int, heads: int, given: int, inpu
     x = torch.randn(rows, heads * given, generator=generator)
     weight = torch.randn(heads * 50, inputs, generator=generator)
     ops = GpuOps([], SIZE, Staging(1, 1, 1, 0, HOST), Workspace(HOST), torch.float32, 16, False)
-    found = ops.head_linear(x, replace(gpu_vector(weight)), heads)
+    found = ops.head_linear(x, gpu_vector(weight), heads)
     parts = x.view(rows, heads, given)[..., :inputs]
     wanted = torch.einsum("rhi,hoi->rho", parts, weight.view(heads, 50, inputs)).flatten(1)
     assert torch.allclose(found, wanted, atol=1e-4)
