@@ -20,7 +20,7 @@ ALIKE = {"su": "longrope", "mrope": "default"}
 # Families of whose heads half rotates, whether the configuration says so or not.
 GLM = ("glm", "glm4")
 GLM_SHARE = 0.5
-# And a quarter.
+# How much of a head rotates in Qwen's of these days.
 QWEN_SHARE = 0.25
 # Families whose sliding layers are not scaled, and their bases if their configuration does not say:
 # of layers that see everything, and of those that slide if theirs is another.
